@@ -1,0 +1,3 @@
+"""On-policy representation distillation (OPRD) on Megatron-Core."""
+
+__version__ = "0.1.0"

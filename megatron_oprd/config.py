@@ -1,0 +1,257 @@
+"""The configuration: strict, frozen pydantic models, read from YAML and dotted overrides (`a.b=1`)."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_oprd.types import UserError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StudentConfig(_Section):
+    path: str
+    freeze: list[Literal["embedding", "lm_head"]] = []
+
+
+class TeacherParallelConfig(_Section):
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+
+
+class TeacherConfig(_Section):
+    path: str
+    parallel: TeacherParallelConfig | None = None
+
+
+class DataConfig(_Section):
+    prompts: list[str] = []
+    prompt_key: str = "prompt"
+    max_prompt_tokens: int = Field(2048, ge=1)
+    shuffle: bool = True
+    append_instruction: Literal["auto"] | bool = "auto"
+    chat_template_kwargs: dict[str, Any] = {}
+
+
+class RolloutConfig(_Section):
+    engine: Literal["megatron", "replay"] = "megatron"
+    path: str | None = None
+    prompts_per_step: int = Field(8, ge=1)
+    samples_per_prompt: int = Field(2, ge=1)
+    temperature: float = Field(1.0, ge=0.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=0)
+    max_new_tokens: int = Field(16384, ge=1)
+
+    @model_validator(mode="after")
+    def _replay_needs_a_path(self) -> RolloutConfig:
+        if self.engine == "replay" and not self.path:
+            raise ValueError("rollout.path: engine replay needs the JSONL file to read")
+        return self
+
+
+class RepresentationConfig(_Section):
+    weight: float = Field(1.0, ge=0.0)
+    layers: Literal["all", "last", "even", "odd"] | list[int] = "all"
+    pairs: list[tuple[int, int]] | None = None
+    positions: Literal["all", "last", "last_k", "first_k"] = "last_k"
+    k: int = Field(2000, ge=1)
+    normalize: Literal["none", "l2"] = "none"
+    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    final_norm: bool = True
+    shift: Literal[0, -1] = 0
+
+
+class OutputConfig(_Section):
+    objective: Literal["none"] = "none"
+    weight: float = Field(1.0, ge=0.0)
+
+
+class LossConfig(_Section):
+    representation: RepresentationConfig = RepresentationConfig()
+    output: OutputConfig = OutputConfig()
+
+
+class ParallelConfig(_Section):
+    tensor: int = Field(1, ge=1)
+    pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int | None = Field(None, ge=2)
+    context: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1)
+    sequence: bool = False
+    distributed_optimizer: bool = True
+
+
+class BatchConfig(_Section):
+    max_tokens_per_micro_batch: int = Field(32768, ge=1)
+
+
+class PrecisionConfig(_Section):
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    fp8: None = None
+
+
+class RecomputeConfig(_Section):
+    granularity: Literal["none", "selective", "full"] = "none"
+    method: Literal["uniform", "block"] = "uniform"
+    num_layers: int = Field(1, ge=1)
+
+
+class OptimizerConfig(_Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1.0e-5, gt=0.0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0.0)
+    clip_grad: float = Field(1.0, ge=0.0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_fraction: float = Field(0.03, ge=0.0, le=1.0)
+
+
+class TrainConfig(_Section):
+    steps: int = Field(500, ge=0)
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    run_dir: str
+
+
+class CheckpointConfig(_Section):
+    every: int = Field(50, ge=0)
+    keep: int = Field(2, ge=1)
+    resume: Literal["auto", "never"] = "auto"
+    export_hf: bool = True
+
+
+class EvaluationConfig(_Section):
+    every: int = Field(0, ge=0)
+    data: list[str] = []
+    samples: int = Field(16, ge=1)
+    temperature: float = Field(0.7, ge=0.0)
+    top_p: float = Field(0.95, gt=0.0, le=1.0)
+    max_new_tokens: int = Field(31744, ge=1)
+
+
+class Config(_Section):
+    student: StudentConfig
+    teacher: TeacherConfig
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    loss: LossConfig = LossConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    batch: BatchConfig = BatchConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _prompts_or_replay(self) -> Config:
+        if self.rollout.engine == "megatron" and not self.data.prompts:
+            raise ValueError("data.prompts: name at least one prompt file (only rollout.engine=replay needs none)")
+        return self
+
+
+def load_config(path: str | Path | None, overrides: list[str]) -> Config:
+    """The configuration from a YAML file (or none) and overrides like `parallel.tensor=2`, the last one winning.
+
+    Raises UserError, one line naming the key, its value and what would work. No communication.
+    """
+    tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r} is not of the form key=value")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise UserError(f"override {override!r}: {_first_line(error)}") from None
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    return parse_config(values)
+
+
+def parse_config(values: Any) -> Config:
+    """The validated configuration of a plain mapping; raises UserError with every offending key on one line."""
+    try:
+        return Config.model_validate(_tuples(values))
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the configuration {path} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"the configuration {path} must be a mapping of sections, not a {type(values).__name__}")
+    return values
+
+
+def _tuples(values: Any) -> Any:
+    """YAML has no tuples and strict pydantic takes no list for one: convert the two places that want them."""
+    if not isinstance(values, dict):
+        return values
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, dict) and isinstance(optimizer.get("betas"), list):
+        optimizer["betas"] = tuple(optimizer["betas"])
+    loss = values.get("loss")
+    if isinstance(loss, dict) and isinstance(loss.get("representation"), dict):
+        representation = dict(loss["representation"])
+        if isinstance(representation.get("pairs"), list):
+            representation["pairs"] = [tuple(p) if isinstance(p, list) else p for p in representation["pairs"]]
+        values["loss"] = {**loss, "representation": representation}
+    return values
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model: Any = Config
+    for part in location:
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return list(model.model_fields) if model is not None else []
+
+
+def _explain(item: Any) -> str:
+    location = tuple(item["loc"])
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+        return f"unknown key {key}" + (
+            f" (did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?)" if near else ""
+        )
+    if item["type"] == "missing":
+        return f"{key} is required"
+    message = item["msg"].removeprefix("Value error, ")
+    return message if not key or message.startswith(key) else f"{key}={item['input']!r}: {message}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

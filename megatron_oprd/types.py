@@ -1,0 +1,119 @@
+"""The nouns of the path: what each stage of a training step hands to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+FinishReason = Literal["eos", "length", "replay"]
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us. Commands print its one line and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One tokenised prompt. `index` is its row over all prompt files, before shuffling."""
+
+    index: int
+    prompt_ids: tuple[int, ...]
+    text: str = ""
+    data_source: str = ""
+    ground_truth: str | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. `response_ids` includes the EOS that ended it; `response_mask` (0/1 a response token)
+    marks the tokens that the student itself sampled."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    response_mask: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_index: int = 0
+    sample_index: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.response_mask) != len(self.response_ids):
+            raise ValueError(f"response_mask has {len(self.response_mask)} entries for {len(self.response_ids)} tokens")
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """Normalisers over the whole global batch (method of OPRD eq. (6)), equal on every rank."""
+
+    sequences: int  # rollouts with at least one selected token
+    tokens: int  # selected tokens
+    empty: int  # rollouts without a selected token
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: whole sequences laid end to end, T tokens, N of them selected for the loss.
+
+    Padding tokens (at the end, to reach a multiple of the tensor-parallel size) form a sequence of their own in
+    `cu_seqlens` and are never selected.
+    """
+
+    tokens: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
+    cu_seqlens: torch.Tensor  # [sequences + 1] int32
+    response_mask: torch.Tensor  # [T] bool
+    sequence_ids: torch.Tensor  # [T] int64: index of the sequence in this micro-batch
+    selected: torch.Tensor  # [N] int64: rows of the tokens that the loss reads, ascending
+    weights: torch.Tensor  # [N] float64: weight of each selected token in the global aggregate (without the layer mean)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.numel())
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """Teacher states of one micro-batch on this rank, detached: layer (1-based) -> [local selected tokens, d_T]."""
+
+    states: dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """Student layer and the teacher layer it is compared with, both 1-based block numbers (OPRD eq. (11))."""
+
+    student: int
+    teacher: int
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one student update tells: the global loss, the gradient norm before clipping and the metrics by name."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What we need to know of a Hugging Face decoder to build it, all from its `config.json`."""
+
+    architecture: str  # Qwen2ForCausalLM or Qwen3ForCausalLM
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    norm_epsilon: float
+    rope_theta: float
+    max_position_embeddings: int
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    eos_token_ids: tuple[int, ...] = ()
+    hf_config: dict[str, Any] = field(default_factory=dict, compare=False)  # the file as it was, for the export
