@@ -1,0 +1,104 @@
+"""What a Hugging Face folder's `config.json` asks for, or a refusal that names what we do not support."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_oprd.types import ModelSpec, UserError
+
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
+REQUIRED = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+
+
+def read_model_spec(path: str | Path) -> ModelSpec:
+    """The model of a Hugging Face folder. Raises UserError, naming file, key and value, for a broken config or for
+    anything in it that would be ignored: rope scaling, sliding windows, quantisation, other architectures."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder with a Hugging Face model")
+    values = read_json(folder / "config.json")
+    where = str(folder / "config.json")
+    architecture = next(iter(values.get("architectures") or ["none"]))
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{where}: architecture {architecture} is not supported; use one of {', '.join(ARCHITECTURES)}")
+    for key in REQUIRED:
+        if not isinstance(values.get(key), (int, float)) or values[key] <= 0:
+            raise UserError(f"{where}: {key}={values.get(key)!r} must be a positive number")
+    _refuse_unsupported(values, architecture, where)
+    heads = values["num_attention_heads"]
+    groups = values.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise UserError(f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}")
+    return ModelSpec(
+        architecture=architecture,
+        num_layers=values["num_hidden_layers"],
+        hidden_size=values["hidden_size"],
+        ffn_hidden_size=values["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        vocab_size=values["vocab_size"],
+        norm_epsilon=values["rms_norm_eps"],
+        rope_theta=_rope(values).get("rope_theta") or values.get("rope_theta") or 10000.0,
+        max_position_embeddings=values["max_position_embeddings"],
+        tied_embeddings=values.get("tie_word_embeddings", False),
+        qkv_bias=architecture == "Qwen2ForCausalLM",
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        eos_token_ids=_eos_token_ids(folder, values),
+        hf_config=values,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises UserError naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` beside a top-level `rope_theta`."""
+    return values.get("rope_parameters") or values.get("rope_scaling") or {}
+
+
+def _refuse_unsupported(values: dict[str, Any], architecture: str, where: str) -> None:
+    rope = _rope(values)
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    layer_types = set(values.get("layer_types") or ())
+    qkv_bias = values.get("attention_bias", False)
+    unsupported = {
+        f"rope scaling of type {rope_type}": rope_type != "default",
+        "use_sliding_window": bool(values.get("use_sliding_window")),
+        f"layer_types {sorted(layer_types)}": bool(layer_types - {"full_attention"}),
+        f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
+        "quantization_config": bool(values.get("quantization_config")),
+        "attention_bias": architecture == "Qwen3ForCausalLM" and bool(qkv_bias),
+        f"attention_dropout {values.get('attention_dropout')}": bool(values.get("attention_dropout")),
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            raise UserError(f"{where} asks for {name}, which is not supported")
+
+
+def _eos_token_ids(folder: Path, values: dict[str, Any]) -> tuple[int, ...]:
+    """Every id that ends a response: `generation_config.json` lists several for Qwen, `config.json` has one."""
+    generation = folder / "generation_config.json"
+    found = read_json(generation).get("eos_token_id") if generation.exists() else None
+    found = values.get("eos_token_id") if found is None else found
+    return tuple(found) if isinstance(found, list) else () if found is None else (found,)

@@ -1,0 +1,27 @@
+"""The transformer layer that hands its output to the micro-batch's tap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_oprd.models import context
+
+
+class TappedTransformerLayer(TransformerLayer):
+    """mcore's layer, with its output shown to the tap. No forward hook: hooks in recomputed regions see tensors
+    without gradient and train nothing.
+
+    The context's `normed_layer` is tapped after the final norm, in `model.HiddenStateModel`.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        micro_batch = context.current()
+        if micro_batch.last_layer is not None and self.layer_number > micro_batch.last_layer:
+            return hidden_states, kwargs.get("context")
+        output, cross_attention = super().forward(hidden_states, *args, **kwargs)
+        if micro_batch.tap is not None and self.layer_number != micro_batch.normed_layer:
+            output = micro_batch.tap(self.layer_number, output)
+        return output, cross_attention

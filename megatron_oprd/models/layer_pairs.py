@@ -1,0 +1,65 @@
+"""Which student layer is compared with which teacher layer (OPRD eq. (11))."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_oprd.types import LayerPair, UserError
+
+
+def map_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
+    """phi of OPRD eq. (11): the teacher layer (1-based) of a student layer, exact integers, ties round half up."""
+    if student_layers == teacher_layers:
+        return layer
+    if student_layers == 1:
+        return teacher_layers
+    steps = 2 * (layer - 1) * (teacher_layers - 1) + (student_layers - 1)
+    return steps // (2 * (student_layers - 1)) + 1
+
+
+def select_layers(layers: str | Sequence[int], student_layers: int) -> list[int]:
+    """Student layers, 1-based, ascending, of a mode (all, last, even, odd) or an explicit list.
+
+    `even` and `odd` speak of 0-based blocks: even is 1, 3, 5, ... and odd is 2, 4, 6, ...
+    """
+    modes = {
+        "all": list(range(1, student_layers + 1)),
+        "last": [student_layers],
+        "even": list(range(1, student_layers + 1, 2)),
+        "odd": list(range(2, student_layers + 1, 2)),
+    }
+    selected = modes[layers] if isinstance(layers, str) else sorted(layers)
+    if not selected:
+        raise UserError(f"loss.representation.layers={layers} selects no layer of a student with {student_layers}")
+    _check(selected, student_layers, "loss.representation.layers", "student")
+    return selected
+
+
+def layer_pairs(
+    layers: str | Sequence[int],
+    pairs: Sequence[tuple[int, int]] | None,
+    student_layers: int,
+    teacher_layers: int,
+) -> tuple[LayerPair, ...]:
+    """The pairs by student layer, from `pairs` where given, else from `layers` and phi. Raises UserError for a layer
+    out of range or named twice."""
+    if pairs is None:
+        chosen = [
+            (layer, map_layer(layer, student_layers, teacher_layers)) for layer in select_layers(layers, student_layers)
+        ]
+    else:
+        chosen = sorted(pairs)
+        if not chosen:
+            raise UserError("loss.representation.pairs is empty; give [student, teacher] pairs or null")
+        _check([student for student, _ in chosen], student_layers, "loss.representation.pairs", "student")
+        for _, teacher in chosen:
+            _check([teacher], teacher_layers, "loss.representation.pairs", "teacher")
+    return tuple(LayerPair(student, teacher) for student, teacher in chosen)
+
+
+def _check(layers: Sequence[int], depth: int, key: str, model: str) -> None:
+    for layer in layers:
+        if not 1 <= layer <= depth:
+            raise UserError(f"{key}: {model} layer {layer} does not exist; layers go from 1 to {depth}")
+    if len(set(layers)) != len(layers):
+        raise UserError(f"{key}: a {model} layer is named twice in {list(layers)}")

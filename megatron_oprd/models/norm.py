@@ -1,0 +1,27 @@
+"""RMSNorm without Transformer Engine, aware of sequence parallelism (mcore's WrappedTorchNorm refuses it)."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+
+class RMSNorm(torch.nn.Module):
+    """y = weight * x / sqrt(mean(x^2) + eps), the statistics in float32. No communication.
+
+    The cast back to the input's dtype comes before the multiplication by the weight, as in Hugging Face's Qwen, so
+    that bf16 results agree. With sequence parallelism the weight's gradient is all-reduced by Megatron, which looks
+    for `weight.sequence_parallel`.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        wide = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(dtype)

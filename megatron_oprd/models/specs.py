@@ -1,0 +1,52 @@
+"""Layer specs: which module stands where in mcore's GPTModel. Without Transformer Engine they are our own."""
+
+from __future__ import annotations
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from megatron_oprd.models.attention import PackedAttention
+from megatron_oprd.models.layer import TappedTransformerLayer
+from megatron_oprd.models.norm import RMSNorm
+
+__all__ = ["HAVE_TE", "block_spec"]
+
+
+def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
+    """The spec of one pipeline stage with `num_layers` layers.
+
+    The final norm is named too: given a bare layer spec, mcore takes Transformer Engine's norm once that is installed.
+    """
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=RMSNorm if qk_norm else None,
+            k_layernorm=RMSNorm if qk_norm else None,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    layer = ModuleSpec(
+        module=TappedTransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

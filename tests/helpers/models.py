@@ -1,0 +1,35 @@
+"""Tiny random Hugging Face models, saved as a user would have them."""
+
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
+    """A random Qwen2 or Qwen3 in float32; biases and norms are random too, so that dropping one shows."""
+    sizes = dict(
+        vocab_size=131,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+        initializer_range=0.1,
+        **({"head_dim": 24} if family == "Qwen3" else {}),
+    )
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **overrides})
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
+    return model
+
+
+def save(model: torch.nn.Module, folder: Path, **kwargs) -> Path:
+    model.save_pretrained(folder, **kwargs)
+    return folder

@@ -1,0 +1,90 @@
+"""A Megatron-Core model with Hugging Face weights gives Hugging Face's logits and every one of its hidden states."""
+
+import pytest
+import torch
+
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.hf.load import load_hf
+from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.models import context
+from megatron_oprd.models.build import build_model
+from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.platform import choose_device
+from tests.helpers.models import random_hf_model, save
+
+LENGTHS = (1, 7, 30)
+
+
+@pytest.fixture(scope="module")
+def topology():
+    device = choose_device("auto")
+    start_process(device)
+    return build_topology(ParallelConfig(), device, seed=0)
+
+
+def megatron_states(folder, topology, dtype, sequences):
+    """Logits [tokens, vocabulary] and hidden states {layer: [tokens, hidden]} of the sequences, packed into one."""
+    spec = read_model_spec(folder)
+    model = build_model(spec, topology, dtype).eval()
+    load_hf(model, HFReader(folder), spec)
+    states = {}
+
+    def tap(layer, hidden_states):
+        states[layer] = hidden_states[:, 0]
+        return hidden_states
+
+    bounds = [0]
+    for sequence in sequences:
+        bounds.append(bounds[-1] + len(sequence))
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
+    micro_batch = context.MicroBatchContext(
+        positions, tuple(bounds), tap=tap, normed_layer=spec.num_layers, logits=True
+    )
+    with torch.no_grad(), context.use(micro_batch):
+        logits = model(torch.cat(sequences)[None], positions[None], None)
+    return logits[0], states
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+MODELS = {
+    "qwen2_bias": ("Qwen2", {}),
+    "qwen2_tied_one_layer_7_to_1": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 1,
+            "hidden_size": 56,
+            "num_attention_heads": 7,
+            "num_key_value_heads": 1,
+        },
+    ),
+    "qwen3_head_dim_8_to_2": ("Qwen3", {}),
+    "qwen3_tied_real_vocabulary": ("Qwen3", {"tie_word_embeddings": True, "vocab_size": 151936}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_logits_and_every_hidden_state_equal_hugging_face(name, dtype, tolerance, topology, tmp_path):
+    family, overrides = MODELS[name]
+    hf = random_hf_model(family, **overrides).to(dtype)
+    folder = save(hf, tmp_path / "hf")
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(0, hf.config.vocab_size, (n,), generator=generator) for n in LENGTHS]
+    logits, states = megatron_states(folder, topology, dtype, sequences)
+    assert sorted(states) == list(range(1, hf.config.num_hidden_layers + 1))
+    start = 0
+    for sequence in sequences:
+        with torch.no_grad():
+            expected = hf(sequence[None], output_hidden_states=True)
+        rows = slice(start, start + len(sequence))
+        # Pins "layer L is after the final norm": a transformers release could change what its last entry is.
+        assert torch.equal(hf.lm_head(expected.hidden_states[-1]), expected.logits)
+        assert relative(logits[rows, : hf.config.vocab_size], expected.logits[0]) < tolerance
+        for layer, state in states.items():
+            assert relative(state[rows], expected.hidden_states[layer][0]) < tolerance, f"layer {layer}"
+        start = rows.stop

@@ -1,0 +1,137 @@
+"""Hugging Face folders: what is read, what is refused, and bit-equal conversion there and back."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.hf.convert import from_megatron, shard, to_megatron, unshard
+from megatron_oprd.hf.names import entries, hf_shapes
+from megatron_oprd.hf.stream import HFReader, HFWriter
+from megatron_oprd.types import UserError
+from tests.helpers.models import random_hf_model, save
+
+MODELS = {
+    "qwen2_tied_one_layer": ("Qwen2", {"tie_word_embeddings": True, "num_hidden_layers": 1}),
+    "qwen2_7_to_1": ("Qwen2", {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1}),
+    "qwen3_head_dim": ("Qwen3", {}),
+    "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True}),
+}
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shard_bytes", ["20KB", "5GB"])
+def test_there_and_back_every_tensor_is_bit_equal(name, tensor_size, shard_bytes, tmp_path):
+    family, overrides = MODELS[name]
+    if tensor_size > overrides.get("num_key_value_heads", 2):
+        pytest.skip("one key-value head cannot be divided over two ranks")
+    folder = save(random_hf_model(family, **overrides), tmp_path / "hf", max_shard_size=shard_bytes)
+    spec, reader = read_model_spec(folder), HFReader(folder)
+    reader.check(spec)
+    with HFWriter(tmp_path / "back", max_shard_bytes=30_000) as writer:
+        for entry in entries(spec):
+            whole = to_megatron(entry, [reader.read(n) for n in entry.hf], spec)
+            shards = [shard(entry, whole, rank, tensor_size) for rank in range(tensor_size)]
+            for hf_name, tensor in from_megatron(entry, unshard(entry, shards), spec).items():
+                writer.write(hf_name, tensor)
+    back = HFReader(tmp_path / "back")
+    assert back.names() == reader.names()
+    for hf_name in reader.names():
+        assert torch.equal(back.read(hf_name), reader.read(hf_name)), hf_name
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_the_table_names_exactly_what_transformers_saves(family, tmp_path):
+    folder = save(random_hf_model(family), tmp_path / "hf")
+    saved = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert hf_shapes(read_model_spec(folder)) == saved
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "linear"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"vocab_size": "many"}, "vocab_size"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(change, message, tmp_path):
+    folder = save(random_hf_model("Qwen3", num_hidden_layers=1), tmp_path / "hf")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UserError, match=message) as caught:
+        read_model_spec(folder)
+    assert "config.json" in str(caught.value)
+
+
+def _truncate(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+BREAKAGES = {
+    "truncated": (_truncate, "truncated or corrupt"),
+    "corrupt": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 64), "truncated or corrupt"),
+    "missing": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
+    "pickled": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"pytorch_model\.bin",
+    ),
+    "no index": (
+        lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
+        "not their index",
+    ),
+    "missing shard": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
+        "gone.safetensors is missing",
+    ),
+    "lying index": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}'),
+        "does not hold a",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_a_broken_checkpoint_is_one_line_that_names_the_file(name, tmp_path):
+    damage, message = BREAKAGES[name]
+    folder = save(random_hf_model("Qwen3", num_hidden_layers=1), tmp_path / "hf")
+    damage(folder)
+    with pytest.raises(UserError, match=message):
+        HFReader(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 2}, "misses"),
+        ({"num_hidden_layers": 0.5}, "unknown"),
+        ({"intermediate_size": 96}, "asks for"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused(change, message, tmp_path):
+    layers = 2 if change.get("num_hidden_layers") == 0.5 else 1
+    folder = save(random_hf_model("Qwen3", num_hidden_layers=layers), tmp_path / "hf")
+    path = folder / "config.json"
+    change = {**change, "num_hidden_layers": 1} if layers == 2 else change
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change, "layer_types": None}))
+    with pytest.raises(UserError, match=message):
+        HFReader(folder).check(read_model_spec(folder))
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), HFWriter(tmp_path / "out") as writer:
+        writer.write("a", torch.zeros(3))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
