@@ -16,13 +16,15 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One tokenised prompt. `index` is its row over all prompt files, before shuffling."""
+    """One tokenised prompt. `index` is its row over all prompt files, before shuffling; `answer_style` says how an
+    answer is compared with `ground_truth`: `rule` (the last boxed answer, mathematically) or `exact` (the string)."""
 
     index: int
     prompt_ids: tuple[int, ...]
     text: str = ""
     data_source: str = ""
     ground_truth: str | None = None
+    answer_style: Literal["rule", "exact"] = "rule"
 
 
 @dataclass(frozen=True)

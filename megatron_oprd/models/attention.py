@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_oprd.models import context
+from megatron_oprd.models import micro_batch
 
 
 class PackedAttention(torch.nn.Module):
@@ -31,7 +31,7 @@ class PackedAttention(torch.nn.Module):
         tokens, _, heads, width = query.shape
         # One call a sequence: the same kernel and shapes as an unpacked model, hence the same numbers.
         query, key, value = (x.squeeze(1).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        bounds = context.current().cu_seqlens
+        bounds = micro_batch.of(kwargs).bounds
         pieces = [
             torch.nn.functional.scaled_dot_product_attention(
                 query[:, :, start:end],

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_oprd.models import context
+from megatron_oprd.models import micro_batch
 
 
 class TappedTransformerLayer(TransformerLayer):
     """mcore's layer, with its output shown to the tap. No forward hook: hooks in recomputed regions see tensors
     without gradient and train nothing.
 
-    The context's `normed_layer` is tapped after the final norm, in `model.HiddenStateModel`.
+    The micro-batch's `normed_layer` is tapped after the final norm, in `model.HiddenStateModel`.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        micro_batch = context.current()
-        if micro_batch.last_layer is not None and self.layer_number > micro_batch.last_layer:
+        batch = micro_batch.of(kwargs)
+        if batch.last_layer is not None and self.layer_number > batch.last_layer:
             return hidden_states, kwargs.get("context")
         output, cross_attention = super().forward(hidden_states, *args, **kwargs)
-        if micro_batch.tap is not None and self.layer_number != micro_batch.normed_layer:
-            output = micro_batch.tap(self.layer_number, output)
+        if batch.tap is not None and self.layer_number != batch.normed_layer:
+            output = batch.tap(self.layer_number, output)
         return output, cross_attention

@@ -9,34 +9,12 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_oprd.models import context
+from megatron_oprd.models import micro_batch
 from megatron_oprd.models.norm import RMSNorm
 
 
-class PackedRotaryEmbedding(torch.nn.Module):
-    """Rotary angles [tokens, 1, 1, d] at the positions of the micro-batch in flight, in float32.
-
-    mcore's own table starts at zero once a micro-batch; looking positions up instead lets every packed sequence start
-    at zero, and a context-parallel slice start anywhere.
-    """
-
-    def __init__(self, width: int, base: float) -> None:
-        super().__init__()
-        exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
-        self.register_buffer("inverse_frequencies", 1.0 / (base**exponents), persistent=False)
-
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        return context.current().position_ids.numel()
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        positions = context.current().position_ids
-        frequencies = self.inverse_frequencies.to(positions.device, torch.float32)  # bf16 angles would lose positions
-        angles = torch.outer(positions.float(), frequencies)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
-
-
 class HiddenStateModel(GPTModel):
-    """A pipeline stage of a decoder whose hidden states are what is wanted.
+    """A pipeline stage of a decoder whose hidden states are what is wanted. Run it with `run`.
 
     `lm_head=False` builds no output layer at all (a teacher of hidden states never needs one); `final_norm=False`
     leaves out the final norm, for a teacher cut below its top.
@@ -64,10 +42,11 @@ class HiddenStateModel(GPTModel):
             pre_process=first_stage,
             post_process=last_stage and lm_head,
             share_embeddings_and_output_weights=tied_embeddings and lm_head,
-            position_embedding_type="rope",
-            rotary_base=int(rope_theta),
+            # The angles come from `_preprocess` below: mcore's own start at zero once a micro-batch, not a sequence.
+            position_embedding_type="none",
         )
-        self.rotary_pos_emb = PackedRotaryEmbedding(config.kv_channels, rope_theta)
+        exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
+        self.inverse_frequencies = 1.0 / (rope_theta**exponents)  # a bf16 model must not round these: no buffer
         self.last_stage = last_stage
         if last_stage and not lm_head:
             self.decoder.post_process = True
@@ -75,12 +54,28 @@ class HiddenStateModel(GPTModel):
                 RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if final_norm else None
             )
 
+    def run(self, tokens: torch.Tensor, batch: micro_batch.MicroBatch) -> torch.Tensor:
+        """Forward of one packed micro-batch of `tokens` [tokens] (read by the first stage only).
+
+        Returns [tokens, 1, hidden]; with `logit_rows`, on the last stage, [rows, vocabulary / tensor size].
+        Communicates over the tensor-parallel group.
+        """
+        return self(tokens[None], batch.position_ids[None], None, packed_seq_params=batch)
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
+        hidden_states, _, *rest = super()._preprocess(*args, **kwargs)
+        positions = micro_batch.of(kwargs).position_ids
+        angles = torch.outer(positions.float(), self.inverse_frequencies.to(positions.device))
+        return hidden_states, torch.cat((angles, angles), dim=-1)[:, None, None, :], *rest
+
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        micro_batch = context.current()
+        batch = micro_batch.of(kwargs)
         if not self.last_stage:
+            # A stage whose blocks are all skipped: the schedule needs its output to be another tensor than its input.
+            return hidden_states.clone() if hidden_states is self.decoder.input_tensor else hidden_states
+        if batch.tap is not None and batch.normed_layer is not None:
+            hidden_states = batch.tap(batch.normed_layer, hidden_states)
+        if batch.logit_rows is None:
             return hidden_states
-        if micro_batch.tap is not None and micro_batch.normed_layer is not None:
-            hidden_states = micro_batch.tap(micro_batch.normed_layer, hidden_states)
-        if not micro_batch.logits:
-            return hidden_states
-        return super()._postprocess(hidden_states, *args, **kwargs)
+        logits: torch.Tensor = super()._postprocess(hidden_states[batch.logit_rows], *args, **kwargs)
+        return logits[0]

@@ -7,8 +7,8 @@ from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
-from megatron_oprd.models import context
 from megatron_oprd.models.build import build_model
+from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.platform import choose_device
 from tests.helpers.models import random_hf_model, save
@@ -38,12 +38,12 @@ def megatron_states(folder, topology, dtype, sequences):
     for sequence in sequences:
         bounds.append(bounds[-1] + len(sequence))
     positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
-    micro_batch = context.MicroBatchContext(
-        positions, tuple(bounds), tap=tap, normed_layer=spec.num_layers, logits=True
+    rows = torch.arange(len(positions))
+    batch = MicroBatch(
+        position_ids=positions, bounds=tuple(bounds), tap=tap, normed_layer=spec.num_layers, logit_rows=rows
     )
-    with torch.no_grad(), context.use(micro_batch):
-        logits = model(torch.cat(sequences)[None], positions[None], None)
-    return logits[0], states
+    with torch.no_grad():
+        return model.run(torch.cat(sequences), batch), states
 
 
 def relative(actual, expected):

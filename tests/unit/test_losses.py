@@ -66,7 +66,7 @@ def make_rollouts():
 
 
 CASES = itertools.product(
-    ["all", "last", "last_k", "first_k"], ["sequence_mean", "token_mean"], ["none", "l2"], [0, -1], [10, 13, 100]
+    ["all", "last", "last_k", "first_k"], ["sequence_mean", "token_mean"], ["none", "l2"], [0, -1], [12, 13, 100]
 )
 
 

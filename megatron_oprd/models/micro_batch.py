@@ -1,0 +1,39 @@
+"""What a forward pass knows of the micro-batch that runs through it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+
+class Tap(Protocol):
+    """Receives the hidden state of a layer (1-based), [tokens, 1, hidden], and returns what flows on in its place."""
+
+    def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(kw_only=True)
+class MicroBatch(PackedSeqParams):
+    """Packing of one micro-batch and who listens to its layers.
+
+    It takes the place of `packed_seq_params`, which mcore hands down to every layer as an argument and keeps for
+    recomputation: a layer that runs again during backward, after another micro-batch's forward, still sees its own.
+    """
+
+    position_ids: torch.Tensor  # [tokens] int64
+    bounds: tuple[int, ...]  # cumulative lengths of the packed sequences, from 0 to tokens
+    tap: Tap | None = None
+    last_layer: int | None = None  # blocks above it (1-based) are skipped; None: all run
+    normed_layer: int | None = None  # the layer that is tapped after the final norm (L); None: before it
+    logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head
+
+
+def of(arguments: dict) -> MicroBatch:
+    """The micro-batch among the keyword arguments of a Megatron forward; raises TypeError for a call without one."""
+    micro_batch = arguments.get("packed_seq_params")
+    if not isinstance(micro_batch, MicroBatch):
+        raise TypeError("the model runs on a MicroBatch, handed over as packed_seq_params")
+    return micro_batch
