@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
+import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +19,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron_oprd.types import UserError
+
+if not torch.cuda.is_available():
+    # Megatron-Core says at import, five times over, that the CUDA extras it does without on a CPU are not there.
+    warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed", module=r"megatron\.core")
 
 
 def choose_device(requested: str) -> torch.device:
@@ -47,6 +54,7 @@ def install_cpu_stand_ins() -> None:
     _patch_torch_cuda()
     _patch_tensor()
     _patch_rng()
+    _patch_schedules()
 
 
 @contextlib.contextmanager
@@ -138,7 +146,8 @@ def _patch_tensor() -> None:
 
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
-            return original_type(self).replace("torch.", "torch.cuda.", 1)
+            # Under a function mode torch looks `type` up by name and comes here a second time.
+            return "torch.cuda." + original_type(self).removeprefix("torch.").removeprefix("cuda.")
         if isinstance(dtype, str):
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original_type(self, dtype, *args, **kwargs)
@@ -153,3 +162,41 @@ def _patch_rng() -> None:
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+class _TorchForSchedules(types.ModuleType):
+    """torch as the pipeline schedules see it: they make one counter on `cuda` by name. Answering that one call here
+    spares every layer's forward and backward the function mode."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros(*args, device=_on_cpu(device), **kwargs)
+
+
+def _patch_schedules() -> None:
+    from megatron.core.pipeline_parallel import schedules
+
+    schedules.torch = _TorchForSchedules("torch")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak for `peak_memory_bytes`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # Linux: resets the high-water mark of resident memory
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak since `reset_peak_memory`: allocated on the CUDA device, or resident on a CPU (of the whole process)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -20,6 +20,20 @@ def global_name(name: str, first_layer: int) -> str:
     return f"{_LAYERS}{int(local) + first_layer}.{rest}"
 
 
+def parameter_table(spec: ModelSpec) -> dict[str, Entry]:
+    """The entry of every parameter by its global name. A tied last pipeline stage has a head of its own, which is made
+    from the embedding."""
+    table: dict[str, Entry] = {entry.megatron: entry for entry in entries(spec)}
+    if spec.tied_embeddings:
+        table[LM_HEAD.megatron] = EMBEDDING
+    return table
+
+
+def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """A stage's parameters by their name in the whole model."""
+    return {global_name(name, model.first_layer): parameter for name, parameter in model.named_parameters()}
+
+
 @torch.no_grad()
 def load_hf(
     model: torch.nn.Module,
@@ -35,9 +49,7 @@ def load_hf(
     A tied last stage has a head of its own, filled from the embedding. Raises KeyError for a parameter that the
     family's table does not know. No communication.
     """
-    table: dict[str, Entry] = {entry.megatron: entry for entry in entries(spec)}
-    if spec.tied_embeddings:
-        table[LM_HEAD.megatron] = EMBEDDING
+    table = parameter_table(spec)
     for name, parameter in model.named_parameters():
         entry = table[global_name(name, first_layer)]
         whole = to_megatron(entry, [reader.read(hf_name) for hf_name in entry.hf], spec)

@@ -86,3 +86,23 @@ def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     }
     names = [name for entry in entries(spec) for name in entry.hf]
     return {name: next(shape for suffix, shape in by_suffix.items() if name.endswith(suffix)) for name in names}
+
+
+def megatron_shapes(spec: ModelSpec, tensor_size: int = 1) -> dict[str, tuple[int, ...]]:
+    """Every whole Megatron parameter with its shape, the vocabulary padded to a multiple of `tensor_size` rows."""
+    shapes, result = hf_shapes(spec), {}
+    for entry in entries(spec):
+        rows = sum(shapes[name][0] for name in entry.hf)
+        if entry.layout == "vocabulary":
+            rows = -(-rows // tensor_size) * tensor_size
+        result[entry.megatron] = (rows, *shapes[entry.hf[0]][1:])
+    return result
+
+
+def shard_shape(entry: Entry, whole: tuple[int, ...], tensor_size: int) -> tuple[int, ...]:
+    """The shape of what each of `tensor_size` ranks holds of an entry of shape `whole`."""
+    if entry.layout == "copy":
+        return whole
+    if entry.layout == "columns":
+        return (whole[0], whole[1] // tensor_size)
+    return (whole[0] // tensor_size, *whole[1:])

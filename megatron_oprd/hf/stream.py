@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megatron_oprd.files import explain_os_errors, write_folder, write_json
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.hf.names import hf_shapes
 from megatron_oprd.types import ModelSpec, UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "sentencepiece*",
+    "spiece.model",
+    "chat_template*",
+    "*.jinja",
+    "additional_chat_templates",
+    "LICENSE*",
+)
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class HFReader:
@@ -70,6 +89,18 @@ class HFReader:
         with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
+    def dtype(self) -> torch.dtype:
+        """The dtype that holds every tensor exactly: theirs, or the widest when they differ. Raises UserError for
+        tensors that are not bfloat16, float16 or float32."""
+        found: set[torch.dtype] = set()
+        for name, file in self._shard_of.items():
+            with safe_open(self.folder / file, framework="pt") as opened:
+                stored = opened.get_slice(name).get_dtype()
+            if stored not in _DTYPES:
+                raise UserError(f"{self.folder}: {name} is stored as {stored}, use one of {', '.join(_DTYPES)}")
+            found.add(_DTYPES[stored])
+        return functools.reduce(torch.promote_types, sorted(found, key=str))
+
     def check(self, spec: ModelSpec) -> None:
         """Raise UserError when a tensor is missing, unknown or of another shape than the model's config says."""
         expected = hf_shapes(spec)
@@ -88,25 +119,30 @@ class HFReader:
 class HFWriter:
     """Writes tensors in shards to `<folder>.partial` and renames it to `folder` when the block ends without an error.
 
-    Memory: one shard, at most `max_shard_bytes` (or one tensor, when that is larger).
+    `companions`: a folder whose tokenizer, generation config and chat template are copied beside the weights; `config`
+    becomes config.json. Memory: one shard, at most `max_shard_bytes` (or one tensor, when that is larger).
+    Raises UserError for a folder that holds something and for a disk that does not take the files. No communication.
     """
 
-    def __init__(self, folder: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        *,
+        companions: str | Path | None = None,
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self.folder = Path(folder)
-        self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.max_shard_bytes = max_shard_bytes
+        self._companions = companions
+        self._config = config
         self._pending: dict[str, torch.Tensor] = {}
         self._shards: list[list[str]] = []
         self._total_bytes = 0
 
     def __enter__(self) -> HFWriter:
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} exists and is not empty; name a new folder")
-        try:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"cannot write {self.partial}: {error.strerror}") from None
+        self._stack = contextlib.ExitStack()
+        self.partial = self._stack.enter_context(write_folder(self.folder))
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
@@ -117,17 +153,14 @@ class HFWriter:
         self._pending[name] = tensor.detach().cpu().contiguous()
 
     def _flush(self) -> None:
-        save_file(self._pending, self.partial / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        path = self.partial / f"shard-{len(self._shards)}"
+        with explain_os_errors(path):
+            save_file(self._pending, path, metadata={"format": "pt"})
         self._total_bytes += sum(t.nbytes for t in self._pending.values())
         self._shards.append(list(self._pending))
         self._pending = {}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
+    def _finish(self) -> None:
         if self._pending:
             self._flush()
         count = len(self._shards)
@@ -136,15 +169,35 @@ class HFWriter:
             (self.partial / f"shard-{number}").rename(self.partial / file)
         if count > 1:
             weight_map = {name: file for file, names in zip(files, self._shards, strict=True) for name in names}
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            (self.partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        if self.folder.exists():
-            self.folder.rmdir()
-        self.partial.rename(self.folder)
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.partial / INDEX, index)
+        if self._companions is not None:
+            copy_companions(self._companions, self.partial)
+        if self._config is not None:
+            write_json(self.partial / "config.json", self._config)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if error is not None:
+                raise error
+            self._finish()
 
 
-def copy_companions(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy the files beside the weights (tokenizer, generation config, chat template) that exist."""
-    for name in names:
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+def copy_companions(source: str | Path, target: str | Path) -> None:
+    """Copy the files beside the weights: tokenizer, generation config, chat templates, licence. Not config.json, which
+    says the dtype of the weights. Raises OSError."""
+    source, target = Path(source), Path(target)
+    for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def config_with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json's content that names the dtype of the weights under the key it used (transformers 5 says `dtype`,
+    earlier versions `torch_dtype`)."""
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    return {**config, key: str(dtype).removeprefix("torch.")}

@@ -7,7 +7,7 @@ is a plain sum of weight * e: nothing depends on the cut into micro-batches, ran
 What Megatron multiplies on the way, and how each factor is kept at one:
 - schedules divide the loss by the number of micro-batches, unless `calculate_per_token_loss`: it is set;
 - DDP scales gradients by 1 / data-parallel size, unless `calculate_per_token_loss`: it is set, so DDP sums;
-- `finalize_model_grads` divides by the number of tokens it is given: it is given none;
+- `finalize_model_grads` divides by the number of tokens it is given: `training/student_step.py` gives it none;
 - the optimizer's gradient scale is one for bf16 and fp32.
 """
 
@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
+from megatron_oprd.losses.representation import TokenStatistics
 from megatron_oprd.types import GlobalCounts
 
 
@@ -38,3 +41,27 @@ def token_weight(selected: int, counts: GlobalCounts, aggregation: str) -> float
     if aggregation == "token_mean":
         return 1.0 / counts.tokens
     raise ValueError(f"unknown aggregation {aggregation!r}")
+
+
+def layer_weights(weights: torch.Tensor, num_layers: int) -> torch.Tensor:
+    """Token weights with the mean over layers of L_rep in them."""
+    return weights / num_layers
+
+
+def layer_sums(statistics: TokenStatistics, weights: torch.Tensor) -> torch.Tensor:
+    """Partial sums [4] in float64 of one layer on one micro-batch: AGG of e (`weights` without the layer mean), then
+    plain sums of cosine, student norm and teacher norm. They add up over micro-batches and ranks."""
+    error = (weights.double() * statistics.error.double()).sum()
+    rest = (statistics.cosine, statistics.student_norm, statistics.teacher_norm)
+    return torch.stack([error, *(value.double().sum() for value in rest)])
+
+
+def layer_metrics(sums: dict[int, list[float]], counts: GlobalCounts) -> dict[str, float]:
+    """Metrics per layer and as a mean over layers from the global sums [4] of each student layer."""
+    tokens = max(counts.tokens, 1)
+    per_layer = {layer: [values[0], *(value / tokens for value in values[1:])] for layer, values in sums.items()}
+    metrics: dict[str, float] = {}
+    for position, name in enumerate(("mse", "cosine", "student_norm", "teacher_norm")):
+        metrics[f"rep/{name}"] = sum(values[position] for values in per_layer.values()) / len(per_layer)
+        metrics |= {f"rep/{name}/layer_{layer}": values[position] for layer, values in per_layer.items()}
+    return metrics

@@ -19,34 +19,45 @@ class TokenStatistics:
     teacher_norm: torch.Tensor
 
 
-def error_and_gradient(
-    student: torch.Tensor, teacher: torch.Tensor, normalize: str, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, TokenStatistics]:
-    """sum_t weights[t] * e[t] (float64 scalar), its gradient [tokens, hidden] in the student's dtype, and statistics.
+def token_statistics(student: torch.Tensor, teacher: torch.Tensor, normalize: str) -> TokenStatistics:
+    """e[t] = ||f(student[t]) - f(teacher[t])||^2 / hidden, f the identity (`none`) or the L2-normalisation (`l2`).
 
-    e[t] = ||f(student[t]) - f(teacher[t])||^2 / hidden with f the identity (`none`) or the L2-normalisation (`l2`).
-    student, teacher: [tokens, hidden]; weights: [tokens]. Computed in float32 at least. The gradient is written out
-    rather than left to autograd: no graph and no second copy of the states is kept. No communication.
-    Identical inputs give exactly zero for both.
+    student, teacher: [tokens, hidden]. Computed in float32 at least. Identical inputs give exactly zero.
+    No communication.
     """
-    student_dtype = student.dtype
-    wide = torch.promote_types(student_dtype, torch.float32)
-    student, teacher = student.detach().to(wide), teacher.detach().to(wide)
+    student, teacher = _wide(student), _wide(teacher)
     student_norm, teacher_norm = student.norm(dim=-1), teacher.norm(dim=-1)
-    hidden = student.shape[-1]
-    scale = (2.0 / hidden) * weights.to(wide)
     cosine = (student * teacher).sum(-1) / (student_norm * teacher_norm).clamp_min(_EPSILON)
+    difference = _normalized(student, normalize) - _normalized(teacher, normalize)
+    error = difference.pow(2).sum(-1) / student.shape[-1]
+    return TokenStatistics(error, cosine, student_norm, teacher_norm)
+
+
+def weighted_gradient(
+    student: torch.Tensor, teacher: torch.Tensor, normalize: str, weights: torch.Tensor
+) -> torch.Tensor:
+    """Gradient of sum_t weights[t] * e[t] for the student's states, [tokens, hidden] in their dtype.
+
+    Written out rather than left to autograd: no graph and no second copy of the states is kept between forward and
+    backward. weights: [tokens]. No communication.
+    """
+    wide_student, wide_teacher = _wide(student), _wide(teacher)
+    scale = (2.0 / student.shape[-1]) * weights.to(wide_student.dtype)[:, None]
+    unit = _normalized(wide_student, normalize)
+    gradient = unit - _normalized(wide_teacher, normalize)
     if normalize == "l2":
-        length = student_norm.clamp_min(_EPSILON)[:, None]
-        unit = student / length
-        difference = unit - teacher / teacher_norm.clamp_min(_EPSILON)[:, None]
-        # d(unit)/d(student) projects out the radial part; a clamped length is a constant and has no such part.
-        radial = (difference * unit).sum(-1, keepdim=True) * (student_norm > _EPSILON)[:, None]
-        gradient = (difference - radial * unit) / length
-    else:
-        difference = student - teacher
-        gradient = difference
-    error = difference.pow(2).sum(-1) / hidden
-    value = (weights.double() * error.double()).sum()
-    statistics = TokenStatistics(error, cosine, student_norm, teacher_norm)
-    return value, (scale[:, None] * gradient).to(student_dtype), statistics
+        norm = wide_student.norm(dim=-1, keepdim=True)
+        # d(unit)/d(student) projects out the radial part; a clamped norm is a constant and has no such part.
+        radial = (gradient * unit).sum(-1, keepdim=True) * (norm > _EPSILON)
+        gradient = (gradient - radial * unit) / norm.clamp_min(_EPSILON)
+    return (scale * gradient).to(student.dtype)
+
+
+def _wide(states: torch.Tensor) -> torch.Tensor:
+    return states.detach().to(torch.promote_types(states.dtype, torch.float32))
+
+
+def _normalized(states: torch.Tensor, normalize: str) -> torch.Tensor:
+    if normalize == "none":
+        return states
+    return states / states.norm(dim=-1, keepdim=True).clamp_min(_EPSILON)

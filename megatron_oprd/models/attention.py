@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_oprd.models import micro_batch
+from megatron_oprd.models.kv_cache import CachedStep
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal self-attention inside each sequence of the micro-batch in flight. No communication: heads are already
-    divided over the tensor-parallel group."""
+    """Causal self-attention inside each sequence of the micro-batch in flight; with its `cache`, also of single
+    tokens over the keys and values stored before. No communication: heads are already divided over the
+    tensor-parallel group."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
         super().__init__()
+        self.layer_number = layer_number
         self.scale = kwargs.get("softmax_scale") or config.kv_channels**-0.5
 
     def forward(
@@ -28,10 +32,28 @@ class PackedAttention(torch.nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """query [tokens, 1, heads, d], key and value [tokens, 1, groups, d] -> [tokens, 1, heads * d]."""
-        tokens, _, heads, width = query.shape
+        batch = micro_batch.of(kwargs)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        step = batch.cache
+        if step is None:
+            return self._sequences(query, key, value, batch.bounds)
+        pieces = []
+        if step.rows:
+            pieces.append(self._cached(query[: step.rows], key[: step.rows], value[: step.rows], step))
+        if step.prompt_slots:
+            for slots, (start, end) in zip(step.prompt_slots, itertools.pairwise(batch.bounds), strict=True):
+                prompt_key, prompt_value = (x[start:end].transpose(0, 1) for x in (key, value))
+                step.cache.fill(self.layer_number, slots, prompt_key, prompt_value)
+            pieces.append(self._sequences(query, key, value, batch.bounds))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _sequences(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Sequence[int]
+    ) -> torch.Tensor:
+        """Each packed sequence by itself: [tokens, heads or groups, d] -> [bounds[-1] - bounds[0], 1, heads * d]."""
+        heads, width = query.shape[1:]
         # One call a sequence: the same kernel and shapes as an unpacked model, hence the same numbers.
-        query, key, value = (x.squeeze(1).transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        bounds = micro_batch.of(kwargs).bounds
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         pieces = [
             torch.nn.functional.scaled_dot_product_attention(
                 query[:, :, start:end],
@@ -43,4 +65,16 @@ class PackedAttention(torch.nn.Module):
             )
             for start, end in itertools.pairwise(bounds)
         ]
-        return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(tokens, 1, heads * width)
+        return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(-1, 1, heads * width)
+
+    def _cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: CachedStep) -> torch.Tensor:
+        """One token a row over its slot: [rows, heads or groups, d] -> [rows, 1, heads * d]."""
+        rows, heads, width = query.shape
+        groups = key.shape[1]
+        keys, values = step.cache.append(self.layer_number, step, key, value)
+        # The heads of a group stand as its queries: nothing is causal among single tokens, and the keys and values
+        # need not be repeated for every head (2 to 3 times faster on a CPU than enable_gqa).
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query.reshape(rows, groups, heads // groups, width), keys, values, attn_mask=step.mask, scale=self.scale
+        )
+        return output.reshape(rows, 1, heads * width)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 
 from megatron_oprd import platform
+from megatron_oprd.config import RecomputeConfig
+from megatron_oprd.hf.load import global_name, parameter_table
+from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.model import HiddenStateModel
 from megatron_oprd.models.specs import block_spec
 from megatron_oprd.parallel.topology import Topology
@@ -14,12 +22,14 @@ from megatron_oprd.types import ModelSpec, UserError
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def transformer_config(spec: ModelSpec, topology: Topology, dtype: torch.dtype, num_layers: int) -> TransformerConfig:
-    """Megatron's configuration of a model with its lowest `num_layers` blocks. Raises UserError for a layout that
-    does not divide the model."""
-    check_divisible(spec, topology.tensor_size, topology.pipeline_size, num_layers)
+def transformer_config(
+    spec: ModelSpec, topology: Topology, dtype: torch.dtype, stages: Sequence[int], recompute: RecomputeConfig
+) -> TransformerConfig:
+    """Megatron's configuration of a model with `stages[i]` blocks on pipeline stage i. Raises UserError for a layout
+    that does not divide the model."""
+    check_divisible(spec, topology.tensor_size)
     return TransformerConfig(
-        num_layers=num_layers,
+        num_layers=sum(stages),
         hidden_size=spec.hidden_size,
         ffn_hidden_size=spec.ffn_hidden_size,
         num_attention_heads=spec.num_attention_heads,
@@ -47,6 +57,8 @@ def transformer_config(spec: ModelSpec, topology: Topology, dtype: torch.dtype, 
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=topology.tensor_size,
         pipeline_model_parallel_size=topology.pipeline_size,
+        pipeline_model_parallel_layout=_pipeline_layout(stages) if topology.pipeline_size > 1 else None,
+        **_recompute_arguments(recompute),
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=False,
         calculate_per_token_loss=True,
@@ -61,18 +73,25 @@ def build_model(
     topology: Topology,
     dtype: torch.dtype,
     *,
-    num_layers: int | None = None,
+    stages: Sequence[int] | None = None,
     lm_head: bool = True,
     final_norm: bool = True,
+    recompute: RecomputeConfig | None = None,
 ) -> HiddenStateModel:
-    """This rank's stage of the model, weights not yet loaded. `num_layers` cuts the model above that block."""
-    depth = num_layers or spec.num_layers
-    config = transformer_config(spec, topology, dtype, depth)
+    """This rank's stage of the model, weights not yet loaded. `stages`: blocks on each pipeline stage, from the lowest;
+    fewer in all than the model has cut it above them. Default: all of them, divided evenly.
+
+    Raises UserError for a layout that does not divide the model. Communicates over the embedding group when a tied
+    model has several pipeline stages.
+    """
+    stages = stages or even_stages(spec.num_layers, topology.pipeline_size)
+    check_recompute(recompute, stages)
+    config = transformer_config(spec, topology, dtype, stages, recompute or RecomputeConfig())
     with platform.cpu_devices():
         model = HiddenStateModel(
             config,
-            block_spec(depth // topology.pipeline_size, spec.qk_norm),
-            vocab_size=-(-spec.vocab_size // topology.tensor_size) * topology.tensor_size,
+            block_spec(stages[topology.pipeline_rank], spec.qk_norm),
+            vocab_size=padded_vocab_size(spec, topology.tensor_size),
             max_positions=spec.max_position_embeddings,
             rope_theta=spec.rope_theta,
             first_stage=topology.is_first_stage,
@@ -81,25 +100,65 @@ def build_model(
             lm_head=lm_head,
             final_norm=final_norm,
         )
+    model.first_layer = sum(stages[: topology.pipeline_rank])
+    _mark_tensor_parallel(model, spec)
     return model.to(topology.device)
 
 
-def check_divisible(spec: ModelSpec, tensor: int, pipeline: int, num_layers: int) -> None:
-    """Raise UserError, naming what would work, when a layout does not divide the model."""
-    for name, count in (("attention heads", spec.num_attention_heads), ("key-value heads", spec.num_query_groups)):
+def padded_vocab_size(spec: ModelSpec, tensor_size: int) -> int:
+    """The vocabulary as Megatron holds it: a multiple of the tensor-parallel size."""
+    return -(-spec.vocab_size // tensor_size) * tensor_size
+
+
+def check_divisible(spec: ModelSpec, tensor: int) -> None:
+    """Raise UserError, naming what would work, when tensor parallelism does not divide the model."""
+    for name, count in (
+        ("attention heads", spec.num_attention_heads),
+        ("key-value heads", spec.num_query_groups),
+        ("intermediate size", spec.ffn_hidden_size),
+    ):
         if count % tensor:
+            common = math.gcd(spec.num_attention_heads, spec.num_query_groups, spec.ffn_hidden_size)
+            works = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
             raise UserError(
-                f"parallel.tensor={tensor} does not divide the model's {count} {name}; use one of {_divisors(count)}"
+                f"parallel.tensor={tensor} does not divide the model's {name} ({count}); use one of {works}"
             )
-    if spec.ffn_hidden_size % tensor:
+
+
+def check_recompute(recompute: RecomputeConfig | None, stages: Sequence[int]) -> None:
+    """Raise UserError for chunks of recomputed blocks that do not fill every stage: mcore reads past the last block."""
+    if recompute is None or recompute.granularity != "full" or recompute.method != "uniform":
+        return
+    if any(blocks % recompute.num_layers for blocks in stages):
+        works = math.gcd(*stages)
         raise UserError(
-            f"parallel.tensor={tensor} does not divide the model's intermediate size {spec.ffn_hidden_size}"
-        )
-    if num_layers % pipeline:
-        raise UserError(
-            f"parallel.pipeline={pipeline} does not divide {num_layers} layers; use one of {_divisors(num_layers)}"
+            f"recompute.num_layers={recompute.num_layers} does not divide the blocks of every pipeline stage "
+            f"({', '.join(map(str, stages))}); use 1 or {works}, or recompute.method=block"
         )
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+def _pipeline_layout(stages: Sequence[int]) -> list[list[str]]:
+    layout = [["decoder"] * blocks for blocks in stages]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def _recompute_arguments(recompute: RecomputeConfig) -> dict[str, Any]:
+    if recompute.granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": recompute.method,
+            "recompute_num_layers": recompute.num_layers,
+        }
+    return {"recompute_granularity": "selective"} if recompute.granularity == "selective" else {}
+
+
+def _mark_tensor_parallel(model: HiddenStateModel, spec: ModelSpec) -> None:
+    """Say which parameters are shards. mcore does so only when it initialises them itself; without the mark the
+    gradient norm counts the first rank's shards alone."""
+    table = parameter_table(spec)
+    for name, parameter in model.named_parameters():
+        layout = table[global_name(name, model.first_layer)].layout
+        if layout != "copy" and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, 1 if layout == "columns" else 0, 1)

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_oprd.models.kv_cache import CachedStep
+
 
 class Tap(Protocol):
     """Receives the hidden state of a layer (1-based), [tokens, 1, hidden], and returns what flows on in its place."""
@@ -29,6 +31,7 @@ class MicroBatch(PackedSeqParams):
     last_layer: int | None = None  # blocks above it (1-based) are skipped; None: all run
     normed_layer: int | None = None  # the layer that is tapped after the final norm (L); None: before it
     logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head
+    cache: CachedStep | None = None  # generation: stored keys and values; `bounds` then starts after the single tokens
 
 
 def of(arguments: dict) -> MicroBatch:

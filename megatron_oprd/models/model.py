@@ -48,6 +48,7 @@ class HiddenStateModel(GPTModel):
         exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
         self.inverse_frequencies = 1.0 / (rope_theta**exponents)  # a bf16 model must not round these: no buffer
         self.last_stage = last_stage
+        self.first_layer = 0  # blocks on earlier pipeline stages; set by `build_model`
         if last_stage and not lm_head:
             self.decoder.post_process = True
             self.decoder.final_layernorm = (

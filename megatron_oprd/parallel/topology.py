@@ -62,6 +62,7 @@ def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) ->
     Raises UserError when the layout does not fit the number of processes.
     """
     check_layout(parallel, dist.get_world_size())
+    parallel_state.destroy_model_parallel()  # an earlier layout of this process, if any
     with platform.cpu_devices():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.convert import from_megatron, shard, to_megatron, unshard
-from megatron_oprd.hf.names import entries, hf_shapes
-from megatron_oprd.hf.stream import HFReader, HFWriter
+from megatron_oprd.hf.names import entries, hf_shapes, megatron_shapes, shard_shape
+from megatron_oprd.hf.stream import HFReader, HFWriter, config_with_dtype
 from megatron_oprd.types import UserError
 from tests.helpers.models import random_hf_model, save
 
@@ -135,3 +135,55 @@ def test_a_failed_export_leaves_nothing(tmp_path):
         writer.write("a", torch.zeros(3))
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tensor_size", [1, 2])
+def test_shapes_of_megatron_parameters_are_those_of_converted_tensors(tensor_size, tmp_path):
+    folder = save(random_hf_model("Qwen3"), tmp_path / "hf")
+    spec, reader = read_model_spec(folder), HFReader(folder)
+    shapes = megatron_shapes(spec, tensor_size)
+    for entry in entries(spec):
+        whole = to_megatron(entry, [reader.read(n) for n in entry.hf], spec)
+        shards = [shard(entry, whole, rank, tensor_size) for rank in range(tensor_size)]
+        assert tuple(unshard(entry, shards).shape) == shapes[entry.megatron]
+        assert {tuple(s.shape) for s in shards} == {shard_shape(entry, shapes[entry.megatron], tensor_size)}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "widest"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+)
+def test_the_dtype_of_a_folder_holds_every_tensor(first, second, widest, tmp_path):
+    tensors = {"a": torch.zeros(2, dtype=first), "b": torch.zeros(2, dtype=second)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert HFReader(tmp_path).dtype() == widest
+
+
+def test_a_quantised_tensor_is_refused_by_name(tmp_path):
+    save_file({"a": torch.zeros(2, dtype=torch.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="a is stored as I8"):
+        HFReader(tmp_path).dtype()
+
+
+def test_files_beside_the_weights_are_copied_and_weights_are_not(tmp_path):
+    source = tmp_path / "source"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    kept = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt", "vocab.json"]
+    kept += ["special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja"]
+    kept += ["additional_chat_templates/tool.jinja", "LICENSE"]
+    for name in [*kept, "config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "optimizer.pt"]:
+        (source / name).write_text(name)
+    with HFWriter(tmp_path / "out", companions=source, config={"torch_dtype": "float32"}) as writer:
+        writer.write("a", torch.zeros(3))
+    files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert files == {*kept, "config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "float32"}
+
+
+def test_the_exported_config_names_the_dtype_under_the_key_it_used():
+    assert config_with_dtype({"dtype": "float32"}, torch.bfloat16) == {"dtype": "bfloat16"}
+    assert config_with_dtype({"torch_dtype": "float32"}, torch.bfloat16) == {"torch_dtype": "bfloat16"}

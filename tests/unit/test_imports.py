@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_oprd"
 LEVELS = [
-    {"types", "config", "platform"},
+    {"types", "config", "platform", "files", "cli", "environment"},
     {"losses", "data"},
     {"parallel"},
     {"hf"},
@@ -16,6 +16,7 @@ LEVELS = [
     {"rollout"},
     {"training", "evaluation"},
     {"bridge"},
+    {"assemble"},
     {"train", "evaluate"},
 ]
 MEGATRON_ALLOWED = ("platform.py", "parallel/", "hf/", "models/", "rollout/megatron.py", "training/")

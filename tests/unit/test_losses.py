@@ -8,8 +8,8 @@ import torch
 from megatron_oprd.config import RepresentationConfig
 from megatron_oprd.data.packing import empty_batch, pack, selected_per_rollout
 from megatron_oprd.losses.positions import select_positions
-from megatron_oprd.losses.reduction import count
-from megatron_oprd.losses.representation import error_and_gradient
+from megatron_oprd.losses.reduction import count, layer_sums, layer_weights
+from megatron_oprd.losses.representation import token_statistics, weighted_gradient
 from megatron_oprd.types import Rollout, UserError
 from tests.helpers.reference import oprd_loss, token_error
 
@@ -23,7 +23,8 @@ def test_the_closed_form_gradient_is_autograds(normalize, seed):
     leaf = student.clone().requires_grad_()
     expected = sum(w * token_error(s, t, normalize) for w, s, t in zip(weights, leaf, teacher, strict=True))
     expected.backward()
-    value, gradient, _ = error_and_gradient(student, teacher, normalize, weights)
+    value = layer_sums(token_statistics(student, teacher, normalize), weights)[0]
+    gradient = weighted_gradient(student, teacher, normalize, weights)
     torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-10, atol=1e-14)
 
@@ -32,15 +33,17 @@ def test_the_closed_form_gradient_is_autograds(normalize, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_identical_states_give_exactly_zero(normalize, dtype):
     states = torch.randn(5, 33).to(dtype)
-    value, gradient, statistics = error_and_gradient(states, states.clone(), normalize, torch.rand(5))
-    assert value.item() == 0.0
+    statistics = token_statistics(states, states.clone(), normalize)
+    gradient = weighted_gradient(states, states.clone(), normalize, torch.rand(5))
+    assert not statistics.error.any()
     assert gradient.dtype == dtype and not gradient.any()
     assert torch.all(statistics.cosine > 0.999)
 
 
 def test_a_zero_state_gives_finite_numbers():
-    value, gradient, _ = error_and_gradient(torch.zeros(2, 4), torch.ones(2, 4), "l2", torch.ones(2))
-    assert value.isfinite() and gradient.isfinite().all()
+    zeros, ones = torch.zeros(2, 4), torch.ones(2, 4)
+    assert token_statistics(zeros, ones, "l2").error.isfinite().all()
+    assert weighted_gradient(zeros, ones, "l2", torch.ones(2)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -99,10 +102,8 @@ def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shi
         for layer in (1, 2):
             padding = torch.zeros(1, 6).double()
             packed = [torch.cat([row[side][layer] if row else padding for row in rows]) for side in (0, 1)]
-            value, _, _ = error_and_gradient(
-                packed[0][batch.selected], packed[1][batch.selected], normalize, batch.weights / 2
-            )
-            total += value.item()
+            statistics = token_statistics(packed[0][batch.selected], packed[1][batch.selected], normalize)
+            total += layer_sums(statistics, layer_weights(batch.weights, num_layers=2))[0].item()
     assert total == pytest.approx(expected.item(), rel=1e-12)
 
 

@@ -1,0 +1,160 @@
+"""Folders and files that are there whole or not at all. No communication: in a group, one rank prepares and commits."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_oprd.types import UserError
+
+# What a user can do something about. Not in it: broken pipes, time-outs and whatever else is an OSError.
+DISK_ERRORS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def partial_of(target: str | Path) -> Path:
+    """Where a folder is written until it is whole: `<target>.partial`, beside it, so that the rename is atomic."""
+    target = Path(target)
+    return target.with_name(target.name + ".partial")
+
+
+def check_new_folder(target: str | Path) -> None:
+    """Raise UserError when `target` is a file or a folder that holds something."""
+    target = Path(target)
+    with explain_os_errors(target):
+        if target.is_dir() and any(target.iterdir()):
+            raise UserError(f"{target} exists and is not empty; name a new folder")
+        if target.exists() and not target.is_dir():
+            raise UserError(f"{target} exists and is not a folder; name a new folder")
+
+
+def prepare_partial(target: str | Path) -> Path:
+    """A fresh, empty `<target>.partial`; what a process that died left there is removed.
+
+    Raises UserError when the target holds something or its parent cannot be written to.
+    """
+    check_new_folder(target)
+    partial = partial_of(target)
+    with explain_os_errors(partial):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    return partial
+
+
+def commit_partial(target: str | Path) -> None:
+    """Make `<target>.partial` durable and rename it to `target`. Raises UserError when the disk does not take it."""
+    target, partial = Path(target), partial_of(target)
+    with explain_os_errors(target):
+        fsync_tree(partial)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+        _fsync(target.absolute().parent)
+
+
+def discard_partial(target: str | Path) -> None:
+    """Remove `<target>.partial` if it is there."""
+    shutil.rmtree(partial_of(target), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def write_folder(target: str | Path) -> Iterator[Path]:
+    """Fill the folder that is yielded; it becomes `target` when the block ends and vanishes when the block raises.
+
+    Raises UserError for a target that holds something and for a full, read-only or forbidden disk.
+    """
+    partial = prepare_partial(target)
+    try:
+        with explain_os_errors(partial):
+            yield partial
+        commit_partial(target)
+    except BaseException:
+        discard_partial(target)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a UTF-8 file in one step: readers see the old text or the new, also after a power cut."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with explain_os_errors(path):
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _fsync(path.absolute().parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`write_text` of a JSON document, indented, keys in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def fsync_tree(folder: str | Path) -> None:
+    """Force every file below `folder`, and the folders that name them, to the disk. Raises OSError."""
+    for root, _, files in os.walk(folder):
+        for file in files:
+            _fsync(Path(root, file))
+        _fsync(Path(root))
+
+
+@contextlib.contextmanager
+def explain_os_errors(path: str | Path) -> Iterator[None]:
+    """Turn a disk error of the block, also one that a library wrapped, into a UserError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        cause = find_disk_error(error)
+        if cause is not None:
+            raise UserError(f"cannot write {_filename(cause) or path}: {cause.strerror}") from None
+        # safetensors and torch's zip writer report a failed write without the OSError.
+        text = str(error)
+        if "(os error" in text or "PytorchStreamWriter" in text or "unexpected pos" in text:
+            raise UserError(f"cannot write {path}: {text.splitlines()[0]}") from None
+        raise
+
+
+def find_disk_error(error: BaseException | None) -> OSError | None:
+    """The OSError about a file that an exception is, was raised from, or that torch's checkpointing collected."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error if error.errno in DISK_ERRORS else None
+        # torch.distributed.checkpoint's CheckpointException: {rank: (exception, traceback)}
+        failures = getattr(error, "failures", None)
+        error = next(iter(failures.values()))[0] if isinstance(failures, dict) and failures else error.__cause__
+    return None
+
+
+def _filename(error: OSError) -> str | None:
+    return os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes, os.PathLike)) else None
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,207 @@
+"""Weights of a model as a Megatron-Core distributed checkpoint, readable by any tensor- and pipeline-parallel layout.
+
+The folder holds mcore's files (`*.distcp`, `.metadata`, `metadata.json`, `common.pt`), the Hugging Face files beside
+the weights (config.json, tokenizer, chat template, ...), so that everything that reads those works on it too, and
+`megatron_oprd.json`. Every layer is a tensor of its own (`decoder.layers.3.mlp.linear_fc1.weight`): a model that is
+cut above some layer, or that has no LM head, reads just what it has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_oprd.files import commit_partial, discard_partial, explain_os_errors, prepare_partial, write_json
+from megatron_oprd.hf.config import read_json
+from megatron_oprd.hf.names import entries, megatron_shapes
+from megatron_oprd.hf.stream import config_with_dtype, copy_companions
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.types import ModelSpec, UserError
+
+MANIFEST = "megatron_oprd.json"
+FORMAT_VERSION = 1
+
+
+class SaveStrategy(mcore_torch.TorchDistSaveShardedStrategy):
+    """mcore's `torch_dist` format, written by this process: one fsynced file a rank.
+
+    mcore's own writer forks a process for every file and keeps a spawned manager for the results: seconds for a tiny
+    model, and impossible in a daemonic process or in a script without a `__main__` guard.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("torch_dist", 1, thread_count=1)
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        grouped, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        checkpoint.save(
+            mcore_torch.mcore_to_pyt_state_dict(grouped, False),
+            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
+            planner=mcore_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+def sharded_weights(model: torch.nn.Module, topology: Topology) -> dict[str, Any]:
+    """mcore's sharded state dict of a stage, a tensor for each layer, without the modules' extra states.
+
+    An extra state is empty without Transformer Engine; leaving it out keeps the files independent of the layer spec.
+    """
+    metadata = {"non_homogeneous_layers": True, "dp_cp_group": topology.groups.dp_cp}
+    state = model.sharded_state_dict(metadata=metadata)
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def save_model(
+    model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topology: Topology, source: str | Path
+) -> None:
+    """Write the weights of all ranks to the new folder, in the model's dtype, with the companions of `source`.
+
+    Collective over the world, on a file system that all ranks share. The folder appears when it is whole. Raises
+    UserError on every rank for a folder that holds something and for a disk that does not take it.
+    """
+    partial = on_rank_zero(lambda: prepare_partial(folder))
+    try:
+        with explain_os_errors(partial):
+            dist_checkpointing.save(sharded_weights(model, topology), str(partial), sharded_strategy=SaveStrategy())
+        dtype = next(model.parameters()).dtype
+        on_rank_zero(lambda: _finish(folder, partial, spec, topology, Path(source), dtype))
+    except BaseException:
+        if topology.rank == 0:
+            discard_partial(folder)
+        raise
+
+
+def _finish(
+    folder: str | Path, partial: Path, spec: ModelSpec, topology: Topology, source: Path, dtype: torch.dtype
+) -> None:
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "dtype": str(dtype).removeprefix("torch."),
+        "architecture": spec.architecture,
+        "num_layers": spec.num_layers,
+        "vocabulary": spec.vocab_size,
+        "padded_vocabulary": -(-spec.vocab_size // topology.tensor_size) * topology.tensor_size,
+    }
+    with explain_os_errors(partial):
+        copy_companions(source, partial)
+    write_json(partial / "config.json", config_with_dtype(spec.hf_config, dtype))
+    write_json(partial / MANIFEST, manifest)
+    commit_partial(folder)
+
+
+def is_megatron_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder holds the files of a distributed checkpoint, whole or broken."""
+    folder = Path(folder)
+    return any((folder / name).exists() for name in (".metadata", MANIFEST)) or any(folder.glob("*.distcp"))
+
+
+def checkpoint_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype of the weights in a Megatron checkpoint. Raises UserError for a folder that does not say."""
+    name = read_json(Path(folder) / MANIFEST).get("dtype")
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"{Path(folder) / MANIFEST}: dtype={name!r} is not a dtype")
+    return dtype
+
+
+def load_model(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
+    """Fill every parameter of a stage, cast to the parameter's dtype. `spec` is the whole model's; this one may be cut
+    above a layer or lack the LM head.
+
+    Collective over the world; every rank reads its part. Raises UserError on every rank, naming the file or the
+    tensor, for a folder that is not whole or does not hold this model.
+    """
+    folder = Path(folder)
+    check(folder, spec)
+    try:
+        loaded = dist_checkpointing.load(sharded_weights(model, topology), str(folder))
+    except checkpoint.api.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise UserError(f"{folder} cannot be read (rank {rank}): {str(cause).splitlines()[0]}") from None
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise UserError(f"{folder} cannot be read: {error}") from None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # mcore reads into the parameter itself, except where it lays a parameter together from pieces.
+            if loaded[name].data_ptr() != parameter.data_ptr():
+                parameter.copy_(loaded[name])
+
+
+def check(folder: str | Path, spec: ModelSpec) -> None:
+    """Raise UserError, naming the file or the tensor, when the checkpoint is not whole or is another model's.
+
+    Reads the index and the sizes of the files, not the weights. No communication.
+    """
+    folder = Path(folder)
+    if not is_megatron_checkpoint(folder):
+        raise UserError(f"{folder} is not a Megatron checkpoint: it holds no .distcp files")
+    manifest = read_json(folder / MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{folder / MANIFEST}: format_version={manifest.get('format_version')!r}, not {FORMAT_VERSION}")
+    if read_json(folder / "metadata.json").get("sharded_backend") != "torch_dist":
+        raise UserError(f"{folder / 'metadata.json'}: sharded_backend is not torch_dist")
+    metadata = _read_index(folder)
+    _check_files(folder, metadata)
+    shapes = {
+        name: tuple(stored.size)
+        for name, stored in metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata)
+    }
+    _check_shapes(folder, shapes, manifest, spec)
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    sizes: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+    for file, size in sorted(sizes.items()):
+        if not (folder / file).exists():
+            raise UserError(f"{folder / file} is missing")
+        if (folder / file).stat().st_size < size:
+            raise UserError(f"{folder / file} is truncated: {(folder / file).stat().st_size} of {size} bytes")
+    # Newer versions of mcore keep the common state among the tensors.
+    if not any(name.startswith("common_state") for name in metadata.state_dict_metadata):
+        try:
+            torch.load(folder / "common.pt", weights_only=True)
+        except FileNotFoundError:
+            raise UserError(f"{folder / 'common.pt'} is missing") from None
+        except Exception:
+            raise UserError(f"{folder / 'common.pt'} is truncated or corrupt") from None
+
+
+def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, Any], spec: ModelSpec) -> None:
+    vocabulary = manifest.get("vocabulary")
+    if vocabulary != spec.vocab_size:
+        raise UserError(f"{folder}: its vocabulary is {vocabulary}, config.json asks for {spec.vocab_size}")
+    padded = manifest.get("padded_vocabulary")
+    whole = megatron_shapes(spec)
+    for entry in entries(spec):
+        if entry.megatron not in shapes:
+            raise UserError(f"{folder} misses {entry.megatron}, which config.json asks for")
+        expected = whole[entry.megatron]
+        if entry.layout == "vocabulary":
+            expected = (padded, *expected[1:])
+        if shapes[entry.megatron] != expected:
+            found = list(shapes[entry.megatron])
+            raise UserError(f"{folder}: {entry.megatron} has shape {found}, config.json asks for {list(expected)}")
+    unknown = shapes.keys() - whole.keys()
+    if unknown:
+        raise UserError(f"{folder} holds {len(unknown)} unknown tensors, the first is {min(unknown)}")
+
+
+def _read_index(folder: Path) -> Metadata:
+    try:
+        return FileSystemReader(folder).read_metadata()
+    except FileNotFoundError:
+        raise UserError(f"{folder / '.metadata'} is missing") from None
+    except Exception as error:
+        # It is a pickle: a damaged one raises whatever its bytes happen to mean.
+        raise UserError(f"{folder / '.metadata'} is truncated or corrupt: {error}") from None

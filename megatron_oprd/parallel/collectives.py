@@ -1,0 +1,32 @@
+"""Collectives over small host values, the group always named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def sum_over(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
+    """Element-wise sum in float64 over the group, the same on every rank."""
+    return _reduce(values, group, device, dist.ReduceOp.SUM)
+
+
+def max_over(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
+    """Element-wise maximum in float64 over the group, the same on every rank."""
+    return _reduce(values, group, device, dist.ReduceOp.MAX)
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Any picklable value of every rank of the group, in rank order, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
+def _reduce(values: Sequence[float], group: dist.ProcessGroup, device: torch.device, operation: Any) -> list[float]:
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=operation, group=group)
+    return tensor.tolist()

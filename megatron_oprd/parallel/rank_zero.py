@@ -1,0 +1,37 @@
+"""Work that one rank does for all, whose failure all of them see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_oprd.types import UserError
+
+Result = TypeVar("Result")
+
+
+def on_rank_zero(function: Callable[[], Result]) -> Result:
+    """`function()` of rank 0, on every rank: its (picklable) result, or what it raised. Collective over the world.
+
+    A UserError is raised as such everywhere, any other exception as itself on rank 0 and as a RuntimeError on the
+    others: nobody waits for a rank that has failed.
+    """
+    failure: Exception | None = None
+    message: list[tuple[str, object]] = [("", None)]
+    if dist.get_rank() == 0:
+        try:
+            message = [("result", function())]
+        except Exception as error:
+            failure = error
+            message = [("user" if isinstance(error, UserError) else "error", str(error) or type(error).__name__)]
+    dist.broadcast_object_list(message, src=0)
+    kind, value = message[0]
+    if failure is not None:
+        raise failure
+    if kind == "user":
+        raise UserError(str(value))
+    if kind == "error":
+        raise RuntimeError(f"rank 0 failed: {value}")
+    return value  # type: ignore[return-value]

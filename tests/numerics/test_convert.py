@@ -1,0 +1,309 @@
+"""Hugging Face -> Megatron checkpoint -> Hugging Face gives the same bits, and a difference is found and named."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.hf.export import export_hf
+from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.models.build import build_model
+from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
+from megatron_oprd.models.megatron_checkpoint import checkpoint_dtype, load_model, save_model
+from megatron_oprd.models.weights import check_weights, content_hash, load_weights, weights_dtype
+from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.platform import choose_device
+from megatron_oprd.types import UserError
+from tests.helpers.models import random_hf_model, save
+
+TOOLS = Path(__file__).parents[2] / "tools" / "checkpoint_convert"
+MODELS = {
+    "qwen2_bias": ("Qwen2", {}),
+    "qwen2_tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2_one_layer": ("Qwen2", {"num_hidden_layers": 1}),
+    "qwen2_tied_one_layer_7_to_1": (
+        "Qwen2",
+        {
+            "tie_word_embeddings": True,
+            "num_hidden_layers": 1,
+            "hidden_size": 56,
+            "num_attention_heads": 7,
+            "num_key_value_heads": 1,
+        },
+    ),
+    "qwen3_head_dim_8_to_2": ("Qwen3", {}),
+    "qwen3_tied_real_vocabulary": (
+        "Qwen3",
+        {"tie_word_embeddings": True, "vocab_size": 151936, "hidden_size": 32, "num_hidden_layers": 1},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def topology():
+    device = choose_device("auto")
+    start_process(device)
+    return build_topology(ParallelConfig(), device, seed=0)
+
+
+def hf_folder(path, family="Qwen3", dtype=torch.float32, shard_size="5GB", **overrides):
+    """A folder as a user has it: with a tokenizer and a chat template."""
+    folder = save(random_hf_model(family, **overrides).to(dtype), path, max_shard_size=shard_size)
+    vocabulary = {character: i for i, character in enumerate("abcdefgh")}
+    tokenizer = transformers.Qwen2Tokenizer({**vocabulary, "ab": 8, "<|endoftext|>": 9}, merges=[("a", "b")])
+    tokenizer.chat_template = "{{ messages[0].content }}h"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_from(folder, topology, dtype=None, **cut):
+    spec = read_model_spec(folder)
+    model = build_model(spec, topology, dtype or weights_dtype(folder), **cut).eval()
+    load_weights(model, folder, spec, topology)
+    return model, spec
+
+
+def to_megatron(folder, target, topology, change=None):
+    model, spec = build_from(folder, topology)
+    if change is not None:
+        with torch.no_grad():
+            change(dict(model.named_parameters()))
+    save_model(model, target, spec, topology, source=folder)
+    return target
+
+
+def tensors_of(folder):
+    reader = HFReader(folder)
+    return {name: reader.read(name) for name in reader.names()}
+
+
+def assert_equal_tensors(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_bit_equal(name, dtype, topology, tmp_path):
+    family, overrides = MODELS[name]
+    folder = hf_folder(tmp_path / "hf", family, dtype, **overrides)
+    megatron = to_megatron(folder, tmp_path / "megatron", topology)
+    model, spec = build_from(megatron, topology)
+    export_hf(model, spec, topology, megatron, tmp_path / "back")
+    assert_equal_tensors(tensors_of(tmp_path / "back"), tensors_of(folder))
+
+
+def test_there_and_back_in_shards(topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf", shard_size="100KB")
+    megatron = to_megatron(folder, tmp_path / "megatron", topology)
+    model, spec = build_from(megatron, topology)
+    export_hf(model, spec, topology, megatron, tmp_path / "back", max_shard_bytes=200_000)
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
+    assert_equal_tensors(tensors_of(tmp_path / "back"), tensors_of(folder))
+    assert_same_model(tmp_path / "back", folder)
+
+
+def assert_same_model(actual, expected):
+    tokens = torch.arange(40)[None]
+    models = [transformers.AutoModelForCausalLM.from_pretrained(f, dtype="auto").eval() for f in (actual, expected)]
+    with torch.no_grad():
+        assert torch.equal(models[0](tokens).logits, models[1](tokens).logits)
+    assert models[0].dtype == models[1].dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_opens_with_plain_transformers(dtype, topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf", "Qwen2", dtype, tie_word_embeddings=True)
+    megatron = to_megatron(folder, tmp_path / "megatron", topology)
+    model, spec = build_from(megatron, topology)
+    export_hf(model, spec, topology, megatron, tmp_path / "back")
+    assert_same_model(tmp_path / "back", folder)
+    for where in (megatron, tmp_path / "back"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        assert tokenizer.encode("abc") == [8, 2]
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "abh"
+        assert json.loads((where / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        assert (where / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_loading_casts_to_the_model(stored, wanted, topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf", dtype=stored)
+    megatron = to_megatron(folder, tmp_path / "megatron", topology)
+    assert checkpoint_dtype(megatron) == stored
+    actual, expected = build_from(megatron, topology, wanted)[0], build_from(folder, topology)[0]
+    for (name, a), (_, b) in zip(actual.named_parameters(), expected.named_parameters(), strict=True):
+        assert a.dtype == wanted
+        assert torch.equal(a, b.to(wanted)), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_teacher_cut_above_a_layer_reads_what_it_has(tied, topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf", tie_word_embeddings=tied)
+    megatron = to_megatron(folder, tmp_path / "megatron", topology)
+    whole = dict(build_from(folder, topology)[0].named_parameters())
+    for cut in ({"stages": (2,), "final_norm": False}, {"stages": (5,), "final_norm": True}):
+        model, _ = build_from(megatron, topology, lm_head=False, **cut)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, whole[name]), name
+
+
+def comparison(folder, megatron, topology, dtype=torch.float32):
+    model, spec = build_from(megatron, topology, dtype)
+    stored = checkpoint_dtype(megatron)
+    weights = compare_weights(model, HFReader(folder), spec, topology, stored)
+    states = compare_states(model, open_hf_model(folder, stored, dtype), spec, topology, (1, 7, 40))
+    return Comparison(states, weights)
+
+
+CHANGES = {
+    "decoder.layers.2.mlp.linear_fc2.weight": "layer 3",
+    "decoder.layers.0.self_attention.linear_qkv.weight": "layer 1",
+    "decoder.layers.4.self_attention.k_layernorm.weight": "layer 5",
+    "embedding.word_embeddings.weight": "embedding",
+    "output_layer.weight": "head",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_one_altered_weight_is_found_and_its_layer_named(name, topology, tmp_path):
+    def change(parameters):
+        parameters[name].view(-1)[3] += 1e-4
+
+    folder = hf_folder(tmp_path / "hf")
+    megatron = to_megatron(folder, tmp_path / "megatron", topology, change)
+    found = comparison(folder, megatron, topology)
+    assert len(found.weights) == 1
+    assert found.first_difference(1e-4) == CHANGES[name]
+
+
+def test_hidden_states_alone_show_the_first_layer_that_differs(topology, tmp_path):
+    def change(parameters):
+        parameters["decoder.layers.2.mlp.linear_fc2.weight"][0] += 0.5
+
+    folder = hf_folder(tmp_path / "hf")
+    megatron = to_megatron(folder, tmp_path / "megatron", topology, change)
+    errors = comparison(folder, megatron, topology).errors
+    assert max(errors["layer 1"], errors["layer 2"]) < 1e-5 < 1e-2 < errors["layer 3"]
+    assert Comparison(errors, ()).first_difference(1e-4) == "layer 3"
+    assert Comparison({"layer 1": float("nan")}, ()).first_difference(1e-4) == "layer 1"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_a_faithful_conversion_compares_equal(dtype, tolerance, topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf", "Qwen2")
+    megatron = to_megatron(folder, tmp_path / "megatron", topology)
+    found = comparison(folder, megatron, topology, dtype)
+    assert found.weights == ()
+    assert found.first_difference(tolerance) is None
+
+
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+BREAKAGES = {
+    "truncated weights": (lambda f: _truncate(f / "__0_0.distcp"), r"__0_0\.distcp is truncated"),
+    "missing weights": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
+    "truncated index": (lambda f: _truncate(f / ".metadata"), r"\.metadata is truncated or corrupt"),
+    "missing index": (lambda f: (f / ".metadata").unlink(), r"\.metadata is missing"),
+    "missing metadata.json": (lambda f: (f / "metadata.json").unlink(), r"metadata\.json"),
+    "missing manifest": (lambda f: (f / "megatron_oprd.json").unlink(), r"megatron_oprd\.json"),
+    "missing common state": (lambda f: (f / "common.pt").unlink(), r"common\.pt"),
+    "corrupt common state": (lambda f: (f / "common.pt").write_bytes(b"x" * 64), r"common\.pt is truncated or corrupt"),
+    "another backend": (lambda f: (f / "metadata.json").write_text("{}"), r"metadata\.json"),
+    "corrupt weights": (lambda f: (f / "__0_0.distcp").write_bytes(b"x" * 10_000_000), "cannot be read"),
+    "another model": (lambda f: _edit(f, num_hidden_layers=6), "misses decoder.layers.5"),
+    "fewer layers": (lambda f: _edit(f, num_hidden_layers=4), "unknown tensors"),
+    "another width": (lambda f: _edit(f, intermediate_size=96), "config.json asks for"),
+    "another vocabulary": (lambda f: _edit(f, vocab_size=130), "config.json asks for"),
+}
+
+
+def _edit(folder, **change):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change, "layer_types": None}))
+
+
+@pytest.mark.parametrize("name", BREAKAGES)
+def test_a_broken_megatron_checkpoint_is_one_line_that_names_what(name, topology, tmp_path):
+    damage, message = BREAKAGES[name]
+    megatron = to_megatron(hf_folder(tmp_path / "hf"), tmp_path / "megatron", topology)
+    damage(megatron)
+    spec = read_model_spec(megatron)
+    with pytest.raises(UserError, match=message) as caught:
+        load_model(build_model(spec, topology, torch.float32), megatron, spec, topology)
+    assert str(megatron) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sound_folder_of_either_kind_passes_the_check(topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    check_weights(folder, read_model_spec(folder))
+    megatron = to_megatron(folder, tmp_path / "megatron", topology)
+    check_weights(megatron, read_model_spec(megatron))
+
+
+@pytest.mark.parametrize("kind", ["hf", "megatron"])
+def test_the_content_hash_follows_the_weights(kind, topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf")
+    folder = folder if kind == "hf" else to_megatron(folder, tmp_path / "megatron", topology)
+    first = content_hash(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    moved = folder.rename(tmp_path / "moved")
+    assert content_hash(moved) == first
+    weights = next(moved.glob("*.safetensors" if kind == "hf" else "*.distcp"))
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert content_hash(moved) != first
+
+
+def run_tool(name, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, TOOLS / f"{name}.py", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def test_the_tools_convert_verify_and_name_an_altered_layer(topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf", "Qwen2", num_hidden_layers=2)
+    done = run_tool("hf_to_megatron", "--hf", "hf", "--megatron", "mcore", "--dtype", "bf16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_tool("verify", "--hf", "hf", "--megatron", "mcore", "--tensor", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = run_tool("megatron_to_hf", "--megatron", "mcore", "--hf", "back", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert_equal_tensors(tensors_of(tmp_path / "back"), expected)
+
+    def change(parameters):
+        parameters["decoder.layers.1.mlp.linear_fc1.weight"][5, 6] += 0.1
+
+    to_megatron(folder, tmp_path / "altered", topology, change)
+    done = run_tool("verify", "--hf", "hf", "--megatron", "altered", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "NOT equal: the first difference is in layer 2" in done.stdout
+
+
+def test_bad_input_to_a_tool_is_one_line_and_writes_nothing(tmp_path):
+    folder = hf_folder(tmp_path / "hf", num_hidden_layers=1)
+    (folder / "model.safetensors").write_bytes(b"x" * 64)
+    done = run_tool("hf_to_megatron", "--hf", "hf", "--megatron", "mcore", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: hf/model.safetensors is truncated or corrupt")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -1,0 +1,103 @@
+"""What the three tools share: finding the package, the options of a layout, and starting the processes it needs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+
+def find_package() -> None:
+    """Make `megatron_oprd` importable from a clone that is not installed."""
+    # The same command works from any folder; an installed package takes precedence.
+    try:
+        import megatron_oprd  # noqa: F401
+    except ModuleNotFoundError:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+
+def prepare() -> None:
+    """Before torch is imported: conversion runs on the CPU, offline, and without other libraries' chatter."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    find_package()
+
+
+def add_layout(parser: argparse.ArgumentParser, why: str) -> None:
+    """The options --tensor and --pipeline."""
+    parser.add_argument("--tensor", type=positive, default=1, metavar="N", help=f"tensor-parallel ranks: {why}")
+    parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline stages, likewise")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def start_ranks(count: int) -> int | None:
+    """Run this same command in `count` processes and return the exit code, or None when this process is one of them.
+
+    One process needs none of it; under torchrun the processes are there already.
+    """
+    if count == 1 or "RANK" in os.environ:
+        return None
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, *sys.argv], env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        )
+        for rank in range(count)
+    ]
+    try:
+        return _wait(ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+def _wait(ranks: list[subprocess.Popen]) -> int:
+    """Rank 0's exit code. A rank that fails gives the others a moment to say why, then they are stopped."""
+    deadline = None
+    while any(rank.poll() is None for rank in ranks):
+        if deadline is None and any(rank.poll() for rank in ranks):
+            deadline = time.monotonic() + 20
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return ranks[0].poll() or next((code for rank in ranks if (code := rank.poll())), 0)
+
+
+def topology_of(tensor: int, pipeline: int):
+    """Join the processes and lay them out. Raises UserError for a layout that does not fit their number."""
+    import torch
+
+    from megatron_oprd.config import ParallelConfig
+    from megatron_oprd.parallel.topology import build_topology, start_process
+
+    device = torch.device("cpu")
+    start_process(device)
+    return build_topology(ParallelConfig(tensor=tensor, pipeline=pipeline), device, seed=0)
+
+
+def leave() -> None:
+    """Close the process group: the normal end of a tool."""
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
