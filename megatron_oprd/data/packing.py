@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -56,6 +57,14 @@ def empty_batch(pad_to_multiple: int = 1, pad_id: int = 0) -> PackedBatch:
     schedule needs the same number everywhere."""
     counts = GlobalCounts(sequences=0, tokens=0, empty=0)
     return _lay_out([], RepresentationConfig(), counts, pad_to_multiple, pad_id)
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The micro-batch with every tensor on `device`."""
+    moved = {
+        field.name: getattr(batch, field.name).to(device, non_blocking=True) for field in dataclasses.fields(batch)
+    }
+    return PackedBatch(**moved)
 
 
 def _length(rollout: Rollout) -> int:

@@ -1,0 +1,169 @@
+"""Prompts: rows of prompt files rendered to token ids, and the resumable order in which training takes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from megatron_oprd.config import DataConfig
+from megatron_oprd.data.prompt_files import Message, Row, read_rows
+from megatron_oprd.types import Prompt, UserError
+
+INSTRUCTION = " Please reason step by step, and put your final answer within \\boxed{}."
+_MATH_SOURCE = re.compile(r"math|aime|aimo|amc|gsm|olympiad", re.IGNORECASE)
+_FIXED_TEMPLATE_KWARGS = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message"}
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The usable prompts of some files, and what became of the other rows: total = kept + too_long + failed."""
+
+    prompts: list[Prompt]
+    total: int
+    too_long: int  # longer than data.max_prompt_tokens
+    failed: int  # the chat template failed on them, or they render to no token at all
+    first_failure: str = ""  # the reason of the first failed row
+
+    def summary(self) -> str:
+        """One line for the log, with every count and the first failure."""
+        reason = f" (first: {self.first_failure})" if self.failed else ""
+        return (
+            f"{self.total} rows: {len(self.prompts)} kept, {self.too_long} too long, {self.failed} not usable{reason}"
+        )
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """Where training stands in the prompts: `position` prompts of `epoch` have been taken."""
+
+    epoch: int = 0
+    position: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain numbers, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, int]) -> PromptState:
+        """The inverse of `to_dict`."""
+        return cls(epoch=int(values["epoch"]), position=int(values["position"]))
+
+
+def load_prompts(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> PromptSet:
+    """Reads, renders and filters every row of `sources` (files or hub names). `Prompt.index` numbers the rows over
+    all sources before filtering.
+
+    Raises UserError for an unreadable file, a malformed row (with its line), or when no prompt is left. Reads files;
+    no communication.
+    """
+    reserved = _FIXED_TEMPLATE_KWARGS & set(config.chat_template_kwargs)
+    if reserved:
+        raise UserError(f"data.chat_template_kwargs: {', '.join(sorted(reserved))} cannot be set, the program sets it")
+    rows = read_rows(sources, config.prompt_key)
+    texts: list[tuple[int, str]] = []
+    failures: dict[int, str] = {}
+    for index, row in enumerate(rows):
+        try:
+            text = render_text(_instructed(row, config.append_instruction), tokenizer, config.chat_template_kwargs)
+            text.encode("utf-8")  # a lone surrogate, which JSON can spell, would stop the tokenizer for all rows
+            texts.append((index, text))
+        except Exception as error:  # a template is a program of its own and raises what it likes
+            failures[index] = " ".join(str(error).split())[:200] or type(error).__name__
+    prompts: list[Prompt] = []
+    too_long = 0
+    for (index, text), prompt_ids in zip(texts, encode([text for _, text in texts], tokenizer), strict=True):
+        if not prompt_ids:
+            failures[index] = "it renders to no token"
+        elif len(prompt_ids) > config.max_prompt_tokens:
+            too_long += 1
+        else:
+            row = rows[index]
+            prompts.append(Prompt(index, prompt_ids, text, row.data_source, row.ground_truth, row.answer_style))
+    first_failure = f"row {min(failures) + 1}: {failures[min(failures)]}" if failures else ""
+    result = PromptSet(prompts, len(rows), too_long, len(failures), first_failure)
+    if not prompts:
+        limit = f"data.max_prompt_tokens={config.max_prompt_tokens}"
+        raise UserError(f"no prompt is left of {', '.join(sources)}: {result.summary()}; {limit}")
+    return result
+
+
+def render_text(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
+    """The text that the model continues: the chat template with a generation prompt (plain text is one user turn).
+
+    Without a template: the text itself, or the contents of the messages a line each if they share one role. Raises
+    ValueError for several roles without a template, and whatever the template raises.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs))
+    if isinstance(prompt, str):
+        return prompt
+    if len({message["role"] for message in prompt}) > 1:
+        raise ValueError("a conversation of several roles needs a chat template, and the tokenizer has none")
+    return "\n".join(message["content"] for message in prompt)
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
+    """Token ids of rendered texts. A chat template writes its own special tokens; plain text gets the tokenizer's."""
+    if not texts:
+        return []
+    add_special_tokens = not tokenizer.chat_template
+    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    bos = tokenizer.bos_token_id
+    # Text that already starts with the BOS token would get it twice.
+    return [tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids) for ids in encoded["input_ids"]]
+
+
+def take(
+    prompts: Sequence[Prompt], state: PromptState, count: int, *, seed: int, shuffle: bool
+) -> tuple[list[Prompt], PromptState]:
+    """The next `count` prompts and the state after them; epochs follow each other within a step.
+
+    Each epoch has its own order, drawn from (seed, epoch) alone, so a state resumes anywhere. Raises UserError when
+    the state does not fit the prompts. Pure, no communication.
+    """
+    if not prompts or not 0 <= state.position < len(prompts):
+        raise UserError(f"cannot continue at prompt {state.position} of {len(prompts)}: the prompt files have changed")
+    taken: list[Prompt] = []
+    epoch, position = state.epoch, state.position
+    while len(taken) < count:
+        order = _order(len(prompts), epoch, seed, shuffle)
+        chosen = order[position : position + count - len(taken)]
+        taken += [prompts[i] for i in chosen]
+        position += len(chosen)
+        if position == len(prompts):
+            epoch, position = epoch + 1, 0
+    return taken, PromptState(epoch, position)
+
+
+def _order(count: int, epoch: int, seed: int, shuffle: bool) -> list[int]:
+    if not shuffle:
+        return list(range(count))
+    return [int(i) for i in np.random.default_rng([seed, epoch]).permutation(count)]
+
+
+def _instructed(row: Row, append_instruction: bool | str) -> str | list[Message]:
+    """The prompt with the instruction at the end of its last user message, where `append_instruction` wants it."""
+    messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+    has_it = any("\\boxed" in message["content"] for message in messages)
+    wanted = append_instruction is True or (append_instruction == "auto" and _is_graded_math(row))
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if has_it or not wanted or last is None:
+        return row.prompt
+    if isinstance(row.prompt, str):
+        return row.prompt + INSTRUCTION
+    changed = {**messages[last], "content": messages[last]["content"] + INSTRUCTION}
+    return [*messages[:last], changed, *messages[last + 1 :]]
+
+
+def _is_graded_math(row: Row) -> bool:
+    """Whether a boxed answer is what the row will be graded by: its `ability` says math, or, for a row without one,
+    its `data_source` does."""
+    if row.answer_style != "rule" or row.ground_truth is None:
+        return False
+    return "math" in row.ability.lower() if row.ability else bool(_MATH_SOURCE.search(row.data_source))

@@ -1,0 +1,59 @@
+"""Tokenizers: opened from a local Hugging Face folder, and checked against the model they are to be used with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_oprd.types import ModelSpec, UserError
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local Hugging Face folder; nothing is downloaded and no code of the folder runs.
+
+    Raises UserError, one line that names the folder, when its files are missing or broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"cannot load a tokenizer from {folder}: there is no such folder")
+    # Given a config.json alone, transformers builds a tokenizer without any token and says nothing.
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        raise UserError(
+            f"no tokenizer in {folder}: copy the tokenizer files (tokenizer.json, tokenizer_config.json) there"
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the parsers behind it raise whatever they like, bare Exception included
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"the tokenizer files in {folder} cannot be read: {reason}") from None
+    if not tokenizer.get_vocab():
+        raise UserError(f"the tokenizer in {folder} has no tokens: its vocabulary file is empty")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
+    """Raises UserError when the tokenizer can produce an id for which the model has no embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= spec.vocab_size:
+        raise UserError(
+            f"the tokenizer in {tokenizer.name_or_path or '(unnamed)'} has ids up to {largest}, but the model "
+            f"({spec.architecture}) has a vocabulary of {spec.vocab_size}: use the tokenizer that belongs to the model"
+        )
+
+
+def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
+    """Whether an id means the same token to both. One may have added tokens (`<think>`) at ids that the other does
+    not use, as releases of one model family do."""
+    ids, other_ids = first.get_vocab(), second.get_vocab()
+    added = first.get_added_vocab().keys() | second.get_added_vocab().keys()
+    if {token for token in ids.keys() ^ other_ids.keys() if token not in added}:
+        return False
+    tokens = {index: token for token, index in ids.items()}
+    return all(
+        ids.get(token, index) == index and tokens.get(index, token) == token for token, index in other_ids.items()
+    )
