@@ -1,0 +1,185 @@
+"""The parts of a report page: escaped HTML, tables and line charts as inline SVG. No script, no network."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Point = tuple[float, float]
+WIDTH, HEIGHT = 480, 230
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 36
+NO_VALUE = "\u2013"
+MAX_POINTS = 300  # per line: more cannot be told apart
+MAX_HOVER_POINTS = 1200  # per chart: each is an element of the page
+
+STYLE = """
+:root{--bg:#fff;--fg:#1c2330;--muted:#667085;--line:#e4e7ec;--card:#f8f9fb;--accent:#2563eb;--good:#067647;--bad:#b42318}
+@media(prefers-color-scheme:dark){:root{--bg:#12151b;--fg:#e6e8ec;--muted:#98a2b3;--line:#2b313c;--card:#191d25;
+--accent:#7aa7ff;--good:#47cd89;--bad:#f97066}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1120px;padding:24px 16px 64px;background:var(--bg);color:var(--fg);
+font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+h1{font-size:1.6rem;margin:0 0 4px}h2{font-size:1.15rem;margin:36px 0 10px}h3{font-size:.95rem;margin:0 0 6px}
+p{margin:6px 0}.muted{color:var(--muted)}code,pre{font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace}
+code{overflow-wrap:anywhere}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}
+.card,details{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px}
+details{margin:8px 0}summary{cursor:pointer;overflow-wrap:anywhere}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;max-height:420px;overflow:auto;margin:10px 0 0}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:6px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+th{color:var(--muted);font-weight:600}th:first-child,td:first-child,td.text,th.text{text-align:left}
+.good{color:var(--good)}.bad{color:var(--bad)}.bar{background:var(--accent);height:10px;border-radius:3px;min-width:1px}
+td.wide{width:45%}svg{display:block;width:100%;height:auto}svg text{fill:var(--muted);font-size:12px}
+.axis{stroke:var(--line);stroke-width:1}.series{fill:none;stroke-width:2;stroke-linejoin:round}
+.hit{fill-opacity:0;stroke:none}.hit:hover{fill-opacity:1}
+.legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.8rem;color:var(--muted);margin-top:6px}
+.swatch{display:inline-block;width:12px;height:3px;vertical-align:middle;margin-right:5px}
+"""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A table cell that is HTML already."""
+
+    html: str
+    css_class: str = ""
+
+
+def escape(value: object) -> str:
+    """Text for a page, quotes included."""
+    return html.escape(str(value), quote=True)
+
+
+def number(value: object) -> str:
+    """A number for people, four significant digits; a dash for what is no finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return NO_VALUE
+    if value == int(value) and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def page(title: str, body: str) -> str:
+    """A whole document."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" '
+        f'content="light dark"><title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n'
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]], text_columns: Sequence[str] = ()) -> str:
+    """A table that scrolls sideways on its own; cells are escaped unless they are Raw."""
+    cells = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
+    classes = ['class="text"' if name in text_columns else "" for name in head]
+    heads = "".join(f"<th {css}>{escape(name)}</th>" for name, css in zip(head, classes, strict=True))
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table></div>'
+
+
+def details(summary: str, text: str, *, is_open: bool = False) -> str:
+    """A block of text that unfolds."""
+    return (
+        f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+    )
+
+
+def line_chart(title: str, series: Mapping[str, Sequence[Point]], *, x_label: str = "step") -> str:
+    """A card with one line per series over a common x axis; points that are not finite are left out. An empty string
+    when there is nothing to draw. Hovering over a point tells its value."""
+    lines = {
+        name: _thin([p for p in points if all(map(math.isfinite, p))], MAX_POINTS) for name, points in series.items()
+    }
+    lines = {name: points for name, points in lines.items() if points}
+    if not lines:
+        return ""
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points]
+    x_range = (min(xs), max(xs))
+    x_ticks = [x for x in _ticks(*x_range, 6, whole=True) if x_range[0] <= x <= x_range[1]]
+    y_ticks = _ticks(min(ys), max(ys), 4)
+    y_range = (y_ticks[0], y_ticks[-1])
+    marks = []
+    for y in y_ticks:
+        at = _scale(y, y_range, HEIGHT - BOTTOM, TOP)
+        marks.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        marks.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(number(y))}</text>')
+    for x in x_ticks:
+        at = _scale(x, x_range, LEFT, WIDTH - RIGHT)
+        marks.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(f"{x:g}")}</text>')
+    marks.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    for place, (name, points) in enumerate(lines.items()):
+        label = f"{name}, " if len(lines) > 1 else ""
+        placed = [
+            (_scale(x, x_range, LEFT, WIDTH - RIGHT), _scale(y, y_range, HEIGHT - BOTTOM, TOP)) for x, y in points
+        ]
+        marks.append(_line(placed, _color(place, len(lines))))
+        hover = [f"{label}{x_label} {x:g}: {number(y)}" for x, y in points]
+        marks.append(_hover_points(placed, hover, _color(place, len(lines)), MAX_HOVER_POINTS // len(lines)))
+    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(marks)}</svg>'
+    return f'<div class="card"><h3>{escape(title)}</h3>{drawing}{_legend(list(lines))}</div>'
+
+
+def _line(placed: Sequence[Point], color: str) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+    drawn = f'<polyline class="series" stroke="{color}" points="{path}"/>'
+    if len(placed) <= 12:  # few points: show them, a single one makes no line at all
+        drawn += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in placed)
+    return drawn
+
+
+def _hover_points(placed: Sequence[Point], texts: Sequence[str], color: str, count: int) -> str:
+    return "".join(
+        f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{color}"><title>{escape(text)}</title></circle>'
+        for (x, y), text in _thin(list(zip(placed, texts, strict=True)), max(count, 2))
+    )
+
+
+def _legend(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return ""
+    # The colours run evenly from the first to the last: a few of them explain all.
+    shown = _thin(range(len(names)), 8 if len(names) <= 8 else 5)
+    entries = "".join(
+        f'<span><span class="swatch" style="background:{_color(i, len(names))}"></span>{escape(names[i])}</span>'
+        for i in shown
+    )
+    return f'<div class="legend">{entries}</div>'
+
+
+def _color(place: int, count: int) -> str:
+    """From blue (first) to orange (last), readable on light and dark."""
+    return f"hsl({215 + 180 * place / max(count - 1, 1):.0f} 75% 55%)"
+
+
+def _scale(value: float, between: Point, start: float, end: float) -> float:
+    low, high = between
+    return (start + end) / 2 if high == low else start + (value - low) / (high - low) * (end - start)
+
+
+def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """About `count` round values from just below `low` to just above `high`; `whole`: no fractions."""
+    if high == low:
+        return [low]
+    rough = (high - low) / count
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
+    step = max(1.0, step) if whole else step
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _thin(points: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the points, evenly spaced, the first and the last included."""
+    if len(points) <= count:
+        return list(points)
+    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, Raw):
+        return f'<td class="{value.css_class}">{value.html}</td>'
+    return f"<td>{escape(value)}</td>"

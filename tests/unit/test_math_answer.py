@@ -1,0 +1,208 @@
+"""Answers are graded by their last box, exactly where they are numbers, symbolically where not, and never hang."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pyarrow.parquet
+import pytest
+
+from megatron_oprd.evaluation import math_answer
+from megatron_oprd.evaluation.math_answer import Grade, is_correct, last_boxed, normalize
+from tests.helpers.tokenizer import SHARED
+
+CORRECT, WRONG, UNANSWERED = Grade(True, True), Grade(False, True), Grade(False, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "box"),
+    [
+        ("so \\boxed{5}.", "5"),
+        ("\\boxed{1} no, \\boxed{2}", "2"),
+        ("\\fbox{3}", "3"),
+        ("\\boxed{1} then \\fbox{ 2 }", "2"),
+        ("\\boxed{\\frac{1}{2}} and {more}", "\\frac{1}{2}"),
+        ("\\boxed {7}", "7"),
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),
+        ("} \\boxed{4}", "4"),
+        ("\\boxed{3} or \\boxed{\\frac{1}{", "3"),  # the later one was cut off
+        ("\\boxed{}", ""),
+        ("\\boxed{1", None),
+        ("the answer is 5", None),
+        ("\\boxed 5", None),
+        ("", None),
+    ],
+)
+def test_the_last_box_with_balanced_braces(text, box):
+    assert last_boxed(text) == box
+
+
+def test_a_response_of_unclosed_boxes_takes_linear_time():
+    start = time.perf_counter()
+    assert last_boxed("\\boxed{" * 200_000) is None
+    assert last_boxed("\\boxed{1}" + "{" * 500_000) == "1"
+    assert time.perf_counter() - start < 20  # a quadratic scan takes hours
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "answer"),
+    [
+        ("025", "25"),
+        ("142.0", "142"),
+        ("336^\\circ", "336"),
+        ("336", "336^{\\circ}"),
+        ("\\boxed{204}", "204"),
+        ("204", "\\text{204}"),
+        ("1234", "1,234"),
+        ("1234", "1{,}234"),
+        ("1234", "1\\,234"),
+        ("5", "$5$."),
+        ("-3", "\u22123"),
+        ("1/2", "\\dfrac{1}{2}"),
+        ("\\frac12", "0.5"),
+        ("-\\frac{3}{4}", "-0.75"),
+        ("0", "-0.0"),
+        ("x + 1", "x+1"),
+    ],
+)
+def test_what_does_not_change_the_value_does_not_matter(ground_truth, answer, monkeypatch):
+    monkeypatch.setattr(math_answer._verifier, "verify", lambda *_: pytest.fail("this needs no symbolic comparison"))
+    assert is_correct(f"so \\boxed{{{answer}}}", ground_truth) == CORRECT
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "answer"),
+    [
+        ("025", "52"),
+        ("142.0", "14.2"),
+        ("1", "1.0000001"),
+        ("22099999999999998951424", "22099999999999998951425"),
+        ("1/3", "0.333333"),
+        ("5", "-5"),
+        ("1/2", "1/0"),
+        ("12", "1,2"),
+        ("11/2", "1 1/2"),
+        ("1020", "10 20"),
+    ],
+)
+def test_numbers_are_compared_exactly(ground_truth, answer):
+    assert is_correct(f"\\boxed{{{answer}}}", ground_truth) == WRONG
+
+
+@pytest.mark.parametrize(
+    ("ground_truth", "answer", "grade"),
+    [
+        ("x^2+2x+1", "(x+1)^2", CORRECT),
+        ("2\\sqrt{3}", "\\sqrt{12}", CORRECT),
+        ("5", "5 \\text{ cm}", CORRECT),
+        ("50\\%", "0.5", CORRECT),
+        ("\\{1,2\\}", "\\{2,1\\}", CORRECT),
+        ("(A)", "\\text{A}", CORRECT),
+        ("\\frac{\\pi}{4}", "\\frac{\\pi}{3}", WRONG),
+        ("(1,2)", "(2,1)", WRONG),
+        ("7", "\\frac{", UNANSWERED),
+        ("7", "^_\\foo}{&", WRONG),
+        ("7", "$'\"\\n$", WRONG),
+    ],
+)
+def test_expressions_are_compared_symbolically(ground_truth, answer, grade):
+    assert is_correct(f"\\boxed{{{answer}}}", ground_truth) == grade
+
+
+def test_without_a_box_there_is_no_answer():
+    assert is_correct("The answer is 5.", "5") == UNANSWERED
+    assert is_correct("\\boxed{}", "5") == UNANSWERED
+    assert is_correct("", "5") == UNANSWERED
+    assert is_correct("\\boxed{5", "5") == UNANSWERED
+
+
+def test_without_a_ground_truth_nothing_is_correct():
+    assert is_correct("\\boxed{5}", None) == WRONG
+    assert is_correct("5", None, "exact") == WRONG
+
+
+def test_exact_answers_are_equal_strings():
+    assert is_correct(" 042\n", "042", "exact") == CORRECT
+    assert is_correct("42", "042", "exact") == WRONG
+    assert is_correct("\\boxed{042}", "042", "exact") == WRONG
+    assert is_correct(" \n", "042", "exact") == UNANSWERED
+
+
+def test_a_huge_answer_is_compared_as_a_string():
+    assert is_correct("\\boxed{" + "x+" * 5000 + "x}", "5") == WRONG
+    assert is_correct("\\boxed{" + "9" * 900 + "}", "9" * 900) == CORRECT
+
+
+def test_an_expression_that_never_ends_is_given_up():
+    assert is_correct("\\boxed{9^{9^{9^9}}}", "7") == WRONG
+    assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == CORRECT
+
+
+def test_a_helper_that_no_longer_replies_is_replaced(monkeypatch):
+    assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == CORRECT
+    os.kill(math_answer._verifier._process.pid, signal.SIGSTOP)  # as in a C call that no alarm interrupts
+    monkeypatch.setattr(math_answer._verifier, "answer_seconds", 0.2)
+    assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == WRONG
+    monkeypatch.undo()
+    assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == CORRECT
+
+
+def test_a_helper_that_dies_is_replaced():
+    assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == CORRECT
+    process = math_answer._verifier._process
+    process.kill()
+    process.wait()
+    assert is_correct("\\boxed{(x+1)^3}", "x^2+2x+1") == WRONG
+    assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == CORRECT
+
+
+def test_many_threads_each_get_their_own_grade():
+    grades = {}
+
+    def work(i):
+        grades[i] = is_correct(f"\\boxed{{(x+{i % 2})^2}}", "x^2+2x+1").correct
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert grades == {i: i % 2 == 1 for i in range(8)}
+
+
+def test_the_helper_ends_with_its_program():
+    code = (
+        "from megatron_oprd.evaluation import math_answer as m\n"
+        "assert m.is_correct('\\\\boxed{(x+1)^2}', 'x^2+2x+1').correct\n"
+        "print(m._verifier._process.pid)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+    pid = int(done.stdout)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def ground_truths() -> list[str]:
+    files = sorted((SHARED / "data" / "eval").glob("*/test.parquet"))
+    if not files:
+        pytest.skip(f"no evaluation files under {SHARED / 'data'}")
+    columns = [pyarrow.parquet.read_table(file, columns=["reward_model"]).column(0).to_pylist() for file in files]
+    return [row["ground_truth"] for column in columns for row in column]
+
+
+def test_every_ground_truth_of_the_evaluation_files_is_its_own_answer_and_no_other():
+    truths = ground_truths()
+    assert len(truths) == 143
+    for truth in truths:
+        value = normalize(truth)
+        plain = str(int(float(value))) if float(value).is_integer() else value
+        for right in (truth, plain, f"{plain}.0", f"\\text{{{plain}}}"):
+            assert is_correct(f"So \\boxed{{{right}}}.", truth) == CORRECT, (right, truth)
+        for wrong in (str(float(plain) + 1), f"{plain}1", f"-{plain}1", f"\\sqrt{{{plain}}} + 2000"):
+            assert is_correct(f"So \\boxed{{{wrong}}}.", truth) == WRONG, (wrong, truth)
+        assert is_correct(f"So {truth}.", truth) == UNANSWERED
