@@ -21,7 +21,7 @@ class CaptureTap:
 
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         if layer in self.layers:
-            self.states[layer] = hidden_states.detach()[self.selected, 0]
+            self.states[layer] = _rows(hidden_states.detach(), self.selected)
         return hidden_states
 
 
@@ -61,7 +61,7 @@ class _WithStageLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, tap: StageLoss, layer: int) -> torch.Tensor:
-        statistics = token_statistics(hidden_states[tap.selected, 0], tap.targets[layer], tap.normalize)
+        statistics = token_statistics(_rows(hidden_states, tap.selected), tap.targets[layer], tap.normalize)
         tap.sums[layer] = layer_sums(statistics, tap.token_weights)
         ctx.save_for_backward(hidden_states)
         ctx.tap, ctx.layer = tap, layer
@@ -74,9 +74,13 @@ class _WithStageLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (hidden_states,) = ctx.saved_tensors
         tap: StageLoss = ctx.tap
-        gradient = gradients[0].clone()  # another branch of the graph may read the incoming one
         own = weighted_gradient(
-            hidden_states[tap.selected, 0], tap.targets[ctx.layer], tap.normalize, tap.gradient_weights
+            _rows(hidden_states, tap.selected), tap.targets[ctx.layer], tap.normalize, tap.gradient_weights
         )
-        gradient[tap.selected, 0] += own
-        return gradient, None, None
+        # Out of place: another branch of the graph may read the incoming gradient. No row is selected twice.
+        return gradients[0].index_add(0, tap.selected, own[:, None]), None, None
+
+
+def _rows(hidden_states: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    """[tokens, 1, hidden] -> [selected tokens, hidden], a copy."""
+    return hidden_states.index_select(0, selected)[:, 0]

@@ -1,0 +1,110 @@
+"""Stored rollouts instead of generated ones: a JSONL file, read in order. Needs no tokenizer and no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_oprd.types import Prompt, Rollout, UserError
+
+
+def load_replay(path: str | Path, vocab_size: int | None = None) -> list[Rollout]:
+    """All rollouts of a file with one object a line: `prompt_ids`, `response_ids` and, where not all response tokens
+    are the student's own, `response_mask` (0 or 1 a response token).
+
+    `prompt_index` is the line number, from 0. Lines that are empty are passed over. No communication. Raises
+    UserError, naming the file and the line, for anything else, and for an id that a vocabulary of `vocab_size` lacks.
+    """
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"rollout.path: cannot read {path}: {error.strerror}") from None
+    rollouts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                rollouts.append(_parse(line, number - 1, vocab_size))
+            except _BadLineError as error:
+                raise UserError(f"{path}, line {number}: {error}") from None
+    if not rollouts:
+        raise UserError(f"{path} holds no rollouts")
+    return rollouts
+
+
+def rollouts_of_step(rollouts: Sequence[Rollout], step: int, per_step: int) -> list[Rollout]:
+    """The `per_step` rollouts that training step `step`, from 0, reads. Raises UserError when they are not there."""
+    check_enough(rollouts, step + 1, per_step)
+    return list(rollouts[step * per_step : (step + 1) * per_step])
+
+
+def check_enough(rollouts: Sequence[Rollout], steps: int, per_step: int) -> None:
+    """Raise UserError, saying how many lines are missing, when `steps` steps need more rollouts than there are."""
+    missing = steps * per_step - len(rollouts)
+    if missing > 0:
+        raise UserError(
+            f"rollout.path has {len(rollouts)} rollouts, but {steps} steps of {per_step} (rollout.prompts_per_step x "
+            f"rollout.samples_per_prompt) need {steps * per_step}: {missing} lines are missing"
+        )
+
+
+class ReplayEngine:
+    """Serves a replay file step by step. Data-parallel rank `data_rank` of `data_size` gets the contiguous part of a
+    step that is its own; the parts of different ranks differ by one rollout at most. No communication."""
+
+    def __init__(self, rollouts: Sequence[Rollout], per_step: int, *, data_rank: int = 0, data_size: int = 1) -> None:
+        self.rollouts = rollouts
+        self.per_step = per_step
+        self.data_rank = data_rank
+        self.data_size = data_size
+
+    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        """This rank's rollouts of step `step`, from 0; the file says what was asked, so `prompts` is not read."""
+        whole = rollouts_of_step(self.rollouts, step, self.per_step)
+        start, end = (len(whole) * rank // self.data_size for rank in (self.data_rank, self.data_rank + 1))
+        return whole[start:end]
+
+
+class _BadLineError(Exception):
+    pass
+
+
+def _parse(line: bytes, index: int, vocab_size: int | None) -> Rollout:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise _BadLineError("not UTF-8 text") from None
+    except (ValueError, RecursionError) as error:
+        raise _BadLineError(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise _BadLineError(f"an object with prompt_ids and response_ids is wanted, not a {type(record).__name__}")
+    prompt_ids = _ids(record, "prompt_ids", vocab_size)
+    response_ids = _ids(record, "response_ids", vocab_size)
+    if not prompt_ids:
+        raise _BadLineError("prompt_ids is empty")
+    return Rollout(prompt_ids, response_ids, _mask(record, len(response_ids)), "replay", prompt_index=index)
+
+
+def _ids(record: dict[str, Any], key: str, vocab_size: int | None) -> tuple[int, ...]:
+    if key not in record:
+        raise _BadLineError(f"{key} is missing")
+    ids = record[key]
+    if not isinstance(ids, list) or any(type(token) is not int for token in ids):  # a bool is an int to isinstance
+        raise _BadLineError(f"{key} must be a list of integers")
+    if ids and min(ids) < 0:
+        raise _BadLineError(f"{key} contains the negative id {min(ids)}")
+    if ids and vocab_size is not None and max(ids) >= vocab_size:
+        raise _BadLineError(f"{key} contains {max(ids)}, but the vocabulary ends at {vocab_size - 1}")
+    return tuple(ids)
+
+
+def _mask(record: dict[str, Any], length: int) -> tuple[int, ...]:
+    mask = record.get("response_mask")
+    if mask is None:
+        return (1,) * length
+    if not isinstance(mask, list) or any(type(value) is not int or value not in (0, 1) for value in mask):
+        raise _BadLineError("response_mask must be a list of 0 and 1")
+    if len(mask) != length:
+        raise _BadLineError(f"response_mask has {len(mask)} entries for {length} response_ids")
+    return tuple(mask)

@@ -1,0 +1,164 @@
+"""The embedded engine generates what Hugging Face generates, and each rollout by itself: no neighbour changes it."""
+
+import dataclasses
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.hf.load import load_hf
+from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.models.build import build_model
+from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.platform import choose_device
+from megatron_oprd.rollout.engine import Sampling
+from megatron_oprd.rollout.megatron import MegatronEngine
+from megatron_oprd.rollout.sampling import sample, uniforms
+from megatron_oprd.types import Prompt, UserError
+from tests.helpers.models import random_hf_model, save
+
+EOS = (3, 17, 40, 90, 111)
+NEW_TOKENS = 24
+GREEDY = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def topology():
+    device = choose_device("auto")
+    start_process(device)
+    if parallel_state.model_parallel_is_initialized():  # another module of this process was here
+        parallel_state.destroy_model_parallel()
+    yield build_topology(ParallelConfig(), device, seed=0)
+    parallel_state.destroy_model_parallel()
+
+
+def load(hf, folder, topology):
+    """(model, spec) of a Hugging Face model, with the EOS ids of these tests."""
+    save(hf, folder)
+    spec = dataclasses.replace(read_model_spec(folder), eos_token_ids=EOS)
+    model = build_model(spec, topology, torch.float32)
+    load_hf(model, HFReader(folder), spec)
+    return model, spec
+
+
+@pytest.fixture(scope="module")
+def qwen3(topology, tmp_path_factory):
+    hf = random_hf_model("Qwen3", num_hidden_layers=2)
+    return hf, *load(hf, tmp_path_factory.mktemp("qwen3"), topology)
+
+
+def random_prompts(count, vocabulary=131, longest=21):
+    generator = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [
+        Prompt(index, tuple(torch.randint(0, vocabulary, (length,), generator=generator).tolist()))
+        for index, length in enumerate(lengths)
+    ]
+
+
+def hf_greedy(hf, prompt):
+    """Response of Hugging Face's own generate for one prompt, up to and with the EOS."""
+    ids = torch.tensor([prompt.prompt_ids])
+    arguments = dict(do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=list(EOS), pad_token_id=0)
+    output = hf.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+    return tuple(output[0, ids.shape[1] :].tolist())
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
+    hf = random_hf_model(family, num_hidden_layers=3)
+    model, spec = load(hf, tmp_path, topology)
+    prompts = random_prompts(64)
+    expected = [hf_greedy(hf, prompt) for prompt in prompts]
+    reasons = ["eos" if response[-1] in EOS else "length" for response in expected]
+    assert 0 < reasons.count("eos") < 64, "the case must contain both ways to end"
+    model.train()
+    for slots in (64, 7, 1):
+        rollouts = MegatronEngine(model, spec, topology, GREEDY, seed=0, max_batch=slots).generate(prompts, step=0)
+        assert [r.response_ids for r in rollouts] == expected, f"{slots} slots"
+        assert [r.finish_reason for r in rollouts] == reasons
+        assert [r.prompt_ids for r in rollouts] == [p.prompt_ids for p in prompts]
+        assert all(r.response_mask == (1,) * len(r.response_ids) for r in rollouts)
+    assert model.training
+
+
+def test_cached_logits_and_samples_equal_those_of_the_full_forward(qwen3, topology):
+    _, model, spec = qwen3
+    seen = []
+
+    class Recording(MegatronEngine):
+        def _sample(self, logits, slots):
+            tokens = super()._sample(logits, slots)
+            for row, request in enumerate(slots.requests):
+                seen.append((request.order, int(slots.generated[row]), logits[row].clone()))
+            return tokens
+
+    sampling = Sampling(max_new_tokens=150, samples_per_prompt=2)  # past one growth of the cache
+    rollouts = Recording(model, spec, topology, sampling, seed=1, max_batch=5).generate(random_prompts(6), step=3)
+    full = []
+    for rollout in rollouts:
+        ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
+        rows = torch.arange(len(rollout.prompt_ids) - 1, len(ids) - 1)
+        batch = MicroBatch(position_ids=torch.arange(len(ids)), bounds=(0, len(ids)), logit_rows=rows)
+        with torch.no_grad():
+            full.append(model.run(ids, batch)[:, : spec.vocab_size])
+    assert len(seen) == sum(len(r.response_ids) for r in rollouts)
+    assert max(len(r.response_ids) for r in rollouts) > 128
+    for order, generated, logits in seen:
+        torch.testing.assert_close(logits, full[order][generated], rtol=1e-4, atol=1e-4)
+    for rollout, logits in zip(rollouts, full, strict=True):
+        numbers = uniforms(1, 3, rollout.prompt_index, rollout.sample_index, len(logits))
+        assert rollout.response_ids == tuple(sample(logits, sampling, torch.from_numpy(numbers)).tolist())
+
+
+def by_sample(rollouts):
+    return {(r.prompt_index, r.sample_index): r.response_ids for r in rollouts}
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.8, 1.0, 0, 16, 3), Sampling(1.2, 0.9, 20, 16, 3)])
+def test_a_rollout_depends_on_its_prompt_and_sample_alone(sampling, qwen3, topology):
+    _, model, spec = qwen3
+    prompts = random_prompts(10)
+
+    def engine(slots, seed=7):
+        return MegatronEngine(model, spec, topology, sampling, seed=seed, max_batch=slots)
+
+    rollouts = engine(64).generate(prompts, step=2)
+    assert [(r.prompt_index, r.sample_index) for r in rollouts] == [(p, s) for p in range(10) for s in range(3)]
+    expected = by_sample(rollouts)
+    assert by_sample(engine(64).generate(prompts[::-1], step=2)) == expected
+    assert by_sample(engine(4).generate(prompts, step=2)) == expected
+    assert by_sample(engine(5).generate(prompts[:3], 2) + engine(8).generate(prompts[3:], 2)) == expected
+    # and it does depend on these:
+    assert len(set(expected.values())) > 25
+    assert by_sample(engine(64).generate(prompts, step=3)) != expected
+    assert by_sample(engine(64, seed=8).generate(prompts, step=2)) != expected
+
+
+def test_padding_of_the_vocabulary_is_never_sampled(qwen3, topology):
+    _, model, spec = qwen3
+    narrow = dataclasses.replace(spec, vocab_size=40, eos_token_ids=())
+    sampling = Sampling(temperature=5.0, max_new_tokens=30)
+    rollouts = MegatronEngine(model, narrow, topology, sampling, seed=0).generate(random_prompts(8, 40), step=0)
+    assert max(max(r.response_ids) for r in rollouts) == 39
+    assert {r.finish_reason for r in rollouts} == {"length"}
+
+
+def test_positions_limit_the_answer_and_bad_prompts_are_named(qwen3, topology):
+    _, model, spec = qwen3
+    short = dataclasses.replace(spec, max_position_embeddings=12, eos_token_ids=())
+    engine = MegatronEngine(model, short, topology, GREEDY, seed=0)
+    rollouts = engine.generate([Prompt(0, (5,) * 9), Prompt(1, (5,))], step=0)
+    assert [len(r.response_ids) for r in rollouts] == [3, 11]
+    assert [len(r.response_ids) for r in engine.generate([Prompt(0, (5,)), Prompt(1, (6,))], 0, limits=[1, 4])] == [
+        1,
+        4,
+    ]
+    assert engine.generate([], step=0) == []
+    with pytest.raises(UserError, match="prompt 4 is empty"):
+        engine.generate([Prompt(0, (5,)), Prompt(4, ())], step=0)
+    with pytest.raises(UserError, match="prompt 9 has 12 tokens"):
+        engine.generate([Prompt(9, (5,) * 12)], step=0)
