@@ -126,13 +126,15 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
     """Turn a disk error of the block, also one that a library wrapped, into a UserError that names the file."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         cause = find_disk_error(error)
         if cause is not None:
             raise UserError(f"cannot write {_filename(cause) or path}: {cause.strerror}") from None
         # safetensors and torch's zip writer report a failed write without the OSError.
         text = str(error)
-        if "(os error" in text or "PytorchStreamWriter" in text or "unexpected pos" in text:
+        if "PytorchStreamWriter" in text or "unexpected pos" in text:
+            raise UserError(f"cannot write {path}: the disk did not take all of it (is it full?)") from None
+        if "(os error" in text:
             raise UserError(f"cannot write {path}: {text.splitlines()[0]}") from None
         raise
 

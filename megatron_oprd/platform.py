@@ -20,6 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_oprd.types import UserError
 
+# Said at every start by Megatron-Core and torch about each other; nothing that a user of this package could change.
+for _message, _module in (
+    (r"full scope is deprecated", r"megatron\.core"),
+    (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\.core"),
+    (r"`load_state_dict` is deprecated", r"megatron\.core"),
+    (r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed"),
+):
+    warnings.filterwarnings("ignore", message=_message, module=_module)
 if not torch.cuda.is_available():
     # Megatron-Core says at import, five times over, that the CUDA extras it does without on a CPU are not there.
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed", module=r"megatron\.core")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_oprd.evaluation.page import NO_VALUE, Point, Raw, details, escape, line_chart, number, page, table
+from megatron_oprd.files import write_text
 from megatron_oprd.types import UserError
 
 Record = dict[str, Any]
@@ -44,10 +44,8 @@ def write_report(run_dir: str | Path) -> Path:
         _settings(run_dir, config_text),
     ]
     path = run_dir / "report.html"
-    unfinished = path.with_name(f".report-{os.getpid()}.html")
-    # Sampled text may hold a lone surrogate, which UTF-8 cannot.
-    unfinished.write_text(page(f"Run {run_dir.resolve().name}", "".join(sections)), "utf-8", errors="replace")
-    unfinished.replace(path)
+    text = page(f"Run {run_dir.resolve().name}", "".join(sections))
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # sampled text may hold a lone surrogate
     return path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.evaluation.math_answer import is_correct
+from megatron_oprd.files import explain_os_errors, write_text
 from megatron_oprd.types import FinishReason, Prompt, Rollout
 
 Generate = Callable[[Sequence[Prompt], int], list[Rollout]]  # (prompts, step) -> the rollouts of each prompt
@@ -115,7 +116,8 @@ def distinct_4grams(texts: Sequence[str]) -> float | None:
 
 
 def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
-    """Adds the samples to a JSONL file to read, one object each. One rank calls it."""
+    """Writes the samples to a JSONL file to read, one object each; a file that is there is replaced. One rank calls
+    it. Raises UserError for a disk that does not take it."""
     lines = [
         {
             "step": step,
@@ -132,9 +134,9 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
         }
         for sample in samples
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with explain_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _mean(values: Sequence[float]) -> float:

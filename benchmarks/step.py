@@ -1,0 +1,152 @@
+"""What the taps and the loss add to a student update: the same update with and without them, in turn.
+
+    python benchmarks/step.py [--hidden 512 --layers 8 --tokens 1024 --repeats 7 --json FILE]
+
+Both sides run the same tokens forward and backward through all layers of the same student (no LM head, no
+language-model loss) and step the optimizer; without the taps, the gradient that arrives is zero. The teacher's states
+are there already on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_oprd import platform
+from megatron_oprd.config import Config, load_config
+from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.layer_plan import make_plan
+from megatron_oprd.models.taps import CaptureTap, StageLoss
+from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.training.global_batch import pack_global_batch
+from megatron_oprd.training.schedule import run_schedule
+from megatron_oprd.training.student import build_student
+from megatron_oprd.training.teacher_pass import teacher_pass
+from megatron_oprd.types import ModelSpec, Rollout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="tokens of a step, in four sequences of one micro-batch"
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    options = parser.parse_args()
+    result = measure(options)
+    print(
+        f"{options.layers} layers of width {options.hidden}, {options.tokens} tokens, {options.dtype}: "
+        f"{result['seconds_without']:.3f} s without, {result['seconds_with']:.3f} s with taps and loss; "
+        f"ratio {result['ratio']:.3f} (pairs: {min(result['ratios']):.3f} .. {max(result['ratios']):.3f})"
+    )
+    print(
+        f"peak of a step with taps and loss: {result['peak_bytes_above_idle'] / 2**20:.1f} MiB above the idle process"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Seconds of both sides (medians), the ratio pair by pair, and the peak memory of a step above the idle process."""
+    config, spec = _config(options), _spec(options)
+    device = platform.choose_device("auto")
+    start_process(device)
+    topology = build_topology(config.parallel, device, seed=0)
+    plan = make_plan(config.loss.representation, spec, spec)
+    torch.manual_seed(0)
+    student, teacher = (build_model(spec, topology, DTYPES[options.dtype], lm_head=head) for head in (True, False))
+    for model in (student, teacher):
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    trained = build_student(student, config, plan)
+    batches, _ = pack_global_batch(_rollouts(options), config.loss.representation, topology, options.tokens)
+    targets = teacher_pass(teacher.eval().requires_grad_(False), topology, plan, batches)
+
+    def step(with_loss: bool) -> float:
+        taps = [
+            StageLoss(batch, target, plan.teacher_of, normalize="none", scale=1.0)
+            if with_loss
+            else CaptureTap(frozenset(), batch.selected)
+            for batch, target in zip(batches, targets, strict=True)
+        ]
+        begin = time.perf_counter()
+        trained.model.zero_grad_buffer()
+        trained.optimizer.zero_grad()
+        run_schedule(
+            trained.model,
+            topology,
+            batches,
+            taps,
+            last_layer=plan.student_last_layer,
+            normed_layer=plan.student_normed_layer,
+            forward_only=False,
+        )
+        with platform.cpu_devices():
+            trained.optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    step(True), step(False)
+    pairs = [(step(True), step(False)) for _ in range(options.repeats)]
+    platform.reset_peak_memory(device)
+    idle = platform.peak_memory_bytes(device)
+    step(True)
+    ratios = [with_loss / without for with_loss, without in pairs]
+    return {
+        "seconds_with": statistics.median(pair[0] for pair in pairs),
+        "seconds_without": statistics.median(pair[1] for pair in pairs),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "peak_bytes_above_idle": platform.peak_memory_bytes(device) - idle,
+        "device": str(device),
+        "torch": torch.__version__,
+    }
+
+
+def _config(options: argparse.Namespace) -> Config:
+    paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
+    settings = [f"precision.dtype={options.dtype}", "rollout.engine=replay", "loss.representation.positions=all"]
+    return load_config(None, [*paths, *settings])
+
+
+def _spec(options: argparse.Namespace) -> ModelSpec:
+    heads = options.hidden // 64
+    return ModelSpec(
+        architecture="Qwen3ForCausalLM",
+        num_layers=options.layers,
+        hidden_size=options.hidden,
+        ffn_hidden_size=3 * options.hidden,
+        num_attention_heads=heads,
+        num_query_groups=max(heads // 4, 1),
+        head_dim=64,
+        vocab_size=1024,
+        norm_epsilon=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=options.tokens,
+        tied_embeddings=False,
+        qkv_bias=False,
+        qk_norm=True,
+    )
+
+
+def _rollouts(options: argparse.Namespace) -> list[Rollout]:
+    generator = torch.Generator().manual_seed(0)
+    length = options.tokens // 4
+    rows = torch.randint(0, 1024, (4, length), generator=generator).tolist()
+    return [Rollout(tuple(row[:8]), tuple(row[8:]), (1,) * (length - 8), "replay") for row in rows]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Evaluation alone: the student of a configuration on `evaluation.data`.
+
+torchrun -m megatron_oprd.evaluate --config F [a.b=1 ...]
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_oprd.assemble import build_and_load, make_evaluator, read_evaluation_prompts, start_topology
+from megatron_oprd.cli import ArgumentParser, run_command
+from megatron_oprd.config import Config, load_config
+from megatron_oprd.data.prompts import PromptSet
+from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer
+from megatron_oprd.evaluation.run import evaluate_over_ranks
+from megatron_oprd.evaluation.sample import Sample, score_by_source, write_samples
+from megatron_oprd.files import write_json
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.models.build import check_divisible
+from megatron_oprd.models.layer_plan import even_stages
+from megatron_oprd.models.weights import check_weights
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.topology import check_layout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: sample answers, grade them, print the scores, write `evaluation/` in the run folder."""
+    parser = ArgumentParser(prog="megatron_oprd.evaluate", description="Evaluate the student of a configuration.")
+    parser.add_argument("--config", help="YAML file; the README lists the keys")
+    parser.add_argument("overrides", nargs="*", help="dotted keys that win over the file, like evaluation.samples=4")
+    options = parser.parse_args(arguments)
+    config = load_config(options.config, options.overrides)
+    samples, prompts = evaluate_model(config)
+    scores = score_by_source(samples, config.evaluation.samples)
+
+    def write() -> None:
+        folder = Path(config.train.run_dir) / "evaluation"
+        write_samples(folder / "samples.jsonl", 0, samples)
+        write_json(folder / "scores.json", {"student": config.student.path, "data": scores})
+        _print(scores, prompts.summary())
+        print(f"samples: {folder / 'samples.jsonl'}", flush=True)
+
+    on_rank_zero(write)
+    return 0
+
+
+def evaluate_model(config: Config) -> tuple[list[Sample], PromptSet]:
+    """Graded samples of the model at `student.path` on `evaluation.data`, on every rank, and the prompts read.
+
+    Collective over the world. Raises UserError before a model is built.
+    """
+    spec = read_model_spec(config.student.path)
+    check_layout(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    check_divisible(spec, config.parallel.tensor)
+    stages = even_stages(spec.num_layers, config.parallel.pipeline)
+    check_weights(config.student.path, spec)
+    tokenizer = load_tokenizer(config.student.path)
+    check_tokenizer(tokenizer, spec)
+    prompts = read_evaluation_prompts(config, tokenizer)
+    topology = start_topology(config)
+    engine = make_evaluator(config, build_and_load(config, spec, topology, stages), spec, topology)
+    return evaluate_over_ranks(engine, prompts.prompts, tokenizer, topology), prompts
+
+
+def _print(scores: dict[str, dict[str, float]], summary: str) -> None:
+    names = list(dict.fromkeys(name for metrics in scores.values() for name in metrics))
+    table = Table("data", *names, title=f"Evaluation ({summary})")
+    for source, metrics in scores.items():
+        table.add_row(source, *(f"{metrics[name]:.4g}" if name in metrics else "" for name in names))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

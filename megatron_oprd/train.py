@@ -1,0 +1,227 @@
+"""On-policy representation distillation: from two checkpoints and prompts to a distilled one.
+
+torchrun -m megatron_oprd.train --config F [a.b=1 ...]
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from megatron_oprd import platform
+from megatron_oprd.assemble import Inputs, Run, build_run, read_inputs
+from megatron_oprd.cli import ArgumentParser, run_command
+from megatron_oprd.config import dump_config, load_config
+from megatron_oprd.data.prompts import PromptState, take
+from megatron_oprd.data.sharding import split
+from megatron_oprd.environment import describe_environment, one_line
+from megatron_oprd.evaluation.report import write_report
+from megatron_oprd.evaluation.run import evaluate_over_ranks
+from megatron_oprd.evaluation.sample import score_by_source, write_samples
+from megatron_oprd.files import explain_os_errors, write_json, write_text
+from megatron_oprd.hf.export import export_hf
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.training import checkpoint
+from megatron_oprd.training.dry_run import describe_run
+from megatron_oprd.training.global_batch import pack_global_batch, rollout_metrics
+from megatron_oprd.training.run_log import RunLog
+from megatron_oprd.training.state import TrainState
+from megatron_oprd.training.student_step import student_step
+from megatron_oprd.training.teacher_pass import teacher_pass
+from megatron_oprd.types import Prompt, Rollout, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: configuration, checks, models, training, export, report."""
+    parser = ArgumentParser(prog="megatron_oprd.train", description="On-policy representation distillation (OPRD).")
+    parser.add_argument("--config", help="YAML file; the README lists the keys")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, then stop")
+    parser.add_argument("overrides", nargs="*", help="dotted keys that win over the file, like parallel.tensor=2")
+    options = parser.parse_args(arguments)
+    inputs = read_inputs(load_config(options.config, options.overrides))
+    if options.dry_run:
+        describe_run(inputs.config, inputs.student, inputs.teacher, inputs.plan)
+    else:
+        run = build_run(inputs)
+        fit(run)
+        finish(run)
+    return 0
+
+
+def fit(run: Run) -> None:
+    """Train to `train.steps`, going on from the newest checkpoint. Collective over the world."""
+    config = run.inputs.config
+    state, log = start(run)
+    while state.step < config.train.steps:
+        state, metrics, rollouts = one_step(run, state)
+        on_rank_zero(partial(write_step, run, log, metrics, rollouts))
+        if due(state.step, config.evaluation.every, config.train.steps):
+            evaluate_student(run, log, state)
+        if due(state.step, config.checkpoint.every, config.train.steps):
+            save_checkpoint(run, state)
+    on_rank_zero(log.close)
+
+
+def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float], list[Rollout]]:
+    """Prompts, rollouts, the teacher's states, one update of the student. Collective over the world."""
+    config, topology, plan = run.inputs.config, run.topology, run.inputs.plan
+    watch = Stopwatch()
+    platform.reset_peak_memory(topology.device)
+    prompts, position = take_prompts(run.inputs, state)
+    with watch("rollout"):
+        rollouts = run.engine.generate(split(prompts, topology.data_rank, topology.data_size), state.step)
+    batches, counts = pack_global_batch(
+        rollouts, config.loss.representation, topology, config.batch.max_tokens_per_micro_batch
+    )
+    with watch("teacher"):
+        targets = teacher_pass(run.teacher, topology, plan, batches)
+    with watch("student"):
+        report = student_step(run.student, topology, plan, config.loss.representation, batches, targets, counts)
+    state = TrainState(state.step + 1, position)
+    metrics = {"step": state.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate}
+    metrics |= report.metrics | rollout_metrics(rollouts, counts, topology) | watch.seconds()
+    return state, metrics | {"memory/peak_bytes": platform.peak_memory_bytes(topology.device)}, rollouts
+
+
+def start(run: Run) -> tuple[TrainState, RunLog]:
+    """The run folder, the state to go on from, and the first evaluation of a run that begins."""
+    topology, run_dir = run.topology, run.inputs.run_dir
+    found = on_rank_zero(lambda: find_checkpoint(run))
+    state = TrainState()
+    if found is not None:
+        state = checkpoint.load(found, run.student, run.inputs.student, topology, run.identity)
+    on_rank_zero(lambda: describe(run))  # only now: a run that may not go on leaves the folder as it was
+    if found is not None and topology.rank == 0:
+        print(f"going on from {found}", flush=True)
+    log = RunLog(run_dir)
+    on_rank_zero(lambda: log.open(state.step))
+    if state.step == 0:
+        evaluate_student(run, log, state)
+    return state, log
+
+
+def find_checkpoint(run: Run) -> Path | None:
+    """Make the run folder; the checkpoint to go on from, if there is one. Raises UserError for a run that is there and
+    may not go on."""
+    run_dir = run.inputs.run_dir
+    with explain_os_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    found = checkpoint.latest(run_dir / "checkpoints")
+    if run.inputs.config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
+        raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set checkpoint.resume=auto")
+    return found
+
+
+def describe(run: Run) -> None:
+    """Write down, and print in two lines, what runs where."""
+    inputs, topology = run.inputs, run.topology
+    layout = {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}
+    environment = describe_environment(str(topology.device), topology.world_size, layout)
+    write_text(inputs.run_dir / "config.yaml", dump_config(inputs.config))
+    write_json(inputs.run_dir / "environment.json", environment)
+    write_json(inputs.run_dir / "plan.json", inputs.plan.as_json())
+    print(one_line(environment), flush=True)
+    if inputs.prompts is not None:
+        print(f"prompts: {inputs.prompts.summary()}", flush=True)
+
+
+def finish(run: Run) -> None:
+    """Export the student to Hugging Face format and write the report; its path is the last line of the run."""
+    run_dir = run.inputs.run_dir
+    if run.inputs.config.checkpoint.export_hf:
+        fresh, target = run_dir / "hf.new", run_dir / "hf"
+        on_rank_zero(lambda: shutil.rmtree(fresh, ignore_errors=True))
+        export_hf(run.student.module, run.inputs.student, run.topology, run.inputs.config.student.path, fresh)
+
+        def replace_export() -> None:
+            with explain_os_errors(target):
+                shutil.rmtree(target, ignore_errors=True)
+                fresh.rename(target)
+
+        on_rank_zero(replace_export)
+    report = on_rank_zero(lambda: write_report(run_dir))
+    if run.topology.rank == 0:
+        print(f"report: {report}", flush=True)
+
+
+def take_prompts(inputs: Inputs, state: TrainState) -> tuple[list[Prompt], PromptState]:
+    """The prompts of a step and the position after them; none when rollouts are replayed."""
+    if inputs.prompts is None:
+        return [], state.prompts
+    config = inputs.config
+    return take(
+        inputs.prompts.prompts,
+        state.prompts,
+        config.rollout.prompts_per_step,
+        seed=config.train.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def write_step(run: Run, log: RunLog, metrics: dict[str, float], rollouts: list[Rollout]) -> None:
+    """The line and the rollouts of a step. One rank calls it."""
+    log.step(metrics)
+    log.rollouts(int(metrics["step"]), rollouts, run.inputs.tokenizer)
+
+
+def save_checkpoint(run: Run, state: TrainState) -> None:
+    """Write a training checkpoint and drop the oldest. Collective over the world."""
+    config = run.inputs.config
+    checkpoint.save(
+        run.inputs.run_dir / "checkpoints",
+        run.student,
+        run.inputs.student,
+        run.topology,
+        state,
+        run.identity,
+        source=config.student.path,
+        keep=config.checkpoint.keep,
+    )
+
+
+def evaluate_student(run: Run, log: RunLog, state: TrainState) -> None:
+    """Evaluate on `evaluation.data`, if asked for, and write the scores and samples. Collective over the world."""
+    inputs = run.inputs
+    if run.evaluator is None or inputs.evaluation_prompts is None or inputs.tokenizer is None:
+        return
+    samples = evaluate_over_ranks(run.evaluator, inputs.evaluation_prompts.prompts, inputs.tokenizer, run.topology)
+    steps = inputs.config.train.steps
+    name = {0: "before", steps: "after"}.get(state.step, f"step {state.step}")
+
+    def write() -> None:
+        log.evaluation(state.step, name, score_by_source(samples, inputs.config.evaluation.samples))
+        write_samples(inputs.run_dir / "evaluations" / f"step_{state.step:07d}.jsonl", state.step, samples)
+
+    on_rank_zero(write)
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something that happens every `every` steps, and at the end, happens after this one (0: never)."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+class Stopwatch:
+    """Seconds of the named parts of a step and of the whole."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._parts[part] = time.perf_counter() - begin
+
+    def seconds(self) -> dict[str, float]:
+        """`time/<part>` for each part, and `time/step`."""
+        parts = {f"time/{part}": seconds for part, seconds in self._parts.items()}
+        return parts | {"time/step": time.perf_counter() - self._begin}
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,221 @@
+"""Training checkpoints: the student as a Megatron checkpoint, its optimizer, and where the run stands.
+
+    checkpoints/step_0000050/   model/ optimizer/ state.json complete
+
+A checkpoint is written under another name, forced to the disk, renamed and then marked `complete`: a process killed at
+any moment leaves the last complete one. `model/` is a Megatron checkpoint of its own: a student can start from it and
+the converter reads it. Any layout reads what another wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_oprd import platform
+from megatron_oprd.data.prompts import PromptState
+from megatron_oprd.files import (
+    commit_partial,
+    discard_partial,
+    explain_os_errors,
+    prepare_partial,
+    write_json,
+    write_text,
+)
+from megatron_oprd.hf.config import read_json
+from megatron_oprd.models.megatron_checkpoint import SaveStrategy, load_model, save_model, sharded_weights
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.training.state import Identity, TrainState
+from megatron_oprd.training.student import Student
+from megatron_oprd.types import ModelSpec, UserError
+
+MARK = "complete"
+_NAME = re.compile(r"step_\d{7}")
+
+
+def save(
+    folder: Path,
+    student: Student,
+    spec: ModelSpec,
+    topology: Topology,
+    state: TrainState,
+    identity: Identity,
+    *,
+    source: str,
+    keep: int,
+) -> Path:
+    """Write `folder/step_<step>` and remove all but the newest `keep` complete ones. Collective over the world.
+
+    `source`: where the tokenizer and config files come from. Raises UserError on every rank for a disk that does not
+    take it; earlier checkpoints are untouched.
+    """
+    target = folder / f"step_{state.step:07d}"
+    partial = on_rank_zero(lambda: _prepare(target))
+    try:
+        save_model(student.module, partial / "model", spec, topology, source)
+        on_rank_zero(lambda: _make(partial / "optimizer"))
+        with explain_os_errors(partial), platform.cpu_devices():
+            optimizer_state = _optimizer_state(student, topology, is_loading=False)
+            dist_checkpointing.save(optimizer_state, str(partial / "optimizer"), sharded_strategy=SaveStrategy())
+        on_rank_zero(lambda: _finish(target, partial, state, identity))
+    except BaseException:
+        if topology.rank == 0:
+            discard_partial(target)
+        raise
+    on_rank_zero(lambda: _prune(folder, keep))
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None."""
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology, identity: Identity) -> TrainState:
+    """Put student, optimizer and schedule where the checkpoint left them. Collective over the world.
+
+    Raises UserError for a checkpoint made with another teacher or layer map, or one that is damaged.
+    """
+    values = read_json(checkpoint / "state.json")
+    _check_identity(checkpoint, values, identity)
+    load_model(student.module, checkpoint / "model", spec, topology)
+    with platform.cpu_devices(), _explain_damage(checkpoint):
+        _make_loadable(student)
+        wanted = _optimizer_state(student, topology, is_loading=True)
+        loaded = dist_checkpointing.load(wanted, str(checkpoint / "optimizer"))
+        student.optimizer.load_state_dict(loaded["optimizer"])
+        _separate_steps(student)
+    # The rate is a function of the step and the configuration alone.
+    student.scheduler.num_steps = 0
+    student.scheduler.step(increment=values["step"])
+    return TrainState(values["step"], PromptState.from_dict(values["prompts"]))
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / MARK).exists())
+
+
+def _optimizer_state(student: Student, topology: Topology, *, is_loading: bool) -> dict[str, Any]:
+    metadata = {
+        "non_homogeneous_layers": True,
+        "dp_cp_group": topology.groups.dp_cp,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    weights = sharded_weights(student.module, topology)
+    return {"optimizer": student.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)}
+
+
+def _make_loadable(student: Student) -> None:
+    """Prepare torch's optimizers for mcore's loading, which is written for the fused ones of CUDA."""
+    for optimizer in student.optimizer.chained_optimizers:
+        optimizer.init_state_fn = optimizer.init_state_fn or (lambda *args: None)  # SGD keeps no state
+        if not isinstance(optimizer.optimizer, torch.optim.AdamW):
+            continue
+        # AdamW has no state before its first step, and mcore loads only into state that is there.
+        for group in optimizer.optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter, dtype=torch.float32),
+                    "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.float32),
+                }
+        if isinstance(optimizer, DistributedOptimizer):
+            optimizer._set_main_param_and_optimizer_states = partial(_set_states, optimizer)
+
+
+def _separate_steps(student: Student) -> None:
+    """mcore gives every parameter's AdamW state one `step` tensor, which would then count once for each of them."""
+    for optimizer in student.optimizer.chained_optimizers:
+        if isinstance(optimizer.optimizer, torch.optim.AdamW):
+            for state in optimizer.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+
+def _set_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+    """mcore's method looks for a `step` among the loaded tensors; it was loaded with the parameter groups."""
+    step = optimizer._get_main_param_and_optimizer_states(parameter)["step"]
+    DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, parameter, {**tensors, "step": step})
+
+
+def _prepare(target: Path) -> Path:
+    if target.exists() and not (target / MARK).exists():
+        with explain_os_errors(target):
+            shutil.rmtree(target)  # renamed, but the process died before marking it
+    return prepare_partial(target)
+
+
+def _make(folder: Path) -> None:
+    with explain_os_errors(folder):
+        folder.mkdir()
+
+
+def _finish(target: Path, partial: Path, state: TrainState, identity: Identity) -> None:
+    write_json(
+        partial / "state.json",
+        {
+            "step": state.step,
+            "prompts": state.prompts.to_dict(),
+            "teacher": {"path": identity.teacher_path, "hash": identity.teacher_hash},
+            "pairs": [list(pair) for pair in identity.pairs],
+        },
+    )
+    commit_partial(target)
+    write_text(target / MARK, "")
+
+
+def _prune(folder: Path, keep: int) -> None:
+    kept = _complete(folder)[-keep:]
+    for path in folder.glob("step_*"):
+        # Older, or left half-written or half-removed by a process that was killed.
+        if path not in kept and _NAME.fullmatch(path.name.removesuffix(".partial")):
+            with explain_os_errors(path):
+                (path / MARK).unlink(missing_ok=True)  # first: a half-removed folder must not look complete
+                shutil.rmtree(path)
+
+
+def _check_identity(checkpoint: Path, values: dict[str, Any], identity: Identity) -> None:
+    saved = values["teacher"]
+    if saved["hash"] != identity.teacher_hash:
+        raise UserError(
+            f"{checkpoint} was made with another teacher ({saved['path']}, {saved['hash'][:19]}) than "
+            f"teacher.path={identity.teacher_path} ({identity.teacher_hash[:19]}); go on with that one or name a new "
+            "train.run_dir"
+        )
+    pairs = tuple((student, teacher) for student, teacher in values["pairs"])
+    if pairs != identity.pairs:
+        raise UserError(
+            f"{checkpoint} was made with the layer pairs {_short(pairs)}, the configuration asks for "
+            f"{_short(identity.pairs)}; go on with those or name a new train.run_dir"
+        )
+
+
+def _short(pairs: tuple[tuple[int, int], ...]) -> str:
+    shown = ", ".join(f"{student}-{teacher}" for student, teacher in pairs[:4])
+    return f"[{shown}{', ...' if len(pairs) > 4 else ''}]"
+
+
+@contextlib.contextmanager
+def _explain_damage(checkpoint: Path) -> Iterator[None]:
+    """Turn what mcore and torch raise for damaged files into a UserError that names the checkpoint."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # torch's is no Exception
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        reason = " ".join(str(causes[0]).split())[:200] or type(causes[0]).__name__
+        raise UserError(
+            f"{checkpoint / 'optimizer'} cannot be read ({reason}); remove this checkpoint to go on from the one before"
+        ) from error

@@ -1,0 +1,103 @@
+"""What a run writes while it goes: one line a step for programs, curves for tensorboard, rollouts to read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_oprd.files import explain_os_errors, write_text
+from megatron_oprd.types import Rollout
+
+
+class RunLog:
+    """Appends to the files of a run folder. One rank calls the methods; each raises UserError for a folder that cannot
+    be written."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._board: Any = None
+
+    def open(self, start: int) -> None:
+        """Begin at step `start`: drop the lines of later steps, which a killed process wrote after its checkpoint."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir = self.run_dir
+        with explain_os_errors(run_dir):
+            (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
+            for folder in (".", "rollouts", "evaluations"):
+                for unfinished in (run_dir / folder).glob("*.tmp"):
+                    unfinished.unlink()
+            last = start if start else -1  # a run that begins evaluates at step 0
+            for name in ("metrics.jsonl", "evaluations.jsonl"):
+                _keep_up_to(run_dir / name, last)
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1)
+
+    def step(self, values: dict[str, float]) -> None:
+        """One line of `metrics.jsonl`, with `step` and every metric; the same numbers as curves."""
+        self._append("metrics.jsonl", values)
+        print(
+            f"step {values['step']}: loss {values['loss']:.4g}, cosine {values['rep/cosine']:.4f}, gradient norm "
+            f"{values['grad_norm']:.3g}, length {values['rollout/length_mean']:.1f}, {values['time/step']:.2f} s",
+            flush=True,
+        )
+        self._curves({name: value for name, value in values.items() if name != "step"}, int(values["step"]))
+        self._board.flush()  # a process killed later resumes after this step and does not draw it again
+
+    def evaluation(self, step: int, name: str, data: dict[str, dict[str, float]]) -> None:
+        """One line of `evaluations.jsonl`: the metrics of every data source."""
+        self._append("evaluations.jsonl", {"step": step, "name": name, "data": data})
+        for source, metrics in data.items():
+            print(f"{name}, {source}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
+        for source, metrics in data.items():
+            self._curves({f"evaluation/{source}/{metric}": value for metric, value in metrics.items()}, step)
+        self._board.flush()
+
+    def rollouts(self, step: int, rollouts: Sequence[Rollout], tokenizer: Any, most: int = 8) -> None:
+        """The first few rollouts of a step, in `rollouts/step_<step>.jsonl`: text, or ids without a tokenizer."""
+        decode = tokenizer.decode if tokenizer is not None else (lambda ids: " ".join(map(str, ids)))
+        lines = [
+            json.dumps(
+                {
+                    "step": step,
+                    "prompt": decode(list(rollout.prompt_ids)),
+                    "response": decode(list(rollout.response_ids)),
+                    "prompt_index": rollout.prompt_index,
+                    "sample_index": rollout.sample_index,
+                    "finish_reason": rollout.finish_reason,
+                },
+                ensure_ascii=False,
+            )
+            for rollout in rollouts[:most]
+        ]
+        write_text(self.run_dir / "rollouts" / f"step_{step:07d}.jsonl", "\n".join(lines) + "\n")
+
+    def close(self) -> None:
+        """Flush what tensorboard still holds."""
+        with explain_os_errors(self.run_dir / "tensorboard"):
+            self._board.close()
+
+    def _curves(self, values: dict[str, float], step: int) -> None:
+        with explain_os_errors(self.run_dir / "tensorboard"):  # its thread's error is raised by a later call
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
+        with explain_os_errors(self.run_dir / name), (self.run_dir / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and what is no line of ours: a last one that was cut off."""
+    if not path.exists():
+        path.touch()
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    write_text(path, "".join(f"{line}\n" for line in kept))

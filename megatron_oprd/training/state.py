@@ -1,0 +1,25 @@
+"""Where a run stands. Everything random in a run is a function of the seed and of these numbers: no generator's state
+has to be kept (rollouts draw from seed, step, prompt and sample; prompts are ordered by seed and epoch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_oprd.data.prompts import PromptState
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """`step` updates have been made and the prompts taken up to `prompts`."""
+
+    step: int = 0
+    prompts: PromptState = field(default_factory=PromptState)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same for a run to go on: its teacher's weights and its layer map."""
+
+    teacher_path: str
+    teacher_hash: str
+    pairs: tuple[tuple[int, int], ...]

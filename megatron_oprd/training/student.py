@@ -1,0 +1,116 @@
+"""The student as it is trained: which parameters move, mcore's DDP, optimizer and learning-rate schedule around it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_oprd import platform
+from megatron_oprd.config import Config, OptimizerConfig
+from megatron_oprd.hf.load import global_name
+from megatron_oprd.models.layer_plan import LayerPlan
+from megatron_oprd.models.model import HiddenStateModel
+
+
+@dataclass(frozen=True)
+class Student:
+    """A pipeline stage of the student and what updates it."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def module(self) -> HiddenStateModel:
+        module: HiddenStateModel = self.model.module
+        return module
+
+
+def build_student(model: HiddenStateModel, config: Config, plan: LayerPlan) -> Student:
+    """Wrap a loaded stage for training. Communicates over the world (mcore aligns parameter groups)."""
+    freeze_unreached(model, config, plan)
+    distributed = config.parallel.distributed_optimizer and config.optimizer.name == "adamw"  # SGD has no state to cut
+    with platform.cpu_devices():
+        ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
+            model,
+        )
+        optimizer = get_megatron_optimizer(
+            _optimizer_config(config.optimizer, bf16=config.precision.dtype == "bf16", distributed=distributed), [ddp]
+        )
+    model.config.finalize_model_grads_func = _finalize_without_division
+    model.config.no_sync_func = partial(ddp.no_sync)
+    return Student(ddp, optimizer, _scheduler(optimizer, config.optimizer, config.train.steps))
+
+
+def freeze_unreached(model: HiddenStateModel, config: Config, plan: LayerPlan) -> None:
+    """Take the gradient from what the user freezes and from what no loss reaches.
+
+    A parameter without a gradient must not be decayed either, and needs no optimizer state. Both copies of a tied
+    embedding (first and last pipeline stage) stay alike: freezing either name freezes the one matrix.
+    """
+    frozen = set(config.student.freeze)
+    tied = model.share_embeddings_and_output_weights
+    for name, parameter in model.named_parameters():
+        name = global_name(name, model.first_layer)
+        if name.startswith("decoder.layers."):
+            reached = int(name.split(".")[2]) < plan.student_last_layer
+        elif name.startswith("decoder.final_layernorm"):
+            reached = plan.student_normed_layer is not None
+        elif tied:
+            reached = not frozen
+        elif name.startswith("embedding"):
+            reached = "embedding" not in frozen
+        else:
+            reached = False  # an untied LM head: hidden states do not see it
+        parameter.requires_grad_(reached)
+
+
+def _optimizer_config(config: OptimizerConfig, *, bf16: bool, distributed: bool) -> MegatronOptimizerConfig:
+    adamw = config.name == "adamw"
+    return MegatronOptimizerConfig(
+        optimizer="adam" if adamw else "sgd",
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay if adamw else 0.0,
+        adam_beta1=config.betas[0],
+        adam_beta2=config.betas[1],
+        sgd_momentum=0.0,
+        clip_grad=config.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=distributed,
+    )
+
+
+def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+    """Linear warm-up from 0 over `warmup_fraction` of the steps, then constant or a cosine to 0 at the last step."""
+    decay = config.weight_decay if config.name == "adamw" else 0.0
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=0.0,
+        lr_warmup_steps=min(math.floor(config.warmup_fraction * steps), max(steps - 1, 0)),
+        lr_decay_steps=max(steps, 1),
+        lr_decay_style=config.schedule,
+        start_wd=decay,
+        end_wd=decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def _finalize_without_division(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
+    """mcore's reductions over data-parallel ranks and shared embeddings. The weights of the tokens are global already:
+    dividing by a number of tokens would scale the gradient."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,68 @@
+"""One update of the student (OPRD eq. (6)): forward, losses at the layers, backward, clipping, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_oprd import platform
+from megatron_oprd.config import RepresentationConfig
+from megatron_oprd.losses.reduction import layer_metrics
+from megatron_oprd.models.layer_plan import LayerPlan
+from megatron_oprd.models.taps import StageLoss
+from megatron_oprd.parallel.collectives import sum_over
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.training.schedule import run_schedule
+from megatron_oprd.training.student import Student
+from megatron_oprd.types import GlobalCounts, PackedBatch, StepReport, TeacherTargets
+
+
+def student_step(
+    student: Student,
+    topology: Topology,
+    plan: LayerPlan,
+    config: RepresentationConfig,
+    batches: Sequence[PackedBatch],
+    targets: Sequence[TeacherTargets],
+    counts: GlobalCounts,
+) -> StepReport:
+    """Update the student once on the whole global batch; the report is the same on every rank.
+
+    `batches` are this data-parallel rank's micro-batches, `targets` the teacher states of this stage for each.
+    Communicates over all groups.
+    """
+    taps = [
+        StageLoss(batch, target, plan.teacher_of, normalize=config.normalize, scale=config.weight)
+        for batch, target in zip(batches, targets, strict=True)
+    ]
+    student.model.train()
+    student.model.zero_grad_buffer()
+    student.optimizer.zero_grad()
+    run_schedule(
+        student.model,
+        topology,
+        batches,
+        taps,
+        last_layer=plan.student_last_layer,
+        normed_layer=plan.student_normed_layer,
+        forward_only=False,
+    )
+    learning_rate = student.scheduler.get_lr({})
+    with platform.cpu_devices():
+        _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
+    student.scheduler.step(increment=1)
+    metrics = layer_metrics(_global_sums(taps, topology, plan), counts)
+    return StepReport(config.weight * metrics["rep/mse"], float(grad_norm), learning_rate, metrics)
+
+
+def _global_sums(taps: Sequence[StageLoss], topology: Topology, plan: LayerPlan) -> dict[int, list[float]]:
+    """Sums [4] of every compared student layer over micro-batches, data-parallel ranks and pipeline stages."""
+    layers = plan.student_layers
+    local = torch.zeros(len(layers), 4, dtype=torch.float64, device=topology.device)
+    for tap in taps:
+        for layer, sums in tap.sums.items():
+            local[layers.index(layer)] += sums
+    values = sum_over(local.flatten().tolist(), topology.groups.dp, topology.device)
+    values = sum_over(values, topology.groups.pp, topology.device)
+    return {layer: values[4 * i : 4 * i + 4] for i, layer in enumerate(layers)}
