@@ -28,6 +28,10 @@ done
 
 venv=${MEGATRON_OPRD_VENV:-$root/.venv}
 python=$venv/bin/python
+# Several ranks of one machine may come here at once: the first installs, the others wait.
+mkdir -p "$(dirname "$venv")"
+exec 9>"$venv.lock"
+flock 9
 stamp=$venv/.constraints
 if ! cmp -s "$root/ci/constraints.txt" "$stamp" || ! has "$python" "$needs"; then
   base=${PYTHON:-}
