@@ -166,7 +166,11 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
 
     Raises UserError, one line naming the key, its value and what would work. No communication.
     """
-    tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
+    try:
+        tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
+    except (OmegaConfBaseException, RecursionError) as error:  # a date, which YAML makes of 2024-01-31; a loop
+        where = f", {error.full_key}" if getattr(error, "full_key", None) else ""
+        raise UserError(f"the configuration {path}{where}: {_first_line(error)}") from None
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form key=value")
@@ -249,6 +253,8 @@ def _explain(item: Any) -> str:
         )
     if item["type"] == "missing":
         return f"{key} is required"
+    if item["type"] == "none_required":
+        return f"{key}={item['input']!r} is not supported yet; leave it null"
     message = item["msg"].removeprefix("Value error, ")
     return message if not key or message.startswith(key) else f"{key}={item['input']!r}: {message}"
 

@@ -126,6 +126,8 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
     """Turn a disk error of the block, also one that a library wrapped, into a UserError that names the file."""
     try:
         yield
+    except UserError:
+        raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         cause = find_disk_error(error)
         if cause is not None:

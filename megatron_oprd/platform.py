@@ -29,8 +29,9 @@ for _message, _module in (
 ):
     warnings.filterwarnings("ignore", message=_message, module=_module)
 if not torch.cuda.is_available():
-    # Megatron-Core says at import, five times over, that the CUDA extras it does without on a CPU are not there.
+    # About CUDA alone. The first is said at import, five times over.
     warnings.filterwarnings("ignore", message=r".*Apex (is|are) not installed", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", message=r".*CUDA_DEVICE_MAX_CONNECTIONS", module=r"megatron\.core")
 
 
 def choose_device(requested: str) -> torch.device:

@@ -9,15 +9,15 @@ from typing import Any
 from megatron_oprd.types import ModelSpec, UserError
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM")
-REQUIRED = (
+WHOLE = (
     "num_hidden_layers",
     "hidden_size",
     "intermediate_size",
     "num_attention_heads",
     "vocab_size",
-    "rms_norm_eps",
     "max_position_embeddings",
 )
+OPTIONAL_WHOLE = ("num_key_value_heads", "head_dim")
 
 
 def read_model_spec(path: str | Path) -> ModelSpec:
@@ -28,12 +28,10 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         raise UserError(f"{folder} is not a folder with a Hugging Face model")
     values = read_json(folder / "config.json")
     where = str(folder / "config.json")
+    _check_types(values, where)
     architecture = next(iter(values.get("architectures") or ["none"]))
     if architecture not in ARCHITECTURES:
         raise UserError(f"{where}: architecture {architecture} is not supported; use one of {', '.join(ARCHITECTURES)}")
-    for key in REQUIRED:
-        if not isinstance(values.get(key), (int, float)) or values[key] <= 0:
-            raise UserError(f"{where}: {key}={values.get(key)!r} must be a positive number")
     _refuse_unsupported(values, architecture, where)
     heads = values["num_attention_heads"]
     groups = values.get("num_key_value_heads") or heads
@@ -65,11 +63,33 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what is not UTF-8, not JSON, or nested too deeply
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}")
     return values
+
+
+def _check_types(values: dict[str, Any], where: str) -> None:
+    for key in (*WHOLE, *OPTIONAL_WHOLE):
+        value = values.get(key)
+        if (value is not None or key in WHOLE) and (type(value) is not int or value <= 0):  # True is an int, too
+            raise UserError(f"{where}: {key}={value!r} must be a positive whole number")
+    if type(values.get("rms_norm_eps")) not in (int, float) or values["rms_norm_eps"] <= 0:
+        raise UserError(f"{where}: rms_norm_eps={values.get('rms_norm_eps')!r} must be a positive number")
+    for key, kind in (
+        ("architectures", list),
+        ("layer_types", list),
+        ("rope_parameters", dict),
+        ("rope_scaling", dict),
+        ("tie_word_embeddings", bool),
+    ):
+        value = values.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{where}: {key}={value!r} must be a {kind.__name__}")
+    theta = _rope(values).get("rope_theta") or values.get("rope_theta")
+    if theta is not None and (type(theta) not in (int, float) or theta <= 0):
+        raise UserError(f"{where}: rope_theta={theta!r} must be a positive number")
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -101,4 +121,7 @@ def _eos_token_ids(folder: Path, values: dict[str, Any]) -> tuple[int, ...]:
     generation = folder / "generation_config.json"
     found = read_json(generation).get("eos_token_id") if generation.exists() else None
     found = values.get("eos_token_id") if found is None else found
-    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(token) is not int for token in ids):
+        raise UserError(f"{folder}: eos_token_id={found!r} must be a whole number or a list of them")
+    return tuple(ids)

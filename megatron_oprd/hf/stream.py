@@ -59,6 +59,8 @@ class HFReader:
             weight_map = read_json(self.folder / INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{self.folder / INDEX} has no weight_map")
+            if not all(isinstance(file, str) for file in weight_map.values()):
+                raise UserError(f"{self.folder / INDEX}: weight_map must give each tensor the name of a file")
             return weight_map
         if (self.folder / SINGLE).exists():
             return dict.fromkeys(self._names_in(SINGLE), SINGLE)
@@ -90,19 +92,16 @@ class HFReader:
             return opened.get_tensor(name)
 
     def dtype(self) -> torch.dtype:
-        """The dtype that holds every tensor exactly: theirs, or the widest when they differ. Raises UserError for
-        tensors that are not bfloat16, float16 or float32."""
+        """The dtype that holds every tensor exactly: theirs, or the widest when they differ (`check` them first)."""
         found: set[torch.dtype] = set()
         for name, file in self._shard_of.items():
             with safe_open(self.folder / file, framework="pt") as opened:
-                stored = opened.get_slice(name).get_dtype()
-            if stored not in _DTYPES:
-                raise UserError(f"{self.folder}: {name} is stored as {stored}, use one of {', '.join(_DTYPES)}")
-            found.add(_DTYPES[stored])
+                found.add(_DTYPES[opened.get_slice(name).get_dtype()])
         return functools.reduce(torch.promote_types, sorted(found, key=str))
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise UserError when a tensor is missing, unknown or of another shape than the model's config says."""
+        """Raise UserError when a tensor is missing, unknown, of another shape than the model's config says, or not
+        stored as bfloat16, float16 or float32."""
         expected = hf_shapes(spec)
         # A tied model may be saved with its LM head all the same; the embedding is what counts.
         found = set(self._shard_of) - ({"lm_head.weight"} if spec.tied_embeddings else set())
@@ -111,7 +110,10 @@ class HFReader:
                 raise UserError(f"{self.folder} {problem} {len(names)} tensors, the first is {min(names)}")
         for name, shape in expected.items():
             with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
-                actual = tuple(opened.get_slice(name).get_shape())
+                stored = opened.get_slice(name)
+                actual, dtype = tuple(stored.get_shape()), stored.get_dtype()
+            if dtype not in _DTYPES:
+                raise UserError(f"{self.folder}: {name} is stored as {dtype}, use one of {', '.join(_DTYPES)}")
             if actual != shape:
                 raise UserError(f"{self.folder}: {name} has shape {list(actual)}, config.json asks for {list(shape)}")
 

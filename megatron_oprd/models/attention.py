@@ -33,7 +33,9 @@ class PackedAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [tokens, 1, heads, d], key and value [tokens, 1, groups, d] -> [tokens, 1, heads * d]."""
         batch = micro_batch.of(kwargs)
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        assert batch.rotary is not None  # the model makes it before its first layer
+        query, key = (_rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
+        value = value.squeeze(1)
         step = batch.cache
         if step is None:
             return self._sequences(query, key, value, batch.bounds)
@@ -78,3 +80,9 @@ class PackedAttention(torch.nn.Module):
             query.reshape(rows, groups, heads // groups, width), keys, values, attn_mask=step.mask, scale=self.scale
         )
         return output.reshape(rows, 1, heads * width)
+
+
+def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of [tokens, heads, d], the two halves of d paired as in Hugging Face's Qwen."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat((-second, first), dim=-1) * sin

@@ -9,6 +9,7 @@ cut above some layer, or that has no LM head, reads just what it has.
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -125,7 +126,7 @@ def load_model(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topo
         loaded = dist_checkpointing.load(sharded_weights(model, topology), str(folder))
     except checkpoint.api.CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise UserError(f"{folder} cannot be read (rank {rank}): {str(cause).splitlines()[0]}") from None
+        raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}") from None
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
     with torch.no_grad():
@@ -133,6 +134,13 @@ def load_model(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topo
             # mcore reads into the parameter itself, except where it lays a parameter together from pieces.
             if loaded[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(loaded[name])
+
+
+def describe_damage(error: BaseException) -> str:
+    """In a few words what torch or mcore raised on reading a damaged file."""
+    if isinstance(error, UnpicklingError):  # its text is advice about torch.load
+        return "a .distcp file is corrupt"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def check(folder: str | Path, spec: ModelSpec) -> None:
@@ -148,8 +156,7 @@ def check(folder: str | Path, spec: ModelSpec) -> None:
         raise UserError(f"{folder / MANIFEST}: format_version={manifest.get('format_version')!r}, not {FORMAT_VERSION}")
     if read_json(folder / "metadata.json").get("sharded_backend") != "torch_dist":
         raise UserError(f"{folder / 'metadata.json'}: sharded_backend is not torch_dist")
-    metadata = _read_index(folder)
-    _check_files(folder, metadata)
+    metadata = check_files(folder)
     shapes = {
         name: tuple(stored.size)
         for name, stored in metadata.state_dict_metadata.items()
@@ -158,7 +165,9 @@ def check(folder: str | Path, spec: ModelSpec) -> None:
     _check_shapes(folder, shapes, manifest, spec)
 
 
-def _check_files(folder: Path, metadata: Metadata) -> None:
+def check_files(folder: Path) -> Metadata:
+    """The index of a folder that mcore wrote. Raises UserError, naming the file, for one that is missing or cut."""
+    metadata = _read_index(folder)
     sizes: dict[str, int] = {}
     for place in metadata.storage_data.values():
         sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
@@ -175,6 +184,7 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
             raise UserError(f"{folder / 'common.pt'} is missing") from None
         except Exception:
             raise UserError(f"{folder / 'common.pt'} is truncated or corrupt") from None
+    return metadata
 
 
 def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, Any], spec: ModelSpec) -> None:

@@ -27,6 +27,7 @@ class MicroBatch(PackedSeqParams):
 
     position_ids: torch.Tensor  # [tokens] int64
     bounds: tuple[int, ...]  # cumulative lengths of the packed sequences, from 0 to tokens
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, d] of the positions, by the model
     tap: Tap | None = None
     last_layer: int | None = None  # blocks above it (1-based) are skipped; None: all run
     normed_layer: int | None = None  # the layer that is tapped after the final norm (L); None: before it

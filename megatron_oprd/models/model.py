@@ -42,7 +42,8 @@ class HiddenStateModel(GPTModel):
             pre_process=first_stage,
             post_process=last_stage and lm_head,
             share_embeddings_and_output_weights=tied_embeddings and lm_head,
-            # The angles come from `_preprocess` below: mcore's own start at zero once a micro-batch, not a sequence.
+            # Positions start at zero in every packed sequence: `_preprocess` makes the angles, once a micro-batch
+            # and not once a layer, and the core attention applies them.
             position_embedding_type="none",
         )
         exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
@@ -64,10 +65,12 @@ class HiddenStateModel(GPTModel):
         return self(tokens[None], batch.position_ids[None], None, packed_seq_params=batch)
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
-        hidden_states, _, *rest = super()._preprocess(*args, **kwargs)
-        positions = micro_batch.of(kwargs).position_ids
+        batch = micro_batch.of(kwargs)
+        positions = batch.position_ids
         angles = torch.outer(positions.float(), self.inverse_frequencies.to(positions.device))
-        return hidden_states, torch.cat((angles, angles), dim=-1)[:, None, None, :], *rest
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        batch.rotary = angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
+        return super()._preprocess(*args, **kwargs)
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         batch = micro_batch.of(kwargs)

@@ -33,7 +33,14 @@ from megatron_oprd.files import (
     write_text,
 )
 from megatron_oprd.hf.config import read_json
-from megatron_oprd.models.megatron_checkpoint import SaveStrategy, load_model, save_model, sharded_weights
+from megatron_oprd.models.megatron_checkpoint import (
+    SaveStrategy,
+    check_files,
+    describe_damage,
+    load_model,
+    save_model,
+    sharded_weights,
+)
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.state import Identity, TrainState
@@ -89,9 +96,14 @@ def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology
     Raises UserError for a checkpoint made with another teacher or layer map, or one that is damaged.
     """
     values = read_json(checkpoint / "state.json")
-    _check_identity(checkpoint, values, identity)
+    with _explain_damage(checkpoint / "state.json"):
+        state = TrainState(int(values["step"]), PromptState.from_dict(values["prompts"]))
+        teacher, pairs = values["teacher"], tuple((student, teacher) for student, teacher in values["pairs"])
+        saved = Identity(str(teacher["path"]), str(teacher["hash"]), pairs)
+    _check_identity(checkpoint, saved, identity)
     load_model(student.module, checkpoint / "model", spec, topology)
-    with platform.cpu_devices(), _explain_damage(checkpoint):
+    with platform.cpu_devices(), _explain_damage(checkpoint / "optimizer"):
+        check_files(checkpoint / "optimizer")
         _make_loadable(student)
         wanted = _optimizer_state(student, topology, is_loading=True)
         loaded = dist_checkpointing.load(wanted, str(checkpoint / "optimizer"))
@@ -99,8 +111,8 @@ def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology
         _separate_steps(student)
     # The rate is a function of the step and the configuration alone.
     student.scheduler.num_steps = 0
-    student.scheduler.step(increment=values["step"])
-    return TrainState(values["step"], PromptState.from_dict(values["prompts"]))
+    student.scheduler.step(increment=state.step)
+    return state
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -115,8 +127,26 @@ def _optimizer_state(student: Student, topology: Topology, *, is_loading: bool) 
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "chained_optim_avoid_prefix": True,
     }
+    for optimizer in student.optimizer.chained_optimizers:
+        if isinstance(optimizer, DistributedOptimizer):
+            optimizer.get_parameter_state_dp_zero = partial(_state_of_buffers, optimizer)
     weights = sharded_weights(student.module, topology)
     return {"optimizer": student.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)}
+
+
+def _state_of_buffers(optimizer: DistributedOptimizer, **options: Any) -> dict[Any, Any]:
+    """mcore joins a buffer's buckets without the padding between them and cuts them at places that count it. Only a tied
+    embedding has a bucket beside others; on the last pipeline stage it comes first and would shift all the rest."""
+    state: dict[Any, Any] = DistributedOptimizer.get_parameter_state_dp_zero(optimizer, **options)
+    for number, buffer in enumerate(optimizer.buffers):
+        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+        padding = [bucket.grad_data.numel() - size for bucket, size in zip(buffer.buckets, sizes, strict=True)]
+        for tensors in state[number].values():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                if len(sizes) > 1 and len(tensors[name]) == sum(sizes):
+                    parts = zip(tensors[name].split(sizes), padding, strict=True)
+                    tensors[name] = torch.cat([torch.nn.functional.pad(part, (0, pad)) for part, pad in parts])
+    return state
 
 
 def _make_loadable(student: Student) -> None:
@@ -187,18 +217,16 @@ def _prune(folder: Path, keep: int) -> None:
                 shutil.rmtree(path)
 
 
-def _check_identity(checkpoint: Path, values: dict[str, Any], identity: Identity) -> None:
-    saved = values["teacher"]
-    if saved["hash"] != identity.teacher_hash:
+def _check_identity(checkpoint: Path, saved: Identity, identity: Identity) -> None:
+    if saved.teacher_hash != identity.teacher_hash:
         raise UserError(
-            f"{checkpoint} was made with another teacher ({saved['path']}, {saved['hash'][:19]}) than "
+            f"{checkpoint} was made with another teacher ({saved.teacher_path}, {saved.teacher_hash[:19]}) than "
             f"teacher.path={identity.teacher_path} ({identity.teacher_hash[:19]}); go on with that one or name a new "
             "train.run_dir"
         )
-    pairs = tuple((student, teacher) for student, teacher in values["pairs"])
-    if pairs != identity.pairs:
+    if saved.pairs != identity.pairs:
         raise UserError(
-            f"{checkpoint} was made with the layer pairs {_short(pairs)}, the configuration asks for "
+            f"{checkpoint} was made with the layer pairs {_short(saved.pairs)}, the configuration asks for "
             f"{_short(identity.pairs)}; go on with those or name a new train.run_dir"
         )
 
@@ -209,13 +237,14 @@ def _short(pairs: tuple[tuple[int, int], ...]) -> str:
 
 
 @contextlib.contextmanager
-def _explain_damage(checkpoint: Path) -> Iterator[None]:
-    """Turn what mcore and torch raise for damaged files into a UserError that names the checkpoint."""
+def _explain_damage(part: Path) -> Iterator[None]:
+    """Turn what mcore and torch raise for a damaged part of a checkpoint into a UserError that names it."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{error}; remove this checkpoint to go on from the one before") from None
     except (Exception, CheckpointException) as error:  # torch's is no Exception
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        reason = " ".join(str(causes[0]).split())[:200] or type(causes[0]).__name__
         raise UserError(
-            f"{checkpoint / 'optimizer'} cannot be read ({reason}); remove this checkpoint to go on from the one before"
+            f"{part} cannot be read ({describe_damage(causes[0])}); remove this checkpoint to go on from the one before"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class RunLog:
             last = start if start else -1  # a run that begins evaluates at step 0
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 _keep_up_to(run_dir / name, last)
+            threading.excepthook = _quiet_board
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1)
 
     def step(self, values: dict[str, float]) -> None:
@@ -43,7 +45,6 @@ class RunLog:
             flush=True,
         )
         self._curves({name: value for name, value in values.items() if name != "step"}, int(values["step"]))
-        self._board.flush()  # a process killed later resumes after this step and does not draw it again
 
     def evaluation(self, step: int, name: str, data: dict[str, dict[str, float]]) -> None:
         """One line of `evaluations.jsonl`: the metrics of every data source."""
@@ -52,7 +53,6 @@ class RunLog:
             print(f"{name}, {source}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
         for source, metrics in data.items():
             self._curves({f"evaluation/{source}/{metric}": value for metric, value in metrics.items()}, step)
-        self._board.flush()
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout], tokenizer: Any, most: int = 8) -> None:
         """The first few rollouts of a step, in `rollouts/step_<step>.jsonl`: text, or ids without a tokenizer."""
@@ -79,13 +79,20 @@ class RunLog:
             self._board.close()
 
     def _curves(self, values: dict[str, float], step: int) -> None:
-        with explain_os_errors(self.run_dir / "tensorboard"):  # its thread's error is raised by a later call
+        with explain_os_errors(self.run_dir / "tensorboard"):
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+            self._board.flush()  # a process killed later resumes after this step and does not draw it again
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with explain_os_errors(self.run_dir / name), (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def _quiet_board(args: threading.ExceptHookArgs) -> None:
+    """tensorboard's thread prints a full disk as a traceback, and its next call raises it, which is enough."""
+    if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
+        threading.__excepthook__(args)
 
 
 def _keep_up_to(path: Path, step: int) -> None:
