@@ -12,6 +12,7 @@ from megatron_oprd import platform
 from megatron_oprd.config import Config, EvaluationConfig, RolloutConfig
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer, same_vocabulary
+from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.build import DTYPES, build_model, check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
@@ -63,6 +64,7 @@ class Run:
 def read_inputs(config: Config) -> Inputs:
     """Read and check everything but the weights themselves. Raises UserError, one line, for the first thing wrong."""
     platform.choose_device(config.train.device)
+    check_writable(config.train.run_dir)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(config.parallel, world_size)
     if config.teacher.parallel is not None:

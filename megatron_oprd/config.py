@@ -169,8 +169,8 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     try:
         tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
     except (OmegaConfBaseException, RecursionError) as error:  # a date, which YAML makes of 2024-01-31; a loop
-        where = f", {error.full_key}" if getattr(error, "full_key", None) else ""
-        raise UserError(f"the configuration {path}{where}: {_first_line(error)}") from None
+        key = getattr(error, "full_key", None)
+        raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {_first_line(error)}") from None
     for override in overrides:
         if "=" not in override:
             raise UserError(f"override {override!r} is not of the form key=value")

@@ -18,7 +18,7 @@ from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer
 from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import Sample, score_by_source, write_samples
-from megatron_oprd.files import write_json
+from megatron_oprd.files import check_writable, write_json
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.build import check_divisible
 from megatron_oprd.models.layer_plan import even_stages
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="dotted keys that win over the file, like evaluation.samples=4")
     options = parser.parse_args(arguments)
     config = load_config(options.config, options.overrides)
+    check_writable(config.train.run_dir)
     samples, prompts = evaluate_model(config)
     scores = score_by_source(samples, config.evaluation.samples)
 

@@ -46,6 +46,18 @@ def check_new_folder(target: str | Path) -> None:
             raise UserError(f"{target} exists and is not a folder; name a new folder")
 
 
+def check_writable(folder: str | Path) -> None:
+    """Raise UserError when `folder` cannot be made or written to, as far as that is known without writing."""
+    existing = Path(folder).absolute()
+    with explain_os_errors(folder):
+        while not existing.exists() and not existing.is_symlink():
+            existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"cannot write {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {folder}: {existing} is read-only")
+
+
 def prepare_partial(target: str | Path) -> Path:
     """A fresh, empty `<target>.partial`; what a process that died left there is removed.
 

@@ -92,12 +92,18 @@ class HFReader:
             return opened.get_tensor(name)
 
     def dtype(self) -> torch.dtype:
-        """The dtype that holds every tensor exactly: theirs, or the widest when they differ (`check` them first)."""
+        """The dtype that holds every tensor exactly: theirs, or the widest when they differ. Raises UserError for
+        tensors that are not bfloat16, float16 or float32."""
         found: set[torch.dtype] = set()
         for name, file in self._shard_of.items():
             with safe_open(self.folder / file, framework="pt") as opened:
-                found.add(_DTYPES[opened.get_slice(name).get_dtype()])
+                found.add(self._torch_dtype(name, opened.get_slice(name).get_dtype()))
         return functools.reduce(torch.promote_types, sorted(found, key=str))
+
+    def _torch_dtype(self, name: str, stored: str) -> torch.dtype:
+        if stored not in _DTYPES:
+            raise UserError(f"{self.folder}: {name} is stored as {stored}, use one of {', '.join(_DTYPES)}")
+        return _DTYPES[stored]
 
     def check(self, spec: ModelSpec) -> None:
         """Raise UserError when a tensor is missing, unknown, of another shape than the model's config says, or not
@@ -112,8 +118,7 @@ class HFReader:
             with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
                 stored = opened.get_slice(name)
                 actual, dtype = tuple(stored.get_shape()), stored.get_dtype()
-            if dtype not in _DTYPES:
-                raise UserError(f"{self.folder}: {name} is stored as {dtype}, use one of {', '.join(_DTYPES)}")
+            self._torch_dtype(name, dtype)
             if actual != shape:
                 raise UserError(f"{self.folder}: {name} has shape {list(actual)}, config.json asks for {list(shape)}")
 

@@ -135,7 +135,7 @@ def _optimizer_state(student: Student, topology: Topology, *, is_loading: bool) 
 
 
 def _state_of_buffers(optimizer: DistributedOptimizer, **options: Any) -> dict[Any, Any]:
-    """mcore joins a buffer's buckets without the padding between them and cuts them at places that count it. Only a tied
+    """mcore joins a buffer's buckets without the padding between them and cuts at places that count it. Only a tied
     embedding has a bucket beside others; on the last pipeline stage it comes first and would shift all the rest."""
     state: dict[Any, Any] = DistributedOptimizer.get_parameter_state_dp_zero(optimizer, **options)
     for number, buffer in enumerate(optimizer.buffers):

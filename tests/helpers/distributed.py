@@ -16,7 +16,14 @@ from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
 # Ranks are forked from a server that has imported the slow things: about a second a test instead of ten.
-_context.set_forkserver_preload(["torch", "megatron.core.parallel_state", "transformers", "tests.helpers.models"])
+_context.set_forkserver_preload(
+    ["torch.utils.tensorboard", "megatron_oprd.train", "megatron_oprd.evaluate", "tests.helpers.models"]
+)
+
+
+def forked_process(function: Callable[..., Any], args: tuple) -> Any:
+    """A process, not yet started, forked from that server."""
+    return _context.Process(target=function, args=args)
 
 
 def run_distributed(world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: int = 120) -> list[Any]:

@@ -127,11 +127,11 @@ def test_a_rollout_of_another_prompt_is_refused():
         evaluate(lambda *_: [rollout(6, "x", 0)], [prompt(5)], byte_tokenizer(), step=0)
 
 
-def test_samples_are_appended_as_lines(tmp_path):
+def test_samples_replace_those_of_an_interrupted_evaluation(tmp_path):
     path = tmp_path / "evaluations" / "step_4.jsonl"
     for step in (0, 4):
-        write_samples(path, step, [sample(prompt(3), True, response_text="é\n", sample_index=2)])
+        write_samples(path, step, [sample(prompt(3), True, response_text="é\n", sample_index=i) for i in (2, 3)])
     first, second = (json.loads(line) for line in path.read_text("utf-8").splitlines())
-    assert (first["step"], first["prompt"], first["response"]) == (0, "question 3", "é\n")
+    assert (first["step"], first["prompt"], first["response"]) == (4, "question 3", "é\n")
     assert (first["prompt_index"], first["sample_index"], first["finish_reason"]) == (3, 2, "eos")
-    assert second == {**first, "step": 4}
+    assert second == {**first, "sample_index": 3}

@@ -1,0 +1,76 @@
+"""Every command in a README is run, with small models in the place of the reader's."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.runs import prompt_run
+
+ROOT = Path(__file__).parents[2]
+COMMAND = re.compile(r"^ {4}((?:bash|python|torchrun) .*?)(?: +#.*)?$", re.MULTILINE)
+FILES = ["README.md", "CONTRIBUTING.md", *(f"{d}/README.md" for d in ("examples", "ci", "benchmarks"))]
+FILES.append("tools/checkpoint_convert/README.md")
+
+TINY = "train.steps=2 rollout.max_new_tokens=6 rollout.prompts_per_step=2 checkpoint.every=0 precision.dtype=fp32"
+PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompts=[{models}/prompts.jsonl]"
+RECIPE = f"{PATHS} {TINY} train.run_dir={{out}}"
+SHORT_DEMO = "train.steps=1 evaluation.every=0 checkpoint.every=0 train.run_dir={out}"
+
+EXAMPLE = "examples/run_oprd_qwen.sh"
+MODELS = "student.path=DIR teacher.path=DIR data.prompts=[FILE]"
+TOOLS = "python tools/checkpoint_convert"
+HF, MEGATRON = "models/Qwen3-0.6B", "models/Qwen3-0.6B-megatron"
+
+# command of a README -> the arguments that are put in or added; None: another test runs the command as it stands.
+RUNS = {
+    f"bash {EXAMPLE}": None,  # test_demo.py
+    f"bash {EXAMPLE} train.seed=1": SHORT_DEMO,
+    f"torchrun --nproc-per-node 2 {EXAMPLE} parallel.tensor=2": SHORT_DEMO,
+    f"torchrun --nproc-per-node 2 {EXAMPLE} parallel.pipeline=2": SHORT_DEMO,
+    f"torchrun --no-python --nproc-per-node 2 {EXAMPLE}": SHORT_DEMO,
+    f"torchrun --nproc-per-node 8 {EXAMPLE} {MODELS} parallel.tensor=2": RECIPE,
+    f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}": RECIPE,
+    "python -m megatron_oprd.train --config examples/qwen_same_family.yaml --dry-run": PATHS,
+    "torchrun --nproc-per-node 8 -m megatron_oprd.train --config examples/qwen_same_family.yaml": RECIPE,
+    "bash ci/run.sh": "--collect-only -q tests/unit",  # this very test is part of it
+    "bash ci/run.sh tests/unit -k sharding": "--collect-only -q",
+    "bash ci/lint.sh": "",
+    "python benchmarks/rollout.py": "--batch 2 --repeats 1 --layers 1 --hidden 64 --vocabulary 64",
+    "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",
+    f"{TOOLS}/hf_to_megatron.py --hf {HF} --megatron {MEGATRON}": "",
+    f"{TOOLS}/verify.py --hf {HF} --megatron {MEGATRON} --tensor 2": "",
+    f"{TOOLS}/megatron_to_hf.py --megatron {MEGATRON} --hf {HF}-back": "",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readmes")
+    prompt_run(folder / "models", steps=2, max_position_embeddings=4096)
+    (folder / "models" / "Qwen3-0.6B").symlink_to("student")
+    return folder
+
+
+def test_every_command_of_a_readme_is_run():
+    found = {match for file in FILES for match in COMMAND.findall((ROOT / file).read_text())}
+    assert found == set(RUNS)
+
+
+@pytest.mark.parametrize("command", [command for command, arguments in RUNS.items() if arguments is not None])
+def test_a_command_of_a_readme_works(command, folder, demo, tmp_path):
+    if RUNS[command] == SHORT_DEMO:  # a pair takes a minute to make, and is there already
+        shutil.copytree(demo.folder / "pair", tmp_path / "run" / "pair")
+    added = RUNS[command].format(models=folder / "models", out=tmp_path / "run")
+    words = [w for w in shlex.split(command) if "=DIR" not in w and "=[FILE]" not in w]
+    words = [str(folder / word) if word.startswith("models/") else word for word in words]
+    words = ["2" if word == "8" else word for word in words] + shlex.split(added)  # two processes do for eight
+    bin_dir = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{bin_dir}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

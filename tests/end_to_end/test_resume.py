@@ -1,0 +1,197 @@
+"""A run that is killed at any moment and started again is the run that was not killed."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.helpers.killable import Command, DieAfterStep, DieBefore, finish
+from tests.helpers.runs import complete_steps, in_folder, last_step, metrics, prompt_run, replay_run
+
+EVERY = 2
+STEPS = 16
+SEED = 20
+
+
+def assert_same_run(actual, expected):
+    """Every metric of every step, the exported weights bit by bit, the curves, and no traces of a killed process."""
+    assert [row["step"] for row in metrics(actual)] == list(range(1, len(metrics(expected)) + 1))
+    assert metrics(actual) == metrics(expected)
+    ours, theirs = (load_file(folder / "hf" / "model.safetensors") for folder in (actual, expected))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert curve(actual) == curve(expected)
+    assert files(actual) == files(expected)
+
+
+def curve(run_dir):
+    board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in board.Scalars("loss")]
+
+
+def files(run_dir):
+    paths = (path.relative_to(run_dir) for path in run_dir.rglob("*"))
+    return sorted(str(path) for path in paths if path.parent.name != "tensorboard")
+
+
+class Killer:
+    """Starts `train` again and again, kills it, and checks what each kill cost."""
+
+    def __init__(self, arguments, folder, run_dir, pace, draw):
+        self.arguments, self.folder, self.run_dir, self.pace, self.draw = arguments, folder, run_dir, pace, draw
+        self.attempts = 0
+        self.within_a_write = 0
+
+    def log(self):
+        self.attempts += 1
+        return self.folder / f"attempt_{self.attempts}.log"
+
+    def kill_on_the_clock(self, step):
+        command = Command(self.arguments, self.log())
+        self._wait(command, lambda: last_step(self.run_dir) >= step)
+        time.sleep(self.draw.uniform(0, 2 * self.pace))
+        assert command.kill() == -signal.SIGKILL, command.log.read_text()
+
+    def kill_a_real_command(self, step):
+        with self.log().open("w") as log:
+            command = [sys.executable, "-m", "megatron_oprd.train", *self.arguments]
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+            while last_step(self.run_dir) < step and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(self.draw.uniform(0, 2 * self.pace))
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+
+    def kill_while_writing(self, step):
+        command = Command(self.arguments, self.log())
+        checkpoints = self.run_dir / "checkpoints"
+        self._wait(command, lambda: any(path.name >= f"step_{step:07d}" for path in checkpoints.glob("*.partial")))
+        time.sleep(self.draw.uniform(0, self.pace / 2))
+        assert command.kill() == -signal.SIGKILL, command.log.read_text()
+
+    def die_at_an_operation(self, step):
+        die = DieAfterStep(self.run_dir, step, self.draw.randrange(60))
+        command = Command(self.arguments, self.log(), die=die)
+        assert command.wait() == -signal.SIGKILL, command.log.read_text()
+
+    def check(self, before):
+        """What was lost, and that the next attempt will not start further back than that."""
+        complete = complete_steps(self.run_dir)
+        kept = complete[-1] if complete else 0
+        assert kept >= before
+        assert last_step(self.run_dir) - kept <= EVERY
+        self.within_a_write += any((self.run_dir / "checkpoints").glob("*.partial"))
+        return kept
+
+    def _wait(self, command, reached):
+        while not reached():
+            assert command.is_running, command.log.read_text()
+            time.sleep(0.0005)
+
+
+def first_step(log):
+    return int(re.search(r"^step (\d+):", log, re.MULTILINE)[1])
+
+
+def kill_and_compare(arguments, tmp_path, moments, seed, way_names):
+    """Run once to the end, once with a kill at each of the ascending `moments` (steps), and compare the two."""
+    expected, actual = tmp_path / "expected", tmp_path / "actual"
+    begin = time.monotonic()
+    finish(in_folder(arguments, expected), tmp_path / "expected.log")
+    pace = (time.monotonic() - begin) / len(metrics(expected))
+    killer = Killer(in_folder(arguments, actual), tmp_path, actual, pace, random.Random(seed))
+    kept = 0
+    for step, name in zip(moments, way_names, strict=True):
+        getattr(killer, name)(step)
+        kept = killer.check(kept)
+    log = finish(killer.arguments, killer.log())
+    assert first_step(log) == kept + 1
+    assert_same_run(actual, expected)
+    return killer
+
+
+def test_ten_kills_change_nothing(tmp_path):
+    # Few layers, but wide: writing a checkpoint takes long enough to be hit.
+    arguments = replay_run(tmp_path, STEPS, hidden_size=192, intermediate_size=768, num_hidden_layers=2)
+    draw = random.Random(SEED)
+    ways = (
+        ["kill_on_the_clock"] * 2 + ["kill_while_writing"] * 3 + ["die_at_an_operation"] * 4 + ["kill_a_real_command"]
+    )
+    draw.shuffle(ways)
+    killer = kill_and_compare(arguments, tmp_path, sorted(draw.choices(range(STEPS - 3), k=10)), SEED, ways)
+    assert killer.within_a_write
+
+
+def test_generated_rollouts_and_evaluations_go_on_too(tmp_path):
+    arguments = prompt_run(tmp_path, 8, "evaluation.every=3", num_hidden_layers=2)
+    kill_and_compare(
+        arguments, tmp_path, [0, 3, 5], SEED, ["die_at_an_operation", "kill_while_writing", "kill_on_the_clock"]
+    )
+    rows = [json.loads(line) for line in (tmp_path / "actual" / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == ["before", "step 3", "step 6", "after"]
+    for name in ["evaluations.jsonl", *(f"evaluations/step_{step:07d}.jsonl" for step in (0, 3, 6, 8))]:
+        assert (tmp_path / "actual" / name).read_text() == (tmp_path / "expected" / name).read_text()
+
+
+# What to die before, and the steps of the complete checkpoints that are left then.
+CRASHES = [
+    (DieBefore("os.remove", r"^common\.pt$"), [4], "the checkpoint of step 2 half-removed"),
+    (DieBefore("os.rename", r"/metrics\.jsonl\."), [4], "the log not cut back yet"),
+    (DieBefore("open", r"/step_0000006/complete\."), [4], "a checkpoint renamed but not marked"),
+    (DieBefore("os.rename", r"/step_0000006\.partial$"), [4], "a checkpoint whole but not renamed"),
+    (DieBefore("os.rename", r"/hf\.new\.partial$"), [6], "the export whole but not renamed"),
+    (DieBefore("os.rename", r"/hf\.new$"), [6], "the old export removed, the new one not renamed"),
+    (DieBefore("os.rename", r"/report\.html\."), [6], "the export there, the report not"),
+]
+
+
+def test_no_crash_point_does_harm(tmp_path):
+    arguments = replay_run(tmp_path, 6, "checkpoint.keep=1", num_hidden_layers=1)
+    expected, actual = tmp_path / "expected", tmp_path / "actual"
+    finish(in_folder(arguments, expected), tmp_path / "log")
+    arguments = in_folder(arguments, actual)
+    for number, (die, complete, what) in enumerate(CRASHES):
+        command = Command(arguments, tmp_path / f"{number}.log", die=die)
+        assert command.wait() == -signal.SIGKILL, (what, command.log.read_text())
+        assert complete_steps(actual) == complete, what
+        if number == 0:
+            assert (actual / "checkpoints" / "step_0000002").exists()
+            with (actual / "metrics.jsonl").open("a") as file:
+                file.write('{"step": 5, "lo')
+    finish(arguments, tmp_path / "last.log")
+    assert_same_run(actual, expected)
+
+
+SETTINGS = {
+    "tensor 2": (2, {}, "parallel.tensor=2"),
+    "pipeline 2, one matrix on both stages": (2, {"tie_word_embeddings": True}, "parallel.pipeline=2"),
+    "data 2, bf16, optimizer cut over the ranks": (2, {}, "precision.dtype=bf16"),
+    "data 2, optimizer on every rank": (2, {}, "parallel.distributed_optimizer=false"),
+    "bf16, optimizer whole": (1, {}, "precision.dtype=bf16", "parallel.distributed_optimizer=false"),
+    "sgd": (1, {}, "optimizer.name=sgd", "optimizer.lr=0.1"),
+    "part of the student frozen": (1, {}, "loss.representation.layers=[1]", "student.freeze=[embedding]"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_optimizer_and_layout_goes_on_exactly(name, tmp_path):
+    world_size, sizes, *settings = SETTINGS[name]
+    arguments = replay_run(tmp_path, 4, *settings, num_hidden_layers=2, **sizes)
+    expected, actual = tmp_path / "expected", tmp_path / "actual"
+    finish(in_folder(arguments, expected), tmp_path / "log", world_size=world_size)
+    shutil.copytree(expected, actual)
+    shutil.rmtree(actual / "checkpoints" / "step_0000004")
+    shutil.rmtree(actual / "hf")
+    log = finish(in_folder(arguments, actual), tmp_path / "resumed.log", world_size=world_size)
+    assert first_step(log) == 3
+    assert_same_run(actual, expected)

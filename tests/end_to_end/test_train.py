@@ -1,0 +1,150 @@
+"""The commands train and evaluate, from checkpoints and prompts to everything that they leave."""
+
+import importlib.metadata
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_oprd.config import load_config
+from megatron_oprd.data.prompts import load_prompts
+from megatron_oprd.evaluation.sample import evaluate, score_by_source
+from megatron_oprd.types import Rollout
+from tests.helpers.killable import finish
+from tests.helpers.runs import complete_steps, in_folder, metrics, prompt_run
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One whole run with generated rollouts: its arguments, its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("train")
+    arguments = prompt_run(folder, STEPS, "evaluation.every=2", num_hidden_layers=2)
+    return arguments, folder / "run", finish(arguments, folder / "log")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_run_folder_says_what_was_run(run):
+    arguments, run_dir, log = run
+    assert load_config(run_dir / "config.yaml", []) == load_config(None, arguments)
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert environment["packages"]["torch"] == importlib.metadata.version("torch")
+    plan = json.loads((run_dir / "plan.json").read_text())
+    assert [(pair["student"], pair["teacher"]) for pair in plan["pairs"]] == [(1, 1), (2, 2)]
+    assert "5 rows: 5 kept" in log
+    assert log.splitlines()[-1] == f"report: {run_dir / 'report.html'}"
+
+
+def test_every_step_has_every_metric(run):
+    _, run_dir, _ = run
+    rows = lines(run_dir / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    wanted = {"loss", "grad_norm", "lr", "memory/peak_bytes", "rep/num_tokens"}
+    wanted |= {f"rep/{name}{of}" for name in ("mse", "cosine", "student_norm") for of in ("", "/layer_1", "/layer_2")}
+    wanted |= {f"rollout/{name}" for name in ("length_mean", "length_max", "truncated_fraction", "empty_count")}
+    wanted |= {f"time/{part}" for part in ("rollout", "teacher", "student", "step")}
+    for row in rows:
+        assert wanted <= row.keys(), wanted - row.keys()
+        assert all(isinstance(row[name], (int, float)) and row[name] == row[name] for name in wanted)
+        assert row["time/rollout"] + row["time/teacher"] + row["time/student"] <= row["time/step"]
+        assert row["rep/num_tokens"] == 4 * row["rollout/length_mean"]
+    assert rows[-1]["lr"] < rows[0]["lr"] == 1e-3
+
+
+def test_the_run_folder_holds_samples_curves_and_checkpoints(run):
+    _, run_dir, _ = run
+    assert complete_steps(run_dir) == [2, 4]
+    for step in range(1, STEPS + 1):
+        rollouts = lines(run_dir / "rollouts" / f"step_{step:07d}.jsonl")
+        assert len(rollouts) == 4
+        assert all(rollout["prompt"].startswith("<|im_start|>user") for rollout in rollouts)
+    evaluations = lines(run_dir / "evaluations.jsonl")
+    assert [(row["step"], row["name"]) for row in evaluations] == [(0, "before"), (2, "step 2"), (4, "after")]
+    assert all(list(row["data"]) == ["sums/0", "sums/1", "all"] for row in evaluations)
+    assert len(lines(run_dir / "evaluations" / "step_0000002.jsonl")) == 5 * 2
+    assert any((run_dir / "tensorboard").iterdir())
+    assert "<html" in (run_dir / "report.html").read_text()
+    assert not [path for path in run_dir.rglob("*") if path.suffix in (".tmp", ".partial", ".new")]
+
+
+def test_the_export_opens_in_transformers_and_is_the_trained_student(run):
+    arguments, run_dir, _ = run
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
+    assert tokenizer.decode(tokenizer("1+2=")["input_ids"]) == "1+2="
+    student = load_config(None, arguments).student.path
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (student, run_dir / "hf"))
+    # No hidden state sees the untied head; everything else has learnt.
+    assert {name for name, tensor in before.items() if torch.equal(tensor, after[name])} == {"lm_head.weight"}
+
+
+def test_a_run_that_is_finished_stays_as_it_is(run):
+    arguments, run_dir, _ = run
+    changing = ("tensorboard", "environment.json")
+    before = {path: data for path, data in contents(run_dir).items() if not any(name in str(path) for name in changing)}
+    log = finish(arguments, run_dir.parent / "again.log")
+    assert "step 5" not in log and "going on from" in log
+    after = {path: data for path, data in contents(run_dir).items() if not any(name in str(path) for name in changing)}
+    assert after.keys() == before.keys()
+    assert [path for path in before if after[path] != before[path]] == []
+
+
+def test_a_student_can_start_from_a_training_checkpoint(run, tmp_path):
+    arguments, run_dir, _ = run
+    checkpoint = run_dir / "checkpoints" / "step_0000004" / "model"
+    settings = [f"student.path={checkpoint}", "train.steps=1", "evaluation.every=1"]
+    finish([*in_folder(arguments, tmp_path / "next"), *settings], tmp_path / "log")
+    (first, _), (*_, last) = lines(tmp_path / "next" / "evaluations.jsonl"), lines(run_dir / "evaluations.jsonl")
+    assert first["data"] == last["data"]
+    # The cosine rate starts at its maximum here: the exported tokenizer and weights are whole.
+    assert metrics(tmp_path / "next")[0]["lr"] == 1e-3
+    AutoTokenizer.from_pretrained(tmp_path / "next" / "hf")
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(run, tmp_path):
+    arguments, _, _ = run
+    log = finish([*in_folder(arguments, tmp_path / "dry"), "--dry-run"], tmp_path / "log")
+    assert f"run_dir: {tmp_path / 'dry'}" in log
+    for words in ("Compared layers", "student: Qwen3ForCausalLM", "Memory, 1 processes"):
+        assert words in log
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def greedy(model, tokenizer, length):
+    """transformers' own answers, one prompt at a time."""
+
+    def generate(prompts, step):
+        rollouts = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt.prompt_ids])
+            out = model.generate(ids, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            answer = tuple(out[0, ids.shape[1] :].tolist())
+            reason = "eos" if answer[-1] == tokenizer.eos_token_id else "length"
+            rollouts.append(Rollout(prompt.prompt_ids, answer, (1,) * len(answer), reason, prompt_index=prompt.index))
+        return rollouts
+
+    return generate
+
+
+def test_evaluate_grades_what_transformers_would_answer(run, tmp_path):
+    arguments, run_dir, _ = run
+    settings = ["evaluation.temperature=0", "evaluation.samples=1", f"student.path={run_dir / 'hf'}"]
+    arguments = [*in_folder(arguments, tmp_path / "run"), *settings]
+    finish(arguments, tmp_path / "log", module="evaluate")
+    config = load_config(None, arguments)
+    tokenizer, model = (cls.from_pretrained(run_dir / "hf") for cls in (AutoTokenizer, AutoModelForCausalLM))
+    prompts = load_prompts(config.evaluation.data, tokenizer, config.data).prompts
+    samples = evaluate(greedy(model, tokenizer, 6), prompts, tokenizer, step=0)
+    scores = json.loads((tmp_path / "run" / "evaluation" / "scores.json").read_text())
+    assert scores["data"] == score_by_source(samples, 1)
+    written = lines(tmp_path / "run" / "evaluation" / "samples.jsonl")
+    assert [row["response"] for row in written] == [sample.response_text for sample in samples]
+    assert [row["correct"] for row in written] == [sample.correct for sample in samples]

@@ -1,0 +1,105 @@
+"""Small whole runs for tests: the arguments of `train`, and what is compared of what they leave."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tests.helpers.models import random_hf_model, save
+from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
+
+VOCAB_SIZE = 259  # of the byte tokenizer
+
+
+def models(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, **sizes: Any) -> list[str]:
+    """A random student and teacher below `folder`; the arguments that name them."""
+    for seed, name in enumerate(("student", "teacher")):
+        save(random_hf_model("Qwen3", seed=seed, vocab_size=VOCAB_SIZE, **sizes), folder / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+    return [f"student.path={folder / 'student'}", f"teacher.path={folder / 'teacher'}"]
+
+
+def replay_run(folder: Path, steps: int, *settings: str, **sizes: Any) -> list[str]:
+    """Three stored rollouts a step, of uneven lengths, some empty."""
+    draw = random.Random(7)
+    path = folder / "replay.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for _ in range(3 * steps):
+            prompt, response = (draw.choices(range(VOCAB_SIZE), k=draw.randint(low, 8)) for low in (1, 0))
+            file.write(json.dumps({"prompt_ids": prompt, "response_ids": response}) + "\n")
+    return [
+        *models(folder, **sizes),
+        "rollout.engine=replay",
+        f"rollout.path={path}",
+        "rollout.prompts_per_step=3",
+        "rollout.samples_per_prompt=1",
+        "batch.max_tokens_per_micro_batch=32",
+        *_common(folder, steps),
+        *settings,
+    ]
+
+
+def prompt_run(folder: Path, steps: int, *settings: str, **sizes: Any) -> list[str]:
+    """Five arithmetic prompts with answers, two prompts a step with two samples each: an epoch ends within a step."""
+    path = folder / "prompts.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for number in range(5):
+            row = {"prompt": f"{number}+2=", "data_source": f"sums/{number % 2}"}
+            file.write(json.dumps(row | {"reward_model": {"ground_truth": str(number + 2), "style": "exact"}}) + "\n")
+    return [
+        *models(folder, byte_tokenizer(chat=CHAT_TEMPLATE), **sizes),
+        f"data.prompts=[{path}]",
+        f"evaluation.data=[{path}]",
+        "evaluation.samples=2",
+        "evaluation.max_new_tokens=6",
+        "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
+        "rollout.max_new_tokens=6",
+        "batch.max_tokens_per_micro_batch=96",
+        *_common(folder, steps),
+        *settings,
+    ]
+
+
+def _common(folder: Path, steps: int) -> list[str]:
+    return [
+        f"train.run_dir={folder / 'run'}",
+        f"train.steps={steps}",
+        "checkpoint.every=2",
+        "precision.dtype=fp32",
+        "optimizer.lr=1.0e-3",
+    ]
+
+
+def in_folder(arguments: list[str], run_dir: Path) -> list[str]:
+    """The same run in another run folder."""
+    return [*arguments, f"train.run_dir={run_dir}"]
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what no two runs have in common: times and memory."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
+
+
+def last_step(run_dir: Path) -> int:
+    """The last whole line of metrics.jsonl, 0 without one; the file may be being written."""
+    try:
+        text = (run_dir / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return 0
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def complete_steps(run_dir: Path) -> list[int]:
+    """The steps of the complete checkpoints."""
+    marked = (run_dir / "checkpoints").glob("step_???????/complete")
+    return sorted(int(path.parent.name.removeprefix("step_")) for path in marked)

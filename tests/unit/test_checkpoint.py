@@ -1,0 +1,167 @@
+"""Which checkpoint a run goes on from, which it refuses, and what of a run folder survives a killed process."""
+
+import json
+import shutil
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_oprd.assemble import build_run, read_inputs
+from megatron_oprd.config import load_config
+from megatron_oprd.train import find_checkpoint, one_step, save_checkpoint
+from megatron_oprd.training import checkpoint
+from megatron_oprd.training.run_log import RunLog
+from megatron_oprd.training.state import Identity, TrainState
+from megatron_oprd.types import UserError
+from tests.helpers.distributed import run_distributed
+from tests.helpers.killable import finish
+from tests.helpers.runs import metrics, replay_run
+
+
+def marked(folder, step, mark=True):
+    path = folder / f"step_{step:07d}"
+    (path / "model").mkdir(parents=True)
+    (path / "model" / "weights").write_text("x")
+    if mark:
+        (path / checkpoint.MARK).touch()
+    return path
+
+
+def test_the_newest_marked_folder_counts(tmp_path):
+    assert checkpoint.latest(tmp_path / "none") is None
+    marked(tmp_path, 8)
+    newest = marked(tmp_path, 10)
+    marked(tmp_path, 12, mark=False)
+    (marked(tmp_path, 14, mark=False)).rename(tmp_path / "step_0000014.partial")
+    assert checkpoint.latest(tmp_path) == newest
+
+
+def test_pruning_keeps_the_newest_and_clears_what_a_killed_process_left(tmp_path):
+    for step in (2, 4, 6):
+        marked(tmp_path, step)
+    marked(tmp_path, 3, mark=False)
+    marked(tmp_path, 5, mark=False).rename(tmp_path / "step_0000005.partial")
+    mine = marked(tmp_path, 1).rename(tmp_path / "step_of_my_own")
+    checkpoint._prune(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "step_0000004", tmp_path / "step_0000006", mine]
+
+
+def test_what_is_removed_stops_looking_complete_first(tmp_path, monkeypatch):
+    old, _ = marked(tmp_path, 2), marked(tmp_path, 4)
+
+    def killed(path):
+        assert not (path / checkpoint.MARK).exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint._prune(tmp_path, 1)
+    assert (old / "model" / "weights").exists()
+    assert checkpoint.latest(tmp_path) == tmp_path / "step_0000004"
+
+
+def load_and_refuse(rank, arguments):
+    """Train a step, save, and load with other identities and after damage; returns what each said."""
+    run = build_run(read_inputs(load_config(None, arguments)))
+    folder, student, spec = run.inputs.run_dir / "checkpoints", run.student, run.inputs.student
+    state, _, _ = one_step(run, TrainState())
+    marked(folder, 1, mark=False)  # what a process left that died between the rename and the mark
+    save_checkpoint(run, state)
+    found = find_checkpoint(run)
+    own, said = run.identity, {}
+    cases = {
+        "teacher": Identity("/other", "sha256:" + "0" * 64, own.pairs),
+        "pairs": Identity(own.teacher_path, own.teacher_hash, own.pairs[1:]),
+        "moved teacher": Identity("/moved", own.teacher_hash, own.pairs),
+        "own": own,
+        "optimizer": own,
+        "model": own,
+        "state": own,
+    }
+    damage = {"optimizer": "optimizer/__0_0.distcp", "model": "model/__0_0.distcp", "state": "state.json"}
+    for name, identity in cases.items():
+        if name in damage:
+            (found / damage[name]).write_bytes((found / damage[name]).read_bytes()[:100])
+        try:
+            said[name] = checkpoint.load(found, student, spec, run.topology, identity)
+        except UserError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_another_teacher_other_layers_and_damage_are_refused_in_a_line(tmp_path):
+    arguments = replay_run(tmp_path, 2, num_hidden_layers=2)
+    (said,) = run_distributed(1, load_and_refuse, arguments)
+    step = tmp_path / "run" / "checkpoints" / "step_0000001"
+    assert said["own"] == said["moved teacher"] == TrainState(1)
+    assert said["teacher"].startswith(f"{step} was made with another teacher ({tmp_path / 'teacher'}, sha256:")
+    assert "teacher.path=/other (sha256:000000" in said["teacher"]
+    assert said["pairs"] == (
+        f"{step} was made with the layer pairs [1-1, 2-2], the configuration asks for [2-2]; go on with those or name "
+        "a new train.run_dir"
+    )
+    assert said["optimizer"].startswith(f"{step / 'optimizer' / '__0_0.distcp'} is truncated: 100 of ")
+    assert said["optimizer"].endswith("remove this checkpoint to go on from the one before")
+    assert "__0_0.distcp is truncated" in said["model"]
+    assert "state.json" in said["state"]
+    for text in (said[name] for name in ("teacher", "pairs", "optimizer", "model", "state")):
+        assert "\n" not in text and "Traceback" not in text and len(text) < 500, text
+
+
+def test_a_refused_run_leaves_the_folder_as_it_was(tmp_path):
+    arguments = replay_run(tmp_path, 2, "checkpoint.export_hf=false", num_hidden_layers=2)
+    finish(arguments, tmp_path / "log")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for settings, message in (
+        (["loss.representation.layers=[2]"], "was made with the layer pairs [1-1, 2-2]"),
+        ([f"teacher.path={tmp_path / 'student'}"], "was made with another teacher"),
+        (["checkpoint.resume=never"], "holds a run"),
+    ):
+        with pytest.raises(AssertionError, match="exit code 2") as caught:
+            finish([*arguments, "train.steps=2", *settings], tmp_path / f"{message[:9]}.log")
+        assert message in str(caught.value)
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def opened(run_dir, start):
+    log = RunLog(run_dir)
+    log.open(start)
+    return log
+
+
+def step_values(step):
+    names = ("loss", "grad_norm", "lr", "rep/cosine", "rollout/length_mean", "time/step")
+    return {"step": step, **dict.fromkeys(names, float(step))}
+
+
+def test_the_log_goes_on_after_the_checkpoint(tmp_path):
+    log = opened(tmp_path, 0)
+    log.evaluation(0, "before", {"sums": {"avg@1": 0.5}})
+    for step in (1, 2, 3):
+        log.step(step_values(step))
+    log.evaluation(3, "step 3", {"sums": {"avg@1": 0.5}})
+    # Killed here, the board not closed, in the middle of a line and of a replacement.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 1')
+    (tmp_path / "metrics.jsonl.77.tmp").write_text('{"step": 1}')
+    (tmp_path / "rollouts" / "step_0000004.jsonl.77.tmp").touch()
+    log = opened(tmp_path, 2)
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+    log.step(step_values(3))
+    log.evaluation(3, "step 3", {"sums": {"avg@1": 0.5}})
+    log.close()
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2, 3]
+    names = [json.loads(line)["name"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert names == ["before", "step 3"]
+    assert not list(tmp_path.rglob("*.tmp"))
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3]
+    assert [event.step for event in board.Scalars("evaluation/sums/avg@1")] == [0, 3]
+
+
+def test_a_run_that_starts_over_evaluates_once(tmp_path):
+    for _ in range(2):
+        opened(tmp_path, 0).evaluation(0, "before", {"sums": {"avg@1": 0.5}})
+    assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert len(board.Scalars("evaluation/sums/avg@1")) == 1
