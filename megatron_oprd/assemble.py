@@ -18,6 +18,7 @@ from megatron_oprd.models.build import DTYPES, build_model, check_divisible, che
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
 from megatron_oprd.models.model import HiddenStateModel
 from megatron_oprd.models.weights import check_weights, content_hash, load_weights
+from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology, build_topology, check_layout, start_process
 from megatron_oprd.rollout.engine import RolloutEngine, Sampling
@@ -27,6 +28,7 @@ from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.types import ModelSpec, Rollout, UserError
 
+MOST_ROWS = 256  # generated at once; more do not make a step cheaper
 EVALUATION_SEED = 1_000_003  # added to train.seed: evaluation draws other numbers than training, always the same ones
 
 
@@ -143,8 +145,24 @@ def build_and_load(config: Config, spec: ModelSpec, topology: Topology, stages: 
 
 def make_evaluator(config: Config, model: HiddenStateModel, spec: ModelSpec, topology: Topology) -> MegatronEngine:
     """The engine that samples evaluation answers from the student."""
-    seed = config.train.seed + EVALUATION_SEED
-    return MegatronEngine(model, spec, topology, sampling_of(config.evaluation), seed=seed, max_batch=256)
+    seed, sampling = config.train.seed + EVALUATION_SEED, sampling_of(config.evaluation)
+    rows = rows_at_a_time(spec, topology, model, config.data.max_prompt_tokens + sampling.max_new_tokens)
+    return MegatronEngine(model, spec, topology, sampling, seed=seed, max_batch=rows)
+
+
+def rows_at_a_time(
+    spec: ModelSpec, topology: Topology, model: HiddenStateModel, longest_row: int, most: int = MOST_ROWS
+) -> int:
+    """How many rollouts of up to `longest_row` tokens are generated at once: their keys and values fill at most a third
+    of the memory that is free now. The same on every rank of a replica; communicates over its groups."""
+    parameter = next(model.parameters())
+    blocks, heads = len(model.decoder.layers), spec.num_query_groups // topology.tensor_size
+    row_bytes = 2 * max(blocks, 1) * heads * spec.head_dim * parameter.element_size()
+    row_bytes *= min(longest_row, spec.max_position_embeddings)
+    rows: float = max(1, min(most, platform.free_memory_bytes(topology.device) // 3 // row_bytes))
+    for group in (topology.groups.tp, topology.groups.pp):
+        (rows,) = min_over([rows], group, topology.device)
+    return int(rows)
 
 
 def sampling_of(config: RolloutConfig | EvaluationConfig) -> Sampling:
@@ -164,12 +182,15 @@ def _engine(inputs: Inputs, model: HiddenStateModel, topology: Topology) -> Roll
     if config.rollout.engine == "replay":
         per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
         return ReplayEngine(inputs.replayed, per_step, data_rank=topology.data_rank, data_size=topology.data_size)
+    sampling = sampling_of(config.rollout)
+    rows = rows_at_a_time(inputs.student, topology, model, config.data.max_prompt_tokens + sampling.max_new_tokens)
     return MegatronEngine(
         model,
         inputs.student,
         topology,
-        sampling_of(config.rollout),
+        sampling,
         seed=config.train.seed,
+        max_batch=rows,
         progress=topology.rank == 0,
     )
 

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -189,6 +190,13 @@ def _patch_schedules() -> None:
     from megatron.core.pipeline_parallel import schedules
 
     schedules.torch = _TorchForSchedules("torch")
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that is free for this process: of the CUDA device, or its share of the machine's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def reset_peak_memory(device: torch.device) -> None:

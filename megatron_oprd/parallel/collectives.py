@@ -19,6 +19,11 @@ def max_over(values: Sequence[float], group: dist.ProcessGroup, device: torch.de
     return _reduce(values, group, device, dist.ReduceOp.MAX)
 
 
+def min_over(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
+    """Element-wise minimum in float64 over the group, the same on every rank."""
+    return _reduce(values, group, device, dist.ReduceOp.MIN)
+
+
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """Any picklable value of every rank of the group, in rank order, on every rank."""
     gathered: list[Any] = [None] * dist.get_world_size(group)

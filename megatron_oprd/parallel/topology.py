@@ -15,6 +15,9 @@ from megatron_oprd import platform
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.types import UserError
 
+# How long ranks wait for each other. Data-parallel ranks end their rollouts at different times.
+TIMEOUT_SECONDS = 1800
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -40,7 +43,7 @@ class Topology:
         return self.pipeline_rank == self.pipeline_size - 1
 
 
-def start_process(device: torch.device, timeout_seconds: int = 600) -> None:
+def start_process(device: torch.device, timeout_seconds: int = TIMEOUT_SECONDS) -> None:
     """Join torch.distributed as torchrun describes it, or alone without torchrun. A time-out turns a dead rank into
     an error on the others instead of a wait without end."""
     platform.install_cpu_stand_ins()
@@ -67,7 +70,7 @@ def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) ->
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
-            distributed_timeout_minutes=10,
+            distributed_timeout_minutes=TIMEOUT_SECONDS // 60,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Topology(
