@@ -13,16 +13,10 @@ import contextlib
 import re
 import shutil
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from megatron.core import dist_checkpointing
-from megatron.core.optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_oprd import platform
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.files import (
     commit_partial,
@@ -34,15 +28,14 @@ from megatron_oprd.files import (
 )
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.models.megatron_checkpoint import (
-    SaveStrategy,
     check_files,
     describe_damage,
     load_model,
     save_model,
-    sharded_weights,
 )
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.training.optimizer_state import load_optimizer, save_optimizer
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.student import Student
 from megatron_oprd.types import ModelSpec, UserError
@@ -72,9 +65,8 @@ def save(
     try:
         save_model(student.module, partial / "model", spec, topology, source)
         on_rank_zero(lambda: _make(partial / "optimizer"))
-        with explain_os_errors(partial), platform.cpu_devices():
-            optimizer_state = _optimizer_state(student, topology, is_loading=False)
-            dist_checkpointing.save(optimizer_state, str(partial / "optimizer"), sharded_strategy=SaveStrategy())
+        with explain_os_errors(partial):
+            save_optimizer(student, topology, partial / "optimizer")
         on_rank_zero(lambda: _finish(target, partial, state, identity))
     except BaseException:
         if topology.rank == 0:
@@ -102,13 +94,9 @@ def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology
         saved = Identity(str(teacher["path"]), str(teacher["hash"]), pairs)
     _check_identity(checkpoint, saved, identity)
     load_model(student.module, checkpoint / "model", spec, topology)
-    with platform.cpu_devices(), _explain_damage(checkpoint / "optimizer"):
+    with _explain_damage(checkpoint / "optimizer"):
         check_files(checkpoint / "optimizer")
-        _make_loadable(student)
-        wanted = _optimizer_state(student, topology, is_loading=True)
-        loaded = dist_checkpointing.load(wanted, str(checkpoint / "optimizer"))
-        student.optimizer.load_state_dict(loaded["optimizer"])
-        _separate_steps(student)
+        load_optimizer(student, topology, checkpoint / "optimizer")
     # The rate is a function of the step and the configuration alone.
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=state.step)
@@ -117,68 +105,6 @@ def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / MARK).exists())
-
-
-def _optimizer_state(student: Student, topology: Topology, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {
-        "non_homogeneous_layers": True,
-        "dp_cp_group": topology.groups.dp_cp,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "chained_optim_avoid_prefix": True,
-    }
-    for optimizer in student.optimizer.chained_optimizers:
-        if isinstance(optimizer, DistributedOptimizer):
-            optimizer.get_parameter_state_dp_zero = partial(_state_of_buffers, optimizer)
-    weights = sharded_weights(student.module, topology)
-    return {"optimizer": student.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)}
-
-
-def _state_of_buffers(optimizer: DistributedOptimizer, **options: Any) -> dict[Any, Any]:
-    """mcore joins a buffer's buckets without the padding between them and cuts at places that count it. Only a tied
-    embedding has a bucket beside others; on the last pipeline stage it comes first and would shift all the rest."""
-    state: dict[Any, Any] = DistributedOptimizer.get_parameter_state_dp_zero(optimizer, **options)
-    for number, buffer in enumerate(optimizer.buffers):
-        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-        padding = [bucket.grad_data.numel() - size for bucket, size in zip(buffer.buckets, sizes, strict=True)]
-        for tensors in state[number].values():
-            for name in ("param", "exp_avg", "exp_avg_sq"):
-                if len(sizes) > 1 and len(tensors[name]) == sum(sizes):
-                    parts = zip(tensors[name].split(sizes), padding, strict=True)
-                    tensors[name] = torch.cat([torch.nn.functional.pad(part, (0, pad)) for part, pad in parts])
-    return state
-
-
-def _make_loadable(student: Student) -> None:
-    """Prepare torch's optimizers for mcore's loading, which is written for the fused ones of CUDA."""
-    for optimizer in student.optimizer.chained_optimizers:
-        optimizer.init_state_fn = optimizer.init_state_fn or (lambda *args: None)  # SGD keeps no state
-        if not isinstance(optimizer.optimizer, torch.optim.AdamW):
-            continue
-        # AdamW has no state before its first step, and mcore loads only into state that is there.
-        for group in optimizer.optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter, dtype=torch.float32),
-                    "exp_avg_sq": torch.zeros_like(parameter, dtype=torch.float32),
-                }
-        if isinstance(optimizer, DistributedOptimizer):
-            optimizer._set_main_param_and_optimizer_states = partial(_set_states, optimizer)
-
-
-def _separate_steps(student: Student) -> None:
-    """mcore gives every parameter's AdamW state one `step` tensor, which would then count once for each of them."""
-    for optimizer in student.optimizer.chained_optimizers:
-        if isinstance(optimizer.optimizer, torch.optim.AdamW):
-            for state in optimizer.optimizer.state.values():
-                state["step"] = state["step"].clone()
-
-
-def _set_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
-    """mcore's method looks for a `step` among the loaded tensors; it was loaded with the parameter groups."""
-    step = optimizer._get_main_param_and_optimizer_states(parameter)["step"]
-    DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, parameter, {**tensors, "step": step})
 
 
 def _prepare(target: Path) -> Path:
