@@ -10,7 +10,6 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import export_hf
 from megatron_oprd.hf.stream import HFReader
@@ -18,8 +17,6 @@ from megatron_oprd.models.build import build_model
 from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
 from megatron_oprd.models.megatron_checkpoint import checkpoint_dtype, load_model, save_model
 from megatron_oprd.models.weights import check_weights, content_hash, load_weights, weights_dtype
-from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
 from megatron_oprd.types import UserError
 from tests.helpers.models import random_hf_model, save
 
@@ -44,13 +41,6 @@ MODELS = {
         {"tie_word_embeddings": True, "vocab_size": 151936, "hidden_size": 32, "num_hidden_layers": 1},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def topology():
-    device = choose_device("auto")
-    start_process(device)
-    return build_topology(ParallelConfig(), device, seed=0)
 
 
 def hf_folder(path, family="Qwen3", dtype=torch.float32, shard_size="5GB", **overrides):

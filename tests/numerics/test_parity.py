@@ -3,24 +3,14 @@
 import pytest
 import torch
 
-from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
-from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
 from tests.helpers.models import random_hf_model, save
 
 LENGTHS = (1, 7, 30)
-
-
-@pytest.fixture(scope="module")
-def topology():
-    device = choose_device("auto")
-    start_process(device)
-    return build_topology(ParallelConfig(), device, seed=0)
 
 
 def megatron_states(folder, topology, dtype, sequences):

@@ -4,16 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
-from megatron_oprd.config import ParallelConfig
+from megatron_oprd.assemble import rows_at_a_time
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
+from megatron_oprd.models.kv_cache import KeyValueCache
 from megatron_oprd.models.micro_batch import MicroBatch
-from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.megatron import MegatronEngine
 from megatron_oprd.rollout.sampling import sample, uniforms
@@ -23,16 +21,6 @@ from tests.helpers.models import random_hf_model, save
 EOS = (3, 17, 40, 90, 111)
 NEW_TOKENS = 24
 GREEDY = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def topology():
-    device = choose_device("auto")
-    start_process(device)
-    if parallel_state.model_parallel_is_initialized():  # another module of this process was here
-        parallel_state.destroy_model_parallel()
-    yield build_topology(ParallelConfig(), device, seed=0)
-    parallel_state.destroy_model_parallel()
 
 
 def load(hf, folder, topology):
@@ -162,3 +150,13 @@ def test_positions_limit_the_answer_and_bad_prompts_are_named(qwen3, topology):
         engine.generate([Prompt(0, (5,)), Prompt(4, ())], step=0)
     with pytest.raises(UserError, match="prompt 9 has 12 tokens"):
         engine.generate([Prompt(9, (5,) * 12)], step=0)
+
+
+def test_the_rows_generated_at_once_fit_a_third_of_the_free_memory(qwen3, topology, monkeypatch):
+    _, model, spec = qwen3
+    cache = KeyValueCache([1, 2], 1, spec.num_query_groups, spec.head_dim, torch.float32, topology.device)
+    cache.reserve(128)
+    row_bytes = cache.num_bytes * 100 // 128
+    for rows, free in ((1, 0), (1, 3 * row_bytes), (5, 3 * 5 * row_bytes + row_bytes), (256, 10**12)):
+        monkeypatch.setattr("megatron_oprd.platform.free_memory_bytes", lambda device, free=free: free)
+        assert rows_at_a_time(spec, topology, model, longest_row=100) == rows
