@@ -19,7 +19,7 @@ from megatron_oprd.models.layer_plan import LayerPlan, make_plan
 from megatron_oprd.models.model import HiddenStateModel
 from megatron_oprd.models.weights import check_weights, content_hash, load_weights
 from megatron_oprd.parallel.collectives import min_over
-from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.parallel.topology import Topology, build_topology, check_layout, start_process
 from megatron_oprd.rollout.engine import RolloutEngine, Sampling
 from megatron_oprd.rollout.megatron import MegatronEngine

@@ -23,7 +23,7 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.build import check_divisible
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.weights import check_weights
-from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.parallel.topology import check_layout
 
 

@@ -24,7 +24,7 @@ from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import score_by_source, write_samples
 from megatron_oprd.files import explain_os_errors, write_json, write_text
 from megatron_oprd.hf.export import export_hf
-from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.dry_run import describe_run
 from megatron_oprd.training.global_batch import pack_global_batch, rollout_metrics

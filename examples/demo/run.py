@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from examples.demo.make_pair import make_pair
+from examples.demo.make_pair import TargetMissed, make_pair
 from megatron_oprd import platform, train
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.evaluate import evaluate_model
 from megatron_oprd.evaluation.sample import score
-from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.types import UserError
 
@@ -66,7 +66,10 @@ def _make_and_convert(pair: Path, seed: int) -> None:
     if (pair / "teacher-megatron").exists() and (pair / "student-megatron").exists():
         return  # an interrupted run goes on with its pair
     print("making the teacher-student pair", flush=True)
-    make_pair(pair, seed, steps=800)
+    try:
+        make_pair(pair, seed, steps=1000)
+    except TargetMissed as error:
+        raise UserError(f"the pair could not be made ({error}); use another train.seed") from None
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     tool = ROOT / "tools" / "checkpoint_convert" / "hf_to_megatron.py"
     for name in ("student", "teacher"):

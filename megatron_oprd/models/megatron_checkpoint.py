@@ -23,7 +23,7 @@ from megatron_oprd.files import commit_partial, discard_partial, explain_os_erro
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.hf.names import entries, megatron_shapes
 from megatron_oprd.hf.stream import config_with_dtype, copy_companions
-from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -122,13 +122,17 @@ def load_model(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topo
     """
     folder = Path(folder)
     check(folder, spec)
-    try:
-        loaded = dist_checkpointing.load(sharded_weights(model, topology), str(folder))
-    except checkpoint.api.CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}") from None
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise UserError(f"{folder} cannot be read: {error}") from None
+
+    def read() -> dict[str, Any]:
+        try:
+            return dist_checkpointing.load(sharded_weights(model, topology), str(folder))
+        except checkpoint.api.CheckpointException as error:
+            rank, (cause, _) = next(iter(error.failures.items()))
+            raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}") from None
+        except dist_checkpointing.core.CheckpointingException as error:
+            raise UserError(f"{folder} cannot be read: {error}") from None
+
+    loaded = on_every_rank(read)  # not every version of mcore tells all ranks what one of them met
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # mcore reads into the parameter itself, except where it lays a parameter together from pieces.

@@ -33,7 +33,7 @@ from megatron_oprd.models.megatron_checkpoint import (
     load_model,
     save_model,
 )
-from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.optimizer_state import load_optimizer, save_optimizer
 from megatron_oprd.training.state import Identity, TrainState
@@ -94,9 +94,13 @@ def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology
         saved = Identity(str(teacher["path"]), str(teacher["hash"]), pairs)
     _check_identity(checkpoint, saved, identity)
     load_model(student.module, checkpoint / "model", spec, topology)
-    with _explain_damage(checkpoint / "optimizer"):
-        check_files(checkpoint / "optimizer")
-        load_optimizer(student, topology, checkpoint / "optimizer")
+
+    def read_optimizer() -> None:
+        with _explain_damage(checkpoint / "optimizer"):
+            check_files(checkpoint / "optimizer")
+            load_optimizer(student, topology, checkpoint / "optimizer")
+
+    on_every_rank(read_optimizer)
     # The rate is a function of the step and the configuration alone.
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=state.step)

@@ -1,4 +1,4 @@
-"""Work that one rank does for all, whose failure all of them see."""
+"""Work whose failure on one rank all of them see."""
 
 from __future__ import annotations
 
@@ -35,3 +35,18 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
     if kind == "error":
         raise RuntimeError(f"rank 0 failed: {value}")
     return value  # type: ignore[return-value]
+
+
+def on_every_rank(function: Callable[[], Result]) -> Result:
+    """`function()` of this rank; a UserError that any rank raised is raised on all. Collective over the world."""
+    failure: str | None = None
+    try:
+        result = function()
+    except UserError as error:
+        failure = str(error)
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for message in failures:
+        if message is not None:
+            raise UserError(message)
+    return result
