@@ -12,6 +12,7 @@ LAYOUTS = {
     "pipeline 2": (2, "parallel.pipeline=2"),
     "data 4, two ranks without a selected token": (4, "loss.representation.positions=last"),
     "tensor 2, data 2": (4, "parallel.tensor=2"),
+    "tensor 2, pipeline 2": (4, "parallel.tensor=2", "parallel.pipeline=2"),
     "pipeline 2, last stage skipped": (2, "parallel.pipeline=2", "loss.representation.layers=[1,2]"),
     "pipeline 2, full recomputation": (2, "parallel.pipeline=2", "recompute.granularity=full"),
 }
