@@ -27,8 +27,8 @@ from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.models.taps import CaptureTap, StageLoss
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.training.global_batch import pack_global_batch
-from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.student import build_student
+from megatron_oprd.training.student_step import accumulate_gradients
 from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import ModelSpec, Rollout
 
@@ -81,17 +81,7 @@ def measure(options: argparse.Namespace) -> dict:
             for batch, target in zip(batches, targets, strict=True)
         ]
         begin = time.perf_counter()
-        trained.model.zero_grad_buffer()
-        trained.optimizer.zero_grad()
-        run_schedule(
-            trained.model,
-            topology,
-            batches,
-            taps,
-            last_layer=plan.student_last_layer,
-            normed_layer=plan.student_normed_layer,
-            forward_only=False,
-        )
+        accumulate_gradients(trained, topology, plan, batches, taps)
         with platform.cpu_devices():
             trained.optimizer.step()
         if device.type == "cuda":

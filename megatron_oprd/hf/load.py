@@ -40,17 +40,16 @@ def load_hf(
     reader: HFReader,
     spec: ModelSpec,
     *,
-    first_layer: int = 0,
     tensor_rank: int = 0,
     tensor_size: int = 1,
 ) -> None:
-    """Fill every parameter of a stage whose first block is `first_layer` (0-based), cast to the parameter's dtype.
+    """Fill every parameter of a stage, cast to the parameter's dtype.
 
     A tied last stage has a head of its own, filled from the embedding. Raises KeyError for a parameter that the
     family's table does not know. No communication.
     """
     table = parameter_table(spec)
-    for name, parameter in model.named_parameters():
-        entry = table[global_name(name, first_layer)]
+    for name, parameter in named_parameters(model).items():
+        entry = table[name]
         whole = to_megatron(entry, [reader.read(hf_name) for hf_name in entry.hf], spec)
         parameter.copy_(shard(entry, whole, tensor_rank, tensor_size))

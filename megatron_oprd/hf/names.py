@@ -88,13 +88,18 @@ def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {name: next(shape for suffix, shape in by_suffix.items() if name.endswith(suffix)) for name in names}
 
 
+def padded_vocab_size(spec: ModelSpec, tensor_size: int) -> int:
+    """The vocabulary as Megatron holds it: a multiple of the tensor-parallel size."""
+    return -(-spec.vocab_size // tensor_size) * tensor_size
+
+
 def megatron_shapes(spec: ModelSpec, tensor_size: int = 1) -> dict[str, tuple[int, ...]]:
     """Every whole Megatron parameter with its shape, the vocabulary padded to a multiple of `tensor_size` rows."""
     shapes, result = hf_shapes(spec), {}
     for entry in entries(spec):
         rows = sum(shapes[name][0] for name in entry.hf)
         if entry.layout == "vocabulary":
-            rows = -(-rows // tensor_size) * tensor_size
+            rows = padded_vocab_size(spec, tensor_size)
         result[entry.megatron] = (rows, *shapes[entry.hf[0]][1:])
     return result
 

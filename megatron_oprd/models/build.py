@@ -12,7 +12,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_oprd import platform
 from megatron_oprd.config import RecomputeConfig
-from megatron_oprd.hf.load import global_name, parameter_table
+from megatron_oprd.hf.load import named_parameters, parameter_table
+from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.model import HiddenStateModel
 from megatron_oprd.models.specs import block_spec
@@ -105,11 +106,6 @@ def build_model(
     return model.to(topology.device)
 
 
-def padded_vocab_size(spec: ModelSpec, tensor_size: int) -> int:
-    """The vocabulary as Megatron holds it: a multiple of the tensor-parallel size."""
-    return -(-spec.vocab_size // tensor_size) * tensor_size
-
-
 def check_divisible(spec: ModelSpec, tensor: int) -> None:
     """Raise UserError, naming what would work, when tensor parallelism does not divide the model."""
     for name, count in (
@@ -158,7 +154,7 @@ def _mark_tensor_parallel(model: HiddenStateModel, spec: ModelSpec) -> None:
     """Say which parameters are shards. mcore does so only when it initialises them itself; without the mark the
     gradient norm counts the first rank's shards alone."""
     table = parameter_table(spec)
-    for name, parameter in model.named_parameters():
-        layout = table[global_name(name, model.first_layer)].layout
+    for name, parameter in named_parameters(model).items():
+        layout = table[name].layout
         if layout != "copy" and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, 1 if layout == "columns" else 0, 1)

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_oprd.files import commit_partial, discard_partial, explain_os_errors, prepare_partial, write_json
 from megatron_oprd.hf.config import read_json
-from megatron_oprd.hf.names import entries, megatron_shapes
+from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
 from megatron_oprd.hf.stream import config_with_dtype, copy_companions
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology
@@ -89,7 +89,7 @@ def _finish(
         "architecture": spec.architecture,
         "num_layers": spec.num_layers,
         "vocabulary": spec.vocab_size,
-        "padded_vocabulary": -(-spec.vocab_size // topology.tensor_size) * topology.tensor_size,
+        "padded_vocabulary": padded_vocab_size(spec, topology.tensor_size),
     }
     with explain_os_errors(partial):
         copy_companions(source, partial)

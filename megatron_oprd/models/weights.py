@@ -30,7 +30,6 @@ def load_weights(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, to
         model,
         reader,
         spec,
-        first_layer=model.first_layer,
         tensor_rank=topology.tensor_rank,
         tensor_size=topology.tensor_size,
     )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_oprd.data.sharding import split
 from megatron_oprd.types import Prompt, Rollout, UserError
 
 
@@ -61,9 +62,7 @@ class ReplayEngine:
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """This rank's rollouts of step `step`, from 0; the file says what was asked, so `prompts` is not read."""
-        whole = rollouts_of_step(self.rollouts, step, self.per_step)
-        start, end = (len(whole) * rank // self.data_size for rank in (self.data_rank, self.data_rank + 1))
-        return whole[start:end]
+        return split(rollouts_of_step(self.rollouts, step, self.per_step), self.data_rank, self.data_size)
 
 
 class _BadLineError(Exception):

@@ -15,7 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_oprd import platform
 from megatron_oprd.config import Config, OptimizerConfig
-from megatron_oprd.hf.load import global_name
+from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import HiddenStateModel
 
@@ -60,8 +60,7 @@ def freeze_unreached(model: HiddenStateModel, config: Config, plan: LayerPlan) -
     """
     frozen = set(config.student.freeze)
     tied = model.share_embeddings_and_output_weights
-    for name, parameter in model.named_parameters():
-        name = global_name(name, model.first_layer)
+    for name, parameter in named_parameters(model).items():
         if name.startswith("decoder.layers."):
             reached = int(name.split(".")[2]) < plan.student_last_layer
         elif name.startswith("decoder.final_layernorm"):

@@ -10,6 +10,7 @@ from megatron_oprd import platform
 from megatron_oprd.config import RepresentationConfig
 from megatron_oprd.losses.reduction import layer_metrics
 from megatron_oprd.models.layer_plan import LayerPlan
+from megatron_oprd.models.micro_batch import Tap
 from megatron_oprd.models.taps import StageLoss
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
@@ -36,6 +37,20 @@ def student_step(
         StageLoss(batch, target, plan.teacher_of, normalize=config.normalize, scale=config.weight)
         for batch, target in zip(batches, targets, strict=True)
     ]
+    accumulate_gradients(student, topology, plan, batches, taps)
+    learning_rate = student.scheduler.get_lr({})
+    with platform.cpu_devices():
+        _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
+    student.scheduler.step(increment=1)
+    metrics = layer_metrics(_global_sums(taps, topology, plan), counts)
+    return StepReport(config.weight * metrics["rep/mse"], float(grad_norm), learning_rate, metrics)
+
+
+def accumulate_gradients(
+    student: Student, topology: Topology, plan: LayerPlan, batches: Sequence[PackedBatch], taps: Sequence[Tap]
+) -> None:
+    """Forward and backward of all micro-batches from zero gradients, reduced over the ranks. Communicates over all
+    groups."""
     student.model.train()
     student.model.zero_grad_buffer()
     student.optimizer.zero_grad()
@@ -48,12 +63,6 @@ def student_step(
         normed_layer=plan.student_normed_layer,
         forward_only=False,
     )
-    learning_rate = student.scheduler.get_lr({})
-    with platform.cpu_devices():
-        _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
-    student.scheduler.step(increment=1)
-    metrics = layer_metrics(_global_sums(taps, topology, plan), counts)
-    return StepReport(config.weight * metrics["rep/mse"], float(grad_norm), learning_rate, metrics)
 
 
 def _global_sums(taps: Sequence[StageLoss], topology: Topology, plan: LayerPlan) -> dict[int, list[float]]:

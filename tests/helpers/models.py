@@ -5,6 +5,15 @@ from pathlib import Path
 import torch
 import transformers
 
+# Sizes at the edges: one layer, seven heads that share one key and value, the head tied to the embedding.
+TIED_ONE_LAYER_7_TO_1 = {
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 1,
+    "hidden_size": 56,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 1,
+}
+
 
 def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
     """A random Qwen2 or Qwen3 in float32; biases and norms are random too, so that dropping one shows."""

@@ -18,7 +18,7 @@ from megatron_oprd.models.compare import Comparison, compare_states, compare_wei
 from megatron_oprd.models.megatron_checkpoint import checkpoint_dtype, load_model, save_model
 from megatron_oprd.models.weights import check_weights, content_hash, load_weights, weights_dtype
 from megatron_oprd.types import UserError
-from tests.helpers.models import random_hf_model, save
+from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save
 
 TOOLS = Path(__file__).parents[2] / "tools" / "checkpoint_convert"
 MODELS = {
@@ -27,13 +27,7 @@ MODELS = {
     "qwen2_one_layer": ("Qwen2", {"num_hidden_layers": 1}),
     "qwen2_tied_one_layer_7_to_1": (
         "Qwen2",
-        {
-            "tie_word_embeddings": True,
-            "num_hidden_layers": 1,
-            "hidden_size": 56,
-            "num_attention_heads": 7,
-            "num_key_value_heads": 1,
-        },
+        TIED_ONE_LAYER_7_TO_1,
     ),
     "qwen3_head_dim_8_to_2": ("Qwen3", {}),
     "qwen3_tied_real_vocabulary": (

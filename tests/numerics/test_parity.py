@@ -8,7 +8,7 @@ from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
-from tests.helpers.models import random_hf_model, save
+from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save
 
 LENGTHS = (1, 7, 30)
 
@@ -44,13 +44,7 @@ MODELS = {
     "qwen2_bias": ("Qwen2", {}),
     "qwen2_tied_one_layer_7_to_1": (
         "Qwen2",
-        {
-            "tie_word_embeddings": True,
-            "num_hidden_layers": 1,
-            "hidden_size": 56,
-            "num_attention_heads": 7,
-            "num_key_value_heads": 1,
-        },
+        TIED_ONE_LAYER_7_TO_1,
     ),
     "qwen3_head_dim_8_to_2": ("Qwen3", {}),
     "qwen3_tied_real_vocabulary": ("Qwen3", {"tie_word_embeddings": True, "vocab_size": 151936}),
