@@ -25,11 +25,12 @@ from megatron_oprd.config import Config, load_config
 from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.models.taps import CaptureTap, StageLoss
+from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.training.global_batch import pack_global_batch
+from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import accumulate_gradients
-from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import ModelSpec, Rollout
 
 
@@ -70,15 +71,25 @@ def measure(options: argparse.Namespace) -> dict:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
     trained = build_student(student, config, plan)
-    batches, _ = pack_global_batch(_rollouts(options), config.loss.representation, topology, options.tokens)
-    targets = teacher_pass(teacher.eval().requires_grad_(False), topology, plan, batches)
+    batches, _ = pack_global_batch(_rollouts(options), config.loss.representation, config.batch, spec, topology)
+    capture = CaptureTap(frozenset(plan.teacher_layers(topology.stages)), batches[0].selected)
+    run_schedule(
+        teacher.eval(),
+        topology,
+        batches,
+        [capture],
+        last_layer=None,
+        normed_layer=plan.teacher_normed_layer,
+        forward_only=True,
+    )
 
     def step(with_loss: bool) -> float:
+        targets = TeacherTargets(plan.readers(topology.stages), device)
+        targets.put(0, capture.states)
         taps = [
-            StageLoss(batch, target, plan.teacher_of, normalize="none", scale=1.0)
+            StageLoss(batches[0], targets.of(0), len(plan.pairs), normalize="none", scale=1.0)
             if with_loss
-            else CaptureTap(frozenset(), batch.selected)
-            for batch, target in zip(batches, targets, strict=True)
+            else CaptureTap(frozenset(), batches[0].selected)
         ]
         begin = time.perf_counter()
         accumulate_gradients(trained, topology, plan, batches, taps)
@@ -106,9 +117,10 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def _config(options: argparse.Namespace) -> Config:
+    size = f"batch.max_tokens_per_micro_batch={options.tokens}"
     paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
     settings = [f"precision.dtype={options.dtype}", "rollout.engine=replay", "loss.representation.positions=all"]
-    return load_config(None, [*paths, *settings])
+    return load_config(None, [*paths, *settings, size])
 
 
 def _spec(options: argparse.Namespace) -> ModelSpec:

@@ -26,11 +26,13 @@ class StudentConfig(_Section):
 class TeacherParallelConfig(_Section):
     tensor: int = Field(1, ge=1)
     pipeline: int = Field(1, ge=1)
+    expert: int = Field(1, ge=1)
 
 
 class TeacherConfig(_Section):
     path: str
     parallel: TeacherParallelConfig | None = None
+    offload_targets: bool = False
 
 
 class DataConfig(_Section):
@@ -93,6 +95,7 @@ class ParallelConfig(_Section):
 
 class BatchConfig(_Section):
     max_tokens_per_micro_batch: int = Field(32768, ge=1)
+    packing: bool = True
 
 
 class PrecisionConfig(_Section):

@@ -5,13 +5,12 @@ torchrun -m megatron_oprd.evaluate --config F [a.b=1 ...]
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_oprd.assemble import build_and_load, make_evaluator, read_evaluation_prompts, start_topology
+from megatron_oprd.assemble import build_and_load, make_evaluator, start_topology
 from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.prompts import PromptSet
@@ -20,7 +19,9 @@ from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import Sample, score_by_source, write_samples
 from megatron_oprd.files import check_writable, write_json
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.models.build import check_divisible
+from megatron_oprd.inputs import read_evaluation_prompts
+from megatron_oprd.layouts import check_student_layout, world_size
+from megatron_oprd.models.build import check_recompute
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.together import on_rank_zero
@@ -55,14 +56,15 @@ def evaluate_model(config: Config) -> tuple[list[Sample], PromptSet]:
     Collective over the world. Raises UserError before a model is built.
     """
     spec = read_model_spec(config.student.path)
-    check_layout(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
-    check_divisible(spec, config.parallel.tensor)
-    stages = even_stages(spec.num_layers, config.parallel.pipeline)
+    check_layout(config.parallel, world_size())
+    check_student_layout(config.parallel, spec)
+    stages = even_stages(spec.num_layers, config.parallel.pipeline, config.parallel.virtual_pipeline or 1)
+    check_recompute(config.recompute, stages)
     check_weights(config.student.path, spec)
     tokenizer = load_tokenizer(config.student.path)
     check_tokenizer(tokenizer, spec)
     prompts = read_evaluation_prompts(config, tokenizer)
-    topology = start_topology(config)
+    topology = start_topology(config, config.parallel)
     engine = make_evaluator(config, build_and_load(config, spec, topology, stages), spec, topology)
     return evaluate_over_ranks(engine, prompts.prompts, tokenizer, topology), prompts
 

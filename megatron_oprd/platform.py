@@ -27,6 +27,7 @@ for _message, _module in (
     (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\.core"),
     (r"`load_state_dict` is deprecated", r"megatron\.core"),
     (r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed"),
+    (r"`sequence_parallel` is set to `True`", r"megatron\.core"),  # of experts, which are never cut
 ):
     warnings.filterwarnings("ignore", message=_message, module=_module)
 if not torch.cuda.is_available():
@@ -65,6 +66,7 @@ def install_cpu_stand_ins() -> None:
     _patch_tensor()
     _patch_rng()
     _patch_schedules()
+    _patch_experts()
 
 
 @contextlib.contextmanager
@@ -190,6 +192,22 @@ def _patch_schedules() -> None:
     from megatron.core.pipeline_parallel import schedules
 
     schedules.torch = _TorchForSchedules("torch")
+
+
+def _patch_experts() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):  # tested against None, but defined only with Transformer Engine
+        moe_utils.te_general_gemm = None
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    def move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """mcore's leaves a tensor that is on the CPU already a tensor, numpy wanted or not."""
+        if as_numpy and torch.is_tensor(tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_to_cpu
 
 
 def free_memory_bytes(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_oprd import platform
-from megatron_oprd.assemble import Inputs, Run, build_run, read_inputs
+from megatron_oprd.assemble import Run, build_run
 from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import dump_config, load_config
 from megatron_oprd.data.prompts import PromptState, take
@@ -24,14 +24,17 @@ from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import score_by_source, write_samples
 from megatron_oprd.files import explain_os_errors, write_json, write_text
 from megatron_oprd.hf.export import export_hf
+from megatron_oprd.inputs import Inputs, read_inputs
+from megatron_oprd.layouts import teacher_layout
 from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.dry_run import describe_run
-from megatron_oprd.training.global_batch import pack_global_batch, rollout_metrics
+from megatron_oprd.training.global_batch import pack_global_batch, rollout_metrics, share_rollouts
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher_pass import teacher_pass
+from megatron_oprd.training.teacher_pass import PassReport, teacher_pass
 from megatron_oprd.types import Prompt, Rollout, UserError
 
 
@@ -44,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     inputs = read_inputs(load_config(options.config, options.overrides))
     if options.dry_run:
-        describe_run(inputs.config, inputs.student, inputs.teacher, inputs.plan)
+        own_layout = teacher_layout(inputs.config)
+        describe_run(inputs.config, inputs.student, inputs.teacher, inputs.plan, own_layout)
     else:
         run = build_run(inputs)
         fit(run)
@@ -73,18 +77,28 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     platform.reset_peak_memory(topology.device)
     prompts, position = take_prompts(run.inputs, state)
     with watch("rollout"):
-        rollouts = run.engine.generate(split(prompts, topology.data_rank, topology.data_size), state.step)
-    batches, counts = pack_global_batch(
-        rollouts, config.loss.representation, topology, config.batch.max_tokens_per_micro_batch
-    )
-    with watch("teacher"):
-        targets = teacher_pass(run.teacher, topology, plan, batches)
+        mine = run.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), state.step)
+    rollouts = share_rollouts(mine, topology)
+    pack = partial(pack_global_batch, rollouts, config.loss.representation, config.batch, run.inputs.student)
+    batches, counts = pack(topology)
+    teacher_batches = batches if run.teacher.topology is topology else pack(run.teacher.topology)[0]
+    targets, teacher_report = teacher_pass(run.teacher, topology, plan, batches, teacher_batches)
     with watch("student"):
         report = student_step(run.student, topology, plan, config.loss.representation, batches, targets, counts)
     state = TrainState(state.step + 1, position)
     metrics = {"step": state.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate}
-    metrics |= report.metrics | rollout_metrics(rollouts, counts, topology) | watch.seconds()
+    metrics |= report.metrics | rollout_metrics(rollouts, counts)
+    metrics |= {"teacher/moved_bytes": teacher_report.moved_bytes, "teacher/target_bytes": targets.most_bytes}
+    metrics |= step_seconds(watch, teacher_report)
     return state, metrics | {"memory/peak_bytes": platform.peak_memory_bytes(topology.device)}, rollouts
+
+
+def step_seconds(watch: Stopwatch, teacher: PassReport) -> dict[str, float]:
+    """`time/rollout`, `time/teacher`, `time/student`, `time/step`; a streamed teacher ran while the student did."""
+    seconds = watch.seconds()
+    if teacher.streamed:
+        seconds["time/student"] -= teacher.seconds
+    return seconds | {"time/teacher": teacher.seconds}
 
 
 def start(run: Run) -> tuple[TrainState, RunLog]:
@@ -119,8 +133,9 @@ def find_checkpoint(run: Run) -> Path | None:
 def describe(run: Run) -> None:
     """Write down, and print in two lines, what runs where."""
     inputs, topology = run.inputs, run.topology
-    layout = {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}
-    environment = describe_environment(str(topology.device), topology.world_size, layout)
+    environment = describe_environment(str(topology.device), topology.world_size, describe_layout(topology))
+    if run.teacher.topology is not topology:
+        environment["teacher_layout"] = describe_layout(run.teacher.topology)
     write_text(inputs.run_dir / "config.yaml", dump_config(inputs.config))
     write_json(inputs.run_dir / "environment.json", environment)
     write_json(inputs.run_dir / "plan.json", inputs.plan.as_json())
@@ -129,13 +144,25 @@ def describe(run: Run) -> None:
         print(f"prompts: {inputs.prompts.summary()}", flush=True)
 
 
+def describe_layout(topology: Topology) -> dict[str, int]:
+    """The sizes of a layout by name: tensor, pipeline and data parallelism always, the others where they are on."""
+    sizes = {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}
+    others = {
+        "virtual pipeline": topology.virtual_size,
+        "context": topology.context_size,
+        "expert": topology.expert_size,
+        "sequence": topology.tensor_size if topology.sequence_parallel else 1,
+    }
+    return sizes | {name: size for name, size in others.items() if size > 1}
+
+
 def finish(run: Run) -> None:
     """Export the student to Hugging Face format and write the report; its path is the last line of the run."""
     run_dir = run.inputs.run_dir
     if run.inputs.config.checkpoint.export_hf:
         fresh, target = run_dir / "hf.new", run_dir / "hf"
         on_rank_zero(lambda: shutil.rmtree(fresh, ignore_errors=True))
-        export_hf(run.student.module, run.inputs.student, run.topology, run.inputs.config.student.path, fresh)
+        export_hf(run.student.stage, run.inputs.student, run.topology, run.inputs.config.student.path, fresh)
 
         def replace_export() -> None:
             with explain_os_errors(target):

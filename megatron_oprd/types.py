@@ -57,8 +57,9 @@ class GlobalCounts:
 class PackedBatch:
     """One micro-batch: whole sequences laid end to end, T tokens, N of them selected for the loss.
 
-    Padding tokens (at the end, to reach a multiple of the tensor-parallel size) form a sequence of their own in
-    `cu_seqlens` and are never selected.
+    Padding (at the end of a sequence for context parallelism, as a sequence of its own for sequence parallelism) is
+    never selected. Under context parallelism this is one rank's part, and T counts its tokens; `cu_seqlens` are those
+    of the whole micro-batch all the same.
     """
 
     tokens: torch.Tensor  # [T] int64
@@ -66,19 +67,13 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # [sequences + 1] int32
     response_mask: torch.Tensor  # [T] bool
     sequence_ids: torch.Tensor  # [T] int64: index of the sequence in this micro-batch
-    selected: torch.Tensor  # [N] int64: rows of the tokens that the loss reads, ascending
+    selected: torch.Tensor  # [N] int64: rows of this rank's hidden states that the loss reads, none twice
+    rows: torch.Tensor  # [N] int64: the number of each selected token in the whole global batch
     weights: torch.Tensor  # [N] float64: weight of each selected token in the global aggregate (without the layer mean)
 
     @property
     def num_tokens(self) -> int:
         return int(self.tokens.numel())
-
-
-@dataclass(frozen=True)
-class TeacherTargets:
-    """Teacher states of one micro-batch on this rank, detached: layer (1-based) -> [local selected tokens, d_T]."""
-
-    states: dict[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,7 @@ class StepReport:
 class ModelSpec:
     """What we need to know of a Hugging Face decoder to build it, all from its `config.json`."""
 
-    architecture: str  # Qwen2ForCausalLM or Qwen3ForCausalLM
+    architecture: str  # Qwen2ForCausalLM, Qwen3ForCausalLM or Qwen3MoeForCausalLM
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -117,5 +112,10 @@ class ModelSpec:
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    num_experts: int = 0  # of each sparse layer; 0: a dense model
+    experts_per_token: int = 0
+    moe_ffn_hidden_size: int = 0  # of one expert
+    norm_topk_prob: bool = False  # whether the probabilities of a token's experts are made to sum to one
+    sparse_layers: tuple[int, ...] = ()  # 0-based blocks with experts in place of the dense MLP
     eos_token_ids: tuple[int, ...] = ()
     hf_config: dict[str, Any] = field(default_factory=dict, compare=False)  # the file as it was, for the export

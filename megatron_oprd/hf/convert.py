@@ -36,8 +36,8 @@ def from_megatron(entry: Entry, parameter: torch.Tensor, spec: ModelSpec) -> dic
 
 
 def shard(entry: Entry, parameter: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """What tensor-parallel rank `rank` of `size` holds of a whole Megatron parameter."""
-    if entry.layout == "copy":
+    """What tensor-parallel rank `rank` of `size` holds of a whole Megatron parameter, if it holds it at all."""
+    if not entry.cut:
         return parameter
     if entry.layout == "columns":
         return parameter.chunk(size, dim=1)[rank]
@@ -50,8 +50,9 @@ def shard(entry: Entry, parameter: torch.Tensor, rank: int, size: int) -> torch.
 
 
 def unshard(entry: Entry, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole Megatron parameter from the shards of all tensor-parallel ranks, in rank order."""
-    if entry.layout == "copy":
+    """The whole Megatron parameter from the shards of all tensor-parallel ranks, in rank order; of an entry that is not
+    cut, the first is enough."""
+    if not entry.cut:
         return shards[0]
     if entry.layout == "columns":
         return torch.cat(list(shards), dim=1)

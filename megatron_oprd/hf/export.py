@@ -1,4 +1,4 @@
-"""A Megatron-Core model, spread over tensor-parallel ranks and pipeline stages, back into a Hugging Face folder."""
+"""A Megatron-Core model, spread over tensor-, expert- and pipeline-parallel ranks, back into a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_oprd.types import ModelSpec
 
 
 def export_hf(
-    model: torch.nn.Module,
+    stage: torch.nn.ModuleList,
     spec: ModelSpec,
     topology: Topology,
     source: str | Path,
@@ -33,15 +33,15 @@ def export_hf(
     """Write this model, in `dtype` (None: the model's), to the new folder `target`, with `source`'s tokenizer, chat
     template and generation config beside it. transformers opens the result like any other folder.
 
-    Collective over the world: one parameter at a time is gathered over the tensor-parallel group and sent along the
-    pipeline group to rank 0, which writes. Memory beyond the model, on rank 0: one parameter twice and one shard.
+    Collective over the world: one parameter at a time is sent to rank 0, which writes, by the ranks that hold it or its
+    parts. Memory beyond the model, on rank 0: one parameter twice and one shard.
     Raises UserError on every rank when the folder cannot be written, RuntimeError for a model that lacks a parameter.
     """
     on_rank_zero(lambda: check_new_folder(target))
-    tensors = gather_hf_tensors(model, spec, topology)
+    tensors = gather_hf_tensors(stage, spec, topology)
     failure = None
     if topology.rank == 0:
-        failure = _write(tensors, spec, source, target, dtype or next(model.parameters()).dtype, max_shard_bytes)
+        failure = _write(tensors, spec, source, target, dtype or next(stage.parameters()).dtype, max_shard_bytes)
     else:
         _exhaust(tensors)
 
@@ -80,77 +80,78 @@ def _exhaust(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Which pipeline rank holds a parameter, and what the whole of it looks like."""
+    """Which ranks send a parameter, or a part of it each, and what each of them sends."""
 
-    pipeline_rank: int
+    ranks: tuple[int, ...]  # tensor-parallel ranks in order, or one rank
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def gather_hf_tensors(
-    model: torch.nn.Module, spec: ModelSpec, topology: Topology
+    stage: torch.nn.ModuleList, spec: ModelSpec, topology: Topology
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of every Hugging Face tensor of the model in the table's order, on rank 0; nothing elsewhere.
 
     Collective over the world; every rank must exhaust it. The tensors are whole, on the model's device and in its
-    dtype. Only the first data-parallel replica communicates. Raises RuntimeError, on every rank, for a model that
+    dtype. Of the replicas of a parameter only the first sends. Raises RuntimeError, on every rank, for a model that
     misses a parameter or has one of another shape.
     """
-    table = named_parameters(model)
+    table = named_parameters(stage)
     return _stream(table, _places(table, spec, topology), spec, topology)
 
 
 def _stream(
     table: dict[str, torch.nn.Parameter], places: dict[str, _Place], spec: ModelSpec, topology: Topology
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    if topology.data_rank == 0:
-        for entry in entries(spec):
-            whole = _whole(entry, table.get(entry.megatron), places[entry.megatron], topology)
-            if whole is not None:
-                yield from from_megatron(entry, whole, spec).items()
+    # No rank can wait for ever: all send in the order in which rank 0 receives.
+    for entry in entries(spec):
+        place = places[entry.megatron]
+        if topology.rank == 0:
+            pieces = [_receive(table.get(entry.megatron), rank, place, topology) for rank in place.ranks]
+            yield from from_megatron(entry, unshard(entry, pieces), spec).items()
+        elif topology.rank in place.ranks:
+            dist.send(table[entry.megatron].detach().contiguous(), dst=0)
     dist.barrier()
 
 
+def _receive(own: torch.nn.Parameter | None, rank: int, place: _Place, topology: Topology) -> torch.Tensor:
+    """What `rank` sends of a parameter, on rank 0; `own`: what rank 0 itself holds."""
+    if rank == 0:
+        assert own is not None
+        return own.detach()
+    piece = torch.empty(place.shape, dtype=place.dtype, device=topology.device)
+    dist.recv(piece, src=rank)
+    return piece
+
+
 def _places(table: dict[str, torch.nn.Parameter], spec: ModelSpec, topology: Topology) -> dict[str, _Place]:
-    """The first stage that holds each parameter. The copy of a tied head on the last stage is not asked for."""
-    held = {name: (tuple(parameter.shape), parameter.dtype) for name, parameter in table.items()}
-    stages = gather_objects(held, topology.groups.pp)
+    """Where each parameter comes from. The copy of a tied head on the last stage is not asked for."""
+    sends = {
+        entry.megatron: (tuple(table[entry.megatron].shape), table[entry.megatron].dtype)
+        for entry in entries(spec)
+        if entry.megatron in table and _is_sender(entry, topology)
+    }
+    senders: dict[str, dict[int, tuple[tuple[int, ...], torch.dtype]]] = {}
+    for rank, sent in enumerate(gather_objects(sends, dist.group.WORLD)):
+        for name, what in sent.items():
+            senders.setdefault(name, {})[rank] = what
     places, shapes = {}, megatron_shapes(spec, topology.tensor_size)
     for entry in entries(spec):
-        rank = next((rank for rank, held in enumerate(stages) if entry.megatron in held), None)
-        if rank is None:
+        held = senders.get(entry.megatron, {})
+        if len(held) != (topology.tensor_size if entry.cut else 1):
             raise RuntimeError(f"the model has no {entry.megatron}: only a whole model can be exported")
-        (shape, dtype), whole = stages[rank][entry.megatron], shapes[entry.megatron]
-        expected = shard_shape(entry, whole, topology.tensor_size)
-        if shape != expected:
-            raise RuntimeError(f"{entry.megatron} has shape {shape}, the configuration says {expected}")
-        places[entry.megatron] = _Place(rank, whole, dtype)
+        expected = shard_shape(entry, shapes[entry.megatron], topology.tensor_size)
+        for shape, _ in held.values():
+            if shape != expected:
+                raise RuntimeError(f"{entry.megatron} has shape {shape}, the configuration says {expected}")
+        _, dtype = next(iter(held.values()))
+        places[entry.megatron] = _Place(tuple(held), expected, dtype)
     return places
 
 
-def _whole(entry: Entry, parameter: torch.Tensor | None, place: _Place, topology: Topology) -> torch.Tensor | None:
-    """The whole parameter on rank 0 (tensor-parallel rank 0 of the first stage), None elsewhere."""
-    whole = None
-    if parameter is not None and topology.pipeline_rank == place.pipeline_rank:
-        whole = _gather(entry, parameter.detach(), topology)
-    if place.pipeline_rank == 0:
-        return whole
-    ranks = dist.get_process_group_ranks(topology.groups.pp)
-    if whole is not None:
-        dist.send(whole.contiguous(), dst=ranks[0], group=topology.groups.pp)
-        return None
-    if topology.rank != 0:
-        return None
-    whole = torch.empty(place.shape, dtype=place.dtype, device=topology.device)
-    dist.recv(whole, src=ranks[place.pipeline_rank], group=topology.groups.pp)
-    return whole
-
-
-def _gather(entry: Entry, parameter: torch.Tensor, topology: Topology) -> torch.Tensor | None:
-    """The whole parameter on tensor-parallel rank 0, None on the others."""
-    if topology.tensor_size == 1 or entry.layout == "copy":
-        return parameter if topology.tensor_rank == 0 else None
-    group = topology.groups.tp
-    pieces = [torch.empty_like(parameter) for _ in range(topology.tensor_size)] if topology.tensor_rank == 0 else None
-    dist.gather(parameter.contiguous(), pieces, dst=dist.get_process_group_ranks(group)[0], group=group)
-    return None if pieces is None else unshard(entry, pieces)
+def _is_sender(entry: Entry, topology: Topology) -> bool:
+    """Whether this rank is the first of those that hold the same, given that it holds the entry."""
+    # Experts are replicated over other ranks than the rest: expert parallelism spans tensor, context and data ranks.
+    replicas = topology.groups.dp_cp if entry.expert is None else topology.groups.expt_dp
+    first = dist.get_process_group_ranks(replicas)[0] == topology.rank
+    return first and (entry.cut or entry.expert is not None or topology.tensor_rank == 0)

@@ -17,56 +17,100 @@ class Entry:
     copy: held whole by every rank. rows, columns: cut along dimension 0 or 1. vocabulary: rows, padded with zeros to
     a multiple of the ranks. qkv: query, key and value interleaved by query group, cut between groups. gate_up: the
     two halves are cut each for itself and laid one after the other on every rank.
+
+    `expert`: the number of the expert that it belongs to. Expert parallelism gives each rank whole experts, so tensor
+    parallelism never cuts one.
     """
 
     megatron: str
     hf: tuple[str, ...]
     layout: Layout
+    expert: int | None = None
+
+    @property
+    def cut(self) -> bool:
+        """Whether each tensor-parallel rank holds a part of its own; otherwise who holds it holds the whole."""
+        return self.layout != "copy" and self.expert is None
+
+    def inside(self, layer: int, expert: int | None = None) -> Entry:
+        """This entry of a layer table in block `layer`, and with `{expert}` in its names filled in."""
+        return Entry(
+            f"decoder.layers.{layer}.{self.megatron.format(expert=expert)}",
+            tuple(f"model.layers.{layer}.{name.format(expert=expert)}" for name in self.hf),
+            self.layout,
+            expert,
+        )
 
 
-_LAYER = (
+_BLOCK = (
     Entry("input_layernorm.weight", ("input_layernorm.weight",), "copy"),
     Entry("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), "qkv"),
     Entry("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "columns"),
     Entry("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), "copy"),
+)
+_QKV_BIAS = (Entry("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), "qkv"),)
+_QK_NORM = (
+    Entry("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "copy"),
+    Entry("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "copy"),
+)
+BLOCK_TABLES = {
+    "Qwen2ForCausalLM": (*_BLOCK, *_QKV_BIAS),
+    "Qwen3ForCausalLM": (*_BLOCK, *_QK_NORM),
+    "Qwen3MoeForCausalLM": (*_BLOCK, *_QK_NORM),
+}
+DENSE_MLP = (
     Entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
     Entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "columns"),
 )
-LAYER_TABLES = {
-    "Qwen2ForCausalLM": (
-        *_LAYER,
-        Entry("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), "qkv"),
+ROUTER = Entry("mlp.router.weight", ("mlp.gate.weight",), "copy")
+EXPERT = (
+    Entry(
+        "mlp.experts.local_experts.{expert}.linear_fc1.weight",
+        ("mlp.experts.{expert}.gate_proj.weight", "mlp.experts.{expert}.up_proj.weight"),
+        "gate_up",
     ),
-    "Qwen3ForCausalLM": (
-        *_LAYER,
-        Entry("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "copy"),
-        Entry("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "copy"),
+    Entry(
+        "mlp.experts.local_experts.{expert}.linear_fc2.weight",
+        ("mlp.experts.{expert}.down_proj.weight",),
+        "columns",
     ),
-}
+)
 EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")
 FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "copy")
 LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), "vocabulary")
 
 
 def entries(spec: ModelSpec) -> tuple[Entry, ...]:
-    """The table of a whole model, layers numbered from 0 over all pipeline stages; no LM head when it is tied."""
-    layers = tuple(
-        Entry(
-            f"decoder.layers.{layer}.{entry.megatron}",
-            tuple(f"model.layers.{layer}.{name}" for name in entry.hf),
-            entry.layout,
-        )
-        for layer in range(spec.num_layers)
-        for entry in LAYER_TABLES[spec.architecture]
-    )
+    """The table of a whole model, layers numbered from 0 over all pipeline stages and experts over all
+    expert-parallel ranks; no LM head when it is tied."""
+    layers = tuple(entry for layer in range(spec.num_layers) for entry in _layer_entries(spec, layer))
     return (EMBEDDING, *layers, FINAL_NORM, *(() if spec.tied_embeddings else (LM_HEAD,)))
+
+
+def _layer_entries(spec: ModelSpec, layer: int) -> tuple[Entry, ...]:
+    block = tuple(entry.inside(layer) for entry in BLOCK_TABLES[spec.architecture])
+    if layer not in spec.sparse_layers:
+        return (*block, *(entry.inside(layer) for entry in DENSE_MLP))
+    experts = (entry.inside(layer, expert) for expert in range(spec.num_experts) for entry in EXPERT)
+    return (*block, ROUTER.inside(layer), *experts)
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that a Hugging Face checkpoint of this model must hold, with its shape."""
-    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    dense, expert = _shapes_by_suffix(spec, spec.ffn_hidden_size), _shapes_by_suffix(spec, spec.moe_ffn_hidden_size)
+    return {
+        name: next(
+            shape for suffix, shape in (dense if entry.expert is None else expert).items() if name.endswith(suffix)
+        )
+        for entry in entries(spec)
+        for name in entry.hf
+    }
+
+
+def _shapes_by_suffix(spec: ModelSpec, ffn: int) -> dict[str, tuple[int, ...]]:
+    hidden = spec.hidden_size
     queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
-    by_suffix: dict[str, tuple[int, ...]] = {
+    return {
         "embed_tokens.weight": (spec.vocab_size, hidden),
         "lm_head.weight": (spec.vocab_size, hidden),
         "q_proj.weight": (queries, hidden),
@@ -81,11 +125,10 @@ def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         "gate_proj.weight": (ffn, hidden),
         "up_proj.weight": (ffn, hidden),
         "down_proj.weight": (hidden, ffn),
+        "mlp.gate.weight": (spec.num_experts, hidden),
         "layernorm.weight": (hidden,),
         "model.norm.weight": (hidden,),
     }
-    names = [name for entry in entries(spec) for name in entry.hf]
-    return {name: next(shape for suffix, shape in by_suffix.items() if name.endswith(suffix)) for name in names}
 
 
 def padded_vocab_size(spec: ModelSpec, tensor_size: int) -> int:
@@ -105,8 +148,8 @@ def megatron_shapes(spec: ModelSpec, tensor_size: int = 1) -> dict[str, tuple[in
 
 
 def shard_shape(entry: Entry, whole: tuple[int, ...], tensor_size: int) -> tuple[int, ...]:
-    """The shape of what each of `tensor_size` ranks holds of an entry of shape `whole`."""
-    if entry.layout == "copy":
+    """The shape of what a rank that has an entry of shape `whole`, or its part of it, holds under `tensor_size`."""
+    if not entry.cut:
         return whole
     if entry.layout == "columns":
         return (whole[0], whole[1] // tensor_size)

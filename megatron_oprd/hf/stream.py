@@ -48,9 +48,9 @@ class HFReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._shard_of = self._locate()
-        for file in sorted(set(self._shard_of.values())):
+        for file, names in self._names_by_file().items():
             held = self._names_in(file)
-            for name in (name for name, shard in self._shard_of.items() if shard == file):
+            for name in names:
                 if name not in held:
                     raise UserError(f"{self.folder / file} does not hold {name}, which {INDEX} says it does")
 
@@ -71,6 +71,13 @@ class HFReader:
                 f"{self.folder} holds pytorch_model.bin; save it as safetensors first (save_pretrained does)"
             )
         raise UserError(f"{self.folder} holds neither {SINGLE} nor {INDEX}")
+
+    def _names_by_file(self) -> dict[str, list[str]]:
+        """A mixture of experts has thousands of tensors: each file is opened once, not once a tensor."""
+        names: dict[str, list[str]] = {}
+        for name, file in sorted(self._shard_of.items()):
+            names.setdefault(file, []).append(name)
+        return names
 
     def _names_in(self, file: str) -> set[str]:
         path = self.folder / file
@@ -95,9 +102,9 @@ class HFReader:
         """The dtype that holds every tensor exactly: theirs, or the widest when they differ. Raises UserError for
         tensors that are not bfloat16, float16 or float32."""
         found: set[torch.dtype] = set()
-        for name, file in self._shard_of.items():
+        for file, names in self._names_by_file().items():
             with safe_open(self.folder / file, framework="pt") as opened:
-                found.add(self._torch_dtype(name, opened.get_slice(name).get_dtype()))
+                found |= {self._torch_dtype(name, opened.get_slice(name).get_dtype()) for name in names}
         return functools.reduce(torch.promote_types, sorted(found, key=str))
 
     def _torch_dtype(self, name: str, stored: str) -> torch.dtype:
@@ -114,13 +121,14 @@ class HFReader:
         for problem, names in (("misses", expected.keys() - found), ("holds unknown", found - expected.keys())):
             if names:
                 raise UserError(f"{self.folder} {problem} {len(names)} tensors, the first is {min(names)}")
-        for name, shape in expected.items():
-            with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
-                stored = opened.get_slice(name)
-                actual, dtype = tuple(stored.get_shape()), stored.get_dtype()
-            self._torch_dtype(name, dtype)
-            if actual != shape:
-                raise UserError(f"{self.folder}: {name} has shape {list(actual)}, config.json asks for {list(shape)}")
+        for file, held in self._names_by_file().items():
+            with safe_open(self.folder / file, framework="pt") as opened:
+                for name in (name for name in held if name in expected):
+                    stored, shape = opened.get_slice(name), list(expected[name])
+                    self._torch_dtype(name, stored.get_dtype())
+                    if stored.get_shape() != shape:
+                        actual = stored.get_shape()
+                        raise UserError(f"{self.folder}: {name} has shape {actual}, config.json asks for {shape}")
 
 
 class HFWriter:

@@ -7,16 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.kv_cache import CachedStep
+from megatron_oprd.models.micro_batch import ContextPart
 
 
 class PackedAttention(torch.nn.Module):
     """Causal self-attention inside each sequence of the micro-batch in flight; with its `cache`, also of single
-    tokens over the keys and values stored before. No communication: heads are already divided over the
-    tensor-parallel group."""
+    tokens over the keys and values stored before.
+
+    Heads are already divided over the tensor-parallel group. Under context parallelism keys and values are gathered
+    over its group (and their gradients reduced in backward); otherwise no communication."""
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -37,6 +42,8 @@ class PackedAttention(torch.nn.Module):
         query, key = (_rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
         value = value.squeeze(1)
         step = batch.cache
+        if batch.context is not None:
+            return self._context_parts(query, key, value, batch.bounds, batch.context)
         if step is None:
             return self._sequences(query, key, value, batch.bounds)
         pieces = []
@@ -67,6 +74,32 @@ class PackedAttention(torch.nn.Module):
             )
             for start, end in itertools.pairwise(bounds)
         ]
+        return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(-1, 1, heads * width)
+
+    def _context_parts(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Sequence[int], context: ContextPart
+    ) -> torch.Tensor:
+        """This rank's two chunks of each sequence over all keys and values before their ends:
+        [tokens of this rank, heads or groups, d] -> [tokens of this rank, 1, heads * d]."""
+        heads, width = query.shape[1:]
+        gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=context.group)
+        key, value = gathered[context.order].transpose(0, 1).unsqueeze(0).split(width, dim=-1)
+        query = query.transpose(0, 1).unsqueeze(0)
+        pieces, row = [], 0
+        for start, end in itertools.pairwise(bounds):
+            chunk = (end - start) // (2 * context.size)
+            for part in (context.rank, 2 * context.size - 1 - context.rank):
+                seen = (part + 1) * chunk
+                piece = torch.nn.functional.scaled_dot_product_attention(
+                    query[:, :, row : row + chunk],
+                    key[:, :, start : start + seen],
+                    value[:, :, start : start + seen],
+                    attn_mask=causal_lower_right(chunk, seen),
+                    scale=self.scale,
+                    enable_gqa=key.shape[1] != heads,
+                )
+                pieces.append(piece)
+                row += chunk
         return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(-1, 1, heads * width)
 
     def _cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: CachedStep) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""From what a Hugging Face config says to a pipeline stage on this rank."""
+"""From what a Hugging Face config says to this rank's part of the model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 
@@ -15,7 +16,7 @@ from megatron_oprd.config import RecomputeConfig
 from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.models.layer_plan import even_stages
-from megatron_oprd.models.model import HiddenStateModel
+from megatron_oprd.models.model import HiddenStateModel, Stage
 from megatron_oprd.models.specs import block_spec
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec, UserError
@@ -26,9 +27,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def transformer_config(
     spec: ModelSpec, topology: Topology, dtype: torch.dtype, stages: Sequence[int], recompute: RecomputeConfig
 ) -> TransformerConfig:
-    """Megatron's configuration of a model with `stages[i]` blocks on pipeline stage i. Raises UserError for a layout
-    that does not divide the model."""
-    check_divisible(spec, topology.tensor_size)
+    """Megatron's configuration of a model with `stages[i]` blocks on stage i. Raises UserError for a layout that does
+    not divide the model."""
+    check_divisible(spec, topology.tensor_size, topology.expert_size)
     return TransformerConfig(
         num_layers=sum(stages),
         hidden_size=spec.hidden_size,
@@ -59,6 +60,14 @@ def transformer_config(
         tensor_model_parallel_size=topology.tensor_size,
         pipeline_model_parallel_size=topology.pipeline_size,
         pipeline_model_parallel_layout=_pipeline_layout(stages) if topology.pipeline_size > 1 else None,
+        virtual_pipeline_model_parallel_size=topology.virtual_size if topology.virtual_size > 1 else None,
+        # Forward and backward messages each by themselves: sent together, those of two stages on the same two ranks
+        # are mistaken for each other.
+        overlap_p2p_comm=topology.virtual_size > 1,
+        batch_p2p_comm=topology.virtual_size == 1,
+        context_parallel_size=topology.context_size,
+        sequence_parallel=topology.sequence_parallel,
+        **_expert_arguments(spec, topology, sum(stages)),
         **_recompute_arguments(recompute),
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=False,
@@ -78,36 +87,51 @@ def build_model(
     lm_head: bool = True,
     final_norm: bool = True,
     recompute: RecomputeConfig | None = None,
-) -> HiddenStateModel:
-    """This rank's stage of the model, weights not yet loaded. `stages`: blocks on each pipeline stage, from the lowest;
-    fewer in all than the model has cut it above them. Default: all of them, divided evenly.
+) -> Stage:
+    """This rank's chunks of the model, weights not yet loaded. `stages`: blocks on each stage, from the lowest; fewer
+    in all than the model has cut it above them. Default: all of them, divided evenly. The layout must be in force.
 
     Raises UserError for a layout that does not divide the model. Communicates over the embedding group when a tied
     model has several pipeline stages.
     """
-    stages = stages or even_stages(spec.num_layers, topology.pipeline_size)
+    stages = stages or even_stages(spec.num_layers, topology.pipeline_size, topology.virtual_size)
     check_recompute(recompute, stages)
     config = transformer_config(spec, topology, dtype, stages, recompute or RecomputeConfig())
-    with platform.cpu_devices():
-        model = HiddenStateModel(
-            config,
-            block_spec(stages[topology.pipeline_rank], spec.qk_norm),
-            vocab_size=padded_vocab_size(spec, topology.tensor_size),
-            max_positions=spec.max_position_embeddings,
-            rope_theta=spec.rope_theta,
-            first_stage=topology.is_first_stage,
-            last_stage=topology.is_last_stage,
-            tied_embeddings=spec.tied_embeddings,
-            lm_head=lm_head,
-            final_norm=final_norm,
+    chunks = []
+    for chunk, number in enumerate(topology.stages):
+        first_layer = sum(stages[:number])
+        sparse = [layer in spec.sparse_layers for layer in range(first_layer, first_layer + stages[number])]
+        with platform.cpu_devices():
+            model = HiddenStateModel(
+                config,
+                block_spec(sparse, spec.qk_norm),
+                vocab_size=padded_vocab_size(spec, topology.tensor_size),
+                max_positions=spec.max_position_embeddings,
+                rope_theta=spec.rope_theta,
+                first_stage=number == 0,
+                last_stage=number == topology.num_stages - 1,
+                tied_embeddings=spec.tied_embeddings,
+                lm_head=lm_head,
+                final_norm=final_norm,
+                chunk=chunk if topology.virtual_size > 1 else None,
+                first_layer=first_layer,
+                first_expert=topology.expert_rank * (spec.num_experts // topology.expert_size),
+            )
+        model.model_type = ModelType.encoder_or_decoder  # asked for by the interleaved schedule
+        chunks.append(model)
+    stage = Stage(chunks)
+    _mark_parameters(stage, spec)
+    return stage.to(topology.device)
+
+
+def check_divisible(spec: ModelSpec, tensor: int, expert: int = 1, key: str = "parallel", model: str = "model") -> None:
+    """Raise UserError, naming what would work, when tensor or expert parallelism does not divide the model. `key`: the
+    section of the configuration that they stand in; `model`: what to call the model."""
+    if expert > 1 and spec.num_experts % expert:
+        works = ", ".join(str(d) for d in range(1, spec.num_experts + 1) if spec.num_experts % d == 0)
+        raise UserError(
+            f"{key}.expert={expert} does not divide the {model}'s {spec.num_experts} experts; use one of {works}"
         )
-    model.first_layer = sum(stages[: topology.pipeline_rank])
-    _mark_tensor_parallel(model, spec)
-    return model.to(topology.device)
-
-
-def check_divisible(spec: ModelSpec, tensor: int) -> None:
-    """Raise UserError, naming what would work, when tensor parallelism does not divide the model."""
     for name, count in (
         ("attention heads", spec.num_attention_heads),
         ("key-value heads", spec.num_query_groups),
@@ -116,9 +140,7 @@ def check_divisible(spec: ModelSpec, tensor: int) -> None:
         if count % tensor:
             common = math.gcd(spec.num_attention_heads, spec.num_query_groups, spec.ffn_hidden_size)
             works = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
-            raise UserError(
-                f"parallel.tensor={tensor} does not divide the model's {name} ({count}); use one of {works}"
-            )
+            raise UserError(f"{key}.tensor={tensor} does not divide the {model}'s {name} ({count}); use one of {works}")
 
 
 def check_recompute(recompute: RecomputeConfig | None, stages: Sequence[int]) -> None:
@@ -126,10 +148,11 @@ def check_recompute(recompute: RecomputeConfig | None, stages: Sequence[int]) ->
     if recompute is None or recompute.granularity != "full" or recompute.method != "uniform":
         return
     if any(blocks % recompute.num_layers for blocks in stages):
-        works = math.gcd(*stages)
+        common = math.gcd(*stages)
+        works = " or ".join(str(d) for d in range(1, common + 1) if common % d == 0)
         raise UserError(
             f"recompute.num_layers={recompute.num_layers} does not divide the blocks of every pipeline stage "
-            f"({', '.join(map(str, stages))}); use 1 or {works}, or recompute.method=block"
+            f"({', '.join(map(str, stages))}); use {works}, or recompute.method=block"
         )
 
 
@@ -150,11 +173,34 @@ def _recompute_arguments(recompute: RecomputeConfig) -> dict[str, Any]:
     return {"recompute_granularity": "selective"} if recompute.granularity == "selective" else {}
 
 
-def _mark_tensor_parallel(model: HiddenStateModel, spec: ModelSpec) -> None:
-    """Say which parameters are shards. mcore does so only when it initialises them itself; without the mark the
-    gradient norm counts the first rank's shards alone."""
+def _expert_arguments(spec: ModelSpec, topology: Topology, num_layers: int) -> dict[str, Any]:
+    if not spec.num_experts:
+        return {}
+    return {
+        "num_moe_experts": spec.num_experts,
+        "moe_router_topk": spec.experts_per_token,
+        "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
+        # Softmax over all experts and then the choice, or over the chosen ones, which makes them sum to one.
+        "moe_router_pre_softmax": not spec.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",  # the student follows the teacher's states, not a balance
+        "moe_layer_freq": [int(layer in spec.sparse_layers) for layer in range(num_layers)],
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": topology.expert_size,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def _mark_parameters(stage: Stage, spec: ModelSpec) -> None:
+    """Say which parameters are shards, and which are experts'.
+
+    mcore marks shards only when it initialises them itself; without the mark the gradient norm counts the first rank's
+    alone. It counts experts as such only where they are spread: else their gradients would not be summed over
+    tensor-parallel ranks that hold copies, and the optimizer's state would depend on the layout.
+    """
     table = parameter_table(spec)
-    for name, parameter in named_parameters(model).items():
-        layout = table[name].layout
-        if layout != "copy" and not hasattr(parameter, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(parameter, True, 1 if layout == "columns" else 0, 1)
+    for name, parameter in named_parameters(stage).items():
+        entry = table[name]
+        if entry.layout != "copy" and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, 1 if entry.layout == "columns" else 0, 1)
+        if entry.expert is not None:
+            parameter.allreduce = False  # over data-parallel ranks, that is: it is, over the experts' own

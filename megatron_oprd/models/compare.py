@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from megatron_oprd.hf.export import gather_hf_tensors
 from megatron_oprd.hf.stream import HFReader
-from megatron_oprd.models.micro_batch import MicroBatch
-from megatron_oprd.models.model import HiddenStateModel
+from megatron_oprd.models.micro_batch import MicroBatch, Tap
+from megatron_oprd.models.model import HiddenStateModel, Stage
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec
@@ -49,14 +49,14 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def compare_weights(
-    model: HiddenStateModel, reader: HFReader, spec: ModelSpec, topology: Topology, stored: torch.dtype
+    stage: Stage, reader: HFReader, spec: ModelSpec, topology: Topology, stored: torch.dtype
 ) -> tuple[str, ...]:
     """Names of the tensors that differ from the folder's, both rounded to the dtype `stored`; () except on rank 0.
 
     Collective over the world: gathers one parameter at a time.
     """
     different = []
-    for name, tensor in gather_hf_tensors(model, spec, topology):
+    for name, tensor in gather_hf_tensors(stage, spec, topology):
         if not torch.equal(reader.read(name).to(stored).to(tensor.dtype), tensor.cpu()):
             different.append(name)
     return tuple(different)
@@ -64,7 +64,7 @@ def compare_weights(
 
 @torch.no_grad()
 def compare_states(
-    model: HiddenStateModel,
+    stage: Stage,
     hf_model: torch.nn.Module | None,
     spec: ModelSpec,
     topology: Topology,
@@ -78,7 +78,7 @@ def compare_states(
     errors: dict[str, float] = {}
     for length in lengths:
         tokens = torch.randint(0, spec.vocab_size, (length,), generator=generator)
-        states = all_states(model, spec, topology, tokens)
+        states = all_states(stage, spec, topology, tokens)
         if topology.rank != 0:
             continue
         assert hf_model is not None
@@ -92,13 +92,12 @@ def compare_states(
 
 
 @torch.no_grad()
-def all_states(
-    model: HiddenStateModel, spec: ModelSpec, topology: Topology, tokens: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def all_states(stage: Stage, spec: ModelSpec, topology: Topology, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     """Every layer's hidden state [tokens, hidden] (the last one after the final norm) and the logits
     [tokens, vocabulary] of one sequence, on the CPU, the same on every rank.
 
-    Communicates over the tensor- and pipeline-parallel groups.
+    Communicates over the tensor-, expert- and pipeline-parallel groups. Not for context and sequence parallelism,
+    under which a rank sees a part of the sequence.
     """
     states: dict[str, torch.Tensor] = {}
 
@@ -106,24 +105,32 @@ def all_states(
         states[f"layer {layer}"] = hidden_states[:, 0].cpu()
         return hidden_states
 
-    length = len(tokens)
-    rows = torch.arange(length, device=topology.device)
-    batch = MicroBatch(position_ids=rows, bounds=(0, length), tap=tap, normed_layer=spec.num_layers, logit_rows=rows)
+    tokens = tokens.to(topology.device)
     group = topology.groups.pp
     ranks = dist.get_process_group_ranks(group)
-    if not topology.is_first_stage:
-        dtype = next(model.parameters()).dtype
-        received = torch.empty(length, 1, spec.hidden_size, dtype=dtype, device=topology.device)
-        dist.recv(received, src=ranks[topology.pipeline_rank - 1], group=group)
-        model.set_input_tensor(received)
-    output = model.run(tokens.to(topology.device), batch)
-    if not topology.is_last_stage:
-        dist.send(output.contiguous(), dst=ranks[topology.pipeline_rank + 1], group=group)
-    else:
-        shards = [torch.empty_like(output) for _ in range(topology.tensor_size)]
-        dist.all_gather(shards, output.contiguous(), group=topology.groups.tp)
-        states["logits"] = torch.cat(shards, dim=-1)[:, : spec.vocab_size].cpu()
+    # The sequence passes the first chunk of every pipeline rank, then the second of every one.
+    for number, chunk in zip(topology.stages, stage, strict=True):
+        if number > 0:
+            shape, dtype = (len(tokens), 1, spec.hidden_size), stage.config.params_dtype
+            received = torch.empty(shape, dtype=dtype, device=topology.device)
+            dist.recv(received, src=ranks[(number - 1) % topology.pipeline_size], group=group)
+            chunk.set_input_tensor(received)
+        output = _run(chunk, tokens, tap, spec)
+        if number < topology.num_stages - 1:
+            dist.send(output.contiguous(), dst=ranks[(number + 1) % topology.pipeline_size], group=group)
+        else:
+            shards = [torch.empty_like(output) for _ in range(topology.tensor_size)]
+            dist.all_gather(shards, output.contiguous(), group=topology.groups.tp)
+            states["logits"] = torch.cat(shards, dim=-1)[:, : spec.vocab_size].cpu()
     return {name: state for held in gather_objects(states, group) for name, state in held.items()}
+
+
+def _run(chunk: HiddenStateModel, tokens: torch.Tensor, tap: Tap, spec: ModelSpec) -> torch.Tensor:
+    rows = torch.arange(len(tokens), device=tokens.device)
+    return chunk.run(
+        tokens,
+        MicroBatch(position_ids=rows, bounds=(0, len(tokens)), tap=tap, normed_layer=spec.num_layers, logit_rows=rows),
+    )
 
 
 def open_hf_model(folder: str | Path, stored: torch.dtype, compute: torch.dtype) -> torch.nn.Module:

@@ -1,8 +1,10 @@
-"""Where the compared layers live: which pipeline stage runs which blocks of student and teacher."""
+"""Where the compared layers live: which stage runs which blocks of student and teacher."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_oprd.config import RepresentationConfig
@@ -12,15 +14,20 @@ from megatron_oprd.types import LayerPair, ModelSpec, UserError
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Pairs of layers and the blocks of each pipeline stage. Both models are cut so that the two layers of a pair live
-    on one stage: a teacher in the student's layout then sends nothing."""
+    """Pairs of layers and the blocks of each stage of both models.
+
+    `aligned`: the teacher runs in the student's layout and is cut so that the two layers of a pair live on one rank;
+    its states are then born where they are read. Otherwise they travel (`parallel/reshard.py`).
+    """
 
     pairs: tuple[LayerPair, ...]
     student_depth: int  # blocks of the whole student
     teacher_depth: int  # blocks of the whole teacher, of which only the lowest sum(teacher_stages) are built
     final_norm: bool  # whether layer L is read after the final norm
-    student_stages: tuple[int, ...]  # blocks on each pipeline stage
+    student_stages: tuple[int, ...]  # blocks on each stage; stage s is chunk s // pipeline_size of its pipeline rank
     teacher_stages: tuple[int, ...]
+    pipeline_size: int = 1  # of the student
+    aligned: bool = True
 
     @property
     def student_layers(self) -> tuple[int, ...]:
@@ -45,68 +52,95 @@ class LayerPlan:
         return self.teacher_depth if self.final_norm and sum(self.teacher_stages) == self.teacher_depth else None
 
     def student_stage(self, layer: int) -> int:
-        """The pipeline stage that owns a student layer. L after the final norm lives on the last one."""
+        """The stage that owns a student layer. L after the final norm lives on the last one."""
         return _owner(layer, self.student_stages, self.student_normed_layer)
 
+    def teacher_stage(self, layer: int) -> int:
+        """The stage that owns a teacher layer, in the teacher's layout."""
+        return _owner(layer, self.teacher_stages, self.teacher_normed_layer)
+
+    def readers(self, stages: Sequence[int]) -> dict[int, int]:
+        """{student layer: teacher layer} of the pairs whose student layer lives on one of `stages`."""
+        return {pair.student: pair.teacher for pair in self.pairs if self.student_stage(pair.student) in stages}
+
+    def teacher_layers(self, stages: Sequence[int]) -> tuple[int, ...]:
+        """The compared teacher layers that live on the teacher's `stages`, ascending."""
+        return tuple(layer for layer in sorted({p.teacher for p in self.pairs}) if self.teacher_stage(layer) in stages)
+
     def as_json(self) -> dict[str, object]:
-        pairs = [
-            {"student": pair.student, "teacher": pair.teacher, "stage": self.student_stage(pair.student)}
-            for pair in self.pairs
-        ]
+        pairs = []
+        for pair in self.pairs:
+            chunk, rank = divmod(self.student_stage(pair.student), self.pipeline_size)
+            pairs.append({"student": pair.student, "teacher": pair.teacher, "stage": rank, "chunk": chunk})
         return {
             "pairs": pairs,
+            "aligned": self.aligned,
             "final_norm": self.final_norm,
-            "student_layers_per_stage": list(self.student_stages),
+            "student_layers_per_stage": list(self.student_stages),  # chunk by chunk under virtual pipelining
             "teacher_layers_per_stage": list(self.teacher_stages),
             "teacher_layers_built": sum(self.teacher_stages),
             "teacher_layers_total": self.teacher_depth,
         }
 
 
-def even_stages(num_layers: int, pipeline_size: int) -> tuple[int, ...]:
-    """Blocks per pipeline stage, as even as they go, the earlier stages holding one more. Raises UserError for more
-    stages than layers."""
-    if pipeline_size > num_layers:
+def even_stages(num_layers: int, pipeline_size: int, virtual_size: int = 1, key: str = "parallel") -> tuple[int, ...]:
+    """Blocks per stage, as even as they go, the earlier stages holding one more. Raises UserError for more stages than
+    layers; `key`: the section of the configuration that the sizes stand in."""
+    stages = pipeline_size * virtual_size
+    if stages > num_layers:
+        virtual = f" x {key}.virtual_pipeline={virtual_size}" if virtual_size > 1 else ""
+        most = num_layers // virtual_size
+        works = f"use {key}.pipeline of at most {most}"
+        if virtual_size > 1 and most < 2:  # virtual stages need two real ones
+            works = f"use {key}.virtual_pipeline=null and {key}.pipeline of at most {num_layers}"
         raise UserError(
-            f"parallel.pipeline={pipeline_size} has more stages than the model's {num_layers} layers; "
-            f"use at most {num_layers}"
+            f"{key}.pipeline={pipeline_size}{virtual} has more stages than the model's {num_layers} layers; {works}"
         )
-    share, more = divmod(num_layers, pipeline_size)
-    return tuple(share + (stage < more) for stage in range(pipeline_size))
+    share, more = divmod(num_layers, stages)
+    return tuple(share + (stage < more) for stage in range(stages))
 
 
 def make_plan(
-    config: RepresentationConfig, student: ModelSpec, teacher: ModelSpec, pipeline_size: int = 1
+    config: RepresentationConfig,
+    student: ModelSpec,
+    teacher: ModelSpec,
+    pipeline_size: int = 1,
+    virtual_size: int = 1,
+    teacher_pipeline: int | None = None,
 ) -> LayerPlan:
-    """The plan of a run. Raises UserError for layers that do not exist, for unequal widths (OPRD-Vanilla compares the
-    states themselves) and for pairs that no cut of the teacher puts on one stage."""
+    """The plan of a run. `teacher_pipeline`: pipeline stages of a teacher in a layout of its own; None: the student's.
+
+    Raises UserError for layers that do not exist, for more stages than layers and for unequal widths (OPRD-Vanilla
+    compares the states themselves).
+    """
     if student.hidden_size != teacher.hidden_size:
         raise UserError(
             f"student hidden_size {student.hidden_size} differs from teacher hidden_size {teacher.hidden_size}: hidden "
             "states of another width cannot be compared directly; use a teacher of the student's width"
         )
     pairs = layer_pairs(config.layers, config.pairs, student.num_layers, teacher.num_layers)
-    student_stages = even_stages(student.num_layers, pipeline_size)
-    student_reaches_norm = config.final_norm and pairs[-1].student == student.num_layers
-    teacher_stages = _align(pairs, student_stages, student.num_layers if student_reaches_norm else None)
-    plan = LayerPlan(pairs, student.num_layers, teacher.num_layers, config.final_norm, student_stages, teacher_stages)
-    for pair in pairs:
-        stage = plan.student_stage(pair.student)
-        teacher_stage = _owner(pair.teacher, teacher_stages, plan.teacher_normed_layer)
-        if stage != teacher_stage:
-            raise UserError(
-                f"loss.representation: parallel.pipeline={pipeline_size} puts student layer {pair.student} on stage "
-                f"{stage} and teacher layer {pair.teacher} on stage {teacher_stage}; use pairs that ascend together "
-                "or parallel.pipeline=1"
-            )
-    return plan
+    student_stages = even_stages(student.num_layers, pipeline_size, virtual_size)
+    plan = LayerPlan(
+        pairs, student.num_layers, teacher.num_layers, config.final_norm, student_stages, (), pipeline_size
+    )
+    if teacher_pipeline is None:
+        plan = dataclasses.replace(plan, teacher_stages=_align(plan))
+        if all(plan.student_stage(pair.student) == plan.teacher_stage(pair.teacher) for pair in pairs):
+            return plan
+    else:
+        even_stages(teacher.num_layers, teacher_pipeline, key="teacher.parallel")
+    # Cut evenly up to the highest compared layer; a stage may be left without a block.
+    count = teacher_pipeline or len(student_stages)
+    share, more = divmod(max(pair.teacher for pair in pairs), count)
+    stages = tuple(share + (stage < more) for stage in range(count))
+    return dataclasses.replace(plan, teacher_stages=stages, aligned=False)
 
 
-def _align(pairs: tuple[LayerPair, ...], student_stages: tuple[int, ...], normed_layer: int | None) -> tuple[int, ...]:
+def _align(plan: LayerPlan) -> tuple[int, ...]:
     """Teacher blocks per stage: each stage reaches up to the highest teacher layer that it or an earlier one needs."""
-    needed = [0] * len(student_stages)
-    for pair in pairs:
-        stage = _owner(pair.student, student_stages, normed_layer)
+    needed = [0] * len(plan.student_stages)
+    for pair in plan.pairs:
+        stage = plan.student_stage(pair.student)
         needed[stage] = max(needed[stage], pair.teacher)
     reached = list(itertools.accumulate(needed, max))
     return tuple(high - low for low, high in itertools.pairwise([0, *reached]))

@@ -1,9 +1,10 @@
-"""Weights of a model as a Megatron-Core distributed checkpoint, readable by any tensor- and pipeline-parallel layout.
+"""Weights of a model as a Megatron-Core distributed checkpoint, readable by any parallel layout.
 
 The folder holds mcore's files (`*.distcp`, `.metadata`, `metadata.json`, `common.pt`), the Hugging Face files beside
 the weights (config.json, tokenizer, chat template, ...), so that everything that reads those works on it too, and
 `megatron_oprd.json`. Every layer is a tensor of its own (`decoder.layers.3.mlp.linear_fc1.weight`): a model that is
-cut above some layer, or that has no LM head, reads just what it has.
+cut above some layer, or that has no LM head, reads just what it has. The experts of a layer are one tensor
+(`decoder.layers.3.mlp.experts.experts.linear_fc1.weight`, experts first), of which each rank writes and reads its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_oprd.files import commit_partial, discard_partial, explain_os_errors, prepare_partial, write_json
 from megatron_oprd.hf.config import read_json
+from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
 from megatron_oprd.hf.stream import config_with_dtype, copy_companions
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
@@ -50,18 +52,23 @@ class SaveStrategy(mcore_torch.TorchDistSaveShardedStrategy):
         )
 
 
-def sharded_weights(model: torch.nn.Module, topology: Topology) -> dict[str, Any]:
-    """mcore's sharded state dict of a stage, a tensor for each layer, without the modules' extra states.
+def sharded_weights(stage: torch.nn.ModuleList, topology: Topology) -> dict[str, Any]:
+    """mcore's sharded state dict of all chunks of a stage, by the parameters' names in the whole model, a tensor for
+    each layer, without the modules' extra states.
 
     An extra state is empty without Transformer Engine; leaving it out keeps the files independent of the layer spec.
     """
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": topology.groups.dp_cp}
-    state = model.sharded_state_dict(metadata=metadata)
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    return {
+        global_name(name, chunk.first_layer, chunk.first_expert): value
+        for chunk in stage
+        for name, value in chunk.sharded_state_dict(metadata=metadata).items()
+        if not name.endswith("_extra_state")
+    }
 
 
 def save_model(
-    model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topology: Topology, source: str | Path
+    stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, topology: Topology, source: str | Path
 ) -> None:
     """Write the weights of all ranks to the new folder, in the model's dtype, with the companions of `source`.
 
@@ -71,8 +78,8 @@ def save_model(
     partial = on_rank_zero(lambda: prepare_partial(folder))
     try:
         with explain_os_errors(partial):
-            dist_checkpointing.save(sharded_weights(model, topology), str(partial), sharded_strategy=SaveStrategy())
-        dtype = next(model.parameters()).dtype
+            dist_checkpointing.save(sharded_weights(stage, topology), str(partial), sharded_strategy=SaveStrategy())
+        dtype = next(stage.parameters()).dtype
         on_rank_zero(lambda: _finish(folder, partial, spec, topology, Path(source), dtype))
     except BaseException:
         if topology.rank == 0:
@@ -113,7 +120,7 @@ def checkpoint_dtype(folder: str | Path) -> torch.dtype:
     return dtype
 
 
-def load_model(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
+def load_model(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
     """Fill every parameter of a stage, cast to the parameter's dtype. `spec` is the whole model's; this one may be cut
     above a layer or lack the LM head.
 
@@ -125,7 +132,7 @@ def load_model(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topo
 
     def read() -> dict[str, Any]:
         try:
-            return dist_checkpointing.load(sharded_weights(model, topology), str(folder))
+            return dist_checkpointing.load(sharded_weights(stage, topology), str(folder))
         except checkpoint.api.CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}") from None
@@ -134,7 +141,7 @@ def load_model(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topo
 
     loaded = on_every_rank(read)  # not every version of mcore tells all ranks what one of them met
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(stage).items():
             # mcore reads into the parameter itself, except where it lays a parameter together from pieces.
             if loaded[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(loaded[name])
@@ -195,20 +202,31 @@ def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, An
     vocabulary = manifest.get("vocabulary")
     if vocabulary != spec.vocab_size:
         raise UserError(f"{folder}: its vocabulary is {vocabulary}, config.json asks for {spec.vocab_size}")
-    padded = manifest.get("padded_vocabulary")
-    whole = megatron_shapes(spec)
-    for entry in entries(spec):
-        if entry.megatron not in shapes:
-            raise UserError(f"{folder} misses {entry.megatron}, which config.json asks for")
-        expected = whole[entry.megatron]
-        if entry.layout == "vocabulary":
-            expected = (padded, *expected[1:])
-        if shapes[entry.megatron] != expected:
-            found = list(shapes[entry.megatron])
-            raise UserError(f"{folder}: {entry.megatron} has shape {found}, config.json asks for {list(expected)}")
-    unknown = shapes.keys() - whole.keys()
+    expected = _stored_shapes(spec, manifest.get("padded_vocabulary"))
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise UserError(f"{folder} misses {name}, which config.json asks for")
+        if shapes[name] != shape:
+            raise UserError(f"{folder}: {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}")
+    unknown = shapes.keys() - expected.keys()
     if unknown:
         raise UserError(f"{folder} holds {len(unknown)} unknown tensors, the first is {min(unknown)}")
+
+
+def _stored_shapes(spec: ModelSpec, padded_vocabulary: int | None) -> dict[str, tuple[int | None, ...]]:
+    """Every tensor of a checkpoint with its shape: a parameter each, the experts of a layer stacked."""
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    whole = megatron_shapes(spec)
+    for entry in entries(spec):
+        shape = whole[entry.megatron]
+        if entry.layout == "vocabulary":
+            shapes[entry.megatron] = (padded_vocabulary, *shape[1:])
+        elif entry.expert is not None:
+            stacked = entry.megatron.replace(f".local_experts.{entry.expert}.", ".experts.")
+            shapes[stacked] = (spec.num_experts, *shape)
+        else:
+            shapes[entry.megatron] = shape
+    return shapes
 
 
 def _read_index(folder: Path) -> Metadata:

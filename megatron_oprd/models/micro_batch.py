@@ -6,15 +6,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_oprd.models.kv_cache import CachedStep
 
 
 class Tap(Protocol):
-    """Receives the hidden state of a layer (1-based), [tokens, 1, hidden], and returns what flows on in its place."""
+    """Receives the hidden state of a layer (1-based), [tokens, 1, hidden], this rank's part of the tokens under context
+    and sequence parallelism, and returns what flows on in its place."""
 
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class ContextPart:
+    """This rank's place among the context-parallel ranks, each of which holds two chunks of every sequence
+    (`data/cutting.py`)."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    order: torch.Tensor  # [tokens of all ranks] int64: where the rows of the sequences lie among the gathered ones
 
 
 @dataclass(kw_only=True)
@@ -26,7 +39,8 @@ class MicroBatch(PackedSeqParams):
     """
 
     position_ids: torch.Tensor  # [tokens] int64
-    bounds: tuple[int, ...]  # cumulative lengths of the packed sequences, from 0 to tokens
+    bounds: tuple[int, ...]  # cumulative lengths of the packed sequences, whole under context parallelism too
+    context: ContextPart | None = None  # None: this rank holds whole sequences
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, d] of the positions, by the model
     tap: Tap | None = None
     last_layer: int | None = None  # blocks above it (1-based) are skipped; None: all run

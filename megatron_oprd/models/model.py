@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from megatron_oprd.models.norm import RMSNorm
 
 
 class HiddenStateModel(GPTModel):
-    """A pipeline stage of a decoder whose hidden states are what is wanted. Run it with `run`.
+    """One chunk of a decoder whose hidden states are what is wanted. Run it with `run`.
 
-    `lm_head=False` builds no output layer at all (a teacher of hidden states never needs one); `final_norm=False`
-    leaves out the final norm, for a teacher cut below its top.
+    `first_layer`: blocks of the whole model before this chunk; `first_expert`: experts of a sparse layer on lower
+    expert-parallel ranks. `lm_head=False` builds no output layer at all (a teacher of hidden states never needs one);
+    `final_norm=False` leaves out the final norm, for a teacher cut below its top.
     """
 
     def __init__(
@@ -33,6 +35,9 @@ class HiddenStateModel(GPTModel):
         tied_embeddings: bool,
         lm_head: bool = True,
         final_norm: bool = True,
+        chunk: int | None = None,
+        first_layer: int = 0,
+        first_expert: int = 0,
     ) -> None:
         super().__init__(
             config,
@@ -45,11 +50,13 @@ class HiddenStateModel(GPTModel):
             # Positions start at zero in every packed sequence: `_preprocess` makes the angles, once a micro-batch
             # and not once a layer, and the core attention applies them.
             position_embedding_type="none",
+            vp_stage=chunk,
         )
         exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
         self.inverse_frequencies = 1.0 / (rope_theta**exponents)  # a bf16 model must not round these: no buffer
         self.last_stage = last_stage
-        self.first_layer = 0  # blocks on earlier pipeline stages; set by `build_model`
+        self.first_layer = first_layer
+        self.first_expert = first_expert
         if last_stage and not lm_head:
             self.decoder.post_process = True
             self.decoder.final_layernorm = (
@@ -59,8 +66,9 @@ class HiddenStateModel(GPTModel):
     def run(self, tokens: torch.Tensor, batch: micro_batch.MicroBatch) -> torch.Tensor:
         """Forward of one packed micro-batch of `tokens` [tokens] (read by the first stage only).
 
-        Returns [tokens, 1, hidden]; with `logit_rows`, on the last stage, [rows, vocabulary / tensor size].
-        Communicates over the tensor-parallel group.
+        Returns [tokens, 1, hidden], under sequence parallelism this rank's part of the tokens; with `logit_rows`, on
+        the last stage, [rows, vocabulary / tensor size].
+        Communicates over the tensor-, context- and expert-parallel groups.
         """
         return self(tokens[None], batch.position_ids[None], None, packed_seq_params=batch)
 
@@ -70,7 +78,11 @@ class HiddenStateModel(GPTModel):
         angles = torch.outer(positions.float(), self.inverse_frequencies.to(positions.device))
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         batch.rotary = angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
-        return super()._preprocess(*args, **kwargs)
+        prepared = super()._preprocess(*args, **kwargs)
+        if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and prepared[0] is not None:
+            # Recomputation drops the backward of blocks whose input needs no gradient: under a frozen embedding.
+            prepared[0].requires_grad_()
+        return prepared
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         batch = micro_batch.of(kwargs)
@@ -83,3 +95,16 @@ class HiddenStateModel(GPTModel):
             return hidden_states
         logits: torch.Tensor = super()._postprocess(hidden_states[batch.logit_rows], *args, **kwargs)
         return logits[0]
+
+
+class Stage(torch.nn.ModuleList):
+    """This rank's chunks of a model, lowest first: one, or several under virtual pipelining."""
+
+    def __init__(self, chunks: Sequence[HiddenStateModel]) -> None:
+        super().__init__(chunks)
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Megatron's configuration, one object for all chunks."""
+        config: TransformerConfig = self[0].config
+        return config

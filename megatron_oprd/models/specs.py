@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -19,11 +23,16 @@ from megatron_oprd.models.norm import RMSNorm
 __all__ = ["HAVE_TE", "block_spec"]
 
 
-def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
-    """The spec of one pipeline stage with `num_layers` layers.
+def block_spec(sparse: Sequence[bool], qk_norm: bool) -> TransformerBlockSubmodules:
+    """The spec of one chunk of the model: a layer for each entry of `sparse`, with experts where it is true.
 
     The final norm is named too: given a bare layer spec, mcore takes Transformer Engine's norm once that is installed.
     """
+    layers = {is_sparse: _layer_spec(is_sparse, qk_norm) for is_sparse in set(sparse)}
+    return TransformerBlockSubmodules(layer_specs=[layers[is_sparse] for is_sparse in sparse], layer_norm=RMSNorm)
+
+
+def _layer_spec(sparse: bool, qk_norm: bool) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -35,10 +44,13 @@ def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
             k_layernorm=RMSNorm if qk_norm else None,
         ),
     )
-    mlp = ModuleSpec(
-        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    )
-    layer = ModuleSpec(
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if sparse:
+        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
+        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
+    else:
+        mlp = ModuleSpec(module=MLP, submodules=linears)
+    return ModuleSpec(
         module=TappedTransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
@@ -49,4 +61,3 @@ def block_spec(num_layers: int, qk_norm: bool) -> TransformerBlockSubmodules:
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)

@@ -8,7 +8,8 @@ import torch
 
 from megatron_oprd.losses.reduction import layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
-from megatron_oprd.types import PackedBatch, TeacherTargets
+from megatron_oprd.models.targets import MicroBatchTargets
+from megatron_oprd.types import PackedBatch
 
 
 class CaptureTap:
@@ -26,26 +27,21 @@ class CaptureTap:
 
 
 class StageLoss:
-    """OPRD-Vanilla (OPRD eq. (6)) of the student layers that this pipeline stage owns, on one micro-batch.
+    """OPRD-Vanilla (OPRD eq. (6)) of the student layers that this rank owns, on one micro-batch.
 
     The loss never travels: `scale * dL/dh` is added to the layer's gradient during backward, and the sums behind the
-    metrics are kept in `sums` ({student layer: [4] float64}), the same after a recomputation. No communication.
+    metrics are kept in `sums` ({student layer: [4] float64}), the same after a recomputation. Backward is the last to
+    read a layer's target and takes it away. No communication.
     """
 
     def __init__(
-        self,
-        batch: PackedBatch,
-        targets: TeacherTargets,
-        teacher_of: dict[int, int],
-        *,
-        normalize: str,
-        scale: float,
+        self, batch: PackedBatch, targets: MicroBatchTargets, num_layers: int, *, normalize: str, scale: float
     ) -> None:
-        self.targets = {s: targets.states[t] for s, t in teacher_of.items() if t in targets.states}
+        self.targets = targets
         self.selected = batch.selected
         self.normalize = normalize
         self.token_weights = batch.weights
-        self.gradient_weights = scale * layer_weights(batch.weights, len(teacher_of))
+        self.gradient_weights = scale * layer_weights(batch.weights, num_layers)
         self.sums: dict[int, torch.Tensor] = {}
 
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -61,7 +57,7 @@ class _WithStageLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, tap: StageLoss, layer: int) -> torch.Tensor:
-        statistics = token_statistics(_rows(hidden_states, tap.selected), tap.targets[layer], tap.normalize)
+        statistics = token_statistics(_rows(hidden_states, tap.selected), tap.targets.read(layer), tap.normalize)
         tap.sums[layer] = layer_sums(statistics, tap.token_weights)
         ctx.save_for_backward(hidden_states)
         ctx.tap, ctx.layer = tap, layer
@@ -74,9 +70,8 @@ class _WithStageLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (hidden_states,) = ctx.saved_tensors
         tap: StageLoss = ctx.tap
-        own = weighted_gradient(
-            _rows(hidden_states, tap.selected), tap.targets[ctx.layer], tap.normalize, tap.gradient_weights
-        )
+        target = tap.targets.take(ctx.layer)
+        own = weighted_gradient(_rows(hidden_states, tap.selected), target, tap.normalize, tap.gradient_weights)
         # Out of place: another branch of the graph may read the incoming gradient. No row is selected twice.
         return gradients[0].index_add(0, tap.selected, own[:, None]), None, None
 

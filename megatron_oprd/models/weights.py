@@ -16,23 +16,17 @@ from megatron_oprd.types import ModelSpec, UserError
 _HASHED = ("*.safetensors", "*.safetensors.index.json", "*.distcp", ".metadata", "config.json")
 
 
-def load_weights(model: torch.nn.Module, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
+def load_weights(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
     """Fill a stage from a Hugging Face folder or a Megatron checkpoint, cast to the model's dtype.
 
     Collective over the world. Raises UserError, naming the folder and what is wrong, on every rank.
     """
     if megatron_checkpoint.is_megatron_checkpoint(folder):
-        megatron_checkpoint.load_model(model, folder, spec, topology)
+        megatron_checkpoint.load_model(stage, folder, spec, topology)
         return
     reader = HFReader(folder)
     reader.check(spec)
-    load_hf(
-        model,
-        reader,
-        spec,
-        tensor_rank=topology.tensor_rank,
-        tensor_size=topology.tensor_size,
-    )
+    load_hf(stage, reader, spec, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
 
 
 def check_weights(folder: str | Path, spec: ModelSpec) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,26 +25,59 @@ TIMEOUT_SECONDS = 1800
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes, this rank's place in each and the process groups of one layout."""
+    """Sizes, this rank's place in each and the process groups of one layout.
+
+    Ranks count tensor, context, data and pipeline parallelism, the first fastest. Experts are never cut: expert
+    parallelism divides them over the tensor x context x data ranks of a pipeline stage.
+    """
 
     world_size: int
     rank: int
     tensor_size: int
     tensor_rank: int
+    context_size: int
+    context_rank: int
     pipeline_size: int
     pipeline_rank: int
     data_size: int
     data_rank: int
+    expert_size: int
+    expert_rank: int
+    virtual_size: int  # chunks of the model on each pipeline rank; chunk c of rank p is stage c * pipeline_size + p
+    sequence_parallel: bool
     device: torch.device
     groups: ProcessGroupCollection
+    megatron_state: dict[str, Any] = field(repr=False)  # what parallel_state holds while this layout is in force
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline_rank == 0
+    def num_stages(self) -> int:
+        """Stages that a micro-batch passes, over all pipeline ranks."""
+        return self.pipeline_size * self.virtual_size
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline_rank == self.pipeline_size - 1
+    def stages(self) -> tuple[int, ...]:
+        """The stages of this rank, one a chunk."""
+        return tuple(range(self.pipeline_rank, self.num_stages, self.pipeline_size))
+
+    @property
+    def replica_rank(self) -> int:
+        """This rank's place among those that generate for themselves: data x context parallel ranks."""
+        return self.data_rank * self.context_size + self.context_rank
+
+    @property
+    def num_replicas(self) -> int:
+        return self.data_size * self.context_size
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Put this layout in force inside the block. Megatron-Core reads its module's globals in many places, when a
+        model is built and when it runs: two layouts in one process take turns. No communication."""
+        before = _megatron_state()
+        _set_megatron_state(self.megatron_state)
+        try:
+            yield
+        finally:
+            _set_megatron_state(before)
 
 
 def start_process(device: torch.device, timeout_seconds: int = TIMEOUT_SECONDS) -> None:
@@ -60,16 +97,21 @@ def start_process(device: torch.device, timeout_seconds: int = TIMEOUT_SECONDS) 
 
 
 def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) -> Topology:
-    """Make Megatron's process groups for a layout and seed its generators. Collective over the world.
+    """Make Megatron's process groups for a layout, seed its generators and put it in force. Collective over the world.
 
-    Raises UserError when the layout does not fit the number of processes.
+    An earlier layout of this process stays usable: its `active` puts it back. Raises UserError when the layout does
+    not fit the number of processes.
     """
     check_layout(parallel, dist.get_world_size())
-    parallel_state.destroy_model_parallel()  # an earlier layout of this process, if any
+    _set_megatron_state(_NO_LAYOUT)
     with platform.cpu_devices():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=TIMEOUT_SECONDS // 60,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -78,24 +120,61 @@ def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) ->
         rank=dist.get_rank(),
         tensor_size=parallel.tensor,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        context_size=parallel.context,
+        context_rank=parallel_state.get_context_parallel_rank(),
         pipeline_size=parallel.pipeline,
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        expert_size=parallel.expert,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
+        virtual_size=parallel.virtual_pipeline or 1,
+        sequence_parallel=parallel.sequence,
         device=device,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
+        megatron_state=_megatron_state(),
     )
 
 
-def check_layout(parallel: ParallelConfig, world_size: int) -> None:
-    """Raise UserError for a layout that this version cannot run or that does not divide the processes."""
-    if parallel.context > 1 or parallel.expert > 1 or parallel.virtual_pipeline or parallel.sequence:
-        raise UserError(
-            "parallel: context, expert, virtual_pipeline and sequence are not supported yet; use tensor, pipeline"
-        )
-    size = parallel.tensor * parallel.pipeline
+def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel") -> None:
+    """Raise UserError, naming what would work, for a layout that contradicts itself or does not divide the processes.
+    `key`: the section of the configuration that it stands in."""
+    size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % size:
+        context = f" x {key}.context={parallel.context}" if parallel.context > 1 else ""
         raise UserError(
-            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of {size} "
+            f"{key}.tensor={parallel.tensor} x {key}.pipeline={parallel.pipeline}{context} needs a multiple of {size} "
             f"processes, not {world_size}; start torchrun with --nproc-per-node {size}"
         )
+    if parallel.virtual_pipeline and parallel.pipeline == 1:
+        raise UserError(
+            f"{key}.virtual_pipeline={parallel.virtual_pipeline} interleaves pipeline stages and {key}.pipeline is 1; "
+            f"use {key}.pipeline of at least 2 or {key}.virtual_pipeline=null"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError(
+            f"{key}.sequence=true divides activations over tensor-parallel ranks and {key}.tensor is 1; use "
+            f"{key}.tensor of at least 2 or {key}.sequence=false"
+        )
+    stage = world_size // parallel.pipeline
+    if stage % parallel.expert:
+        works = ", ".join(str(n) for n in range(1, stage + 1) if stage % n == 0)
+        raise UserError(
+            f"{key}.expert={parallel.expert} does not divide the {stage} processes of a pipeline stage; use one of "
+            f"{works}"
+        )
+
+
+def _megatron_state() -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(parallel_state).items()
+        if name.startswith("_") and name[1:2].isupper() and not isinstance(value, ModuleType | FunctionType | type)
+    }
+
+
+def _set_megatron_state(state: dict[str, Any]) -> None:
+    vars(parallel_state).update(state)
+
+
+_NO_LAYOUT = _megatron_state()

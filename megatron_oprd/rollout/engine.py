@@ -23,7 +23,8 @@ class Sampling:
 
 class RolloutEngine(Protocol):
     """Every rank of one model replica (tensor x pipeline group) gives the same prompts and gets the same rollouts;
-    data-parallel ranks give different ones. An engine never communicates over the data-parallel group."""
+    data- and context-parallel ranks give different ones. Where experts are spread over replicas, all call it together.
+    """
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """The rollouts of training step `step`, by prompt in the order given, then by sample from 0."""

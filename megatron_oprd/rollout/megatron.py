@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_oprd.models.kv_cache import CachedStep, KeyValueCache
 from megatron_oprd.models.micro_batch import MicroBatch
-from megatron_oprd.models.model import HiddenStateModel
+from megatron_oprd.models.model import Stage
+from megatron_oprd.parallel.collectives import max_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
+from megatron_oprd.rollout.megatron_inference import plain_linears, whole_tokens
 from megatron_oprd.rollout.sampling import sample
 from megatron_oprd.rollout.slots import Request, Slots
 from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
@@ -25,17 +26,19 @@ PROMPT_TOKENS_PER_STEP = 8192  # bounds the activations of reading prompts; one 
 
 
 class MegatronEngine:
-    """Generates with one stage of the student on each rank of a replica, at most `max_batch` rollouts at a time.
+    """Generates with this rank's chunks of the student, at most `max_batch` rollouts of a replica at a time.
 
     Each step is one forward pass: a token of every row at work, together with the prompts that start now. Rows that
     end leave at once and waiting prompts take their slots. Only while `generate` runs there is a cache, of
     2 * layers * key-value heads * head size * itemsize bytes a token on one rank (both divided by the layout), times
     `max_batch` times the longest row. Pipeline stages take turns: one token passes through all before the next.
+    Context-parallel ranks are replicas of their own here. Where experts are spread over replicas, all keep step, and
+    one that has finished goes on with a token that nobody reads until the last has.
     """
 
     def __init__(
         self,
-        model: HiddenStateModel,
+        stage: Stage,
         spec: ModelSpec,
         topology: Topology,
         sampling: Sampling,
@@ -44,7 +47,7 @@ class MegatronEngine:
         max_batch: int = 64,
         progress: bool = False,
     ) -> None:
-        self.model = model
+        self.stage = stage
         self.spec = spec
         self.topology = topology
         self.sampling = sampling
@@ -56,21 +59,28 @@ class MegatronEngine:
         """The rollouts of training step `step`, by prompt in the order given, then by sample.
 
         Every rank of the replica calls it with the same prompts and gets the same rollouts. `limits`, one a prompt,
-        takes the place of `max_new_tokens`. Communicates over the tensor- and the pipeline-parallel group. Raises
+        takes the place of `max_new_tokens`. Communicates over the tensor- and the pipeline-parallel group, with experts
+        on other replicas over those too: then all replicas call it at the same time, without prompts if need be. Raises
         UserError for a prompt that is empty or leaves no position for an answer.
         """
         requests = self._requests(prompts, limits)
         rollouts: dict[int, Rollout] = {}
-        training = self.model.training
-        self.model.eval()
+        training = self.stage.training
+        self.stage.eval()
         try:
-            with torch.inference_mode(), _plain_linears(self.model), _progress(len(requests), self.progress) as advance:
+            with (
+                torch.inference_mode(),
+                whole_tokens(self.stage),
+                plain_linears(self.stage),
+                _progress(len(requests), self.progress) as advance,
+            ):
                 for order, rollout in self._run(requests, step):
                     rollouts[order] = rollout
                     advance(len(rollout.response_ids))
         finally:
-            self.model.train(training)
-            self.model.set_input_tensor(None)
+            self.stage.train(training)
+            for chunk in self.stage:
+                chunk.set_input_tensor(None)
         return [rollouts[request.order] for request in requests]
 
     def _requests(self, prompts: Sequence[Prompt], limits: Sequence[int] | None) -> list[Request]:
@@ -91,20 +101,20 @@ class MegatronEngine:
 
     def _run(self, requests: Sequence[Request], step: int) -> Iterator[tuple[int, Rollout]]:
         """Generates until no request is left; yields each rollout when it ends, with its place in the result."""
-        if not requests:
-            return
         waiting = deque(requests)
-        device = self.topology.device
-        longest_answer = max(request.max_new_tokens for request in requests)
+        device, dtype = self.topology.device, self.stage.config.params_dtype
+        longest_answer = max((request.max_new_tokens for request in requests), default=1)
         slots = Slots(min(self.max_batch, len(requests)), longest_answer, self.spec.eos_token_ids, device)
         cache = self._cache(slots.size)
-        while waiting or slots.count:
+        while self._anyone_works(bool(waiting or slots.count)):
+            if not (waiting or slots.count):
+                self._forward(*_idle_micro_batch(device))
+                continue
             decoding = slots.count
             starting = self._admit(waiting, slots, step)
             cache.reserve(max([slots.longest, *(len(prompt.prompt_ids) for prompt, _ in starting)]))
-            tokens, batch = _micro_batch(slots, cache, decoding, starting, self.model.config.params_dtype)
-            sampled = self._sample(self._forward(tokens, batch), slots)
-            ended = slots.accept(sampled)
+            output = self._forward(*_micro_batch(slots, cache, decoding, starting, dtype))
+            ended = slots.accept(self._sample(output, slots))
             moves = None
             if ended.any():
                 yield from slots.rollouts(ended)
@@ -115,13 +125,24 @@ class MegatronEngine:
             if moves is not None:
                 cache.move(*moves, slots.longest)
 
+    def _anyone_works(self, working: bool) -> bool:
+        """Whether any replica that this one shares experts with has work left. The other ranks of this replica see the
+        same: their groups over the replicas have one rank of each."""
+        if not self.spec.num_experts or self.topology.expert_size == 1:
+            return working
+        return max_over([working], self.topology.groups.dp_cp, self.topology.device)[0] > 0
+
     def _cache(self, slots: int) -> KeyValueCache:
         return KeyValueCache(
-            [layer.self_attention.core_attention.layer_number for layer in self.model.decoder.layers],
+            [
+                layer.self_attention.core_attention.layer_number
+                for chunk in self.stage
+                for layer in chunk.decoder.layers
+            ],
             slots,
             self.spec.num_query_groups // self.topology.tensor_size,
             self.spec.head_dim,
-            self.model.config.params_dtype,
+            self.stage.config.params_dtype,
             self.topology.device,
         )
 
@@ -140,31 +161,37 @@ class MegatronEngine:
         return starting
 
     def _forward(self, tokens: torch.Tensor, batch: MicroBatch) -> torch.Tensor | None:
-        """Logits [rows, vocabulary] on the last stage, None on the others. Receives the hidden states of the stage
-        before and sends to the one after; gathers the vocabulary over the tensor-parallel group."""
-        topology, pipeline = self.topology, self.topology.groups.pp
-        if not topology.is_first_stage:
-            config = self.model.config
-            hidden = torch.empty(len(tokens), 1, config.hidden_size, dtype=config.params_dtype, device=topology.device)
-            dist.recv(hidden, dist.get_global_rank(pipeline, topology.pipeline_rank - 1), group=pipeline)
-            self.model.set_input_tensor(hidden)
-        output = self.model.run(tokens, batch)
-        if not topology.is_last_stage:
-            dist.send(output, dist.get_global_rank(pipeline, topology.pipeline_rank + 1), group=pipeline)
-            return None
-        if topology.tensor_size > 1:
-            parts = [torch.empty_like(output) for _ in range(topology.tensor_size)]
-            dist.all_gather(parts, output, group=topology.groups.tp)
-            output = torch.cat(parts, dim=-1)
-        return output[:, : self.spec.vocab_size]
+        """What the last stage makes of the micro-batch, [rows, vocabulary / tensor size]; None on other ranks. Passes
+        the hidden states from stage to stage."""
+        topology, config, pipeline = self.topology, self.stage.config, self.topology.groups.pp
+        output = None
+        for chunk, stage in zip(self.stage, topology.stages, strict=True):
+            if stage > 0:
+                hidden = torch.empty(
+                    len(tokens), 1, config.hidden_size, dtype=config.params_dtype, device=topology.device
+                )
+                before = (topology.pipeline_rank - 1) % topology.pipeline_size
+                dist.recv(hidden, dist.get_global_rank(pipeline, before), group=pipeline)
+                chunk.set_input_tensor(hidden)
+            output = chunk.run(tokens, batch)
+            if stage < topology.num_stages - 1:
+                after = (topology.pipeline_rank + 1) % topology.pipeline_size
+                dist.send(output, dist.get_global_rank(pipeline, after), group=pipeline)
+                output = None
+        return output
 
     def _sample(self, logits: torch.Tensor | None, slots: Slots) -> torch.Tensor:
-        """The next token of each row, [rows] int64, the same on every rank of the replica."""
+        """The next token of each row, [rows] int64, the same on every rank of the replica; `logits` as from `_forward`,
+        whose vocabulary is gathered over the tensor-parallel group."""
         topology = self.topology
         if logits is None:
             tokens = slots.tokens.new_empty(slots.count)
         else:
-            tokens = sample(logits, self.sampling, slots.next_numbers())
+            if topology.tensor_size > 1:
+                parts = [torch.empty_like(logits) for _ in range(topology.tensor_size)]
+                dist.all_gather(parts, logits, group=topology.groups.tp)
+                logits = torch.cat(parts, dim=-1)
+            tokens = sample(logits[:, : self.spec.vocab_size], self.sampling, slots.next_numbers())
             if topology.tensor_size > 1:
                 # Sums on a GPU may differ in the last bit between ranks; one other token and they wait for ever.
                 dist.broadcast(tokens, dist.get_global_rank(topology.groups.tp, 0), group=topology.groups.tp)
@@ -172,6 +199,12 @@ class MegatronEngine:
             last = dist.get_global_rank(topology.groups.pp, topology.pipeline_size - 1)
             dist.broadcast(tokens, last, group=topology.groups.pp)
         return tokens
+
+
+def _idle_micro_batch(device: torch.device) -> tuple[torch.Tensor, MicroBatch]:
+    """One token without a cache: what a replica without work passes through the experts that it shares."""
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    return token, MicroBatch(position_ids=token, bounds=(0, 1))
 
 
 def _micro_batch(
@@ -200,29 +233,6 @@ def _micro_batch(
             for before, new in ((tokens, prompt_ids), (positions, prompt_positions), (logit_rows, last_rows))
         )
     return tokens, MicroBatch(position_ids=positions, bounds=bounds, logit_rows=logit_rows, cache=step)
-
-
-@contextlib.contextmanager
-def _plain_linears(model: HiddenStateModel) -> Iterator[None]:
-    """Multiply without Megatron's autograd functions inside the block. They prepare a backward that does not come and
-    run in Python: a fifth of the time of a small model. The reduction over the tensor-parallel group stays."""
-    linears = [x for x in model.modules() if isinstance(x, ColumnParallelLinear | RowParallelLinear)]
-    columns = [(x, x.disable_grad_reduce) for x in linears if isinstance(x, ColumnParallelLinear)]
-    try:
-        for linear in linears:
-            linear._forward_impl = _multiply
-        for column, _ in columns:
-            column.disable_grad_reduce = True
-        yield
-    finally:
-        for linear in linears:
-            del linear._forward_impl
-        for column, before in columns:
-            column.disable_grad_reduce = before
-
-
-def _multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **ignored: object) -> torch.Tensor:
-    return torch.nn.functional.linear(input, weight, bias)
 
 
 @contextlib.contextmanager

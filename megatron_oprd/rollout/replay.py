@@ -51,18 +51,20 @@ def check_enough(rollouts: Sequence[Rollout], steps: int, per_step: int) -> None
 
 
 class ReplayEngine:
-    """Serves a replay file step by step. Data-parallel rank `data_rank` of `data_size` gets the contiguous part of a
+    """Serves a replay file step by step. Replica `replica_rank` of `num_replicas` gets the contiguous part of a
     step that is its own; the parts of different ranks differ by one rollout at most. No communication."""
 
-    def __init__(self, rollouts: Sequence[Rollout], per_step: int, *, data_rank: int = 0, data_size: int = 1) -> None:
+    def __init__(
+        self, rollouts: Sequence[Rollout], per_step: int, *, replica_rank: int = 0, num_replicas: int = 1
+    ) -> None:
         self.rollouts = rollouts
         self.per_step = per_step
-        self.data_rank = data_rank
-        self.data_size = data_size
+        self.replica_rank = replica_rank
+        self.num_replicas = num_replicas
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """This rank's rollouts of step `step`, from 0; the file says what was asked, so `prompts` is not read."""
-        return split(rollouts_of_step(self.rollouts, step, self.per_step), self.data_rank, self.data_size)
+        return split(rollouts_of_step(self.rollouts, step, self.per_step), self.replica_rank, self.num_replicas)
 
 
 class _BadLineError(Exception):

@@ -63,7 +63,7 @@ def save(
     target = folder / f"step_{state.step:07d}"
     partial = on_rank_zero(lambda: _prepare(target))
     try:
-        save_model(student.module, partial / "model", spec, topology, source)
+        save_model(student.stage, partial / "model", spec, topology, source)
         on_rank_zero(lambda: _make(partial / "optimizer"))
         with explain_os_errors(partial):
             save_optimizer(student, topology, partial / "optimizer")
@@ -93,7 +93,7 @@ def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology
         teacher, pairs = values["teacher"], tuple((student, teacher) for student, teacher in values["pairs"])
         saved = Identity(str(teacher["path"]), str(teacher["hash"]), pairs)
     _check_identity(checkpoint, saved, identity)
-    load_model(student.module, checkpoint / "model", spec, topology)
+    load_model(student.stage, checkpoint / "model", spec, topology)
 
     def read_optimizer() -> None:
         with _explain_damage(checkpoint / "optimizer"):

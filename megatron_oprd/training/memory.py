@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-from megatron_oprd.config import Config
+from megatron_oprd.config import Config, ParallelConfig
 from megatron_oprd.hf.names import entries, megatron_shapes, shard_shape
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.types import ModelSpec
@@ -18,57 +19,102 @@ def count_parameters(spec: ModelSpec) -> int:
     return sum(math.prod(shape) for shape in megatron_shapes(spec).values())
 
 
-def predict_memory(
-    config: Config, student: ModelSpec, teacher: ModelSpec, plan: LayerPlan, data_parallel: int
-) -> dict[str, int]:
-    """Bytes on the fullest rank, by purpose.
+@dataclass(frozen=True)
+class Share:
+    """What a rank holds of a model: the layout's sizes and the blocks of each stage."""
 
-    Gradients are fp32; AdamW keeps two fp32 moments, and an fp32 copy of bf16 weights, divided over data-parallel ranks
-    by the distributed optimizer. Activations: 34 bytes a token, hidden unit and block in bf16 (Korthikanti et al.,
-    arXiv 2205.05198, without the attention scores that SDPA never stores), or block inputs under full recomputation.
+    tensor: int
+    pipeline: int
+    expert: int
+    stages: tuple[int, ...]  # chunk by chunk under virtual pipelining
+
+
+def predict_memory(
+    config: Config,
+    student: ModelSpec,
+    teacher: ModelSpec,
+    plan: LayerPlan,
+    own_layout: ParallelConfig | None,
+    world: int,
+) -> dict[str, int]:
+    """Bytes on the fullest of `world` ranks, by purpose. `own_layout`: of a teacher that has one.
+
+    Gradients are fp32; AdamW keeps two fp32 moments, and an fp32 copy of bf16 weights, divided over the ranks that hold
+    the same parameters by the distributed optimizer; what is never trained still counts as trained. Activations: 34
+    bytes a token, hidden unit and block in bf16 (Korthikanti et al., arXiv 2205.05198, without the attention scores
+    that SDPA never stores), or block inputs under full recomputation, of every micro-batch that a pipeline keeps.
     """
-    size = BYTES[config.precision.dtype]
-    stages = range(config.parallel.pipeline)
-    trained = max(_stage_parameters(student, plan.student_stages, s, config, lm_head=True) for s in stages)
-    frozen = max(_stage_parameters(teacher, plan.teacher_stages, s, config, lm_head=False) for s in stages)
+    parallel, size = config.parallel, BYTES[config.precision.dtype]
+    copies = world // (parallel.tensor * parallel.pipeline)  # of a parameter, over data- and context-parallel ranks
+    expert_copies = world // (parallel.expert * parallel.pipeline)  # experts are not divided by tensor parallelism
+    of_student = Share(parallel.tensor, parallel.pipeline, parallel.expert, plan.student_stages)
+    layout = own_layout or parallel
+    of_teacher = Share(layout.tensor, layout.pipeline, layout.expert, plan.teacher_stages)
+    students = [_rank_parameters(student, of_student, rank, lm_head=True) for rank in range(parallel.pipeline)]
+    teachers = [_rank_parameters(teacher, of_teacher, rank, lm_head=False) for rank in range(layout.pipeline)]
+    trained, frozen = max(map(sum, students)), max(map(sum, teachers))
     adamw = config.optimizer.name == "adamw"
     state = (8 if adamw else 0) + (4 if size == 2 else 0)
-    cut = data_parallel if config.parallel.distributed_optimizer and adamw else 1
-    tokens = config.batch.max_tokens_per_micro_batch
-    blocks = max(plan.student_stages)
-    per_token = 2 * size / 2 if config.recompute.granularity == "full" else 34 * size / 2
+    if parallel.distributed_optimizer and adamw:
+        kept = max(dense // copies + experts // expert_copies for dense, experts in students)
+    else:
+        kept = trained
+    tokens = config.batch.max_tokens_per_micro_batch // parallel.context
+    full = config.recompute.granularity == "full"
+    cut = parallel.tensor if parallel.sequence or not full else 1  # block inputs are whole without sequence parallelism
+    blocks = _blocks_in_flight(config, plan, copies // parallel.context)
     return {
         "student weights": trained * size,
         "student gradients": trained * 4,
-        "optimizer state": trained * state // cut,
+        "optimizer state": kept * state,
         "teacher weights": frozen * size,
-        "teacher states": _target_bytes(config, plan, teacher, data_parallel, size),
-        "activations": int(tokens * student.hidden_size * blocks * per_token / config.parallel.tensor),
+        "teacher states": 0 if config.teacher.offload_targets else _target_bytes(config, plan, teacher, copies, size),
+        "activations": int(tokens * student.hidden_size * blocks * (2 if full else 34) * size / 2 / cut),
     }
 
 
-def _stage_parameters(spec: ModelSpec, stages: Sequence[int], stage: int, config: Config, *, lm_head: bool) -> int:
-    first, last = sum(stages[:stage]), sum(stages[: stage + 1])
-    is_last = stage == len(stages) - 1
+def _blocks_in_flight(config: Config, plan: LayerPlan, data_size: int) -> int:
+    """Blocks whose activations the first pipeline rank keeps at once: one micro-batch for every pipeline stage, twice
+    the warm-up when stages are interleaved, and no more micro-batches than there can be."""
+    pipeline, virtual = config.parallel.pipeline, config.parallel.virtual_pipeline or 1
+    chunks = pipeline if virtual == 1 else 2 * (pipeline - 1) + (virtual - 1) * pipeline + 1
+    most = math.ceil(config.rollout.prompts_per_step * config.rollout.samples_per_prompt / data_size)
+    return max(plan.student_stages) * min(chunks, virtual * most)
+
+
+def _rank_parameters(spec: ModelSpec, share: Share, pipeline_rank: int, *, lm_head: bool) -> tuple[int, int]:
+    """Parameters of one pipeline rank, on each of its tensor- and expert-parallel ranks: those of experts apart."""
+    ends = list(itertools.accumulate(share.stages, initial=0))
+    mine = range(pipeline_rank, len(share.stages), share.pipeline)
+    blocks = {block for stage in mine for block in range(ends[stage], ends[stage + 1])}
+    first, last = 0 in mine, len(share.stages) - 1 in mine
 
     def held(name: str) -> bool:
         if name.startswith("decoder.layers."):
-            return first <= int(name.split(".")[2]) < last
+            return int(name.split(".")[2]) in blocks
         if name.startswith("embedding"):
-            return stage == 0 or (is_last and lm_head and spec.tied_embeddings)
-        return is_last and (lm_head or not name.startswith("output_layer"))
+            return first or (last and lm_head and spec.tied_embeddings)
+        return last and (lm_head or not name.startswith("output_layer"))
 
-    tensor_size = config.parallel.tensor
-    shapes = megatron_shapes(spec, tensor_size)
-    shards = (shard_shape(e, shapes[e.megatron], tensor_size) for e in entries(spec) if held(e.megatron))
-    return sum(math.prod(shape) for shape in shards)
+    shapes = megatron_shapes(spec, share.tensor)
+    dense = experts = 0
+    for entry in entries(spec):
+        count = math.prod(shard_shape(entry, shapes[entry.megatron], share.tensor)) if held(entry.megatron) else 0
+        if entry.expert is None:
+            dense += count
+        else:
+            experts += count
+    return dense, experts // share.expert
 
 
-def _target_bytes(config: Config, plan: LayerPlan, teacher: ModelSpec, data_parallel: int, size: int) -> int:
-    representation = config.loss.representation
+def _target_bytes(config: Config, plan: LayerPlan, teacher: ModelSpec, copies: int, size: int) -> int:
+    representation, parallel = config.loss.representation, config.parallel
     most = config.rollout.max_new_tokens
     selected = {"last": 1, "last_k": min(representation.k, most), "first_k": min(representation.k, most), "all": most}
-    samples = math.ceil(config.rollout.prompts_per_step / data_parallel) * config.rollout.samples_per_prompt
-    owners = [plan.student_stage(layer) for layer in plan.student_layers]
-    layers = max(owners.count(stage) for stage in set(owners))
-    return layers * samples * selected[representation.positions] * teacher.hidden_size * size
+    samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt / copies
+    rows = samples * selected[representation.positions]
+    if plan.aligned and parallel.pipeline == 1:  # streamed: no more than a micro-batch has
+        rows = min(rows, config.batch.max_tokens_per_micro_batch / parallel.context)
+    owners = [plan.student_stage(layer) % parallel.pipeline for layer in plan.student_layers]
+    layers = max(owners.count(rank) for rank in set(owners))
+    return int(layers * rows * teacher.hidden_size * size / (parallel.tensor if parallel.sequence else 1))

@@ -48,7 +48,7 @@ def _sharded_state(student: Student, topology: Topology, *, is_loading: bool) ->
     for optimizer in student.optimizer.chained_optimizers:
         if isinstance(optimizer, DistributedOptimizer):
             optimizer.get_parameter_state_dp_zero = partial(_state_of_buffers, optimizer)
-    weights = sharded_weights(student.module, topology)
+    weights = sharded_weights(student.stage, topology)
     return {"optimizer": student.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)}
 
 

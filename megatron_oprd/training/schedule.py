@@ -2,56 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_oprd.models.micro_batch import MicroBatch, Tap
+from megatron_oprd.data.cutting import zigzag_rows
+from megatron_oprd.models.micro_batch import ContextPart, MicroBatch, Tap
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import PackedBatch
 
 
 def run_schedule(
-    model: torch.nn.Module,
+    chunks: Sequence[torch.nn.Module],
     topology: Topology,
     batches: Sequence[PackedBatch],
-    taps: Sequence[Tap],
+    taps: Iterable[Tap],
     *,
     last_layer: int | None,
     normed_layer: int | None,
     forward_only: bool,
 ) -> None:
-    """Run every micro-batch through this rank's stage, with backward unless `forward_only`.
+    """Run every micro-batch through this rank's chunks of a model, with backward unless `forward_only`.
 
-    Ranks of one pipeline pass the same micro-batches, data-parallel ranks the same number of them. Communicates over
-    the tensor- and pipeline-parallel groups, and where the model finalises its gradients over the data-parallel one.
+    Ranks of one pipeline pass the same micro-batches, data-parallel ranks the same number of them. Without pipeline
+    parallelism each tap is taken when its micro-batch starts. Communicates over the tensor-, context-, expert- and
+    pipeline-parallel groups, and where the model finalises its gradients over the data-parallel ones.
     """
 
-    def forward_step(work: Iterator[tuple[PackedBatch, Tap]], stage: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    def forward_step(work: Iterator[tuple[PackedBatch, Tap]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch, tap = next(work)
         micro_batch = MicroBatch(
             position_ids=batch.position_ids,
             bounds=tuple(batch.cu_seqlens.tolist()),
+            context=_context_part(batch, topology),
             tap=tap,
             last_layer=last_layer,
             normed_layer=normed_layer,
         )
-        output = stage(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=micro_batch)
+        output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=micro_batch)
         return output, _no_pipeline_loss
 
-    schedule = get_forward_backward_func(pp_size=topology.pipeline_size, vp_size=None)
+    virtual_size = topology.virtual_size if topology.virtual_size > 1 else None
+    schedule = get_forward_backward_func(pp_size=topology.pipeline_size, vp_size=virtual_size)
+    work = [(zip(batches, copy, strict=True)) for copy in itertools.tee(taps, len(chunks))]
     with torch.set_grad_enabled(not forward_only):
         schedule(
             forward_step_func=forward_step,
-            data_iterator=iter(zip(batches, taps, strict=True)),
-            model=[model],
+            data_iterator=work if virtual_size else work[0],
+            model=list(chunks),
             num_microbatches=len(batches),
             seq_length=1,  # not read: stages tell each other the shapes (`variable_seq_lengths`)
             micro_batch_size=1,
             forward_only=forward_only,
         )
+
+
+def _context_part(batch: PackedBatch, topology: Topology) -> ContextPart | None:
+    size = topology.context_size
+    if size == 1:
+        return None
+    bounds = batch.cu_seqlens.tolist()
+    gathered = torch.cat([zigzag_rows(bounds, rank, size) for rank in range(size)])
+    return ContextPart(topology.groups.cp, topology.context_rank, size, gathered.argsort().to(topology.device))
 
 
 def _no_pipeline_loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,50 +16,44 @@ from megatron_oprd import platform
 from megatron_oprd.config import Config, OptimizerConfig
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.models.layer_plan import LayerPlan
-from megatron_oprd.models.model import HiddenStateModel
+from megatron_oprd.models.model import Stage
 
 
 @dataclass(frozen=True)
 class Student:
-    """A pipeline stage of the student and what updates it."""
+    """This rank's chunks of the student and what updates them."""
 
-    model: DistributedDataParallel
+    stage: Stage
+    ddp: list[DistributedDataParallel]  # around each chunk
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
-    @property
-    def module(self) -> HiddenStateModel:
-        module: HiddenStateModel = self.model.module
-        return module
 
-
-def build_student(model: HiddenStateModel, config: Config, plan: LayerPlan) -> Student:
-    """Wrap a loaded stage for training. Communicates over the world (mcore aligns parameter groups)."""
-    freeze_unreached(model, config, plan)
+def build_student(stage: Stage, config: Config, plan: LayerPlan) -> Student:
+    """Wrap loaded chunks for training. Communicates over the world (mcore aligns parameter groups)."""
+    freeze_unreached(stage, config, plan)
     distributed = config.parallel.distributed_optimizer and config.optimizer.name == "adamw"  # SGD has no state to cut
     with platform.cpu_devices():
-        ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed),
-            model,
-        )
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
+        ddp = [DistributedDataParallel(stage.config, settings, chunk) for chunk in stage]
         optimizer = get_megatron_optimizer(
-            _optimizer_config(config.optimizer, bf16=config.precision.dtype == "bf16", distributed=distributed), [ddp]
+            _optimizer_config(config.optimizer, bf16=config.precision.dtype == "bf16", distributed=distributed), ddp
         )
-    model.config.finalize_model_grads_func = _finalize_without_division
-    model.config.no_sync_func = partial(ddp.no_sync)
-    return Student(ddp, optimizer, _scheduler(optimizer, config.optimizer, config.train.steps))
+    stage.config.finalize_model_grads_func = _finalize_without_division
+    no_sync = [chunk.no_sync for chunk in ddp]
+    stage.config.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
+    return Student(stage, ddp, optimizer, _scheduler(optimizer, config.optimizer, config.train.steps))
 
 
-def freeze_unreached(model: HiddenStateModel, config: Config, plan: LayerPlan) -> None:
+def freeze_unreached(stage: Stage, config: Config, plan: LayerPlan) -> None:
     """Take the gradient from what the user freezes and from what no loss reaches.
 
     A parameter without a gradient must not be decayed either, and needs no optimizer state. Both copies of a tied
     embedding (first and last pipeline stage) stay alike: freezing either name freezes the one matrix.
     """
     frozen = set(config.student.freeze)
-    tied = model.share_embeddings_and_output_weights
-    for name, parameter in named_parameters(model).items():
+    tied = any(chunk.share_embeddings_and_output_weights for chunk in stage)
+    for name, parameter in named_parameters(stage).items():
         if name.startswith("decoder.layers."):
             reached = int(name.split(".")[2]) < plan.student_last_layer
         elif name.startswith("decoder.final_layernorm"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -12,11 +12,12 @@ from megatron_oprd.losses.reduction import layer_metrics
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.micro_batch import Tap
 from megatron_oprd.models.taps import StageLoss
+from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.student import Student
-from megatron_oprd.types import GlobalCounts, PackedBatch, StepReport, TeacherTargets
+from megatron_oprd.types import GlobalCounts, PackedBatch, StepReport
 
 
 def student_step(
@@ -25,19 +26,25 @@ def student_step(
     plan: LayerPlan,
     config: RepresentationConfig,
     batches: Sequence[PackedBatch],
-    targets: Sequence[TeacherTargets],
+    targets: TeacherTargets,
     counts: GlobalCounts,
 ) -> StepReport:
     """Update the student once on the whole global batch; the report is the same on every rank.
 
-    `batches` are this data-parallel rank's micro-batches, `targets` the teacher states of this stage for each.
-    Communicates over all groups.
+    `batches` are this rank's micro-batches, `targets` the teacher states that its layers are compared with; none are
+    left at the end. Communicates over all groups.
     """
-    taps = [
-        StageLoss(batch, target, plan.teacher_of, normalize=config.normalize, scale=config.weight)
-        for batch, target in zip(batches, targets, strict=True)
-    ]
-    accumulate_gradients(student, topology, plan, batches, taps)
+    taps: list[StageLoss] = []
+
+    def next_taps() -> Iterator[StageLoss]:
+        for number, batch in enumerate(batches):
+            tap = StageLoss(batch, targets.of(number), len(plan.pairs), normalize=config.normalize, scale=config.weight)
+            taps.append(tap)
+            yield tap
+
+    accumulate_gradients(student, topology, plan, batches, next_taps())
+    if len(targets):
+        raise RuntimeError(f"{len(targets)} layers of micro-batches were never compared with their targets")
     learning_rate = student.scheduler.get_lr({})
     with platform.cpu_devices():
         _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
@@ -47,15 +54,16 @@ def student_step(
 
 
 def accumulate_gradients(
-    student: Student, topology: Topology, plan: LayerPlan, batches: Sequence[PackedBatch], taps: Sequence[Tap]
+    student: Student, topology: Topology, plan: LayerPlan, batches: Sequence[PackedBatch], taps: Iterable[Tap]
 ) -> None:
     """Forward and backward of all micro-batches from zero gradients, reduced over the ranks. Communicates over all
     groups."""
-    student.model.train()
-    student.model.zero_grad_buffer()
+    for chunk in student.ddp:
+        chunk.train()
+        chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
     run_schedule(
-        student.model,
+        student.ddp,
         topology,
         batches,
         taps,
@@ -66,12 +74,16 @@ def accumulate_gradients(
 
 
 def _global_sums(taps: Sequence[StageLoss], topology: Topology, plan: LayerPlan) -> dict[int, list[float]]:
-    """Sums [4] of every compared student layer over micro-batches, data-parallel ranks and pipeline stages."""
+    """Sums [4] of every compared student layer over micro-batches, ranks that hold other tokens, and pipeline ranks."""
     layers = plan.student_layers
     local = torch.zeros(len(layers), 4, dtype=torch.float64, device=topology.device)
     for tap in taps:
         for layer, sums in tap.sums.items():
             local[layers.index(layer)] += sums
-    values = sum_over(local.flatten().tolist(), topology.groups.dp, topology.device)
-    values = sum_over(values, topology.groups.pp, topology.device)
+    values = local.flatten().tolist()
+    groups = [topology.groups.dp_cp, topology.groups.pp]
+    if topology.sequence_parallel:
+        groups.append(topology.groups.tp)  # else each of its ranks holds every row
+    for group in groups:
+        values = sum_over(values, group, topology.device)
     return {layer: values[4 * i : 4 * i + 4] for i, layer in enumerate(layers)}

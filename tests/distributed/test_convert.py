@@ -8,6 +8,7 @@ import torch
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf import export
 from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.compare import compare_states, compare_weights, open_hf_model
@@ -19,7 +20,16 @@ from megatron_oprd.types import UserError
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save
 
-LAYOUTS = {"tensor": {"tensor": 2}, "pipeline": {"pipeline": 2}, "data": {}}
+LAYOUTS = {
+    "tensor": {"tensor": 2},
+    "pipeline": {"pipeline": 2},
+    "data": {},
+    "virtual": {"pipeline": 2, "virtual_pipeline": 2},
+    "expert": {"expert": 2},
+    "tensor and expert": {"tensor": 2, "expert": 2},
+    "pipeline and expert": {"pipeline": 2, "expert": 2},
+    "context and expert": {"context": 2, "expert": 4},
+}
 
 
 def open_model(folder, layout):
@@ -27,25 +37,25 @@ def open_model(folder, layout):
     start_process(device)
     topology = build_topology(ParallelConfig(**layout), device, seed=0)
     spec = read_model_spec(folder)
-    model = build_model(spec, topology, torch.float32).eval()
-    load_weights(model, folder, spec, topology)
-    return model, spec, topology
+    stage = build_model(spec, topology, torch.float32).eval()
+    load_weights(stage, folder, spec, topology)
+    return stage, spec, topology
 
 
 def save_and_export(rank, folder, layout, megatron, hf):
     """Read `folder`, write it as both kinds."""
-    model, spec, topology = open_model(folder, layout)
+    stage, spec, topology = open_model(folder, layout)
     if megatron:
-        save_model(model, megatron, spec, topology, source=folder)
+        save_model(stage, megatron, spec, topology, source=folder)
     if hf:
-        export.export_hf(model, spec, topology, folder, hf)
+        export.export_hf(stage, spec, topology, folder, hf)
 
 
 def compare_with(rank, megatron, folder, layout):
-    model, spec, topology = open_model(megatron, layout)
-    weights = compare_weights(model, HFReader(folder), spec, topology, torch.float32)
+    stage, spec, topology = open_model(megatron, layout)
+    weights = compare_weights(stage, HFReader(folder), spec, topology, torch.float32)
     hf_model = open_hf_model(folder, torch.float32, torch.float32) if rank == 0 else None
-    return weights, compare_states(model, hf_model, spec, topology, (1, 19))
+    return weights, compare_states(stage, hf_model, spec, topology, (1, 19))
 
 
 def assert_same_tensors(actual, expected):
@@ -68,6 +78,48 @@ def test_written_in_one_layout_read_in_another(first, second, tied, tmp_path):
     assert_same_tensors(tmp_path / "second", folder)
 
 
+def test_virtual_stages_write_and_read_like_others(tmp_path):
+    folder = save(random_hf_model("Qwen3", num_hidden_layers=4, tie_word_embeddings=True), tmp_path / "hf")
+    run_distributed(2, save_and_export, folder, LAYOUTS["virtual"], tmp_path / "megatron", tmp_path / "first")
+    run_distributed(2, save_and_export, tmp_path / "megatron", LAYOUTS["tensor"], None, tmp_path / "second")
+    run_distributed(2, save_and_export, tmp_path / "megatron", LAYOUTS["virtual"], None, tmp_path / "third")
+    for written in ("first", "second", "third"):
+        assert_same_tensors(tmp_path / written, folder)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((2, "expert"), (2, "pipeline")),
+        ((2, "pipeline"), (2, "expert")),
+        ((2, "tensor"), (2, "virtual")),
+        ((2, "virtual"), (2, "tensor and expert")),
+        ((2, "tensor and expert"), (2, "tensor")),
+        ((4, "expert"), (2, "tensor")),  # two replicas of each expert
+        ((4, "tensor and expert"), (4, "pipeline and expert")),
+        ((4, "pipeline and expert"), (4, "context and expert")),
+        ((4, "context and expert"), (2, "expert")),  # an expert a rank
+    ],
+)
+def test_a_mixture_of_experts_written_in_one_layout_is_read_in_another(first, second, tmp_path):
+    folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf")
+    megatron = tmp_path / "megatron"
+    run_distributed(first[0], save_and_export, folder, LAYOUTS[first[1]], megatron, tmp_path / "first")
+    run_distributed(second[0], save_and_export, megatron, LAYOUTS[second[1]], None, tmp_path / "second")
+    assert_same_tensors(tmp_path / "first", folder)
+    assert_same_tensors(tmp_path / "second", folder)
+
+
+@pytest.mark.parametrize("layout", ["tensor", "pipeline", "virtual", "expert", "tensor and expert"])
+def test_a_layout_gives_the_states_of_transformers_for_experts(layout, tmp_path):
+    folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf")
+    run_distributed(1, save_and_export, folder, {}, tmp_path / "megatron", None)
+    weights, errors = run_distributed(2, compare_with, tmp_path / "megatron", folder, LAYOUTS[layout])[0]
+    assert weights == ()
+    assert list(errors) == ["layer 1", "layer 2", "layer 3", "layer 4", "logits"]
+    assert max(errors.values()) < 1e-5
+
+
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
 def test_a_layout_gives_the_states_of_transformers(layout, tmp_path):
     folder = save(random_hf_model("Qwen3", tie_word_embeddings=True), tmp_path / "hf")
@@ -83,11 +135,11 @@ def _full_disk(self, name, tensor):
 
 
 def failing_export(rank, folder, target, full):
-    model, spec, topology = open_model(folder, LAYOUTS["pipeline"])
+    stage, spec, topology = open_model(folder, LAYOUTS["pipeline"])
     if full and rank == 0:
         export.HFWriter.write = _full_disk
     try:
-        export.export_hf(model, spec, topology, folder, target)
+        export.export_hf(stage, spec, topology, folder, target)
     except UserError as error:
         return str(error)
     return None
@@ -104,18 +156,74 @@ def test_every_rank_sees_why_an_export_failed(full, tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
+def names_read(rank, folder, layout):
+    names = []
+    read = HFReader.read
+
+    def recording(reader, name):
+        names.append(name)
+        return read(reader, name)
+
+    HFReader.read = recording
+    open_model(folder, layout)
+    return names
+
+
+def test_each_rank_reads_its_own_layers_and_experts_alone(tmp_path):
+    folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf")
+    read = run_distributed(4, names_read, folder, LAYOUTS["pipeline and expert"])
+    for rank, names in enumerate(read):
+        experts = {int(name.split(".")[5]) for name in names if ".experts." in name}
+        layers = {int(name.split(".")[2]) for name in names if ".layers." in name}
+        assert experts == ({0, 1}, {2, 3})[rank % 2]
+        assert layers == ({0, 1}, {2, 3})[rank // 2]
+        assert len(names) == len(set(names))
+    assert set().union(*read) == set(HFReader(folder).names())
+
+
+def export_without(rank, folder, layout, target, lost):
+    """The error of an export after the last rank has lost a parameter."""
+    stage, spec, topology = open_model(folder, layout)
+    if rank == topology.world_size - 1:
+        owner, _, name = lost.rpartition(".")
+        delattr(stage[-1].get_submodule(owner), name)
+    try:
+        export.export_hf(stage, spec, topology, folder, target)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("layout", "lost", "name"),
+    [
+        ("expert", "decoder.layers.2.mlp.experts.local_experts.1.linear_fc2.weight", "experts.3.linear_fc2"),
+        ("tensor", "decoder.layers.1.self_attention.linear_proj.weight", "layers.1.self_attention.linear_proj"),
+        ("pipeline", "decoder.layers.1.mlp.router.weight", "layers.3.mlp.router"),
+    ],
+)
+def test_every_rank_sees_what_a_model_lacks(layout, lost, name, tmp_path):
+    folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf")
+    messages = run_distributed(2, export_without, folder, LAYOUTS[layout], tmp_path / "out", lost)
+    assert messages[0] == messages[1]
+    assert "only a whole model can be exported" in messages[0]
+    assert name in messages[0]
+    assert not (tmp_path / "out").exists()
+
+
 def cut_teacher(rank, folder, megatron, stages):
     """Whether every parameter of a cut model is equal, read from both kinds of folder."""
     device = choose_device("auto")
     start_process(device)
     topology = build_topology(ParallelConfig(pipeline=2), device, seed=0)
     spec = read_model_spec(folder)
-    models = []
+    tables = []
     for source in (folder, megatron):
-        models.append(build_model(spec, topology, torch.float32, stages=stages, lm_head=False, final_norm=False))
-        load_weights(models[-1], source, spec, topology)
-    pairs = zip(*(model.named_parameters() for model in models), strict=True)
-    return [name for (name, a), (_, b) in pairs if not torch.equal(a, b)], len(list(models[0].parameters()))
+        stage = build_model(spec, topology, torch.float32, stages=stages, lm_head=False, final_norm=False)
+        load_weights(stage, source, spec, topology)
+        tables.append(named_parameters(stage))
+    first, second = tables
+    return [name for name in first.keys() | second.keys() if not torch.equal(first[name], second[name])], len(first)
 
 
 @pytest.mark.parametrize("stages", [(1, 2), (3, 0)])

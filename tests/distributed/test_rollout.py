@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from megatron_oprd.config import ParallelConfig
+from megatron_oprd.data.sharding import split
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.weights import load_weights
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.megatron import MegatronEngine
+from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.types import Prompt
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save
@@ -27,41 +29,69 @@ def prompts():
     return [Prompt(i, tuple(torch.randint(0, 131, (n,), generator=generator).tolist())) for i, n in enumerate(lengths)]
 
 
-def generate(rank, folder, tensor, pipeline):
-    """This rank's rollouts, greedy and sampled, with fewer slots than prompts."""
+def generate(rank, folder, layout):
+    """The rollouts of all replicas, greedy and sampled, with fewer slots than prompts and with empty shares."""
     device = torch.device("cpu")
     start_process(device)
-    topology = build_topology(ParallelConfig(tensor=tensor, pipeline=pipeline), device, seed=0)
+    topology = build_topology(ParallelConfig(**layout), device, seed=0)
     spec = dataclasses.replace(read_model_spec(folder), eos_token_ids=EOS)
-    model = build_model(spec, topology, torch.float32)
-    load_weights(model, folder, spec, topology)
-    return [
-        MegatronEngine(model, spec, topology, sampling, seed=3, max_batch=5).generate(prompts(), step=1)
-        for sampling in (GREEDY, SAMPLED)
-    ]
+    stage = build_model(spec, topology, torch.float32)
+    load_weights(stage, folder, spec, topology)
+    stage.train()
+    results = []
+    for sampling in (GREEDY, SAMPLED):
+        for asked in (prompts(), prompts()[:1]):
+            mine = split(asked, topology.replica_rank, topology.num_replicas)
+            engine = MegatronEngine(stage, spec, topology, sampling, seed=3, max_batch=5)
+            rollouts = engine.generate(mine, step=1)
+            results.append(share_rollouts(rollouts, topology))
+    assert stage.training and stage.config.sequence_parallel == topology.sequence_parallel, "left as it was"
+    return results
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folders(tmp_path_factory):
     # 131 tokens: two tensor-parallel ranks pad the vocabulary. Tied: both pipeline stages hold the embedding.
-    hf = random_hf_model("Qwen3", num_hidden_layers=4, tie_word_embeddings=True)
-    return save(hf, tmp_path_factory.mktemp("rollout") / "hf")
+    return {
+        family: save(
+            random_hf_model(family, num_hidden_layers=4, tie_word_embeddings=True),
+            tmp_path_factory.mktemp("rollout") / family,
+        )
+        for family in ("Qwen3", "Qwen3Moe")
+    }
 
 
 @pytest.fixture(scope="module")
-def one_rank(folder):
-    [result] = run_distributed(1, generate, folder, 1, 1)
-    lengths = {len(rollout.response_ids) for rollout in result[0]}
-    assert len(lengths) > 3, "rows must end at different steps"
-    return result
+def one_rank(folders):
+    results = {family: run_distributed(1, generate, folder, {})[0] for family, folder in folders.items()}
+    for result in results.values():
+        assert len({len(rollout.response_ids) for rollout in result[2]}) > 3, "rows must end at different steps"
+    return results
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2)])
-def test_a_replica_generates_what_one_rank_does(tensor, pipeline, folder, one_rank):
-    for rank, result in enumerate(run_distributed(2, generate, folder, tensor, pipeline)):
-        assert result == one_rank, f"rank {rank}"
+LAYOUTS = [
+    (2, {"tensor": 2}),
+    (2, {"tensor": 2, "sequence": True}),
+    (2, {"pipeline": 2}),
+    (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    (2, {"context": 2}),
+    (2, {}),
+    (4, {"tensor": 2, "pipeline": 2}),
+]
+EXPERT_LAYOUTS = [
+    (2, {"expert": 2}),
+    (2, {"expert": 2, "tensor": 2}),
+    (4, {"expert": 2, "pipeline": 2}),
+    (4, {"expert": 4, "tensor": 2, "sequence": True}),
+    (4, {"expert": 2, "context": 2}),
+]
+CASES = [
+    *(("Qwen3", *layout) for layout in LAYOUTS),
+    *(("Qwen3Moe", *layout) for layout in [LAYOUTS[1], LAYOUTS[3], *EXPERT_LAYOUTS]),
+]
 
 
-def test_tensor_and_pipeline_parallelism_together(folder, one_rank):
-    for rank, result in enumerate(run_distributed(4, generate, folder, 2, 2)):
-        assert result == one_rank, f"rank {rank}"
+@pytest.mark.parametrize(("family", "world", "layout"), CASES, ids=str)
+def test_every_layout_generates_what_one_rank_does(family, world, layout, folders, one_rank):
+    for rank, result in enumerate(run_distributed(world, generate, folders[family], layout)):
+        assert result == one_rank[family], f"rank {rank}"

@@ -72,12 +72,15 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """The scene, with the student as a Megatron checkpoint (`megatron`) and a finished run (`finished`)."""
+    """The scene, with a model of experts (`experts`), the student as a Megatron checkpoint (`megatron`) and a finished
+    run (`finished`)."""
     scene = Scene(tmp_path_factory.mktemp("whole"))
     for seed, name in enumerate(["student", "teacher"]):
         model = random_hf_model("Qwen3", seed, vocab_size=259, num_hidden_layers=2, hidden_size=32)
         save(model, scene.folder / name)
         byte_tokenizer().save_pretrained(scene.folder / name)
+    save(random_hf_model("Qwen3Moe", 2, vocab_size=259, num_hidden_layers=2, hidden_size=32), scene.experts)
+    byte_tokenizer().save_pretrained(scene.experts)
     prompts = [{"prompt": f"{n}+1", "reward_model": {"ground_truth": str(n + 1)}} for n in range(4)]
     rollouts = [{"prompt_ids": [n, 2], "response_ids": [3, 4, n]} for n in range(12)]
     for name, rows in (("prompts", prompts), ("replay", rollouts)):
@@ -138,11 +141,26 @@ OVERRIDES = {
     "fp8": (["precision.fp8=hybrid"], ("precision.fp8='hybrid'", "not supported yet", "null")),
     "no prompts": (["rollout.engine=megatron"], ("data.prompts", "name at least one prompt file")),
     "no replay file": (["rollout.path=null"], ("rollout.path", "JSONL file")),
-    "virtual stages": (["parallel.virtual_pipeline=2"], ("virtual_pipeline", "not supported yet", "tensor, pipeline")),
-    "context": (["parallel.context=2"], ("context", "not supported yet")),
-    "expert": (["parallel.expert=2"], ("expert", "not supported yet")),
-    "sequence": (["parallel.sequence=true"], ("sequence", "not supported yet")),
-    "teacher's own layout": (["teacher.parallel={tensor: 2}"], ("teacher.parallel", "leave it null")),
+    "output objective": (["loss.output.objective=kl"], ("loss.output.objective='kl'", "'none'")),
+    "one virtual stage": (["parallel.virtual_pipeline=1"], ("parallel.virtual_pipeline=1", "equal to 2")),
+    "no virtual stage": (["parallel.virtual_pipeline=0"], ("parallel.virtual_pipeline=0", "equal to 2")),
+    "no ranks": (["parallel.context=0"], ("parallel.context=0", "equal to 1")),
+    "negative ranks": (["parallel.expert=-2"], ("parallel.expert=-2", "equal to 1")),
+    "ranks for a switch": (["parallel.sequence=2"], ("parallel.sequence=2", "valid boolean")),
+    "no ranks of the teacher": (["teacher.parallel.tensor=0"], ("teacher.parallel.tensor=0", "equal to 1")),
+    "negative ranks of the teacher": (
+        ["teacher.parallel={pipeline: -1}"],
+        ("teacher.parallel.pipeline=-1", "equal to 1"),
+    ),
+    "number for the teacher's layout": (["teacher.parallel=2"], ("teacher.parallel=2",)),
+    "near miss in the teacher's layout": (
+        ["teacher.parallel={tensors: 2}"],
+        ("unknown key teacher.parallel.tensors", "did you mean teacher.parallel.tensor?"),
+    ),
+    "what the teacher's layout has not": (
+        ["teacher.parallel.sequence=true"],
+        ("unknown key teacher.parallel.sequence",),
+    ),
     "too few processes": (["parallel.tensor=2"], ("parallel.tensor=2", "multiple of 2", "--nproc-per-node 2")),
     "layer out of range": (["loss.representation.layers=[3]"], ("layer 3 does not exist", "from 1 to 2")),
     "layer zero": (["loss.representation.layers=[0]"], ("layer 0 does not exist",)),
@@ -175,27 +193,139 @@ def test_overrides(case, scene):
     refuse(scene, words, "train", *scene.options(*overrides))
 
 
-LAYOUTS = {
-    "more stages than layers": (4, ["parallel.pipeline=4"], ("parallel.pipeline=4", "use at most 2")),
-    "heads": (4, ["parallel.tensor=4"], ("parallel.tensor=4", "key-value heads (2)", "use one of 1, 2")),
-    "no multiple": (3, ["parallel.tensor=2"], ("multiple of 2 processes, not 3",)),
-    "pairs that cross stages": (
+LAYOUTS: dict[str, tuple[int, list[str], tuple[str, ...]]] = {
+    "more stages than layers": (4, ["parallel.pipeline=4"], ("parallel.pipeline=4", "2 layers", "at most 2")),
+    "more virtual stages than layers": (
         2,
-        ["parallel.pipeline=2", "loss.representation.pairs=[[1,2],[2,1]]"],
-        ("student layer 1 on stage 0", "teacher layer 2 on stage 1", "parallel.pipeline=1"),
+        ["parallel.pipeline=2", "parallel.virtual_pipeline=2"],
+        ("parallel.pipeline=2 x parallel.virtual_pipeline=2", "2 layers", "use parallel.virtual_pipeline=null"),
+    ),
+    "virtual stages of one stage": (
+        2,
+        ["parallel.virtual_pipeline=2"],
+        ("parallel.virtual_pipeline=2", "parallel.pipeline of at least 2 or parallel.virtual_pipeline=null"),
+    ),
+    "sequence without tensor": (
+        2,
+        ["parallel.sequence=true"],
+        ("parallel.sequence=true", "parallel.tensor of at least 2 or parallel.sequence=false"),
+    ),
+    "heads": (3, ["parallel.tensor=3"], ("parallel.tensor=3", "student's attention heads (8)", "use one of 1, 2")),
+    "key-value heads": (4, ["parallel.tensor=4"], ("parallel.tensor=4", "key-value heads (2)", "use one of 1, 2")),
+    "no multiple of tensor": (3, ["parallel.tensor=2"], ("parallel.tensor=2", "multiple of 2 processes, not 3")),
+    "no multiple of pipeline": (3, ["parallel.pipeline=2"], ("parallel.pipeline=2", "multiple of 2 processes, not 3")),
+    "no multiple of context": (3, ["parallel.context=2"], ("parallel.context=2", "multiple of 2 processes, not 3")),
+    "no multiple of all": (
+        6,
+        ["parallel.tensor=2", "parallel.pipeline=2", "parallel.context=2"],
+        ("multiple of 8 processes, not 6", "--nproc-per-node 8"),
+    ),
+    "experts of a dense model": (2, ["parallel.expert=2"], ("parallel.expert=2", "no experts", "parallel.expert=1")),
+    "a number of experts": (
+        3,
+        ["student.path={experts}", "parallel.expert=3"],
+        ("parallel.expert=3", "student's 4 experts", "use one of 1, 2, 4"),
+    ),
+    "more expert ranks than a stage has": (
+        4,
+        ["student.path={experts}", "parallel.expert=4", "parallel.pipeline=2"],
+        ("parallel.expert=4", "2 processes of a pipeline stage", "use one of 1, 2"),
+    ),
+    "experts of whole tokens": (
+        2,
+        ["student.path={experts}", "parallel.tensor=2"],
+        ("parallel.tensor=2", "4 experts", "parallel.sequence=true"),
     ),
     "recomputed chunks": (
         2,
         ["parallel.pipeline=2", "recompute.granularity=full", "recompute.num_layers=2"],
-        ("recompute.num_layers=2", "recompute.method=block"),
+        ("recompute.num_layers=2", "(1, 1)", "use 1, or recompute.method=block"),
     ),
 }
 
 
+def waiting_for(world_size: int) -> dict[str, str]:
+    """The first process of a group whose others never come: whoever starts the group does not end."""
+    group = {"WORLD_SIZE": world_size, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    return {name: str(value) for name, value in group.items()}
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_layouts(case, scene):
+def test_layouts(case, command, scene):
     world_size, overrides, words = LAYOUTS[case]
-    refuse(scene, words, "train", *scene.options(*overrides), environment={"WORLD_SIZE": str(world_size)})
+    overrides = [override.format(experts=scene.experts) for override in overrides]
+    options = scene.options(*overrides) if command == "train" else evaluation(scene, *overrides)
+    refuse(scene, words, command, *options, environment=waiting_for(world_size))
+
+
+TEACHER_LAYOUTS: dict[str, tuple[int, list[str], tuple[str, ...]]] = {
+    "heads": (3, ["teacher.parallel.tensor=3"], ("teacher.parallel.tensor=3", "teacher's attention heads (8)")),
+    "key-value heads": (
+        4,
+        ["teacher.parallel={{tensor: 4}}"],
+        ("teacher.parallel.tensor=4", "teacher's key-value heads (2)", "use one of 1, 2"),
+    ),
+    "more stages than layers": (
+        4,
+        ["teacher.parallel={{pipeline: 4}}"],
+        ("teacher.parallel.pipeline=4", "2 layers", "teacher.parallel.pipeline of at most 2"),
+    ),
+    "no multiple": (
+        2,
+        ["teacher.parallel={{tensor: 2, pipeline: 2}}"],
+        ("teacher.parallel.tensor=2 x teacher.parallel.pipeline=2", "multiple of 4 processes, not 2"),
+    ),
+    "experts of a dense model": (
+        2,
+        ["student.path={experts}", "teacher.parallel.expert=2"],
+        ("teacher.parallel.expert=2", "no experts", "use teacher.parallel.expert=1"),
+    ),
+    "a number of experts": (
+        3,
+        ["teacher.path={experts}", "teacher.parallel.expert=3"],
+        ("teacher.parallel.expert=3", "teacher's 4 experts", "use one of 1, 2, 4"),
+    ),
+    "more expert ranks than a stage has": (
+        2,
+        ["teacher.path={experts}", "teacher.parallel={{pipeline: 2, expert: 2}}"],
+        ("teacher.parallel.expert=2", "1 processes of a pipeline stage"),
+    ),
+    "experts of the teacher in the student's layout": (
+        3,
+        ["teacher.path={experts}", "parallel.expert=3"],
+        ("parallel.expert=3", "teacher's 4 experts", "use one of 1, 2, 4"),
+    ),
+    "experts of the teacher alone": (
+        2,
+        ["teacher.path={experts}", "teacher.parallel={{tensor: 2, expert: 2}}", "parallel.expert=2"],
+        ("parallel.expert=2: the model has no experts",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TEACHER_LAYOUTS)
+def test_layouts_of_the_teacher(case, scene):
+    world_size, overrides, words = TEACHER_LAYOUTS[case]
+    overrides = [override.format(experts=scene.experts) for override in overrides]
+    refuse(scene, words, "train", *scene.options(*overrides), environment=waiting_for(world_size))
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_a_layout_that_divides_only_one_of_two_models_names_the_other(model, scene):
+    scene.edit(f"{model}/config.json", intermediate_size=111)
+    words = ("parallel.tensor=2", f"the {model}'s intermediate size (111)", "use one of 1")
+    refuse(scene, words, "train", *scene.options("parallel.tensor=2"), environment=waiting_for(2))
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_layout_is_refused_by_every_rank_and_said_by_one(command, scene):
+    before = scene.contents()
+    options = scene.options("parallel.expert=2") if command == "train" else evaluation(scene, "parallel.expert=2")
+    first, *others = run_ranks(4, scene.folder, command, *options)
+    assert_refused(first, "parallel.expert=2", "no experts")
+    assert [(other.code, other.stderr) for other in others] == [(2, "")] * 3
+    assert scene.contents() == before
 
 
 def test_cuda_without_a_gpu(scene):

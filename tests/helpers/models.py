@@ -13,10 +13,19 @@ TIED_ONE_LAYER_7_TO_1 = {
     "num_attention_heads": 7,
     "num_key_value_heads": 1,
 }
+# Sparse layers around a dense one.
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [1],
+}
 
 
 def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
-    """A random Qwen2 or Qwen3 in float32; biases and norms are random too, so that dropping one shows."""
+    """A random Qwen2, Qwen3 or Qwen3Moe in float32; biases and norms are random too, so that dropping one shows."""
     sizes = dict(
         vocab_size=131,
         hidden_size=64,
@@ -27,7 +36,8 @@ def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
         tie_word_embeddings=False,
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
         initializer_range=0.1,
-        **({"head_dim": 24} if family == "Qwen3" else {}),
+        **({} if family == "Qwen2" else {"head_dim": 24}),
+        **(EXPERTS if family == "Qwen3Moe" else {}),
     )
     config = getattr(transformers, f"{family}Config")(**{**sizes, **overrides})
     torch.manual_seed(seed)
@@ -36,6 +46,9 @@ def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
+            elif name.endswith("mlp.gate.weight"):
+                # Logits far apart: rounding must not choose a token's experts.
+                parameter.copy_(torch.randn_like(parameter) * 0.5)
     return model
 
 

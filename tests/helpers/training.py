@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 import transformers
 
+from megatron_oprd.assemble import Run, build_run
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.hf.convert import from_megatron, unshard
-from megatron_oprd.hf.load import global_name, parameter_table
-from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.hf.export import gather_hf_tensors
+from megatron_oprd.hf.load import named_parameters, parameter_table
+from megatron_oprd.inputs import Inputs
+from megatron_oprd.layouts import plan_layers
 from megatron_oprd.models.layer_plan import make_plan
-from megatron_oprd.models.weights import load_weights
 from megatron_oprd.parallel.collectives import gather_objects
-from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
-from megatron_oprd.training.global_batch import pack_global_batch
-from megatron_oprd.training.student import build_student
-from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher_pass import teacher_pass
+from megatron_oprd.train import one_step
+from megatron_oprd.training import student as student_module
+from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import Rollout
 from tests.helpers.reference import oprd_loss
 
 # A rate at which one step moves the weights by far more than a float32 rounding of them: the change is the gradient.
 LEARNING_RATE = 1e4
+LOSS_TOLERANCE = 1e-6
 SETTINGS = (
     "train.run_dir=unused",
     "rollout.engine=replay",
     "rollout.path=unused",
+    "rollout.samples_per_prompt=1",
     "precision.dtype=fp32",
     "optimizer.name=sgd",
     f"optimizer.lr={LEARNING_RATE}",
@@ -41,13 +46,27 @@ SETTINGS = (
 )
 
 
-def some_rollouts(vocab_size: int, seed: int = 5) -> list[Rollout]:
-    """Uneven lengths, an empty response, and one with tokens in between that the student did not sample."""
+# AdamW without memory or decay, under an epsilon far above any gradient: its step is the gradient too.
+ADAM_EPSILON = 2.0**27
+ADAMW = (
+    "optimizer.name=adamw",
+    "optimizer.betas=[0.0,0.0]",
+    "optimizer.weight_decay=0",
+    f"optimizer.lr={LEARNING_RATE * ADAM_EPSILON}",
+)
+
+# Response masks. Uneven lengths, an empty response, and one with tokens in between that the student did not sample.
+SOME = ((1,) * 7, (), (1,), (1, 1, 0, 0, 1, 1, 1, 1, 0, 1), (1,) * 5)
+FEW = ((1,) * 6, ())  # one sequence to learn from
+MANY = (*SOME, *((1,) * (3 * number % 11) for number in range(1, 36)))  # several micro-batches on each of eight ranks
+
+
+def some_rollouts(vocab_size: int, seed: int = 5, masks: Sequence[tuple[int, ...]] = SOME) -> list[Rollout]:
+    """Random token ids under the given response masks, after prompts of one to five tokens."""
     generator = torch.Generator().manual_seed(seed)
-    masks = [(1,) * 7, (), (1,), (1, 1, 0, 0, 1, 1, 1, 1, 0, 1), (1,) * 5]
     rollouts = []
     for number, mask in enumerate(masks):
-        prompt = torch.randint(0, vocab_size, (1 + number,), generator=generator).tolist()
+        prompt = torch.randint(0, vocab_size, (1 + number % 5,), generator=generator).tolist()
         response = torch.randint(0, vocab_size, (len(mask),), generator=generator).tolist()
         rollouts.append(Rollout(tuple(prompt), tuple(response), mask, "replay"))
     return rollouts
@@ -67,63 +86,73 @@ def make_config(student: Path, teacher: Path, *overrides: str) -> Config:
     return load_config(None, [f"student.path={student}", f"teacher.path={teacher}", *SETTINGS, *overrides])
 
 
-def megatron_update(rank: int, student: Path, teacher: Path, *overrides: str) -> Update:
-    """One step of the package on this rank; the gradients, whole, on every rank."""
-    config = make_config(student, teacher, *overrides)
-    device = choose_device(config.train.device)
-    start_process(device)
-    topology = build_topology(config.parallel, device, seed=0)
-    student_spec, teacher_spec = read_model_spec(student), read_model_spec(teacher)
-    representation = config.loss.representation
-    plan = make_plan(representation, student_spec, teacher_spec, config.parallel.pipeline)
-    dtype = DTYPES[config.precision.dtype]
-    model = build_model(student_spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
-    load_weights(model, student, student_spec, topology)
-    frozen = build_model(
-        teacher_spec,
-        topology,
-        dtype,
-        stages=plan.teacher_stages,
-        lm_head=False,
-        final_norm=plan.teacher_normed_layer is not None,
-    ).eval()
-    load_weights(frozen, teacher, teacher_spec, topology)
-    trained = build_student(model, config, plan)
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    mine = some_rollouts(student_spec.vocab_size)[topology.data_rank :: topology.data_size]
-    batches, counts = pack_global_batch(mine, representation, topology, config.batch.max_tokens_per_micro_batch)
-    targets = teacher_pass(frozen, topology, plan, batches)
-    report = student_step(trained, topology, plan, representation, batches, targets, counts)
-    changes = {
-        global_name(name, model.first_layer): (before[name] - parameter.detach()) / LEARNING_RATE
-        for name, parameter in model.named_parameters()
-    }
-    return Update(report.loss, report.grad_norm, report.metrics, _whole(changes, student_spec, topology))
+def make_inputs(config: Config, rollouts: Sequence[Rollout]) -> Inputs:
+    """What `read_inputs` makes of a replayed run, the rollouts given instead of read."""
+    student, teacher = read_model_spec(config.student.path), read_model_spec(config.teacher.path)
+    return Inputs(config, student, teacher, plan_layers(config, student, teacher), None, None, None, list(rollouts))
 
 
-def _whole(changes, spec, topology):
-    """Hugging Face tensors from the shards of all tensor ranks and the stages of all pipeline ranks."""
-    table = parameter_table(spec)
-    shards = gather_objects(changes, topology.groups.tp)
-    tensors: dict[str, torch.Tensor] = {}
-    for name in changes:
-        whole = unshard(table[name], [shard[name] for shard in shards])
-        tensors |= from_megatron(table[name], whole, spec)
-    merged: dict[str, torch.Tensor] = {}
-    for stage in gather_objects(tensors, topology.groups.pp):
-        merged |= {name: tensor for name, tensor in stage.items() if name not in merged}
-    return merged
+def megatron_update(
+    rank: int, student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None
+) -> Update:
+    """One step of the package on this rank, from rollouts to the moved weights; the gradients, whole, on rank 0."""
+    return update_of(make_run(student, teacher, *overrides, rollouts=rollouts))
 
 
-def reference_update(student: Path, teacher: Path, *overrides: str) -> Update:
+def make_run(student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None) -> Run:
+    """A run that has not stepped yet. Collective over the world."""
+    rollouts = some_rollouts(read_model_spec(student).vocab_size) if rollouts is None else rollouts
+    config = make_config(student, teacher, *overrides, f"rollout.prompts_per_step={len(rollouts)}")
+    with _adam_epsilon() if config.optimizer.name == "adamw" else contextlib.nullcontext():
+        return build_run(make_inputs(config, rollouts))
+
+
+def update_of(run: Run) -> Update:
+    """The first step of a run. Collective over the world."""
+    parameters = named_parameters(run.student.stage)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    _, metrics, _ = one_step(run, TrainState())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_((before[name] - parameter) / LEARNING_RATE)
+    assert_copies_agree(parameters, run)
+    changes = dict(gather_hf_tensors(run.student.stage, run.inputs.student, run.topology))
+    return Update(metrics["loss"], metrics["grad_norm"], metrics, changes)
+
+
+@contextlib.contextmanager
+def _adam_epsilon() -> Iterator[None]:
+    """Optimizers built inside have ADAM_EPSILON, which no key of the configuration sets."""
+    original = student_module.MegatronOptimizerConfig
+    patched = functools.partial(original, adam_eps=ADAM_EPSILON)
+    with mock.patch.object(student_module, "MegatronOptimizerConfig", patched):
+        yield
+
+
+def assert_copies_agree(parameters: dict[str, torch.Tensor], run: Run) -> None:
+    """What several ranks hold is the same on all of them, bit for bit."""
+    table, topology = parameter_table(run.inputs.student), run.topology
+    mine = {}
+    for name, parameter in parameters.items():
+        entry = table[name]
+        digest = hashlib.sha256(parameter.detach().float().contiguous().numpy().tobytes()).hexdigest()
+        mine[entry.megatron, topology.tensor_rank if entry.cut else 0, digest] = topology.rank
+    held = {}
+    for of_rank in gather_objects(mine, torch.distributed.group.WORLD):
+        for (name, shard, digest), rank in of_rank.items():
+            first, owner = held.setdefault((name, shard), (digest, rank))
+            assert digest == first, f"{name} differs between ranks {owner} and {rank}"
+
+
+def reference_update(
+    student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None
+) -> Update:
     """The same step on Hugging Face's models in float64, one sequence at a time."""
     config = make_config(student, teacher, *overrides).loss.representation
-    student_model, teacher_model = (
-        transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (student, teacher)
-    )
+    student_model, teacher_model = (_open_in_float64(path) for path in (student, teacher))
     plan = make_plan(config, read_model_spec(student), read_model_spec(teacher))
     sequences = []
-    for rollout in some_rollouts(student_model.config.vocab_size):
+    for rollout in some_rollouts(student_model.config.vocab_size) if rollouts is None else rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         states = _states(student_model, ids, config.final_norm)
         with torch.no_grad():
@@ -139,9 +168,14 @@ def reference_update(student: Path, teacher: Path, *overrides: str) -> Update:
         shift=config.shift,
     )
     loss.backward()
-    gradients = {name: p.grad for name, p in student_model.named_parameters() if p.grad is not None}
+    gradients = _by_checkpoint_name(student_model)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     return Update(loss.item(), norm.item(), {}, gradients)
+
+
+def _open_in_float64(path):
+    # The grouped products of experts know no float64.
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
 
 
 def _states(model, ids, final_norm):
@@ -157,14 +191,64 @@ def _states(model, ids, final_norm):
     }
 
 
-def assert_same_update(actual: Update, expected: Update, tolerance: float = 1e-5) -> None:
-    """Loss, norm and every parameter's gradient; what has no gradient in the reference must not have moved."""
-    assert abs(actual.loss - expected.loss) <= 1e-6 * expected.loss, (actual.loss, expected.loss)
-    assert abs(actual.grad_norm - expected.grad_norm) <= tolerance * expected.grad_norm
-    for name, change in actual.gradients.items():
-        gradient = expected.gradients.get(name)
-        if gradient is None or not gradient.any():
-            assert not change.any(), f"{name} moved without a gradient"
+def _by_checkpoint_name(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Gradients under the names of the checkpoint, where every expert has tensors of its own."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is None:
             continue
-        error = ((change.double() - gradient).norm() / gradient.norm()).item()
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
+        layer, expert_matrix, kind = name.partition(".experts.")
+        if not expert_matrix:
+            gradients[name] = gradient
+            continue
+        for expert, of_expert in enumerate(gradient):
+            parts = of_expert.chunk(2) if kind == "gate_up_proj" else (of_expert,)
+            kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            for part, of_kind in zip(parts, kinds, strict=True):
+                gradients[f"{layer}.experts.{expert}.{of_kind}.weight"] = part
+    return gradients
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one update is from another, relative to the other; `parameter` is the one of the worst gradient."""
+
+    loss: float
+    grad_norm: float
+    gradient: float  # infinite: a parameter that moved without a gradient, or is not there
+    parameter: str
+    cosine: float  # the smallest of a parameter
+
+    def explain(self, tolerance: float = 1e-5) -> str | None:
+        """The first thing that is too far off, or None."""
+        if not self.loss <= LOSS_TOLERANCE:
+            return f"loss: relative error {self.loss:.1e}"
+        if not self.gradient <= tolerance:
+            return f"{self.parameter}: relative error {self.gradient:.1e}"
+        return None if self.grad_norm <= tolerance else f"gradient norm: relative error {self.grad_norm:.1e}"
+
+
+def difference(actual: Update, expected: Update) -> Difference:
+    """Between the update of rank 0 and the reference's. What has no gradient there must not have moved."""
+    worst, parameter, cosine = -1.0, "", 1.0
+    for name in sorted({*actual.gradients, *expected.gradients}):
+        gradient, change = expected.gradients.get(name), actual.gradients.get(name)
+        if gradient is None or not gradient.any():
+            error = float("inf") if change is not None and change.any() else 0.0
+        elif change is None or change.shape != gradient.shape:
+            error = float("inf")
+        else:
+            change, scale = change.double(), gradient.norm()
+            error = torch.nan_to_num((change - gradient).norm() / scale, nan=float("inf")).item()
+            cosine = min(cosine, ((change * gradient).sum() / (change.norm() * scale).clamp_min(1e-300)).item())
+        if error > worst:
+            worst, parameter = error, name
+    loss, norm = ((a - b) / b for a, b in ((actual.loss, expected.loss), (actual.grad_norm, expected.grad_norm)))
+    return Difference(abs(loss), abs(norm), worst, parameter, cosine)
+
+
+def assert_same_update(actual: Update, expected: Update, tolerance: float = 1e-5) -> None:
+    """Loss, norm and every parameter's gradient, of the update of rank 0."""
+    found = difference(actual, expected)
+    assert found.explain(tolerance) is None, found

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import export_hf
+from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
@@ -34,6 +35,11 @@ MODELS = {
         "Qwen3",
         {"tie_word_embeddings": True, "vocab_size": 151936, "hidden_size": 32, "num_hidden_layers": 1},
     ),
+    "qwen3_moe_one_dense_layer": ("Qwen3Moe", {}),
+    "qwen3_moe_every_second_layer_tied": (
+        "Qwen3Moe",
+        {"decoder_sparse_step": 2, "mlp_only_layers": [], "tie_word_embeddings": True},
+    ),
 }
 
 
@@ -49,17 +55,17 @@ def hf_folder(path, family="Qwen3", dtype=torch.float32, shard_size="5GB", **ove
 
 def build_from(folder, topology, dtype=None, **cut):
     spec = read_model_spec(folder)
-    model = build_model(spec, topology, dtype or weights_dtype(folder), **cut).eval()
-    load_weights(model, folder, spec, topology)
-    return model, spec
+    stage = build_model(spec, topology, dtype or weights_dtype(folder), **cut).eval()
+    load_weights(stage, folder, spec, topology)
+    return stage, spec
 
 
 def to_megatron(folder, target, topology, change=None):
-    model, spec = build_from(folder, topology)
+    stage, spec = build_from(folder, topology)
     if change is not None:
         with torch.no_grad():
-            change(dict(model.named_parameters()))
-    save_model(model, target, spec, topology, source=folder)
+            change(named_parameters(stage))
+    save_model(stage, target, spec, topology, source=folder)
     return target
 
 
@@ -81,16 +87,17 @@ def test_there_and_back_is_bit_equal(name, dtype, topology, tmp_path):
     family, overrides = MODELS[name]
     folder = hf_folder(tmp_path / "hf", family, dtype, **overrides)
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
-    model, spec = build_from(megatron, topology)
-    export_hf(model, spec, topology, megatron, tmp_path / "back")
+    stage, spec = build_from(megatron, topology)
+    export_hf(stage, spec, topology, megatron, tmp_path / "back")
     assert_equal_tensors(tensors_of(tmp_path / "back"), tensors_of(folder))
 
 
-def test_there_and_back_in_shards(topology, tmp_path):
-    folder = hf_folder(tmp_path / "hf", shard_size="100KB")
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe"])
+def test_there_and_back_in_shards(family, topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf", family, shard_size="100KB")
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
-    model, spec = build_from(megatron, topology)
-    export_hf(model, spec, topology, megatron, tmp_path / "back", max_shard_bytes=200_000)
+    stage, spec = build_from(megatron, topology)
+    export_hf(stage, spec, topology, megatron, tmp_path / "back", max_shard_bytes=200_000)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
     assert_equal_tensors(tensors_of(tmp_path / "back"), tensors_of(folder))
     assert_same_model(tmp_path / "back", folder)
@@ -108,8 +115,8 @@ def assert_same_model(actual, expected):
 def test_an_export_opens_with_plain_transformers(dtype, topology, tmp_path):
     folder = hf_folder(tmp_path / "hf", "Qwen2", dtype, tie_word_embeddings=True)
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
-    model, spec = build_from(megatron, topology)
-    export_hf(model, spec, topology, megatron, tmp_path / "back")
+    stage, spec = build_from(megatron, topology)
+    export_hf(stage, spec, topology, megatron, tmp_path / "back")
     assert_same_model(tmp_path / "back", folder)
     for where in (megatron, tmp_path / "back"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(where)
@@ -130,22 +137,22 @@ def test_loading_casts_to_the_model(stored, wanted, topology, tmp_path):
         assert torch.equal(a, b.to(wanted)), name
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_teacher_cut_above_a_layer_reads_what_it_has(tied, topology, tmp_path):
-    folder = hf_folder(tmp_path / "hf", tie_word_embeddings=tied)
+@pytest.mark.parametrize(("family", "tied"), [("Qwen3", False), ("Qwen3", True), ("Qwen3Moe", False)])
+def test_a_teacher_cut_above_a_layer_reads_what_it_has(family, tied, topology, tmp_path):
+    folder = hf_folder(tmp_path / "hf", family, tie_word_embeddings=tied)
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
-    whole = dict(build_from(folder, topology)[0].named_parameters())
+    whole = named_parameters(build_from(folder, topology)[0])
     for cut in ({"stages": (2,), "final_norm": False}, {"stages": (5,), "final_norm": True}):
-        model, _ = build_from(megatron, topology, lm_head=False, **cut)
-        for name, parameter in model.named_parameters():
+        stage, _ = build_from(megatron, topology, lm_head=False, **cut)
+        for name, parameter in named_parameters(stage).items():
             assert torch.equal(parameter, whole[name]), name
 
 
 def comparison(folder, megatron, topology, dtype=torch.float32):
-    model, spec = build_from(megatron, topology, dtype)
+    stage, spec = build_from(megatron, topology, dtype)
     stored = checkpoint_dtype(megatron)
-    weights = compare_weights(model, HFReader(folder), spec, topology, stored)
-    states = compare_states(model, open_hf_model(folder, stored, dtype), spec, topology, (1, 7, 40))
+    weights = compare_weights(stage, HFReader(folder), spec, topology, stored)
+    states = compare_states(stage, open_hf_model(folder, stored, dtype), spec, topology, (1, 7, 40))
     return Comparison(states, weights)
 
 
@@ -158,16 +165,32 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_one_altered_weight_is_found_and_its_layer_named(name, topology, tmp_path):
+SPARSE_CHANGES = {
+    "decoder.layers.3.mlp.router.weight": "model.layers.3.mlp.gate.weight",
+    "decoder.layers.3.mlp.experts.local_experts.1.linear_fc1.weight": "model.layers.3.mlp.experts.1.gate_proj.weight",
+    "decoder.layers.4.mlp.experts.local_experts.2.linear_fc2.weight": "model.layers.4.mlp.experts.2.down_proj.weight",
+    "decoder.layers.1.mlp.linear_fc1.weight": "model.layers.1.mlp.gate_proj.weight",
+}
+
+
+def one_altered_weight(name, family, topology, folder):
     def change(parameters):
         parameters[name].view(-1)[3] += 1e-4
 
-    folder = hf_folder(tmp_path / "hf")
-    megatron = to_megatron(folder, tmp_path / "megatron", topology, change)
-    found = comparison(folder, megatron, topology)
+    hf = hf_folder(folder / "hf", family)
+    found = comparison(hf, to_megatron(hf, folder / "megatron", topology, change), topology)
     assert len(found.weights) == 1
-    assert found.first_difference(1e-4) == CHANGES[name]
+    return found
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_one_altered_weight_is_found_and_its_layer_named(name, topology, tmp_path):
+    assert one_altered_weight(name, "Qwen3", topology, tmp_path).first_difference(1e-4) == CHANGES[name]
+
+
+@pytest.mark.parametrize("name", SPARSE_CHANGES)
+def test_one_altered_weight_of_a_mixture_of_experts_is_found(name, topology, tmp_path):
+    assert one_altered_weight(name, "Qwen3Moe", topology, tmp_path).weights == (SPARSE_CHANGES[name],)
 
 
 def test_hidden_states_alone_show_the_first_layer_that_differs(topology, tmp_path):
@@ -211,6 +234,12 @@ BREAKAGES = {
     "another width": (lambda f: _edit(f, intermediate_size=96), "config.json asks for"),
     "another vocabulary": (lambda f: _edit(f, vocab_size=130), "config.json asks for"),
 }
+SPARSE_BREAKAGES = {
+    "more experts": ({"num_local_experts": 6}, "router.weight has shape"),
+    "wider experts": ({"moe_intermediate_size": 48}, r"experts\.experts\.linear_fc1\.weight has shape"),
+    "a sparse layer more": ({"mlp_only_layers": []}, r"misses decoder\.layers\.1\.mlp\.router"),
+    "no experts": ({"num_local_experts": 0}, r"misses decoder\.layers\.0\.mlp\.linear_fc1"),
+}
 
 
 def _edit(folder, **change):
@@ -228,6 +257,16 @@ def test_a_broken_megatron_checkpoint_is_one_line_that_names_what(name, topology
         load_model(build_model(spec, topology, torch.float32), megatron, spec, topology)
     assert str(megatron) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SPARSE_BREAKAGES)
+def test_a_megatron_checkpoint_of_another_mixture_is_refused(name, topology, tmp_path):
+    change, message = SPARSE_BREAKAGES[name]
+    megatron = to_megatron(hf_folder(tmp_path / "hf", "Qwen3Moe"), tmp_path / "megatron", topology)
+    check_weights(megatron, read_model_spec(megatron))
+    _edit(megatron, **change)
+    with pytest.raises(UserError, match=message):
+        check_weights(megatron, read_model_spec(megatron))
 
 
 def test_a_sound_folder_of_either_kind_passes_the_check(topology, tmp_path):

@@ -81,6 +81,10 @@ def test_a_student_that_is_its_teacher_has_loss_zero_and_does_not_move(models, d
         ("granularity=selective",),
     ],
 )
-def test_recomputation_changes_nothing(models, recompute):
-    update = megatron_update(0, *models, *(f"recompute.{override}" for override in recompute))
-    assert_same_update(update, reference_update(*models))
+@pytest.mark.parametrize("freeze", [(), ("student.freeze=[embedding]",)])
+def test_recomputation_changes_nothing(models, recompute, freeze):
+    update = megatron_update(0, *models, *freeze, *(f"recompute.{override}" for override in recompute))
+    plain = megatron_update(0, *models, *freeze)
+    assert_same_update(update, plain)
+    if not freeze:
+        assert_same_update(update, reference_update(*models))

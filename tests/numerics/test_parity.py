@@ -16,8 +16,8 @@ LENGTHS = (1, 7, 30)
 def megatron_states(folder, topology, dtype, sequences):
     """Logits [tokens, vocabulary] and hidden states {layer: [tokens, hidden]} of the sequences, packed into one."""
     spec = read_model_spec(folder)
-    model = build_model(spec, topology, dtype).eval()
-    load_hf(model, HFReader(folder), spec)
+    stage = build_model(spec, topology, dtype).eval()
+    load_hf(stage, HFReader(folder), spec)
     states = {}
 
     def tap(layer, hidden_states):
@@ -33,7 +33,7 @@ def megatron_states(folder, topology, dtype, sequences):
         position_ids=positions, bounds=tuple(bounds), tap=tap, normed_layer=spec.num_layers, logit_rows=rows
     )
     with torch.no_grad():
-        return model.run(torch.cat(sequences), batch), states
+        return stage[0].run(torch.cat(sequences), batch), states
 
 
 def relative(actual, expected):
@@ -49,12 +49,34 @@ MODELS = {
     "qwen3_head_dim_8_to_2": ("Qwen3", {}),
     "qwen3_tied_real_vocabulary": ("Qwen3", {"tie_word_embeddings": True, "vocab_size": 151936}),
 }
+SPARSE_MODELS = {
+    "one_dense_layer": {},
+    "probabilities_as_they_are": {"norm_topk_prob": False},
+    "every_second_layer": {"decoder_sparse_step": 2, "mlp_only_layers": []},
+    "every_expert": {"num_experts_per_tok": 4},
+    "one_expert": {"num_experts_per_tok": 1, "norm_topk_prob": False},
+    "experts_as_wide_as_the_dense_layer": {"moe_intermediate_size": 112},
+    "one_layer_tied": {"num_hidden_layers": 1, "mlp_only_layers": [], "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", SPARSE_MODELS)
+def test_a_mixture_of_experts_gives_the_states_of_hugging_face(name, topology, tmp_path):
+    assert_same_states("Qwen3Moe", SPARSE_MODELS[name], torch.float32, 1e-5, topology, tmp_path)
+
+
+def test_a_mixture_of_experts_in_bfloat16(topology, tmp_path):
+    # Where there is no choice to make: otherwise rounding gives some token to another expert, and its states differ.
+    assert_same_states("Qwen3Moe", SPARSE_MODELS["every_expert"], torch.bfloat16, 2e-2, topology, tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_logits_and_every_hidden_state_equal_hugging_face(name, dtype, tolerance, topology, tmp_path):
-    family, overrides = MODELS[name]
+    assert_same_states(*MODELS[name], dtype, tolerance, topology, tmp_path)
+
+
+def assert_same_states(family, overrides, dtype, tolerance, topology, tmp_path):
     hf = random_hf_model(family, **overrides).to(dtype)
     folder = save(hf, tmp_path / "hf")
     generator = torch.Generator().manual_seed(1)

@@ -24,12 +24,12 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
 
 
 def load(hf, folder, topology):
-    """(model, spec) of a Hugging Face model, with the EOS ids of these tests."""
+    """(stage, spec) of a Hugging Face stage, with the EOS ids of these tests."""
     save(hf, folder)
     spec = dataclasses.replace(read_model_spec(folder), eos_token_ids=EOS)
-    model = build_model(spec, topology, torch.float32)
-    load_hf(model, HFReader(folder), spec)
-    return model, spec
+    stage = build_model(spec, topology, torch.float32)
+    load_hf(stage, HFReader(folder), spec)
+    return stage, spec
 
 
 @pytest.fixture(scope="module")
@@ -58,23 +58,23 @@ def hf_greedy(hf, prompt):
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
 def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
     hf = random_hf_model(family, num_hidden_layers=3)
-    model, spec = load(hf, tmp_path, topology)
+    stage, spec = load(hf, tmp_path, topology)
     prompts = random_prompts(64)
     expected = [hf_greedy(hf, prompt) for prompt in prompts]
     reasons = ["eos" if response[-1] in EOS else "length" for response in expected]
     assert 0 < reasons.count("eos") < 64, "the case must contain both ways to end"
-    model.train()
+    stage.train()
     for slots in (64, 7, 1):
-        rollouts = MegatronEngine(model, spec, topology, GREEDY, seed=0, max_batch=slots).generate(prompts, step=0)
+        rollouts = MegatronEngine(stage, spec, topology, GREEDY, seed=0, max_batch=slots).generate(prompts, step=0)
         assert [r.response_ids for r in rollouts] == expected, f"{slots} slots"
         assert [r.finish_reason for r in rollouts] == reasons
         assert [r.prompt_ids for r in rollouts] == [p.prompt_ids for p in prompts]
         assert all(r.response_mask == (1,) * len(r.response_ids) for r in rollouts)
-    assert model.training
+    assert stage.training
 
 
 def test_cached_logits_and_samples_equal_those_of_the_full_forward(qwen3, topology):
-    _, model, spec = qwen3
+    _, stage, spec = qwen3
     seen = []
 
     class Recording(MegatronEngine):
@@ -85,14 +85,14 @@ def test_cached_logits_and_samples_equal_those_of_the_full_forward(qwen3, topolo
             return tokens
 
     sampling = Sampling(max_new_tokens=150, samples_per_prompt=2)  # past one growth of the cache
-    rollouts = Recording(model, spec, topology, sampling, seed=1, max_batch=5).generate(random_prompts(6), step=3)
+    rollouts = Recording(stage, spec, topology, sampling, seed=1, max_batch=5).generate(random_prompts(6), step=3)
     full = []
     for rollout in rollouts:
         ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
         rows = torch.arange(len(rollout.prompt_ids) - 1, len(ids) - 1)
         batch = MicroBatch(position_ids=torch.arange(len(ids)), bounds=(0, len(ids)), logit_rows=rows)
         with torch.no_grad():
-            full.append(model.run(ids, batch)[:, : spec.vocab_size])
+            full.append(stage[0].run(ids, batch)[:, : spec.vocab_size])
     assert len(seen) == sum(len(r.response_ids) for r in rollouts)
     assert max(len(r.response_ids) for r in rollouts) > 128
     for order, generated, logits in seen:
@@ -108,11 +108,11 @@ def by_sample(rollouts):
 
 @pytest.mark.parametrize("sampling", [Sampling(0.8, 1.0, 0, 16, 3), Sampling(1.2, 0.9, 20, 16, 3)])
 def test_a_rollout_depends_on_its_prompt_and_sample_alone(sampling, qwen3, topology):
-    _, model, spec = qwen3
+    _, stage, spec = qwen3
     prompts = random_prompts(10)
 
     def engine(slots, seed=7):
-        return MegatronEngine(model, spec, topology, sampling, seed=seed, max_batch=slots)
+        return MegatronEngine(stage, spec, topology, sampling, seed=seed, max_batch=slots)
 
     rollouts = engine(64).generate(prompts, step=2)
     assert [(r.prompt_index, r.sample_index) for r in rollouts] == [(p, s) for p in range(10) for s in range(3)]
@@ -127,18 +127,18 @@ def test_a_rollout_depends_on_its_prompt_and_sample_alone(sampling, qwen3, topol
 
 
 def test_padding_of_the_vocabulary_is_never_sampled(qwen3, topology):
-    _, model, spec = qwen3
+    _, stage, spec = qwen3
     narrow = dataclasses.replace(spec, vocab_size=40, eos_token_ids=())
     sampling = Sampling(temperature=5.0, max_new_tokens=30)
-    rollouts = MegatronEngine(model, narrow, topology, sampling, seed=0).generate(random_prompts(8, 40), step=0)
+    rollouts = MegatronEngine(stage, narrow, topology, sampling, seed=0).generate(random_prompts(8, 40), step=0)
     assert max(max(r.response_ids) for r in rollouts) == 39
     assert {r.finish_reason for r in rollouts} == {"length"}
 
 
 def test_positions_limit_the_answer_and_bad_prompts_are_named(qwen3, topology):
-    _, model, spec = qwen3
+    _, stage, spec = qwen3
     short = dataclasses.replace(spec, max_position_embeddings=12, eos_token_ids=())
-    engine = MegatronEngine(model, short, topology, GREEDY, seed=0)
+    engine = MegatronEngine(stage, short, topology, GREEDY, seed=0)
     rollouts = engine.generate([Prompt(0, (5,) * 9), Prompt(1, (5,))], step=0)
     assert [len(r.response_ids) for r in rollouts] == [3, 11]
     assert [len(r.response_ids) for r in engine.generate([Prompt(0, (5,)), Prompt(1, (6,))], 0, limits=[1, 4])] == [
@@ -153,10 +153,10 @@ def test_positions_limit_the_answer_and_bad_prompts_are_named(qwen3, topology):
 
 
 def test_the_rows_generated_at_once_fit_a_third_of_the_free_memory(qwen3, topology, monkeypatch):
-    _, model, spec = qwen3
+    _, stage, spec = qwen3
     cache = KeyValueCache([1, 2], 1, spec.num_query_groups, spec.head_dim, torch.float32, topology.device)
     cache.reserve(128)
     row_bytes = cache.num_bytes * 100 // 128
     for rows, free in ((1, 0), (1, 3 * row_bytes), (5, 3 * 5 * row_bytes + row_bytes), (256, 10**12)):
         monkeypatch.setattr("megatron_oprd.platform.free_memory_bytes", lambda device, free=free: free)
-        assert rows_at_a_time(spec, topology, model, longest_row=100) == rows
+        assert rows_at_a_time(spec, topology, stage, longest_row=100) == rows

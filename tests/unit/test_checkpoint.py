@@ -6,8 +6,9 @@ import shutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_oprd.assemble import build_run, read_inputs
+from megatron_oprd.assemble import build_run
 from megatron_oprd.config import load_config
+from megatron_oprd.inputs import read_inputs
 from megatron_oprd.train import find_checkpoint, one_step, save_checkpoint
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.run_log import RunLog

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.convert import from_megatron, shard, to_megatron, unshard
+from megatron_oprd.hf.load import global_name
 from megatron_oprd.hf.names import entries, hf_shapes, megatron_shapes, shard_shape
 from megatron_oprd.hf.stream import HFReader, HFWriter, config_with_dtype
 from megatron_oprd.types import UserError
@@ -18,6 +19,8 @@ MODELS = {
     "qwen2_7_to_1": ("Qwen2", {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1}),
     "qwen3_head_dim": ("Qwen3", {}),
     "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3_moe_one_dense_layer": ("Qwen3Moe", {}),
+    "qwen3_moe_every_second_layer": ("Qwen3Moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}),
 }
 
 
@@ -43,7 +46,7 @@ def test_there_and_back_every_tensor_is_bit_equal(name, tensor_size, shard_bytes
         assert torch.equal(back.read(hf_name), reader.read(hf_name)), hf_name
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Qwen3Moe"])
 def test_the_table_names_exactly_what_transformers_saves(family, tmp_path):
     folder = save(random_hf_model(family), tmp_path / "hf")
     saved = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -67,12 +70,82 @@ def test_the_table_names_exactly_what_transformers_saves(family, tmp_path):
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(change, message, tmp_path):
-    folder = save(random_hf_model("Qwen3", num_hidden_layers=1), tmp_path / "hf")
+    assert_refused(edited("Qwen3", change, tmp_path, num_hidden_layers=1), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_local_experts": "four"}, "num_local_experts='four'"),
+        ({"num_local_experts": -1}, "num_local_experts=-1"),
+        ({"num_experts": 8}, "num_experts=8 contradicts num_local_experts=4"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok=None"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok=5 exceeds num_local_experts=4"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob=true with num_experts_per_tok=1"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size=0"),
+        ({"decoder_sparse_step": 1.5}, "decoder_sparse_step=1.5"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers=1 must be a list"),
+        ({"mlp_only_layers": ["1"]}, "mlp_only_layers=.* must hold whole numbers"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be a bool"),
+        ({"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+        ({"attention_bias": True}, "attention_bias"),
+    ],
+)
+def test_what_is_wrong_with_a_mixture_of_experts_is_named(change, message, tmp_path):
+    assert_refused(edited("Qwen3Moe", change, tmp_path), message)
+
+
+def edited(family, change, tmp_path, **overrides):
+    folder = save(random_hf_model(family, **overrides), tmp_path / "hf")
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return folder
+
+
+def assert_refused(folder, message):
     with pytest.raises(UserError, match=message) as caught:
         read_model_spec(folder)
     assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "dense", "experts"),
+    [
+        (1, [], 4),
+        (1, [0, 3], 4),
+        (2, [], 4),
+        (2, [1], 4),
+        (3, None, 4),
+        (1, [0, 1, 2, 3, 4], 4),
+        (7, [], 4),
+        (1, [], 0),
+    ],
+)
+def test_the_sparse_layers_are_those_of_transformers(step, dense, experts, tmp_path):
+    model = random_hf_model("Qwen3Moe", decoder_sparse_step=step, mlp_only_layers=dense, num_experts=experts)
+    sparse = tuple(n for n, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts"))
+    spec = read_model_spec(save(model, tmp_path / "hf"))
+    assert (spec.sparse_layers, spec.num_experts) == (sparse, experts if sparse else 0)
+    HFReader(tmp_path / "hf").check(spec)
+
+
+def test_the_experts_of_a_config_by_its_older_name(tmp_path):
+    spec = read_model_spec(save(random_hf_model("Qwen3Moe"), tmp_path / "hf"))
+    assert (spec.num_experts, spec.experts_per_token, spec.moe_ffn_hidden_size) == (4, 2, 40)
+    assert (spec.norm_topk_prob, spec.sparse_layers) == (True, (0, 2, 3, 4))
+    path = tmp_path / "hf" / "config.json"
+    values = json.loads(path.read_text())
+    values["num_experts"] = values.pop("num_local_experts")
+    path.write_text(json.dumps(values))
+    assert read_model_spec(tmp_path / "hf") == spec
+
+
+def test_names_count_layers_and_experts_over_the_whole_model():
+    expert = "decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.weight"
+    assert global_name(expert, 3, 4) == "decoder.layers.4.mlp.experts.local_experts.4.linear_fc1.weight"
+    assert global_name("decoder.layers.0.mlp.router.weight", 10, 4) == "decoder.layers.10.mlp.router.weight"
+    assert global_name("decoder.final_layernorm.weight", 3, 4) == "decoder.final_layernorm.weight"
+    assert global_name("embedding.word_embeddings.weight", 3, 4) == "embedding.word_embeddings.weight"
 
 
 def _truncate(folder):
@@ -137,9 +210,10 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe"])
 @pytest.mark.parametrize("tensor_size", [1, 2])
-def test_shapes_of_megatron_parameters_are_those_of_converted_tensors(tensor_size, tmp_path):
-    folder = save(random_hf_model("Qwen3"), tmp_path / "hf")
+def test_shapes_of_megatron_parameters_are_those_of_converted_tensors(tensor_size, family, tmp_path):
+    folder = save(random_hf_model(family), tmp_path / "hf")
     spec, reader = read_model_spec(folder), HFReader(folder)
     shapes = megatron_shapes(spec, tensor_size)
     for entry in entries(spec):

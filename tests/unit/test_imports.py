@@ -16,10 +16,12 @@ LEVELS = [
     {"rollout"},
     {"training", "evaluation"},
     {"bridge"},
+    {"layouts"},
+    {"inputs"},
     {"assemble"},
     {"train", "evaluate"},
 ]
-MEGATRON_ALLOWED = ("platform.py", "parallel/", "hf/", "models/", "rollout/megatron.py", "training/")
+MEGATRON_ALLOWED = ("platform.py", "parallel/", "hf/", "models/", "rollout/megatron", "training/")
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 
 

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from megatron_oprd.config import RepresentationConfig
-from megatron_oprd.data.packing import empty_batch, pack, selected_per_rollout
+from megatron_oprd.data.balance import assign
+from megatron_oprd.data.cutting import cut, zigzag_rows
+from megatron_oprd.data.packing import num_tokens, pack, selected_per_rollout
 from megatron_oprd.losses.positions import select_positions
 from megatron_oprd.losses.reduction import count, layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
-from megatron_oprd.types import Rollout, UserError
+from megatron_oprd.types import Rollout
 from tests.helpers.reference import oprd_loss, token_error
 
 
@@ -69,12 +71,17 @@ def make_rollouts():
 
 
 CASES = itertools.product(
-    ["all", "last", "last_k", "first_k"], ["sequence_mean", "token_mean"], ["none", "l2"], [0, -1], [12, 13, 100]
+    ["all", "last", "last_k", "first_k"],
+    ["sequence_mean", "token_mean"],
+    ["none", "l2"],
+    [0, -1],
+    # Data ranks, context ranks, sequence ranks, tokens a micro-batch.
+    [(1, 1, 1, 12), (2, 1, 1, 100), (3, 1, 2, 13), (1, 2, 1, 12), (2, 3, 2, 100)],
 )
 
 
-@pytest.mark.parametrize(("positions", "aggregation", "normalize", "shift", "limit"), CASES)
-def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shift, limit):
+@pytest.mark.parametrize(("positions", "aggregation", "normalize", "shift", "layout"), CASES)
+def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shift, layout):
     config = RepresentationConfig(
         positions=positions, k=3, aggregation=aggregation, normalize=normalize, shift=shift, layers=[1, 2]
     )
@@ -82,9 +89,8 @@ def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shi
     generator = torch.Generator().manual_seed(0)
     states, sequences = {}, []
     for rollout in rollouts:
-        length = len(rollout.prompt_ids) + len(rollout.response_ids)
         student, teacher = (
-            {layer: torch.randn(length, 6, generator=generator, dtype=torch.float64) for layer in (1, 2)}
+            {layer: torch.randn(num_tokens(rollout), 6, generator=generator, dtype=torch.float64) for layer in (1, 2)}
             for _ in range(2)
         )
         states[rollout.prompt_ids[0]] = (student, teacher)
@@ -92,28 +98,59 @@ def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shi
     expected = oprd_loss(
         [(1, 1), (2, 2)], sequences, mode=positions, k=3, normalize=normalize, aggregation=aggregation, shift=shift
     )
-    counts = count(selected_per_rollout(rollouts, config))
-    assert counts.empty == 1 and counts.sequences == 4
-    total = 0.0
-    for batch in pack(rollouts, config, counts, max_tokens_per_micro_batch=limit, pad_to_multiple=2):
-        # A sequence is known by its first token; 0 is padding.
-        first_tokens = batch.tokens[batch.cu_seqlens[:-1].long()].tolist()
-        rows = [states.get(token) for token in first_tokens]
+    total, rows = 0.0, []
+    for whole, batch, place in every_rank(rollouts, config, *layout):
+        rows += batch.rows.tolist()
         for layer in (1, 2):
-            padding = torch.zeros(1, 6).double()
-            packed = [torch.cat([row[side][layer] if row else padding for row in rows]) for side in (0, 1)]
-            statistics = token_statistics(packed[0][batch.selected], packed[1][batch.selected], normalize)
+            held = [whole_states(whole, states, side, layer)[place] for side in (0, 1)]
+            statistics = token_statistics(held[0][batch.selected], held[1][batch.selected], normalize)
             total += layer_sums(statistics, layer_weights(batch.weights, num_layers=2))[0].item()
     assert total == pytest.approx(expected.item(), rel=1e-12)
+    assert sorted(rows) == list(range(len(rows))), "each selected token is compared once and has a number of its own"
+
+
+def every_rank(rollouts, config, data, context, sequence, limit):
+    """(whole micro-batch, a rank's part, rows of the whole that its hidden states are) of every rank of a layout."""
+    selected = selected_per_rollout(rollouts, config)
+    counts = count(selected)
+    assert counts.empty == 1 and counts.sequences == 4
+    first_rows = list(itertools.accumulate(selected, initial=0))
+    useful = [i for i, tokens in enumerate(selected) if tokens]
+    lengths = [num_tokens(rollouts[i]) for i in useful]
+    multiple = 2 * context if context > 1 else 1
+    for members in itertools.chain(*assign(lengths, lengths, data, limit)):
+        whole = pack(
+            [rollouts[useful[i]] for i in members],
+            [first_rows[useful[i]] for i in members],
+            config,
+            counts,
+            sequence_multiple=multiple,
+            batch_multiple=multiple * sequence,
+        )
+        for c, s in itertools.product(range(context), range(sequence)):
+            place = torch.arange(whole.num_tokens)
+            if context > 1:
+                place = zigzag_rows(whole.cu_seqlens.tolist(), c, context)
+            part = cut(whole, context_rank=c, context_size=context, sequence_rank=s, sequence_size=sequence)
+            torch.testing.assert_close(part.tokens, whole.tokens[place])
+            yield whole, part, place.chunk(sequence)[s]
+
+
+def whole_states(whole, states, side, layer):
+    """The states of every row of the whole micro-batch, with zeros where there is padding."""
+    bounds = whole.cu_seqlens.tolist()
+    result = torch.zeros(bounds[-1], 6).double()
+    first_tokens = {}
+    for token, sequence in zip(whole.tokens.tolist(), whole.sequence_ids.tolist(), strict=True):
+        if token >= 100:
+            first_tokens[sequence] = token  # a prompt's tokens are all alike
+    for sequence, token in first_tokens.items():
+        rows = states[token][side][layer]
+        result[bounds[sequence] : bounds[sequence] + len(rows)] = rows
+    return result
 
 
 def test_a_batch_of_padding_selects_nothing():
-    batch = empty_batch(pad_to_multiple=4)
-    assert batch.num_tokens == 4 and batch.selected.numel() == 0 and batch.cu_seqlens.tolist() == [0, 4]
-
-
-def test_a_rollout_that_does_not_fit_is_named():
     config = RepresentationConfig()
-    rollouts = make_rollouts()
-    with pytest.raises(UserError, match="max_tokens_per_micro_batch=4"):
-        pack(rollouts, config, count(selected_per_rollout(rollouts, config)), max_tokens_per_micro_batch=4)
+    batch = pack([], [], config, count([]), batch_multiple=4)
+    assert batch.num_tokens == 4 and batch.selected.numel() == 0 and batch.cu_seqlens.tolist() == [0, 4]

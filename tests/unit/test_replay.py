@@ -85,7 +85,8 @@ def test_steps_read_on_where_the_last_one_stopped(tmp_path):
 def test_data_parallel_ranks_share_a_step_without_gap_or_overlap(size, tmp_path):
     path = numbered(tmp_path / "r.jsonl", 12)
     parts = [
-        ReplayEngine(load_replay(path), 6, data_rank=rank, data_size=size).generate([], step=1) for rank in range(size)
+        ReplayEngine(load_replay(path), 6, replica_rank=rank, num_replicas=size).generate([], step=1)
+        for rank in range(size)
     ]
     assert [r.prompt_index for part in parts for r in part] == [6, 7, 8, 9, 10, 11]
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

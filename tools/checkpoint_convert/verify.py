@@ -20,7 +20,12 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hf", required=True, metavar="DIR", help="the Hugging Face folder")
     parser.add_argument("--megatron", required=True, metavar="DIR", help="the Megatron checkpoint")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype to compute in; default fp32")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
+        help="dtype to compute in; default fp32. With experts, bf16 differs: its rounding changes who gets a token",
+    )
     parser.add_argument(
         "--tolerance", type=float, help="largest relative error per token; default 1e-4 in fp32, 5e-2 in bf16"
     )

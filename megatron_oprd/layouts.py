@@ -1,0 +1,68 @@
+"""The layouts that a configuration asks for: whether they suit the models and the processes, known before either is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from megatron_oprd.config import Config, ParallelConfig
+from megatron_oprd.models.build import check_divisible, check_recompute
+from megatron_oprd.models.layer_plan import LayerPlan, make_plan
+from megatron_oprd.parallel.topology import check_layout
+from megatron_oprd.types import ModelSpec, UserError
+
+
+def plan_layers(config: Config, student: ModelSpec, teacher: ModelSpec) -> LayerPlan:
+    """Which layers are compared, and on which stages of both layouts they live. Raises UserError, naming what would
+    work, for layers that do not exist and for layouts that do not suit the models or the processes."""
+    own_layout = teacher_layout(config)
+    plan = make_plan(
+        config.loss.representation,
+        student,
+        teacher,
+        config.parallel.pipeline,
+        config.parallel.virtual_pipeline or 1,
+        teacher_pipeline=own_layout.pipeline if own_layout else None,
+    )
+    check_student_layout(config.parallel, student, None if own_layout else teacher)
+    if own_layout:
+        check_layout(own_layout, world_size(), key="teacher.parallel")
+        check_experts(own_layout.expert, [teacher], key="teacher.parallel")
+        check_divisible(teacher, own_layout.tensor, own_layout.expert, key="teacher.parallel", model="teacher")
+    check_recompute(config.recompute, plan.student_stages)
+    return plan
+
+
+def world_size() -> int:
+    """How many processes torchrun has started; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def teacher_layout(config: Config) -> ParallelConfig | None:
+    """The layout of a teacher that has one of its own; None for the student's, also when it is the same one."""
+    own, student = config.teacher.parallel, config.parallel
+    if own is None:
+        return None
+    layout = ParallelConfig(tensor=own.tensor, pipeline=own.pipeline, expert=own.expert)
+    same = layout.model_copy(update={"distributed_optimizer": student.distributed_optimizer}) == student
+    return None if same else layout
+
+
+def check_student_layout(parallel: ParallelConfig, student: ModelSpec, teacher: ModelSpec | None = None) -> None:
+    """Raise UserError, naming what would work, when the layout of the student does not suit it or the teacher that
+    shares it."""
+    models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    check_experts(parallel.expert, list(models.values()))
+    for model, spec in models.items():
+        check_divisible(spec, parallel.tensor, parallel.expert, model=model)
+    if student.num_experts and parallel.tensor > 1 and not parallel.sequence:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} with a student of {student.num_experts} experts needs "
+            "parallel.sequence=true: Megatron-Core trains experts on divided tokens only"
+        )
+
+
+def check_experts(expert: int, specs: Sequence[ModelSpec], key: str = "parallel") -> None:
+    """Raise UserError for expert parallelism without experts. `key`: the section that it stands in."""
+    if expert > 1 and not any(spec.num_experts for spec in specs):
+        raise UserError(f"{key}.expert={expert}: the model has no experts; use {key}.expert=1")

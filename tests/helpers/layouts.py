@@ -1,0 +1,244 @@
+"""The matrix of layouts that must all give the reference's update, and the few of them that cover it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_oprd.config import Config, ParallelConfig
+from megatron_oprd.layouts import teacher_layout
+from megatron_oprd.models.layer_plan import even_stages
+from tests.helpers.training import ADAMW, FEW, MANY, SOME, make_config
+
+FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "moe": "Qwen3Moe"}
+ROLLOUTS = {"few": FEW, "some": SOME, "many": MANY}
+SETTINGS = {
+    **{f"tp{size}": (f"parallel.tensor={size}",) for size in (2, 4)},
+    "sp": ("parallel.sequence=true",),
+    **{f"pp{size}": (f"parallel.pipeline={size}",) for size in (2, 3, 4)},
+    "vp2": ("parallel.virtual_pipeline=2",),
+    **{f"cp{size}": (f"parallel.context={size}",) for size in (2, 4)},
+    **{f"ep{size}": (f"parallel.expert={size}",) for size in (2, 4)},
+    "distopt": ADAMW,
+    "selective": ("recompute.granularity=selective",),
+    "uniform1": ("recompute.granularity=full",),
+    "uniform2": ("recompute.granularity=full", "recompute.num_layers=2"),
+    "block": ("recompute.granularity=full", "recompute.method=block"),
+    "unpacked": ("batch.packing=false",),
+    "middle": ("loss.representation.layers=[2,3]",),
+    "teacher-dp": ("teacher.parallel={tensor: 1, pipeline: 1}",),
+    "teacher-tp2": ("teacher.parallel={tensor: 2, pipeline: 1}",),
+    "teacher-tp4": ("teacher.parallel={tensor: 4, pipeline: 1}",),
+    "teacher-pp4": ("teacher.parallel={tensor: 1, pipeline: 4}",),
+    "teacher-tp2-pp2": ("teacher.parallel={tensor: 2, pipeline: 2}",),
+}
+TEACHERS = ("TP4", "TP2", "DP4", "PP4", "TP2xPP2")  # layouts of its own that a teacher has in some case
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell: a layout, the models that run in it and the rollouts that they read."""
+
+    name: str
+    world: int
+    family: str  # as transformers names the class
+    overrides: tuple[str, ...]
+    layers: tuple[int, int] = (5, 5)  # blocks of student and teacher
+    tied: bool = False
+    rollouts: str = "some"
+
+    @cached_property
+    def config(self) -> Config:
+        return make_config(Path("student"), Path("teacher"), *self.overrides)
+
+    @cached_property
+    def data_size(self) -> int:
+        parallel = self.config.parallel
+        return self.world // (parallel.tensor * parallel.pipeline * parallel.context)
+
+    @cached_property
+    def features(self) -> frozenset[str]:
+        """What this case is an instance of, read from its configuration."""
+        return frozenset(name for name, present in _features(self).items() if present)
+
+
+def _features(case: Case) -> dict[str, bool]:
+    config, parallel, recompute = case.config, case.config.parallel, case.config.recompute
+    stages = even_stages(case.layers[0], parallel.pipeline, parallel.virtual_pipeline or 1)
+    teacher = teacher_layout(config)
+    own = None if teacher is None else _teacher_name(teacher, case.world)
+    full = recompute.method if recompute.granularity == "full" else None
+    layers = config.loss.representation.layers
+    useful = sum(any(mask) for mask in ROLLOUTS[case.rollouts])
+    return {
+        "data": case.data_size > 1,
+        "tensor": parallel.tensor > 1,
+        "sequence": parallel.sequence,
+        "pipeline": parallel.pipeline > 1,
+        "uneven": len(set(stages)) > 1,
+        "virtual": parallel.virtual_pipeline is not None,
+        "context": parallel.context > 1,
+        "expert": parallel.expert > 1,
+        "distributed optimizer": config.optimizer.name == "adamw" and case.data_size * parallel.context > 1,
+        "recompute selective": recompute.granularity == "selective",
+        "recompute uniform 1": full == "uniform" and recompute.num_layers == 1,
+        "recompute uniform 2": full == "uniform" and recompute.num_layers == 2,
+        "recompute block": full == "block",
+        "unpacked": not config.batch.packing,
+        "empty ranks": case.data_size > useful,
+        **{f"teacher {name}": own == name for name in TEACHERS},
+        "middle layers": isinstance(layers, list) and 1 < min(layers) <= max(layers) < case.layers[0],
+        "shallower student": case.layers[0] < case.layers[1],
+        "tied": case.tied,
+    }
+
+
+def _teacher_name(layout: ParallelConfig, world: int) -> str:
+    sizes = {"TP": layout.tensor, "PP": layout.pipeline}
+    return "x".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or f"DP{world}"
+
+
+def parse(line: str) -> Case:
+    """`RANKS FAMILY SETTING...`: settings as named above, and for the models and rollouts `4of6` (blocks of student and
+    teacher), `tied`, `few` and `many`. Data parallelism is what is left over."""
+    world, family, *words = line.split()
+    overrides: list[str] = []
+    models: dict[str, object] = {}
+    for word in words:
+        if word in SETTINGS:
+            overrides += SETTINGS[word]
+        elif word in ROLLOUTS:
+            models["rollouts"] = word
+        elif word == "tied":
+            models["tied"] = True
+        else:
+            student, teacher = word.split("of")
+            models["layers"] = int(student), int(teacher)
+    return Case("-".join((world, family, *words)), int(world), FAMILIES[family], tuple(overrides), **models)
+
+
+# What a feature cannot be without, where that is something: the features beside it in the case where it is alone.
+COMPANIONS = {
+    "sequence": {"tensor"},
+    "uneven": {"pipeline"},
+    "virtual": {"pipeline"},
+    "expert": {"data"},
+    "distributed optimizer": {"data"},
+    "empty ranks": {"data"},
+    "teacher DP4": {"tensor"},
+    **{f"teacher {name}": {"data"} for name in TEACHERS if name != "DP4"},
+}
+ALONE = """
+    1 qwen2 some
+    2 qwen3 many
+    2 qwen2 tp2
+    2 qwen3 tp2 sp
+    2 qwen2 pp2 4of4
+    2 qwen3 pp2
+    4 qwen2 pp4
+    3 qwen2 pp3 4of4
+    2 qwen3 pp2 vp2 4of4
+    2 qwen2 cp2
+    2 qwen3 cp2
+    4 qwen3 cp4
+    2 moe ep2
+    4 moe ep4 many
+    2 qwen2 distopt
+    1 qwen3 selective
+    1 qwen2 uniform1
+    1 qwen3 uniform2 4of4
+    1 qwen2 block
+    1 qwen3 unpacked
+    2 qwen2 few
+    4 qwen2 tp4 teacher-dp
+    2 qwen3 teacher-tp2
+    4 qwen2 teacher-tp4
+    4 qwen3 teacher-pp4
+    4 qwen2 teacher-tp2-pp2
+    1 qwen2 middle
+    1 qwen3 4of6
+    1 qwen2 tied
+    1 moe some
+"""
+# As many features as go together, so that few cases have all pairs of them.
+MIXED = """
+    3 qwen2 pp3 4of6 many
+    4 moe pp2 vp2 ep2 selective unpacked teacher-tp2 middle few
+    4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied
+    4 moe tp2 pp2 sp vp2 ep2 distopt uniform1 unpacked teacher-dp 4of6 tied
+    4 moe tp2 pp2 sp vp2 ep2 selective unpacked teacher-tp2-pp2 middle 4of6
+    4 moe tp2 sp ep2 distopt block teacher-pp4 4of6 tied few
+    4 qwen2 cp2 block unpacked teacher-tp2
+    4 qwen2 cp2 selective unpacked teacher-dp tied
+    4 qwen2 pp2 distopt selective unpacked teacher-tp4 4of6 tied few
+    4 qwen2 pp2 tp2 sp vp2 distopt block teacher-tp2-pp2 many
+    4 qwen2 pp2 uniform2 unpacked teacher-pp4 4of6 few
+    4 qwen2 pp2 vp2 distopt uniform1 unpacked teacher-tp2 middle tied few
+    4 qwen2 pp2 vp2 distopt uniform2 teacher-tp2 8of8 few
+    4 qwen2 tp2 sp selective teacher-pp4
+    4 qwen3 cp2 distopt block unpacked teacher-dp middle tied few
+    4 qwen3 cp2 distopt uniform2 unpacked teacher-tp2-pp2 middle 8of8 tied few
+    4 qwen3 cp2 pp2 vp2 distopt uniform1 teacher-pp4 middle tied many
+    4 qwen3 pp2 cp2 vp2 uniform1 unpacked teacher-tp4
+    4 qwen3 pp2 vp2 block teacher-dp tied
+    4 qwen3 tp2 sp distopt selective teacher-tp2 middle 4of6 tied many
+    4 qwen3 tp2 uniform1 teacher-tp2-pp2 few
+    4 qwen3 tp4 sp block teacher-tp4
+    4 qwen3 tp4 uniform2 teacher-dp 4of6
+"""
+EIGHT_RANKS = """
+    8 qwen3 many
+    8 qwen2 few tied distopt
+    8 qwen3 tp2 sp pp2 cp2 many
+    8 qwen2 tp2 pp2 vp2 4of6 uniform1 many
+    8 qwen3 tp2 sp pp2 vp2 block distopt many
+    8 moe tp2 sp pp2 ep2 distopt many
+    8 moe tp2 sp cp2 ep4 selective unpacked
+    8 moe pp2 cp2 ep2 vp2 teacher-tp4 many
+    8 qwen3 tp4 sp pp2 tied teacher-tp2-pp2
+    8 qwen2 pp4 cp2 uniform1 middle teacher-tp4
+    8 qwen3 cp4 tp2 4of6 teacher-pp4 block
+    8 moe pp4 ep2 unpacked teacher-tp2-pp2 many
+"""
+MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
+FEATURES = tuple(_features(MATRIX[0]))
+
+
+def pairs_that_cannot_be() -> dict[frozenset[str], str]:
+    """Every pair of features that has no layout, and why."""
+    recomputations = [name for name in FEATURES if name.startswith("recompute ")]
+    teachers = [name for name in FEATURES if name.startswith("teacher ")]
+    reasons = {frozenset(pair): "a run recomputes in one way" for pair in itertools.combinations(recomputations, 2)}
+    reasons |= {frozenset(pair): "the teacher has one layout" for pair in itertools.combinations(teachers, 2)}
+    reasons[frozenset({"uneven", "recompute uniform 2"})] = "stages differ by one block: two does not divide them all"
+    return reasons
+
+
+def pairs() -> list[frozenset[str]]:
+    """Every pair of features that can stand together."""
+    every = (frozenset(pair) for pair in itertools.combinations(FEATURES, 2))
+    return [pair for pair in every if pair not in pairs_that_cannot_be()]
+
+
+def covered(case: Case) -> set[frozenset[str]]:
+    """What a case speaks for: its features, with its family and in pairs."""
+    features = sorted(case.features)
+    return {
+        *(frozenset(pair) for pair in itertools.combinations(features, 2)),
+        *(frozenset({feature, case.family}) for feature in features),
+    }
+
+
+def covering(cases: Sequence[Case] = MATRIX) -> tuple[Case, ...]:
+    """Few of the cases that speak for as much as all of them: the one that adds most, again and again; of equal ones
+    that on fewer ranks, and of those the first."""
+    missing = set().union(*map(covered, cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: (len(covered(case) & missing), -case.world))
+        chosen.append(best)
+        missing -= covered(best)
+    return tuple(case for case in cases if case in chosen)

@@ -1,0 +1,174 @@
+"""Cases of the matrix on real ranks, each beside the reference's update."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import gc
+import itertools
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_oprd.assemble import Run
+from megatron_oprd.parallel.collectives import gather_objects
+from megatron_oprd.parallel.reshard import Shard, minimum_rows
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.training.global_batch import pack_global_batch
+from megatron_oprd.types import Rollout
+from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import ROLLOUTS, Case
+from tests.helpers.models import random_hf_model, save
+from tests.helpers.training import (
+    Difference,
+    Update,
+    difference,
+    make_run,
+    reference_update,
+    some_rollouts,
+    update_of,
+)
+
+VOCABULARY = 131  # of `random_hf_model`
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the ranks of a case hand back."""
+
+    update: Update
+    fewest_bytes: int  # of teacher states that any way to move them moves
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A case beside its reference."""
+
+    case: Case
+    result: Result | None
+    difference: Difference | None
+    failure: str | None  # None: everything agrees
+    details: str = ""  # the traceback of a case that raised
+
+
+class References:
+    """The models of the cases, in a folder, and the reference's update of each, every one of them made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = functools.cache(self._model)
+        self._update = functools.cache(self._compute)
+
+    def models(self, case: Case) -> tuple[Path, Path]:
+        """Student and teacher."""
+        student, teacher = case.layers
+        return self.model(case.family, student, case.tied, 0), self.model(case.family, teacher, case.tied, 1)
+
+    def update(self, case: Case) -> Update:
+        loss = tuple(override for override in case.overrides if override.startswith("loss."))
+        return self._update(*self.models(case), case.rollouts, loss)
+
+    def _model(self, family: str, layers: int, tied: bool, seed: int) -> Path:
+        sizes = {"num_hidden_layers": layers, "tie_word_embeddings": tied, "num_key_value_heads": 4}
+        return save(random_hf_model(family, seed, **sizes), self.folder / f"{family}-{layers}-{tied}-{seed}")
+
+    def _compute(self, student: Path, teacher: Path, rollouts: str, loss: tuple[str, ...]) -> Update:
+        return reference_update(student, teacher, *loss, rollouts=rollouts_of(rollouts))
+
+
+def rollouts_of(name: str) -> list[Rollout]:
+    return some_rollouts(VOCABULARY, masks=ROLLOUTS[name])
+
+
+Defect = Callable[[], AbstractContextManager[None]]  # entered on every rank around a case; see tests/helpers/defects.py
+
+
+def run_cases(
+    cases: Iterable[Case], references: References, folder: Path, defect: Defect = nullcontext
+) -> Iterator[Outcome]:
+    """Every case on real ranks, beside its reference. Cases of one size run one after the other on the same processes,
+    which are started anew after one that raised."""
+    in_order = sorted(cases, key=lambda case: case.world)
+    for world, group in itertools.groupby(in_order, key=lambda case: case.world):
+        rest = list(group)
+        while rest:
+            attempt = folder / f"{world}-{len(rest)}-{time.monotonic_ns()}"
+            attempt.mkdir(parents=True)
+            jobs = [(case, *references.models(case)) for case in rest]
+            message = ""
+            try:
+                run_distributed(world, _run_jobs, jobs, attempt, defect, timeout_seconds=100 + 4 * world * len(jobs))
+            except AssertionError as error:
+                message = str(error)
+            done = len(list(attempt.glob("*.done")))
+            for number, case in enumerate(rest[:done]):
+                yield _compare(case, pickle.loads((attempt / f"{number}.done").read_bytes()), references.update(case))
+            if done < len(rest):
+                last_line = message.strip().splitlines()[-1] if message else "no result"
+                yield Outcome(rest[done], None, None, last_line, message)
+            rest = rest[done + 1 :]
+
+
+def _compare(case: Case, result: Result, expected: Update) -> Outcome:
+    found = difference(result.update, expected)
+    failure = found.explain()
+    moved = result.update.metrics["teacher/moved_bytes"]
+    if failure is None and moved != result.fewest_bytes:
+        failure = f"{moved:.0f} bytes of teacher states moved, {result.fewest_bytes} would do"
+    return Outcome(case, result, found, failure)
+
+
+def _run_jobs(rank: int, jobs: Sequence[tuple[Case, Path, Path]], folder: Path, defect: Defect) -> None:
+    for number, (case, student, teacher) in enumerate(jobs):
+        _new_world(rank, case.world, folder / f"{number}.store")
+        with defect():
+            result = _run_job(case, student, teacher)
+        if rank == 0:
+            unfinished = folder / f"{number}.new"
+            unfinished.write_bytes(pickle.dumps(result))
+            os.replace(unfinished, folder / f"{number}.done")
+        dist.barrier()
+
+
+def _run_job(case: Case, student: Path, teacher: Path) -> Result:
+    begin = time.perf_counter()
+    run = make_run(student, teacher, *case.overrides, rollouts=rollouts_of(case.rollouts))
+    fewest = _fewest_bytes(run)
+    return Result(update_of(run), fewest, time.perf_counter() - begin)
+
+
+def _new_world(rank: int, world: int, store: Path) -> None:
+    """Leave all process groups of the last case, of which Megatron makes dozens, with threads each, and start anew."""
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+    dist.destroy_process_group()
+    timeout = datetime.timedelta(seconds=100)
+    store_of_case = dist.FileStore(str(store), world)
+    dist.init_process_group("gloo", store=store_of_case, rank=rank, world_size=world, timeout=timeout)
+
+
+def _fewest_bytes(run: Run) -> int:
+    """Bytes of teacher states that some rank reads and does not hold, from the micro-batches of both layouts.
+    Collective over the world."""
+    plan, teacher = run.inputs.plan, run.teacher
+    held = Shard(plan.teacher_layers(teacher.topology.stages), _selected_rows(run, teacher.topology))
+    readers = plan.readers(run.topology.stages)
+    wanted = Shard(tuple(sorted(set(readers.values()))), _selected_rows(run, run.topology))
+    shards = gather_objects((held, wanted), dist.group.WORLD)
+    rows = minimum_rows([of_rank for of_rank, _ in shards], [of_rank for _, of_rank in shards])
+    return rows * run.inputs.teacher.hidden_size * torch.float32.itemsize
+
+
+def _selected_rows(run: Run, topology: Topology) -> torch.Tensor:
+    config, rollouts = run.inputs.config, run.inputs.replayed
+    batches, _ = pack_global_batch(rollouts, config.loss.representation, config.batch, run.inputs.student, topology)
+    return torch.cat([batch.rows for batch in batches])

@@ -1,0 +1,72 @@
+"""Sequences go to ranks and micro-batches by their cost; none is lost, none does not fit."""
+
+import itertools
+import random
+
+import pytest
+
+from megatron_oprd.data.balance import assign, sequence_cost
+from megatron_oprd.types import ModelSpec, UserError
+
+SPEC = ModelSpec(
+    architecture="Qwen3ForCausalLM",
+    num_layers=28,
+    hidden_size=2048,
+    ffn_hidden_size=6144,
+    num_attention_heads=16,
+    num_query_groups=8,
+    head_dim=128,
+    vocab_size=151936,
+    norm_epsilon=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=40960,
+    tied_embeddings=True,
+    qkv_bias=False,
+    qk_norm=True,
+)
+
+
+def lengths_of(seed, count, longest=16000):
+    generator = random.Random(seed)
+    return [generator.randint(1, longest) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("ranks", "count", "multiple"), [(1, 7, 1), (2, 3, 2), (4, 16, 1), (8, 5, 4), (3, 0, 2)])
+@pytest.mark.parametrize("packing", [True, False])
+def test_every_sequence_goes_to_one_micro_batch_with_room(seed, ranks, count, multiple, packing):
+    lengths = lengths_of(seed, count)
+    shares = assign(lengths, lengths, ranks, 16000, multiple=multiple, packing=packing)
+    batches = list(itertools.chain(*shares))
+    assert sorted(itertools.chain(*batches)) == list(range(count))
+    assert all(sum(lengths[i] for i in members) <= 16000 for members in batches)
+    assert packing or all(len(members) <= 1 for members in batches)
+    assert len({len(share) for share in shares}) == 1 and len(shares[0]) >= 1 and len(shares[0]) % multiple == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ranks_share_the_cost_and_not_the_tokens(seed):
+    lengths = lengths_of(seed, 128)
+    costs = [sequence_cost(length, SPEC) for length in lengths]
+    loads = [sum(costs[i] for i in itertools.chain(*share)) for share in assign(lengths, costs, 8, 32768)]
+    contiguous = [sum(costs[16 * rank : 16 * rank + 16]) for rank in range(8)]
+    assert max(loads) / min(loads) < 1.05 < max(contiguous) / min(contiguous)
+
+
+def test_attention_makes_a_long_sequence_dearer_than_its_tokens():
+    ratio = sequence_cost(32768, SPEC) / (32 * sequence_cost(1024, SPEC))
+    # Per block and token: 2048 * (2*2048 + 2*1024 + 3*6144) multiply-adds in the matrices, 2048 * tokens in attention.
+    matrices = 2048 * (2 * 2048 + 2 * 1024 + 3 * 6144)
+    assert ratio == pytest.approx((matrices + 2048 * 32768) / (matrices + 2048 * 1024))
+
+
+def test_a_sequence_that_does_not_fit_is_named():
+    with pytest.raises(UserError, match="max_tokens_per_micro_batch=4 is less than a rollout of 9 tokens"):
+        assign([3, 9], [3, 9], 2, 4)
+
+
+def test_micro_batches_that_cannot_be_balanced_are_filled_first_fit():
+    # By cost the two long ones would take the room that the three others need.
+    lengths = [6, 5, 5, 4, 4, 4, 2]
+    shares = assign(lengths, [1.0] * 7, 1, 10)
+    assert all(sum(lengths[i] for i in members) <= 10 for members in shares[0])

@@ -1,0 +1,51 @@
+"""The matrix of layouts has every feature alone, and every pair of features that can stand together."""
+
+import itertools
+
+import pytest
+
+from megatron_oprd.models.layer_plan import even_stages
+from tests.helpers.layouts import COMPANIONS, FAMILIES, FEATURES, MATRIX, covered, covering, pairs, pairs_that_cannot_be
+
+
+def test_there_are_many_cases_of_different_names_on_up_to_eight_ranks():
+    assert len({case.name for case in MATRIX}) == len(MATRIX)
+    assert sum(case.world <= 4 for case in MATRIX) >= 48
+    assert sum(case.world == 8 for case in MATRIX) >= 8
+    assert all(case.world <= 8 and case.data_size >= 1 for case in MATRIX)
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_stands_alone_with_no_more_than_it_needs(feature):
+    assert any(case.features == {feature, *COMPANIONS.get(feature, ())} for case in MATRIX)
+
+
+@pytest.mark.parametrize("cases", [MATRIX, covering()], ids=["matrix", "covering"])
+def test_every_pair_of_features_that_can_stand_together_does(cases):
+    together = set().union(*map(covered, cases))
+    assert [sorted(pair) for pair in pairs() if pair not in together] == []
+
+
+@pytest.mark.parametrize("cases", [MATRIX, covering()], ids=["matrix", "covering"])
+def test_every_feature_is_there_for_every_family(cases):
+    for feature, family in itertools.product(FEATURES, FAMILIES.values()):
+        able = feature != "expert" or family == "Qwen3Moe"
+        assert any(feature in case.features and case.family == family for case in cases) == able, (feature, family)
+
+
+def test_pairs_that_cannot_be_are_not_there():
+    assert all(len(pair) == 2 and pair <= set(FEATURES) for pair in pairs_that_cannot_be())
+    assert len(pairs()) + len(pairs_that_cannot_be()) == len(FEATURES) * (len(FEATURES) - 1) // 2
+    for case in MATRIX:
+        assert not covered(case) & pairs_that_cannot_be().keys(), case.name
+
+
+def test_uneven_stages_are_never_all_divided_by_two():
+    for layers, pipeline in itertools.product(range(1, 33), range(1, 9)):
+        stages = even_stages(layers, pipeline) if pipeline <= layers else ()
+        assert len(set(stages)) < 2 or any(blocks % 2 for blocks in stages)
+
+
+def test_the_covering_part_is_small_and_always_the_same():
+    assert len(covering()) <= len(MATRIX) // 2
+    assert covering() == covering()
