@@ -1,0 +1,194 @@
+"""Mistakes that a trainer under Megatron invites, each put into the product inside a `with`: the certificate sees them.
+
+They are patched in on every rank. `felt_by` says which cells of the matrix such a mistake changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_oprd import train
+from megatron_oprd.data.balance import assign
+from megatron_oprd.data.packing import num_tokens
+from megatron_oprd.losses.reduction import count, token_weight
+from megatron_oprd.models import taps, targets
+from megatron_oprd.models.layer_plan import even_stages
+from megatron_oprd.training import global_batch
+from megatron_oprd.training import student as student_module
+from megatron_oprd.types import GlobalCounts, PackedBatch
+from tests.helpers.layouts import Case
+from tests.helpers.run_layouts import rollouts_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Defect:
+    name: str
+    install: Callable[[], contextlib.AbstractContextManager[None]]
+    felt_by: Callable[[Case], bool]
+
+
+@contextlib.contextmanager
+def mean_of_micro_batch_means() -> Iterator[None]:
+    """Weights sum to one in each micro-batch, and micro-batches are averaged."""
+    pack, pack_all = global_batch.pack, train.pack_global_batch
+
+    def pack_by_own_counts(rollouts: Any, first_rows: Any, config: Any, counts: Any, **kwargs: Any) -> PackedBatch:
+        selected = global_batch.selected_per_rollout(rollouts, config)
+        own = count(selected)
+        weights = [token_weight(tokens, own, config.aggregation) for tokens in selected for _ in range(tokens)]
+        batch = pack(rollouts, first_rows, config, counts, **kwargs)
+        return dataclasses.replace(batch, weights=torch.tensor(weights, dtype=torch.float64))
+
+    def average(rollouts: Any, config: Any, *rest: Any) -> tuple[list[PackedBatch], GlobalCounts]:
+        batches, counts = pack_all(rollouts, config, *rest)
+        number = len(batches) * rest[-1].data_size
+        return [dataclasses.replace(batch, weights=batch.weights / number) for batch in batches], counts
+
+    with (
+        mock.patch.object(global_batch, "pack", pack_by_own_counts),
+        mock.patch.object(train, "pack_global_batch", average),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def gradient_summed_over_tensor_ranks() -> Iterator[None]:
+    """The gradient that the loss adds at a layer goes through a plain all_reduce, as if each rank had a part of it."""
+    backward = taps._WithStageLoss.backward
+
+    def summed(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        group = parallel_state.get_tensor_model_parallel_group()
+        if dist.get_world_size(group) == 1:
+            return backward(ctx, *gradients)
+        own, *_ = backward(ctx, torch.zeros_like(gradients[0]))
+        dist.all_reduce(own, group=group)
+        return gradients[0] + own, None, None
+
+    with mock.patch.object(taps._WithStageLoss, "backward", staticmethod(summed)):
+        yield
+
+
+@contextlib.contextmanager
+def rows_not_cut_by_sequence_rank() -> Iterator[None]:
+    """Every rank of sequence parallelism takes the rows of the first one for its own."""
+    cut = global_batch.cut
+    with mock.patch.object(global_batch, "cut", lambda batch, **kwargs: cut(batch, **{**kwargs, "sequence_rank": 0})):
+        yield
+
+
+@contextlib.contextmanager
+def loss_in_the_pass_without_gradient() -> Iterator[None]:
+    """Under recomputation the loss is applied in the first pass, which keeps no graph, and not in the second."""
+    call = taps.StageLoss.__call__
+
+    def in_first_pass(self: taps.StageLoss, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        if layer not in self.targets or layer in self.sums:
+            return hidden_states
+        if torch.is_grad_enabled():
+            return call(self, layer, hidden_states)
+        with torch.enable_grad():
+            call(self, layer, hidden_states)
+        self.targets.take(layer)
+        return hidden_states
+
+    with mock.patch.object(taps.StageLoss, "__call__", in_first_pass):
+        yield
+
+
+@contextlib.contextmanager
+def target_of_the_micro_batch_before() -> Iterator[None]:
+    """Under interleaving a micro-batch is compared with the one before it, repeated to its length."""
+    put = targets.TeacherTargets.put
+    before: dict[int, torch.Tensor] = {}
+
+    def put_late(self: targets.TeacherTargets, micro_batch: int, states: dict[int, torch.Tensor]) -> None:
+        if parallel_state.get_virtual_pipeline_model_parallel_world_size() is None:
+            return put(self, micro_batch, states)
+        late = {}
+        for layer, own in states.items():
+            other = before.get(layer, own)
+            late[layer] = other[torch.arange(len(own)) % len(other)] if len(other) else torch.zeros_like(own)
+        before.update(states)
+        return put(self, micro_batch, late)
+
+    with mock.patch.object(targets.TeacherTargets, "put", put_late):
+        yield
+
+
+@contextlib.contextmanager
+def gradient_divided_by_data_ranks() -> Iterator[None]:
+    """mcore's own scaling is left on: its DDP averages over data- and context-parallel ranks instead of summing."""
+    ddp = student_module.DistributedDataParallel
+
+    def averaging(config: Any, *args: Any, **kwargs: Any) -> Any:
+        config.calculate_per_token_loss = False
+        wrapped = ddp(config, *args, **kwargs)
+        config.calculate_per_token_loss = True
+        return wrapped
+
+    with mock.patch.object(student_module, "DistributedDataParallel", averaging):
+        yield
+
+
+def _micro_batches(case: Case) -> list[list[int]]:
+    """How many sequences each micro-batch of each data-parallel rank has. (Costs matter little: lengths will do.)"""
+    config, parallel = case.config, case.config.parallel
+    lengths = [num_tokens(rollout) for rollout in rollouts_of(case.rollouts) if any(rollout.response_mask)]
+    shares = assign(
+        lengths,
+        lengths,
+        case.data_size,
+        config.batch.max_tokens_per_micro_batch,
+        multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
+        packing=config.batch.packing,
+    )
+    return [[len(members) for members in share] for share in shares]
+
+
+def _has_uneven_micro_batches(case: Case) -> bool:
+    """Of as many sequences each, the mean of means is the mean."""
+    return len({sequences for share in _micro_batches(case) for sequences in share}) > 1
+
+
+def _recomputes_a_compared_layer(case: Case) -> bool:
+    parallel, recompute, layers = case.config.parallel, case.config.recompute, case.config.loss.representation.layers
+    if recompute.granularity != "full":
+        return False
+    stages = even_stages(case.layers[0], parallel.pipeline, parallel.virtual_pipeline or 1)
+    first_of_stages = {1 + start for start in itertools.accumulate(stages[:-1], initial=0)}
+    return recompute.method == "uniform" or layers == "all" or bool(first_of_stages & set(layers))
+
+
+def _interleaves_several_micro_batches(case: Case) -> bool:
+    return "virtual" in case.features and any(any(share[1:]) for share in _micro_batches(case))
+
+
+DEFECTS = (
+    Defect("mean of micro-batch means", mean_of_micro_batch_means, _has_uneven_micro_batches),
+    Defect(
+        "plain all_reduce in the loss's backward",
+        gradient_summed_over_tensor_ranks,
+        lambda case: "tensor" in case.features,
+    ),
+    Defect("tap without sequence parallelism", rows_not_cut_by_sequence_rank, lambda case: "sequence" in case.features),
+    Defect("tap dead under recomputation", loss_in_the_pass_without_gradient, _recomputes_a_compared_layer),
+    Defect(
+        "target of another micro-batch under interleaving",
+        target_of_the_micro_batch_before,
+        _interleaves_several_micro_batches,
+    ),
+    Defect(
+        "gradient divided by data and context ranks",
+        gradient_divided_by_data_ranks,
+        lambda case: case.data_size * case.config.parallel.context > 1,
+    ),
+)
