@@ -48,6 +48,7 @@ class HFReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._shard_of = self._locate()
+        self._opened: dict[str, Any] = {}
         for file, names in self._names_by_file().items():
             held = self._names_in(file)
             for name in names:
@@ -94,9 +95,12 @@ class HFReader:
         return sorted(self._shard_of)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the dtype of the file."""
-        with safe_open(self.folder / self._shard_of[name], framework="pt") as opened:
-            return opened.get_tensor(name)
+        """One tensor, on the CPU, in the dtype of the file. Files stay open (mapped, not read) with the reader."""
+        file = self._shard_of[name]
+        if file not in self._opened:  # parsing its header for every tensor would take longer than reading it
+            self._opened[file] = safe_open(self.folder / file, framework="pt")
+        tensor: torch.Tensor = self._opened[file].get_tensor(name)
+        return tensor
 
     def dtype(self) -> torch.dtype:
         """The dtype that holds every tensor exactly: theirs, or the widest when they differ. Raises UserError for

@@ -414,7 +414,7 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
     "heads": (config(num_key_value_heads=3), ("num_attention_heads=8", "num_key_value_heads=3")),
     "eos": (lambda s: s.edit("student/generation_config.json", eos_token_id="end"), ("eos_token_id",)),
     "another width": (config(hidden_size=48), ("hidden_size 48", "hidden_size 32", "student's width")),
-    "another width inside": (config(intermediate_size=64), ("has shape [112, 32]", "asks for [64, 32]")),
+    "another width inside": (config(intermediate_size=64), ("has shape [32, 112]", "asks for [32, 64]")),
     "weights missing": (lambda s: (s.student / "model.safetensors").unlink(), ("neither model.safetensors", INDEX)),
     "weights empty": (lambda s: (s.student / "model.safetensors").write_bytes(b""), ("truncated or corrupt",)),
     "weights cut": (lambda s: cut(s.student / "model.safetensors"), ("model.safetensors", "truncated or corrupt")),

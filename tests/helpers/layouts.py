@@ -29,6 +29,7 @@ SETTINGS = {
     "block": ("recompute.granularity=full", "recompute.method=block"),
     "unpacked": ("batch.packing=false",),
     "middle": ("loss.representation.layers=[2,3]",),
+    "crossing": ("loss.representation.pairs=[[1,4],[3,2],[5,5]]",),
     "teacher-dp": ("teacher.parallel={tensor: 1, pipeline: 1}",),
     "teacher-tp2": ("teacher.parallel={tensor: 2, pipeline: 1}",),
     "teacher-tp4": ("teacher.parallel={tensor: 4, pipeline: 1}",),
@@ -188,6 +189,12 @@ MIXED = """
     4 qwen3 tp2 uniform1 teacher-tp2-pp2 few
     4 qwen3 tp4 sp block teacher-tp4
     4 qwen3 tp4 uniform2 teacher-dp 4of6
+    4 qwen3 tp2 pp2 teacher-tp4
+    4 qwen3 tp2 pp2 teacher-tp2
+    4 qwen3 tp2 pp2 teacher-dp
+    4 qwen3 tp2 pp2 teacher-pp4
+    4 qwen3 tp2 pp2 teacher-tp2-pp2
+    4 qwen3 tp2 sp pp2 crossing
 """
 EIGHT_RANKS = """
     8 qwen3 many

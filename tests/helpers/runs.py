@@ -15,10 +15,12 @@ from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 VOCAB_SIZE = 259  # of the byte tokenizer
 
 
-def models(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, **sizes: Any) -> list[str]:
+def models(
+    folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, family: str = "Qwen3", **sizes: Any
+) -> list[str]:
     """A random student and teacher below `folder`; the arguments that name them."""
     for seed, name in enumerate(("student", "teacher")):
-        save(random_hf_model("Qwen3", seed=seed, vocab_size=VOCAB_SIZE, **sizes), folder / name)
+        save(random_hf_model(family, seed=seed, vocab_size=VOCAB_SIZE, **sizes), folder / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / name)
     return [f"student.path={folder / 'student'}", f"teacher.path={folder / 'teacher'}"]

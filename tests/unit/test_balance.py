@@ -6,23 +6,12 @@ import random
 import pytest
 
 from megatron_oprd.data.balance import assign, sequence_cost
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
+from tests.helpers.specs import tiny_spec
 
-SPEC = ModelSpec(
-    architecture="Qwen3ForCausalLM",
-    num_layers=28,
-    hidden_size=2048,
-    ffn_hidden_size=6144,
-    num_attention_heads=16,
-    num_query_groups=8,
-    head_dim=128,
-    vocab_size=151936,
-    norm_epsilon=1e-6,
-    rope_theta=1e6,
-    max_position_embeddings=40960,
-    tied_embeddings=True,
-    qkv_bias=False,
-    qk_norm=True,
+# The sizes of Qwen3-1.7B.
+SPEC = tiny_spec(
+    num_layers=28, hidden_size=2048, ffn_hidden_size=6144, num_attention_heads=16, num_query_groups=8, head_dim=128
 )
 
 

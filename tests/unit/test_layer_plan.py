@@ -7,35 +7,18 @@ import pytest
 
 from megatron_oprd.config import RepresentationConfig
 from megatron_oprd.models.layer_plan import even_stages, make_plan
-from megatron_oprd.types import LayerPair, ModelSpec, UserError
+from megatron_oprd.types import LayerPair, UserError
+from tests.helpers.specs import tiny_spec
 
 DEPTHS = (1, 2, 3, 4, 5, 7, 12, 28)
 SIZES = [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (2, 2), (2, 3), (4, 2)]
 LAYERS = ("all", "last", "even", "odd")
 
 
-def spec(num_layers, hidden_size=64):
-    return ModelSpec(
-        architecture="Qwen3ForCausalLM",
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        ffn_hidden_size=112,
-        num_attention_heads=8,
-        num_query_groups=4,
-        head_dim=24,
-        vocab_size=131,
-        norm_epsilon=1e-6,
-        rope_theta=1e6,
-        max_position_embeddings=128,
-        tied_embeddings=False,
-        qkv_bias=False,
-        qk_norm=True,
-    )
-
-
 def plan_of(student, teacher, pipeline=1, virtual=1, teacher_pipeline=None, **representation):
     config = RepresentationConfig(**representation)
-    return make_plan(config, spec(student), spec(teacher), pipeline, virtual, teacher_pipeline=teacher_pipeline)
+    models = tiny_spec(num_layers=student), tiny_spec(num_layers=teacher)
+    return make_plan(config, *models, pipeline, virtual, teacher_pipeline=teacher_pipeline)
 
 
 def many_plans():
@@ -185,7 +168,7 @@ def test_more_stages_than_the_teacher_has_layers():
 
 def test_models_of_different_widths():
     with pytest.raises(UserError, match="hidden_size 64 differs from teacher hidden_size 32"):
-        make_plan(RepresentationConfig(), spec(2), spec(2, hidden_size=32))
+        make_plan(RepresentationConfig(), tiny_spec(), tiny_spec(hidden_size=32))
 
 
 @pytest.mark.parametrize("own", [None, 2])

@@ -9,26 +9,11 @@ from megatron_oprd.layouts import check_experts, check_student_layout, plan_laye
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import check_layout
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
+from tests.helpers.specs import tiny_spec
 
-DENSE = ModelSpec(
-    architecture="Qwen3ForCausalLM",
-    num_layers=8,
-    hidden_size=64,
-    ffn_hidden_size=112,
-    num_attention_heads=8,
-    num_query_groups=4,
-    head_dim=24,
-    vocab_size=131,
-    norm_epsilon=1e-6,
-    rope_theta=1e6,
-    max_position_embeddings=128,
-    tied_embeddings=False,
-    qkv_bias=False,
-    qk_norm=True,
-)
-EXPERTS = dataclasses.replace(
-    DENSE,
+DENSE = tiny_spec()
+EXPERTS = tiny_spec(
     architecture="Qwen3MoeForCausalLM",
     num_experts=6,
     experts_per_token=2,

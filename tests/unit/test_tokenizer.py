@@ -7,25 +7,11 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer, same_vocabulary
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
+from tests.helpers.specs import tiny_spec
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer, qwen_tokenizer
 
-SPEC = ModelSpec(
-    architecture="Qwen3ForCausalLM",
-    num_layers=1,
-    hidden_size=8,
-    ffn_hidden_size=8,
-    num_attention_heads=1,
-    num_query_groups=1,
-    head_dim=8,
-    vocab_size=259,
-    norm_epsilon=1e-6,
-    rope_theta=1e6,
-    max_position_embeddings=64,
-    tied_embeddings=True,
-    qkv_bias=False,
-    qk_norm=True,
-)
+SPEC = tiny_spec(vocab_size=259)
 
 
 def test_a_saved_tokenizer_loads_with_its_chat_template(tmp_path):
