@@ -1,13 +1,15 @@
 """The only file that sums, divides and weighs.
 
 The loss is a mean over the whole global batch, so every divisor is known before the first forward: it comes from
-lengths, summed once over data-parallel ranks. Each selected token then has a constant weight and every partial result
+lengths, which every rank knows. Each selected token then has a constant weight and every partial result
 is a plain sum of weight * e: nothing depends on the cut into micro-batches, ranks or shards.
 
 What Megatron multiplies on the way, and how each factor is kept at one:
 - schedules divide the loss by the number of micro-batches, unless `calculate_per_token_loss`: it is set;
-- DDP scales gradients by 1 / data-parallel size, unless `calculate_per_token_loss`: it is set, so DDP sums;
-- `finalize_model_grads` divides by the number of tokens it is given: `training/student_step.py` gives it none;
+- DDP scales gradients by 1 / (data- x context-parallel size), unless `calculate_per_token_loss`: it is set, so DDP
+  sums over data- and context-parallel ranks, and experts' gradients over the ranks that hold the same experts;
+- `finalize_model_grads` sums the gradients of what sequence-parallel ranks hold alike (norms, routers) and divides by
+  the number of tokens it is given: `training/student.py` gives it none;
 - the optimizer's gradient scale is one for bf16 and fp32.
 """
 
