@@ -29,7 +29,7 @@ SETTINGS = {
     "block": ("recompute.granularity=full", "recompute.method=block"),
     "unpacked": ("batch.packing=false",),
     "middle": ("loss.representation.layers=[2,3]",),
-    "crossing": ("loss.representation.pairs=[[1,4],[3,2],[5,5]]",),
+    "crossing": ("loss.representation.pairs=[[1,4],[4,2],[5,5]]",),
     "teacher-dp": ("teacher.parallel={tensor: 1, pipeline: 1}",),
     "teacher-tp2": ("teacher.parallel={tensor: 2, pipeline: 1}",),
     "teacher-tp4": ("teacher.parallel={tensor: 4, pipeline: 1}",),

@@ -251,6 +251,8 @@ def _edit(folder, **change):
 def test_a_broken_megatron_checkpoint_is_one_line_that_names_what(name, topology, tmp_path):
     damage, message = BREAKAGES[name]
     megatron = to_megatron(hf_folder(tmp_path / "hf"), tmp_path / "megatron", topology)
+    if "common state" in name and not (megatron / "common.pt").exists():
+        pytest.skip("this version of megatron-core keeps the common state among the tensors")
     damage(megatron)
     spec = read_model_spec(megatron)
     with pytest.raises(UserError, match=message) as caught:
