@@ -34,9 +34,9 @@ parameter's gradient, both relative (norm of the difference over the norm). Made
 
 Layouts: `tp` tensor, `sp` sequence, `pp` pipeline, `vp` virtual pipeline, `cp` context, `ep` expert, `dp` data
 parallel; `distopt` distributed optimizer; `selective`, `uniformN`, `block` recomputation; `teacher-...` a teacher in a
-layout of its own; `middle` loss on layers 2 and 3 alone; `crossing` pairs of layers on different pipeline stages; `4of6`
-a student of 4 blocks under a teacher of 6 (otherwise 5 and 5); `tied` head and embedding; `few` and `many` rollouts (1
-and 31 to learn from, otherwise 4).
+layout of its own; `middle` loss on layers 2 and 3 alone; `crossing` pairs of layers on different pipeline stages;
+`4of6` a student of 4 blocks under a teacher of 6 (otherwise 5 and 5); `tied` head and embedding; `few` and `many`
+rollouts (1 and 31 to learn from, otherwise 4).
 """
 COLUMNS = (
     *("layout", "model", "ranks", "loss", "worst gradient", "in", "smallest cosine"),
