@@ -70,6 +70,7 @@ class PackedBatch:
     selected: torch.Tensor  # [N] int64: rows of this rank's hidden states that the loss reads, none twice
     rows: torch.Tensor  # [N] int64: the number of each selected token in the whole global batch
     weights: torch.Tensor  # [N] float64: weight of each selected token in the global aggregate (without the layer mean)
+    context_order: torch.Tensor  # [T * context size] int64: where each row of the whole lies among all ranks' parts
 
     @property
     def num_tokens(self) -> int:

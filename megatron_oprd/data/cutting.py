@@ -35,9 +35,11 @@ def cut(
     sequence parallelism cuts once more, into `sequence_size` runs: `selected` counts from the start of this rank's.
     `cu_seqlens` stay those of the whole.
     """
-    rows = torch.arange(batch.num_tokens)
+    rows, order = torch.arange(batch.num_tokens), batch.context_order
     if context_size > 1:
-        rows = zigzag_rows(batch.cu_seqlens.tolist(), context_rank, context_size)
+        bounds = batch.cu_seqlens.tolist()
+        of_ranks = [zigzag_rows(bounds, rank, context_size) for rank in range(context_size)]
+        rows, order = of_ranks[context_rank], torch.cat(of_ranks).argsort()
     held = rows.chunk(sequence_size)[sequence_rank]
     place = torch.full((batch.num_tokens,), -1)
     place[held] = torch.arange(len(held))
@@ -52,4 +54,5 @@ def cut(
         selected=selected[kept],
         rows=batch.rows[kept],
         weights=batch.weights[kept],
+        context_order=order,
     )

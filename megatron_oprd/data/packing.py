@@ -73,6 +73,7 @@ def pack(
         selected=torch.tensor(selected, dtype=torch.int64),
         rows=torch.tensor(rows, dtype=torch.int64),
         weights=torch.tensor(weights, dtype=torch.float64),
+        context_order=torch.arange(len(tokens)),
     )
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_oprd.hf.export import gather_hf_tensors
 from megatron_oprd.hf.stream import HFReader
-from megatron_oprd.models.micro_batch import MicroBatch, Tap
-from megatron_oprd.models.model import HiddenStateModel, Stage
+from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.models.model import Stage
+from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec
@@ -106,31 +106,14 @@ def all_states(stage: Stage, spec: ModelSpec, topology: Topology, tokens: torch.
         return hidden_states
 
     tokens = tokens.to(topology.device)
-    group = topology.groups.pp
-    ranks = dist.get_process_group_ranks(group)
-    # The sequence passes the first chunk of every pipeline rank, then the second of every one.
-    for number, chunk in zip(topology.stages, stage, strict=True):
-        if number > 0:
-            shape, dtype = (len(tokens), 1, spec.hidden_size), stage.config.params_dtype
-            received = torch.empty(shape, dtype=dtype, device=topology.device)
-            dist.recv(received, src=ranks[(number - 1) % topology.pipeline_size], group=group)
-            chunk.set_input_tensor(received)
-        output = _run(chunk, tokens, tap, spec)
-        if number < topology.num_stages - 1:
-            dist.send(output.contiguous(), dst=ranks[(number + 1) % topology.pipeline_size], group=group)
-        else:
-            shards = [torch.empty_like(output) for _ in range(topology.tensor_size)]
-            dist.all_gather(shards, output.contiguous(), group=topology.groups.tp)
-            states["logits"] = torch.cat(shards, dim=-1)[:, : spec.vocab_size].cpu()
-    return {name: state for held in gather_objects(states, group) for name, state in held.items()}
-
-
-def _run(chunk: HiddenStateModel, tokens: torch.Tensor, tap: Tap, spec: ModelSpec) -> torch.Tensor:
-    rows = torch.arange(len(tokens), device=tokens.device)
-    return chunk.run(
-        tokens,
-        MicroBatch(position_ids=rows, bounds=(0, len(tokens)), tap=tap, normed_layer=spec.num_layers, logit_rows=rows),
+    rows = torch.arange(len(tokens), device=topology.device)
+    batch = MicroBatch(
+        position_ids=rows, bounds=(0, len(tokens)), tap=tap, normed_layer=spec.num_layers, logit_rows=rows
     )
+    logits = pass_through(stage, topology, tokens, batch)
+    if logits is not None:
+        states["logits"] = gather_vocabulary(logits, topology, spec.vocab_size).cpu()
+    return {name: state for held in gather_objects(states, topology.groups.pp) for name, state in held.items()}
 
 
 def open_hf_model(folder: str | Path, stored: torch.dtype, compute: torch.dtype) -> torch.nn.Module:

@@ -34,10 +34,6 @@ class LayerPlan:
         return tuple(pair.student for pair in self.pairs)
 
     @property
-    def teacher_of(self) -> dict[int, int]:
-        return {pair.student: pair.teacher for pair in self.pairs}
-
-    @property
     def student_last_layer(self) -> int:
         """Blocks above it do not run in training and are not trained."""
         return max(self.student_layers)
@@ -67,10 +63,14 @@ class LayerPlan:
         """The compared teacher layers that live on the teacher's `stages`, ascending."""
         return tuple(layer for layer in sorted({p.teacher for p in self.pairs}) if self.teacher_stage(layer) in stages)
 
+    def student_place(self, layer: int) -> tuple[int, int]:
+        """(chunk, pipeline rank) that owns a student layer."""
+        return divmod(self.student_stage(layer), self.pipeline_size)
+
     def as_json(self) -> dict[str, object]:
         pairs = []
         for pair in self.pairs:
-            chunk, rank = divmod(self.student_stage(pair.student), self.pipeline_size)
+            chunk, rank = self.student_place(pair.student)
             pairs.append({"student": pair.student, "teacher": pair.teacher, "stage": rank, "chunk": chunk})
         return {
             "pairs": pairs,
@@ -96,7 +96,11 @@ def even_stages(num_layers: int, pipeline_size: int, virtual_size: int = 1, key:
         raise UserError(
             f"{key}.pipeline={pipeline_size}{virtual} has more stages than the model's {num_layers} layers; {works}"
         )
-    share, more = divmod(num_layers, stages)
+    return _evenly(num_layers, stages)
+
+
+def _evenly(blocks: int, stages: int) -> tuple[int, ...]:
+    share, more = divmod(blocks, stages)
     return tuple(share + (stage < more) for stage in range(stages))
 
 
@@ -130,9 +134,7 @@ def make_plan(
     else:
         even_stages(teacher.num_layers, teacher_pipeline, key="teacher.parallel")
     # Cut evenly up to the highest compared layer; a stage may be left without a block.
-    count = teacher_pipeline or len(student_stages)
-    share, more = divmod(max(pair.teacher for pair in pairs), count)
-    stages = tuple(share + (stage < more) for stage in range(count))
+    stages = _evenly(max(pair.teacher for pair in pairs), teacher_pipeline or len(student_stages))
     return dataclasses.replace(plan, teacher_stages=stages, aligned=False)
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_oprd.models.kv_cache import CachedStep, KeyValueCache
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
+from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import max_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
@@ -108,12 +109,13 @@ class MegatronEngine:
         cache = self._cache(slots.size)
         while self._anyone_works(bool(waiting or slots.count)):
             if not (waiting or slots.count):
-                self._forward(*_idle_micro_batch(device))
+                pass_through(self.stage, self.topology, *_idle_micro_batch(device))
                 continue
             decoding = slots.count
             starting = self._admit(waiting, slots, step)
             cache.reserve(max([slots.longest, *(len(prompt.prompt_ids) for prompt, _ in starting)]))
-            output = self._forward(*_micro_batch(slots, cache, decoding, starting, dtype))
+            step_input = _micro_batch(slots, cache, decoding, starting, dtype)
+            output = pass_through(self.stage, self.topology, *step_input)
             ended = slots.accept(self._sample(output, slots))
             moves = None
             if ended.any():
@@ -160,38 +162,15 @@ class MegatronEngine:
             starting[-1][1].append(slots.admit(waiting.popleft(), self.seed, step))
         return starting
 
-    def _forward(self, tokens: torch.Tensor, batch: MicroBatch) -> torch.Tensor | None:
-        """What the last stage makes of the micro-batch, [rows, vocabulary / tensor size]; None on other ranks. Passes
-        the hidden states from stage to stage."""
-        topology, config, pipeline = self.topology, self.stage.config, self.topology.groups.pp
-        output = None
-        for chunk, stage in zip(self.stage, topology.stages, strict=True):
-            if stage > 0:
-                hidden = torch.empty(
-                    len(tokens), 1, config.hidden_size, dtype=config.params_dtype, device=topology.device
-                )
-                before = (topology.pipeline_rank - 1) % topology.pipeline_size
-                dist.recv(hidden, dist.get_global_rank(pipeline, before), group=pipeline)
-                chunk.set_input_tensor(hidden)
-            output = chunk.run(tokens, batch)
-            if stage < topology.num_stages - 1:
-                after = (topology.pipeline_rank + 1) % topology.pipeline_size
-                dist.send(output, dist.get_global_rank(pipeline, after), group=pipeline)
-                output = None
-        return output
-
     def _sample(self, logits: torch.Tensor | None, slots: Slots) -> torch.Tensor:
-        """The next token of each row, [rows] int64, the same on every rank of the replica; `logits` as from `_forward`,
-        whose vocabulary is gathered over the tensor-parallel group."""
+        """The next token of each row, [rows] int64, the same on every rank of the replica, from what `pass_through`
+        returns. Communicates over the tensor- and the pipeline-parallel group."""
         topology = self.topology
         if logits is None:
             tokens = slots.tokens.new_empty(slots.count)
         else:
-            if topology.tensor_size > 1:
-                parts = [torch.empty_like(logits) for _ in range(topology.tensor_size)]
-                dist.all_gather(parts, logits, group=topology.groups.tp)
-                logits = torch.cat(parts, dim=-1)
-            tokens = sample(logits[:, : self.spec.vocab_size], self.sampling, slots.next_numbers())
+            logits = gather_vocabulary(logits, topology, self.spec.vocab_size)
+            tokens = sample(logits, self.sampling, slots.next_numbers())
             if topology.tensor_size > 1:
                 # Sums on a GPU may differ in the last bit between ranks; one other token and they wait for ever.
                 dist.broadcast(tokens, dist.get_global_rank(topology.groups.tp, 0), group=topology.groups.tp)

@@ -48,5 +48,5 @@ def describe_run(
 
 
 def _place(plan: LayerPlan, layer: int) -> str:
-    chunk, rank = divmod(plan.student_stage(layer), plan.pipeline_size)
+    chunk, rank = plan.student_place(layer)
     return f"{rank}, chunk {chunk}" if len(plan.student_stages) > plan.pipeline_size else str(rank)

@@ -115,6 +115,6 @@ def _target_bytes(config: Config, plan: LayerPlan, teacher: ModelSpec, copies: i
     rows = samples * selected[representation.positions]
     if plan.aligned and parallel.pipeline == 1:  # streamed: no more than a micro-batch has
         rows = min(rows, config.batch.max_tokens_per_micro_batch / parallel.context)
-    owners = [plan.student_stage(layer) % parallel.pipeline for layer in plan.student_layers]
+    owners = [rank for _, rank in map(plan.student_place, plan.student_layers)]
     layers = max(owners.count(rank) for rank in set(owners))
     return int(layers * rows * teacher.hidden_size * size / (parallel.tensor if parallel.sequence else 1))

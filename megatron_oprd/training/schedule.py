@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_oprd.data.cutting import zigzag_rows
 from megatron_oprd.models.micro_batch import ContextPart, MicroBatch, Tap
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import PackedBatch
@@ -47,7 +46,7 @@ def run_schedule(
 
     virtual_size = topology.virtual_size if topology.virtual_size > 1 else None
     schedule = get_forward_backward_func(pp_size=topology.pipeline_size, vp_size=virtual_size)
-    work = [(zip(batches, copy, strict=True)) for copy in itertools.tee(taps, len(chunks))]
+    work = [zip(batches, copy, strict=True) for copy in itertools.tee(taps, len(chunks))]
     with torch.set_grad_enabled(not forward_only):
         schedule(
             forward_step_func=forward_step,
@@ -61,12 +60,9 @@ def run_schedule(
 
 
 def _context_part(batch: PackedBatch, topology: Topology) -> ContextPart | None:
-    size = topology.context_size
-    if size == 1:
+    if topology.context_size == 1:
         return None
-    bounds = batch.cu_seqlens.tolist()
-    gathered = torch.cat([zigzag_rows(bounds, rank, size) for rank in range(size)])
-    return ContextPart(topology.groups.cp, topology.context_rank, size, gathered.argsort().to(topology.device))
+    return ContextPart(topology.groups.cp, topology.context_rank, topology.context_size, batch.context_order)
 
 
 def _no_pipeline_loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:

@@ -1,0 +1,44 @@
+"""One forward pass of whole tokens through all stages of a model, outside mcore's schedules."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.models.model import Stage
+from megatron_oprd.parallel.topology import Topology
+
+
+def pass_through(stage: Stage, topology: Topology, tokens: torch.Tensor, batch: MicroBatch) -> torch.Tensor | None:
+    """What the last stage makes of `tokens` [tokens], [rows, vocabulary / tensor size] with `logit_rows`; None on other
+    ranks.
+
+    They pass the first chunk of every pipeline rank, then the second of every one. All ranks of the replica pass the
+    same tokens, with sequence parallelism off. Communicates over the pipeline-, tensor- and expert-parallel groups.
+    """
+    config, group = stage.config, topology.groups.pp
+    output = None
+    for number, chunk in zip(topology.stages, stage, strict=True):
+        if number > 0:
+            shape = (len(tokens), 1, config.hidden_size)
+            hidden = torch.empty(shape, dtype=config.params_dtype, device=topology.device)
+            before = (topology.pipeline_rank - 1) % topology.pipeline_size
+            dist.recv(hidden, dist.get_global_rank(group, before), group=group)
+            chunk.set_input_tensor(hidden)
+        output = chunk.run(tokens, batch)
+        if number < topology.num_stages - 1:
+            after = (topology.pipeline_rank + 1) % topology.pipeline_size
+            dist.send(output.contiguous(), dist.get_global_rank(group, after), group=group)
+            output = None
+    return output
+
+
+def gather_vocabulary(logits: torch.Tensor, topology: Topology, vocab_size: int) -> torch.Tensor:
+    """[rows, vocabulary / tensor size] -> [rows, vocab_size], without padding. Communicates over the tensor-parallel
+    group."""
+    if topology.tensor_size > 1:
+        parts = [torch.empty_like(logits) for _ in range(topology.tensor_size)]
+        dist.all_gather(parts, logits.contiguous(), group=topology.groups.tp)
+        logits = torch.cat(parts, dim=-1)
+    return logits[:, :vocab_size]
