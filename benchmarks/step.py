@@ -24,13 +24,13 @@ from megatron_oprd import platform
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import make_plan
-from megatron_oprd.models.taps import CaptureTap, StageLoss
+from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.training.global_batch import pack_global_batch
+from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.student import build_student
-from megatron_oprd.training.student_step import accumulate_gradients
+from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
 from megatron_oprd.types import ModelSpec, Rollout
 
 
@@ -64,15 +64,18 @@ def measure(options: argparse.Namespace) -> dict:
     device = platform.choose_device("auto")
     start_process(device)
     topology = build_topology(config.parallel, device, seed=0)
-    plan = make_plan(config.loss.representation, spec, spec)
+    plan = make_plan(config.loss, spec, spec)
     torch.manual_seed(0)
     student, teacher = (build_model(spec, topology, DTYPES[options.dtype], lm_head=head) for head in (True, False))
     for model in (student, teacher):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
     trained = build_student(student, config, plan)
-    batches, _ = pack_global_batch(_rollouts(options), config.loss.representation, config.batch, spec, topology)
-    capture = CaptureTap(frozenset(plan.teacher_layers(topology.stages)), batches[0].selected)
+    rollouts = _rollouts(options)
+    whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)
+    batches = whole.micro_batches(config.batch, spec, topology)
+    selected = batches[0].representation.selected
+    capture = CaptureTap(dict.fromkeys(plan.teacher_layers(topology.stages), selected))
     run_schedule(
         teacher.eval(),
         topology,
@@ -84,13 +87,10 @@ def measure(options: argparse.Namespace) -> dict:
     )
 
     def step(with_loss: bool) -> float:
-        targets = TeacherTargets(plan.readers(topology.stages), device)
-        targets.put(0, capture.states)
-        taps = [
-            StageLoss(batches[0], targets.of(0), len(plan.pairs), normalize="none", scale=1.0)
-            if with_loss
-            else CaptureTap(frozenset(), batches[0].selected)
-        ]
+        readers = plan.readers(topology.stages)
+        targets = TeacherTargets(readers, device)
+        targets.put(0, {layer: capture.states[teacher_layer] for layer, teacher_layer in readers.items()})
+        taps = [stage_loss(plan, config.loss, batches[0], targets, 0, None) if with_loss else CaptureTap({})]
         begin = time.perf_counter()
         accumulate_gradients(trained, topology, plan, batches, taps)
         with platform.cpu_devices():

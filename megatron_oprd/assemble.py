@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from megatron_oprd import platform
 from megatron_oprd.config import Config, EvaluationConfig, ParallelConfig, RolloutConfig
 from megatron_oprd.inputs import Inputs
-from megatron_oprd.layouts import teacher_layout
 from megatron_oprd.models.build import DTYPES, build_model
-from megatron_oprd.models.layer_plan import LayerPlan
+from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
-from megatron_oprd.models.weights import content_hash, load_weights
+from megatron_oprd.models.output_loss import Heads
+from megatron_oprd.models.weights import content_hash, load_lm_head, load_weights
 from megatron_oprd.parallel.collectives import min_over
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology, build_topology, start_process
 from megatron_oprd.rollout.engine import RolloutEngine, Sampling
 from megatron_oprd.rollout.megatron import MegatronEngine
@@ -34,22 +34,26 @@ class Run:
     inputs: Inputs
     topology: Topology
     student: Student
-    teacher: Teacher
+    teachers: tuple[Teacher, ...]  # in the order of the configuration
+    heads: Heads | None  # for an output-space objective, on the student's last stage
     engine: RolloutEngine
     evaluator: RolloutEngine | None
-    identity: Identity
+    identities: dict[str, Identity]  # of the teachers
 
 
 def build_run(inputs: Inputs) -> Run:
     """Start the process group and build this rank's part of every model. Collective over the world."""
     config, plan = inputs.config, inputs.plan
-    own_layout = teacher_layout(config)
-    own_topology = start_topology(config, own_layout) if own_layout else None
+    planned = list(inputs.teachers.values())
+    own_topologies = [
+        (layout, start_topology(config, layout)) for layout in _distinct([teacher.layout for teacher in planned])
+    ]
     topology = start_topology(config, config.parallel)  # the last one stays in force
     stage = build_and_load(config, inputs.student, topology, plan.student_stages)
-    teacher = build_teacher(config, inputs.teacher, own_topology or topology, plan)
-    teacher_hash = on_rank_zero(lambda: content_hash(config.teacher.path))
-    pairs = tuple((pair.student, pair.teacher) for pair in plan.pairs)
+    teachers = []
+    for teacher in planned:
+        own = next((own for layout, own in own_topologies if layout == teacher.layout), topology)
+        teachers.append(build_teacher(config, teacher, own, own_prompts=inputs.own_prompts))
     evaluator = None
     if inputs.evaluation_prompts is not None:
         evaluator = make_evaluator(config, stage, inputs.student, topology)
@@ -57,11 +61,26 @@ def build_run(inputs: Inputs) -> Run:
         inputs,
         topology,
         build_student(stage, config, plan),
-        teacher,
+        tuple(teachers),
+        load_heads(inputs, stage, topology) if plan.output else None,
         _engine(inputs, stage, topology),
         evaluator,
-        Identity(config.teacher.path, teacher_hash, pairs),
+        {name: _identity(teacher) for name, teacher in inputs.teachers.items()},
     )
+
+
+def _distinct(layouts: list[ParallelConfig | None]) -> list[ParallelConfig]:
+    found: list[ParallelConfig] = []
+    for layout in layouts:
+        if layout is not None and layout not in found:
+            found.append(layout)
+    return found
+
+
+def _identity(teacher: PlannedTeacher) -> Identity:
+    """Collective over the world."""
+    digest = on_rank_zero(lambda: content_hash(teacher.config.path))
+    return Identity(teacher.config.path, digest, tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs))
 
 
 def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
@@ -71,20 +90,48 @@ def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
     return build_topology(parallel, device, config.train.seed)
 
 
-def build_teacher(config: Config, spec: ModelSpec, topology: Topology, plan: LayerPlan) -> Teacher:
-    """This rank's chunks of the frozen teacher, up to its highest compared layer. Collective over the world."""
-    with topology.active():
-        stage = build_model(
-            spec,
-            topology,
-            DTYPES[config.precision.dtype],
-            stages=plan.teacher_stages,
-            lm_head=False,
-            final_norm=plan.teacher_normed_layer is not None,
-        )
-        load_weights(stage, config.teacher.path, spec, topology)
-    stage.eval().requires_grad_(False)
-    return Teacher(stage, topology, config.teacher.offload_targets)
+def build_teacher(config: Config, teacher: PlannedTeacher, topology: Topology, *, own_prompts: bool) -> Teacher:
+    """A frozen teacher up to its highest compared layer. With `teachers_in_memory: one` it is built for each pass.
+    Collective over the world."""
+
+    def load() -> Stage:
+        with topology.active():
+            stage = build_model(
+                teacher.spec,
+                topology,
+                DTYPES[config.precision.dtype],
+                stages=teacher.plan.teacher_stages,
+                lm_head=False,
+                final_norm=teacher.plan.teacher_final_norm,
+            )
+            load_weights(stage, teacher.config.path, teacher.spec, topology)
+        stage.eval().requires_grad_(False)
+        return stage
+
+    kept = load() if config.teachers_in_memory == "all" else None
+    return Teacher(
+        load if kept is None else lambda: kept,
+        topology,
+        teacher.plan,
+        own_prompts=own_prompts,
+        offload=teacher.config.offload_targets,
+    )
+
+
+def load_heads(inputs: Inputs, stage: Stage, topology: Topology) -> Heads | None:
+    """The LM heads of student and teachers on the ranks of the student's last stage; None elsewhere. Collective over
+    the world."""
+
+    def read() -> Heads | None:
+        if topology.num_stages - 1 not in topology.stages:
+            return None
+        head = stage[-1].lm_head
+        first = topology.tensor_rank * len(head)
+        end = max(min(first + len(head), inputs.vocab_size), first)
+        teachers = (load_lm_head(t.config.path, t.spec, first, end) for t in inputs.teachers.values())
+        return Heads(head, tuple(rows.to(topology.device, head.dtype) for rows in teachers), first)
+
+    return on_every_rank(read)
 
 
 def build_and_load(config: Config, spec: ModelSpec, topology: Topology, stages: tuple[int, ...]) -> Stage:
@@ -142,5 +189,6 @@ def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
         sampling,
         seed=config.train.seed,
         max_batch=rows,
+        vocab_size=inputs.vocab_size,
         progress=topology.rank == 0,
     )

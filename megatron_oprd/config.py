@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
@@ -31,13 +31,14 @@ class TeacherParallelConfig(_Section):
 
 class TeacherConfig(_Section):
     path: str
-    parallel: TeacherParallelConfig | None = None
+    parallel: TeacherParallelConfig | None = None  # None: the student's layout
     offload_targets: bool = False
 
 
 class DataConfig(_Section):
     prompts: list[str] = []
     prompt_key: str = "prompt"
+    teacher_prompt_key: str | None = None
     max_prompt_tokens: int = Field(2048, ge=1)
     shuffle: bool = True
     append_instruction: Literal["auto"] | bool = "auto"
@@ -74,13 +75,42 @@ class RepresentationConfig(_Section):
 
 
 class OutputConfig(_Section):
-    objective: Literal["none"] = "none"
-    weight: float = Field(1.0, ge=0.0)
+    objective: Literal["none", "sampled", "topk_surrogate", "topk_kl", "full_kl"] = "none"
+    weight: float = Field(1.0, gt=0.0)
+    k: int = Field(16, ge=1)
+    support: Literal["student", "teacher", "union"] = "student"
+    tail_bucket: bool = False
+    direction: Literal["reverse", "forward", "jsd"] = "reverse"
+    beta: float = Field(0.5, ge=0.0, le=1.0)
+    teacher_temperature: float = Field(1.0, gt=0.0)
+    positions: Literal["all", "last", "last_k", "first_k"] = "all"
+    positions_k: int = Field(2000, ge=1)
+    aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    chunk_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] | None = "auto"
+    metrics_every: int = Field(10, ge=0)
 
 
 class LossConfig(_Section):
     representation: RepresentationConfig = RepresentationConfig()
     output: OutputConfig = OutputConfig()
+
+    @property
+    def reads_layers(self) -> bool:
+        """Whether hidden states are compared."""
+        return self.representation.weight > 0
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether next-token distributions are compared."""
+        return self.output.objective != "none"
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> LossConfig:
+        if not (self.reads_layers or self.reads_output):
+            raise ValueError(
+                "loss.representation.weight=0 and loss.output.objective=none leave nothing to learn; set one of them"
+            )
+        return self
 
 
 class ParallelConfig(_Section):
@@ -144,7 +174,9 @@ class EvaluationConfig(_Section):
 
 class Config(_Section):
     student: StudentConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig | None = None
+    teachers: dict[str, TeacherConfig] = {}  # by the data_source of the prompts that each one teaches
+    teachers_in_memory: Literal["all", "one"] = "all"
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
@@ -162,6 +194,28 @@ class Config(_Section):
         if self.rollout.engine == "megatron" and not self.data.prompts:
             raise ValueError("data.prompts: name at least one prompt file (only rollout.engine=replay needs none)")
         return self
+
+    @model_validator(mode="after")
+    def _one_teacher_or_several(self) -> Config:
+        if self.teacher is None and not self.teachers:
+            raise ValueError("teacher is required: teacher.path, or teachers with one for each data_source")
+        if self.teacher is not None and self.teachers:
+            raise ValueError("teacher and teachers are both given: name one teacher for all prompts, or several")
+        return self
+
+    @model_validator(mode="after")
+    def _a_temperature_for_probabilities(self) -> Config:
+        if self.loss.reads_output and self.rollout.temperature == 0:
+            raise ValueError(
+                f"rollout.temperature=0 has no probabilities for loss.output.objective={self.loss.output.objective}; "
+                "use one above 0"
+            )
+        return self
+
+    @property
+    def named_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by data_source; a single one, which teaches all prompts, under the empty name."""
+        return self.teachers if self.teacher is None else {"": self.teacher}
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:

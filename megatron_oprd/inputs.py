@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,13 @@ from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer, same_vocabulary
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.layouts import plan_layers, world_size
-from megatron_oprd.models.layer_plan import LayerPlan
+from megatron_oprd.layouts import plan_teacher, world_size
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.rollout.replay import check_enough, load_replay
-from megatron_oprd.types import ModelSpec, Rollout, UserError
+from megatron_oprd.training.global_batch import longest_reading
+from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,27 @@ class Inputs:
 
     config: Config
     student: ModelSpec
-    teacher: ModelSpec
-    plan: LayerPlan
+    teachers: dict[str, PlannedTeacher]  # by the data_source that they teach; a single one teaches all, without a name
     tokenizer: PreTrainedTokenizerBase | None  # None: replayed rollouts need none
     prompts: PromptSet | None
     evaluation_prompts: PromptSet | None
     replayed: list[Rollout]
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The student's layers that are compared, the same with every teacher, and the first teacher's."""
+        return next(iter(self.teachers.values())).plan
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that all models know. (Models of one tokenizer pad their vocabularies to different sizes.)"""
+        return min(self.student.vocab_size, *(teacher.spec.vocab_size for teacher in self.teachers.values()))
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether teachers may read other prompts than the student."""
+        replayed = any(rollout.teacher_prompt_ids is not None for rollout in self.replayed)
+        return self.config.data.teacher_prompt_key is not None or replayed
 
     @property
     def run_dir(self) -> Path:
@@ -44,45 +62,67 @@ def read_inputs(config: Config) -> Inputs:
     platform.choose_device(config.train.device)
     check_writable(config.train.run_dir)
     check_layout(config.parallel, world_size())
-    student, teacher = read_model_spec(config.student.path), read_model_spec(config.teacher.path)
-    plan = plan_layers(config, student, teacher)
-    for path, spec in ((config.student.path, student), (config.teacher.path, teacher)):
-        check_weights(path, spec)
-    replayed = _replayed(config, student, teacher) if config.rollout.engine == "replay" else []
+    student = read_model_spec(config.student.path)
+    specs = {name: read_model_spec(teacher.path) for name, teacher in config.named_teachers.items()}
+    teachers = {name: plan_teacher(config, student, spec, name) for name, spec in specs.items()}
+    check_weights(config.student.path, student)
+    for teacher in teachers.values():
+        check_weights(teacher.config.path, teacher.spec)
+    vocab_size = min(student.vocab_size, *(spec.vocab_size for spec in specs.values()))
+    replayed = _replayed(config, vocab_size) if config.rollout.engine == "replay" else []
     tokenizer = prompts = evaluation_prompts = None
     if config.rollout.engine == "megatron" or config.evaluation.every:
-        tokenizer = _tokenizer(config, student, teacher)
+        tokenizer = _tokenizer(config, student, teachers)
     if tokenizer is not None and config.rollout.engine == "megatron":
         prompts = load_prompts(config.data.prompts, tokenizer, config.data)
         _check_lengths(config, prompts)
     if tokenizer is not None and config.evaluation.every:
         evaluation_prompts = read_evaluation_prompts(config, tokenizer)
-    return Inputs(config, student, teacher, plan, tokenizer, prompts, evaluation_prompts, replayed)
+    _check_sources(config, prompts.prompts if prompts else replayed)
+    return Inputs(config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed)
 
 
 def read_evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """The prompts of `evaluation.data`. Raises UserError when none are named."""
     if not config.evaluation.data:
         raise UserError("evaluation.data: name at least one prompt file with answers to evaluate on")
-    return load_prompts(config.evaluation.data, tokenizer, config.data)
+    data = config.data.model_copy(update={"teacher_prompt_key": None})  # no teacher reads these
+    return load_prompts(config.evaluation.data, tokenizer, data)
 
 
-def _tokenizer(config: Config, student: ModelSpec, teacher: ModelSpec) -> PreTrainedTokenizerBase:
-    """The student's tokenizer. The teacher reads the student's token ids, so they must mean the same to it."""
+def _tokenizer(config: Config, student: ModelSpec, teachers: dict[str, PlannedTeacher]) -> PreTrainedTokenizerBase:
+    """The student's tokenizer. The teachers read the student's token ids, so they must mean the same to them."""
     tokenizer = load_tokenizer(config.student.path)
-    for spec in (student, teacher):
-        check_tokenizer(tokenizer, spec)
-    has_own = any((Path(config.teacher.path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    if has_own and not same_vocabulary(tokenizer, load_tokenizer(config.teacher.path)):
-        raise UserError(
-            f"the tokenizers of student.path={config.student.path} and teacher.path={config.teacher.path} give the "
-            "same text other ids; use a teacher with the student's tokenizer"
-        )
+    check_tokenizer(tokenizer, student)
+    for name, teacher in teachers.items():
+        path = teacher.config.path
+        check_tokenizer(tokenizer, teacher.spec)
+        has_own = any((Path(path) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
+        if has_own and not same_vocabulary(tokenizer, load_tokenizer(path)):
+            key = f"teachers.{name}.path" if name else "teacher.path"
+            raise UserError(
+                f"the tokenizers of student.path={config.student.path} and {key}={path} give the same text other ids; "
+                "use a teacher with the student's tokenizer"
+            )
     return tokenizer
 
 
+def _check_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout]) -> None:
+    """Raise UserError when several teachers leave out the data_source of what they are to teach."""
+    if not config.teachers:
+        return
+    sources = Counter(one.data_source for one in taught)
+    for source, number in sources.items():
+        if source not in config.teachers:
+            what = "prompts" if config.rollout.engine == "megatron" else "rollouts"
+            raise UserError(
+                f"data_source {source!r} of {number} {what} has no teacher; teachers has {', '.join(config.teachers)}"
+            )
+
+
 def _check_lengths(config: Config, prompts: PromptSet) -> None:
-    longest = max(len(prompt.prompt_ids) for prompt in prompts.prompts) + config.rollout.max_new_tokens
+    asked = (max(len(prompt.prompt_ids), len(prompt.teacher_prompt_ids or ())) for prompt in prompts.prompts)
+    longest = max(asked) + config.rollout.max_new_tokens
     if longest > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "
@@ -91,13 +131,12 @@ def _check_lengths(config: Config, prompts: PromptSet) -> None:
         )
 
 
-def _replayed(config: Config, student: ModelSpec, teacher: ModelSpec) -> list[Rollout]:
+def _replayed(config: Config, vocab_size: int) -> list[Rollout]:
     rollout = config.rollout
     assert rollout.path is not None  # the configuration requires it
-    vocab_size = min(student.vocab_size, teacher.vocab_size)
     rollouts = load_replay(rollout.path, vocab_size=vocab_size)
     check_enough(rollouts, config.train.steps, rollout.prompts_per_step * rollout.samples_per_prompt)
-    longest = max((len(r.prompt_ids) + len(r.response_ids) for r in rollouts), default=0)
+    longest = max(map(longest_reading, rollouts), default=0)
     if longest > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "

@@ -7,30 +7,34 @@ from collections.abc import Sequence
 
 from megatron_oprd.config import Config, ParallelConfig
 from megatron_oprd.models.build import check_divisible, check_recompute
-from megatron_oprd.models.layer_plan import LayerPlan, make_plan
+from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.types import ModelSpec, UserError
 
 
-def plan_layers(config: Config, student: ModelSpec, teacher: ModelSpec) -> LayerPlan:
-    """Which layers are compared, and on which stages of both layouts they live. Raises UserError, naming what would
-    work, for layers that do not exist and for layouts that do not suit the models or the processes."""
-    own_layout = teacher_layout(config)
+def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: str = "") -> PlannedTeacher:
+    """Which layers are compared with the teacher called `name` (the only one has no name), and on which stages of both
+    layouts they live. Raises UserError, naming what would work, for layers that do not exist and for layouts that do
+    not suit the models or the processes."""
+    of_teacher = config.named_teachers[name]
+    own_layout = teacher_layout(config, name)
+    key = f"teachers.{name}.parallel" if name else "teacher.parallel"
     plan = make_plan(
-        config.loss.representation,
+        config.loss,
         student,
         teacher,
         config.parallel.pipeline,
         config.parallel.virtual_pipeline or 1,
         teacher_pipeline=own_layout.pipeline if own_layout else None,
+        key=key,
     )
     check_student_layout(config.parallel, student, None if own_layout else teacher)
     if own_layout:
-        check_layout(own_layout, world_size(), key="teacher.parallel")
-        check_experts(own_layout.expert, [teacher], key="teacher.parallel")
-        check_divisible(teacher, own_layout.tensor, own_layout.expert, key="teacher.parallel", model="teacher")
+        check_layout(own_layout, world_size(), key=key)
+        check_experts(own_layout.expert, [teacher], key=key)
+        check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model="teacher")
     check_recompute(config.recompute, plan.student_stages)
-    return plan
+    return PlannedTeacher(of_teacher, teacher, own_layout, plan)
 
 
 def world_size() -> int:
@@ -38,9 +42,9 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def teacher_layout(config: Config) -> ParallelConfig | None:
+def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:
     """The layout of a teacher that has one of its own; None for the student's, also when it is the same one."""
-    own, student = config.teacher.parallel, config.parallel
+    own, student = config.named_teachers[name].parallel, config.parallel
     if own is None:
         return None
     layout = ParallelConfig(tensor=own.tensor, pipeline=own.pipeline, expert=own.expert)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,17 +25,17 @@ from megatron_oprd.evaluation.sample import score_by_source, write_samples
 from megatron_oprd.files import explain_os_errors, write_json, write_text
 from megatron_oprd.hf.export import export_hf
 from megatron_oprd.inputs import Inputs, read_inputs
-from megatron_oprd.layouts import teacher_layout
+from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.dry_run import describe_run
-from megatron_oprd.training.global_batch import pack_global_batch, rollout_metrics, share_rollouts
+from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import PassReport, teacher_pass
-from megatron_oprd.types import Prompt, Rollout, UserError
+from megatron_oprd.types import PackedBatch, Prompt, Rollout, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     inputs = read_inputs(load_config(options.config, options.overrides))
     if options.dry_run:
-        own_layout = teacher_layout(inputs.config)
-        describe_run(inputs.config, inputs.student, inputs.teacher, inputs.plan, own_layout)
+        describe_run(inputs.config, inputs.student, inputs.teachers)
     else:
         run = build_run(inputs)
         fit(run)
@@ -71,26 +70,57 @@ def fit(run: Run) -> None:
 
 
 def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float], list[Rollout]]:
-    """Prompts, rollouts, the teacher's states, one update of the student. Collective over the world."""
-    config, topology, plan = run.inputs.config, run.topology, run.inputs.plan
+    """Prompts, rollouts, the teachers' states, one update of the student. Collective over the world."""
+    inputs, topology = run.inputs, run.topology
+    config, plan = inputs.config, inputs.plan
     watch = Stopwatch()
     platform.reset_peak_memory(topology.device)
-    prompts, position = take_prompts(run.inputs, state)
+    prompts, position = take_prompts(inputs, state)
     with watch("rollout"):
         mine = run.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), state.step)
-    rollouts = share_rollouts(mine, topology)
-    pack = partial(pack_global_batch, rollouts, config.loss.representation, config.batch, run.inputs.student)
-    batches, counts = pack(topology)
-    teacher_batches = batches if run.teacher.topology is topology else pack(run.teacher.topology)[0]
-    targets, teacher_report = teacher_pass(run.teacher, topology, plan, batches, teacher_batches)
+    whole = GlobalBatch(*with_teachers(inputs, share_rollouts(mine, topology)), config.loss)
+    pack = partial(whole.micro_batches, config.batch, inputs.student)
+    batches = pack(topology)
+
+    def read_by(number: int) -> list[PackedBatch]:
+        teacher = run.teachers[number]
+        alike = len(run.teachers) == 1 and teacher.reads_alike(topology)
+        return batches if alike else pack(teacher.topology, teacher=number)
+
+    targets, teacher_report = teacher_pass(run.teachers, topology, batches, read_by)
+    with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps)
+    output = output_loss(run, with_metrics=with_metrics)
     with watch("student"):
-        report = student_step(run.student, topology, plan, config.loss.representation, batches, targets, counts)
+        report = student_step(
+            run.student, topology, plan, config.loss, whole, batches, targets, output, with_metrics=with_metrics
+        )
     state = TrainState(state.step + 1, position)
     metrics = {"step": state.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate}
-    metrics |= report.metrics | rollout_metrics(rollouts, counts)
+    metrics |= report.metrics | whole.metrics()
     metrics |= {"teacher/moved_bytes": teacher_report.moved_bytes, "teacher/target_bytes": targets.most_bytes}
     metrics |= step_seconds(watch, teacher_report)
-    return state, metrics | {"memory/peak_bytes": platform.peak_memory_bytes(topology.device)}, rollouts
+    return state, metrics | {"memory/peak_bytes": platform.peak_memory_bytes(topology.device)}, list(whole.rollouts)
+
+
+def with_teachers(inputs: Inputs, rollouts: Sequence[Rollout]) -> tuple[tuple[Rollout, ...], tuple[int, ...]]:
+    """The rollouts, and the number of the teacher of each: by data_source, where there are several."""
+    names = list(inputs.teachers)
+    numbers = [names.index(rollout.data_source) if len(names) > 1 else 0 for rollout in rollouts]
+    return tuple(rollouts), tuple(numbers)
+
+
+def output_loss(run: Run, *, with_metrics: bool) -> OutputLoss | None:
+    """The output-space objective of a step, on the student's last stage."""
+    if run.heads is None:
+        return None
+    config = run.inputs.config
+    return OutputLoss(
+        config.loss.output,
+        run.heads,
+        run.topology,
+        temperature=config.rollout.temperature,
+        with_metrics=with_metrics,
+    )
 
 
 def step_seconds(watch: Stopwatch, teacher: PassReport) -> dict[str, float]:
@@ -107,7 +137,7 @@ def start(run: Run) -> tuple[TrainState, RunLog]:
     found = on_rank_zero(lambda: find_checkpoint(run))
     state = TrainState()
     if found is not None:
-        state = checkpoint.load(found, run.student, run.inputs.student, topology, run.identity)
+        state = checkpoint.load(found, run.student, run.inputs.student, topology, run.identities)
     on_rank_zero(lambda: describe(run))  # only now: a run that may not go on leaves the folder as it was
     if found is not None and topology.rank == 0:
         print(f"going on from {found}", flush=True)
@@ -134,11 +164,17 @@ def describe(run: Run) -> None:
     """Write down, and print in two lines, what runs where."""
     inputs, topology = run.inputs, run.topology
     environment = describe_environment(str(topology.device), topology.world_size, describe_layout(topology))
-    if run.teacher.topology is not topology:
-        environment["teacher_layout"] = describe_layout(run.teacher.topology)
+    own = {
+        name: describe_layout(teacher.topology)
+        for name, teacher in zip(inputs.teachers, run.teachers, strict=True)
+        if teacher.topology is not topology
+    }
+    if own:
+        environment["teacher_layout"] = own.get("", own)
     write_text(inputs.run_dir / "config.yaml", dump_config(inputs.config))
     write_json(inputs.run_dir / "environment.json", environment)
-    write_json(inputs.run_dir / "plan.json", inputs.plan.as_json())
+    plans = {name: teacher.plan.as_json() for name, teacher in inputs.teachers.items()}
+    write_json(inputs.run_dir / "plan.json", plans.get("", {"teachers": plans}))
     print(one_line(environment), flush=True)
     if inputs.prompts is not None:
         print(f"prompts: {inputs.prompts.summary()}", flush=True)
@@ -204,7 +240,7 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
         run.inputs.student,
         run.topology,
         state,
-        run.identity,
+        run.identities,
         source=config.student.path,
         keep=config.checkpoint.keep,
     )

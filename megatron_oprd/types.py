@@ -25,6 +25,7 @@ class Prompt:
     data_source: str = ""
     ground_truth: str | None = None
     answer_style: Literal["rule", "exact"] = "rule"
+    teacher_prompt_ids: tuple[int, ...] | None = None  # what the teacher reads in its place; None: the same
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Rollout:
     finish_reason: FinishReason
     prompt_index: int = 0
     sample_index: int = 0
+    data_source: str = ""
+    teacher_prompt_ids: tuple[int, ...] | None = None  # what the teacher reads before the response; None: the same
 
     def __post_init__(self) -> None:
         if len(self.response_mask) != len(self.response_ids):
@@ -46,16 +49,29 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """Normalisers over the whole global batch (method of OPRD eq. (6)), equal on every rank."""
+    """Normalisers of a term of the loss over the whole global batch (OPRD eq. (6)), equal on every rank."""
 
     sequences: int  # rollouts with at least one selected token
     tokens: int  # selected tokens
-    empty: int  # rollouts without a selected token
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The N tokens of a micro-batch that a term of the loss reads, and the states that it reads of them."""
+
+    selected: torch.Tensor  # [N] int64: rows of this rank's hidden states, none twice
+    rows: torch.Tensor  # [N] int64: the number of each token among all that the term reads in the global batch
+    weights: torch.Tensor  # [N] float64: weight of each token in the global aggregate (without the layer mean)
+    token_ids: torch.Tensor  # [N] int64: the response tokens themselves
+    teachers: torch.Tensor  # [N] int64: which teacher each is compared with, counted as in the configuration
+
+    def __len__(self) -> int:
+        return len(self.selected)
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: whole sequences laid end to end, T tokens, N of them selected for the loss.
+    """One micro-batch: whole sequences laid end to end, T tokens, some of them selected for the terms of the loss.
 
     Padding (at the end of a sequence for context parallelism, as a sequence of its own for sequence parallelism) is
     never selected. Under context parallelism this is one rank's part, and T counts its tokens; `cu_seqlens` are those
@@ -67,14 +83,16 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # [sequences + 1] int32
     response_mask: torch.Tensor  # [T] bool
     sequence_ids: torch.Tensor  # [T] int64: index of the sequence in this micro-batch
-    selected: torch.Tensor  # [N] int64: rows of this rank's hidden states that the loss reads, none twice
-    rows: torch.Tensor  # [N] int64: the number of each selected token in the whole global batch
-    weights: torch.Tensor  # [N] float64: weight of each selected token in the global aggregate (without the layer mean)
+    representation: Selection  # what the loss on hidden states reads
+    output: Selection  # what the output-space objective reads: the last states one position before the tokens
     context_order: torch.Tensor  # [T * context size] int64: where each row of the whole lies among all ranks' parts
 
     @property
     def num_tokens(self) -> int:
         return int(self.tokens.numel())
+
+
+OUTPUT = 0  # stands among the layers (1 .. L) for layer L after the final norm, where output-space objectives read it
 
 
 @dataclass(frozen=True)

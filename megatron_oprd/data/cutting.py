@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_oprd.types import PackedBatch
+from megatron_oprd.types import PackedBatch, Selection
 
 
 def zigzag_rows(bounds: Sequence[int], rank: int, size: int) -> torch.Tensor:
@@ -43,16 +43,20 @@ def cut(
     held = rows.chunk(sequence_size)[sequence_rank]
     place = torch.full((batch.num_tokens,), -1)
     place[held] = torch.arange(len(held))
-    selected = place[batch.selected]
-    kept = selected >= 0
     return dataclasses.replace(
         batch,
         tokens=batch.tokens[rows],
         position_ids=batch.position_ids[rows],
         response_mask=batch.response_mask[rows],
         sequence_ids=batch.sequence_ids[rows],
-        selected=selected[kept],
-        rows=batch.rows[kept],
-        weights=batch.weights[kept],
+        representation=_cut_selection(batch.representation, place),
+        output=_cut_selection(batch.output, place),
         context_order=order,
     )
+
+
+def _cut_selection(selection: Selection, place: torch.Tensor) -> Selection:
+    """What of a selection lies where `place`, [tokens] int64, gives its rows a place of this rank and not -1."""
+    kept = place[selection.selected] >= 0
+    mine = Selection(**{field.name: getattr(selection, field.name)[kept] for field in dataclasses.fields(selection)})
+    return dataclasses.replace(mine, selected=place[mine.selected])

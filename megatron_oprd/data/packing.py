@@ -3,27 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from megatron_oprd.config import RepresentationConfig
+from megatron_oprd.config import OutputConfig, RepresentationConfig
 from megatron_oprd.losses.positions import select_positions
-from megatron_oprd.losses.reduction import token_weight
-from megatron_oprd.types import GlobalCounts, PackedBatch, Rollout
+from megatron_oprd.losses.reduction import count, token_weight
+from megatron_oprd.types import GlobalCounts, PackedBatch, Rollout, Selection
 
 
-def selected_per_rollout(rollouts: Sequence[Rollout], config: RepresentationConfig) -> list[int]:
-    """How many tokens of each rollout the loss reads."""
-    return [len(select_positions(rollout.response_mask, config.positions, config.k)) for rollout in rollouts]
+@dataclass(frozen=True)
+class Term:
+    """A term of the loss over the global batch: the tokens that it reads of each rollout, and how they are averaged."""
+
+    positions: tuple[tuple[int, ...], ...]  # of each rollout: indices into the response, ascending
+    shift: int  # from the row where a token is read to the row of the state that is compared
+    aggregation: str
+    counts: GlobalCounts
+    first_rows: tuple[int, ...]  # the number, over all rollouts, of each one's first token
+
+
+def representation_term(config: RepresentationConfig, rollouts: Sequence[Rollout]) -> Term:
+    """What the loss on hidden states reads of the global batch; nothing when its weight is zero. No communication."""
+    positions = [
+        tuple(select_positions(rollout.response_mask, config.positions, config.k)) if config.weight else ()
+        for rollout in rollouts
+    ]
+    # The state of token t is where t has been read; shift -1 takes the state that predicted it.
+    return _term(positions, config.shift, config.aggregation)
+
+
+def output_term(config: OutputConfig, rollouts: Sequence[Rollout]) -> Term:
+    """What the output-space objective reads: the logits that predicted the token. No communication."""
+    positions = [
+        tuple(select_positions(rollout.response_mask, config.positions, config.positions_k))
+        if config.objective != "none"
+        else ()
+        for rollout in rollouts
+    ]
+    return _term(positions, -1, config.aggregation)
+
+
+def _term(positions: list[tuple[int, ...]], shift: int, aggregation: str) -> Term:
+    lengths = [len(chosen) for chosen in positions]
+    first_rows = tuple(itertools.accumulate(lengths, initial=0))
+    return Term(tuple(positions), shift, aggregation, count(lengths), first_rows)
 
 
 def pack(
     rollouts: Sequence[Rollout],
-    first_rows: Sequence[int],
-    config: RepresentationConfig,
-    counts: GlobalCounts,
+    numbers: Sequence[int],
+    representation: Term,
+    output: Term,
     *,
+    teachers: Sequence[int] | None = None,
     sequence_multiple: int = 1,
     batch_multiple: int = 1,
     pad_id: int = 0,
@@ -31,31 +68,24 @@ def pack(
     """One micro-batch of whole sequences, laid end to end; none at all make one of padding alone, for a rank that has
     nothing to do while the schedule needs a micro-batch everywhere.
 
-    Every rollout has a selected token; `first_rows`: the global number of each one's first. Each sequence is padded at
-    its end to a multiple of `sequence_multiple` (context parallelism), the whole by a sequence of padding to one of
-    `batch_multiple` (sequence parallelism), itself a multiple of `sequence_multiple`.
+    `numbers`: which rollout of the global batch each is; `teachers`: the teacher of each, by default the first. Each
+    sequence is padded at its end to a multiple of `sequence_multiple` (context parallelism), the whole by a sequence of
+    padding to one of `batch_multiple` (sequence parallelism), itself a multiple of `sequence_multiple`.
     """
     tokens: list[int] = []
     positions: list[int] = []
     response: list[bool] = []
     sequence_ids: list[int] = []
-    selected: list[int] = []
-    rows: list[int] = []
-    weights: list[float] = []
+    starts: list[int] = []  # the row of each sequence's first response token
     bounds = [0]
-    for number, (rollout, first_row) in enumerate(zip(rollouts, first_rows, strict=True)):
-        first_response_row = len(tokens) + len(rollout.prompt_ids)
-        chosen = select_positions(rollout.response_mask, config.positions, config.k)
-        # The state of token t is where t has been read; shift -1 takes the state that predicted it.
-        selected += [first_response_row + index + config.shift for index in chosen]
-        rows += range(first_row, first_row + len(chosen))
-        weights += [token_weight(len(chosen), counts, config.aggregation)] * len(chosen)
+    for place, rollout in enumerate(rollouts):
+        starts.append(len(tokens) + len(rollout.prompt_ids))
         padding = -num_tokens(rollout) % sequence_multiple
         tokens += [*rollout.prompt_ids, *rollout.response_ids, *[pad_id] * padding]
         response += [False] * len(rollout.prompt_ids)
         response += [flag == 1 for flag in rollout.response_mask] + [False] * padding
         positions += range(num_tokens(rollout) + padding)
-        sequence_ids += [number] * (num_tokens(rollout) + padding)
+        sequence_ids += [place] * (num_tokens(rollout) + padding)
         bounds.append(len(tokens))
     padding = -len(tokens) % batch_multiple if tokens else batch_multiple
     if padding:
@@ -64,25 +94,47 @@ def pack(
         response += [False] * padding
         sequence_ids += [len(rollouts)] * padding
         bounds.append(len(tokens))
+    of_teacher = [0] * len(rollouts) if teachers is None else list(teachers)
     return PackedBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         position_ids=torch.tensor(positions, dtype=torch.int64),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         response_mask=torch.tensor(response, dtype=torch.bool),
         sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
-        selected=torch.tensor(selected, dtype=torch.int64),
-        rows=torch.tensor(rows, dtype=torch.int64),
-        weights=torch.tensor(weights, dtype=torch.float64),
+        representation=_select(representation, rollouts, numbers, starts, of_teacher),
+        output=_select(output, rollouts, numbers, starts, of_teacher),
         context_order=torch.arange(len(tokens)),
     )
 
 
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The micro-batch with every tensor on `device`."""
-    moved = {
-        field.name: getattr(batch, field.name).to(device, non_blocking=True) for field in dataclasses.fields(batch)
-    }
-    return PackedBatch(**moved)
+def _select(
+    term: Term, rollouts: Sequence[Rollout], numbers: Sequence[int], starts: Sequence[int], teachers: Sequence[int]
+) -> Selection:
+    selected: list[int] = []
+    rows: list[int] = []
+    weights: list[float] = []
+    token_ids: list[int] = []
+    of_teacher: list[int] = []
+    for rollout, number, start, teacher in zip(rollouts, numbers, starts, teachers, strict=True):
+        chosen = term.positions[number]
+        selected += [start + index + term.shift for index in chosen]
+        rows += range(term.first_rows[number], term.first_rows[number] + len(chosen))
+        weights += [token_weight(len(chosen), term.counts, term.aggregation) for _ in chosen]
+        token_ids += [rollout.response_ids[index] for index in chosen]
+        of_teacher += [teacher] * len(chosen)
+    integers = (torch.tensor(values, dtype=torch.int64) for values in (selected, rows, token_ids, of_teacher))
+    places, numbers_of, ids, readers = integers
+    return Selection(places, numbers_of, torch.tensor(weights, dtype=torch.float64), ids, readers)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The micro-batch, or a selection of it, with every tensor on `device`."""
+    moved = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        is_tensor = isinstance(value, torch.Tensor)
+        moved[field.name] = value.to(device, non_blocking=True) if is_tensor else to_device(value, device)
+    return type(batch)(**moved)
 
 
 def num_tokens(rollout: Rollout) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_oprd.types import UserError
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
+_Keys = dict[str, str]  # the columns that every row must have, by the setting that names them
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FILE_SUFFIXES = {".parquet", ".jsonl", ".json", ".ndjson", ".txt", ".csv", ".gz", ".zst"}
 
@@ -25,36 +26,41 @@ class Row:
     ability: str = ""
     ground_truth: str | None = None
     answer_style: Literal["rule", "exact"] = "rule"
+    teacher_prompt: str | list[Message] | None = None  # what the teacher reads in its place; None: the same
 
 
-def read_rows(sources: Iterable[str], prompt_key: str) -> list[Row]:
+def read_rows(sources: Iterable[str], prompt_key: str, teacher_prompt_key: str | None = None) -> list[Row]:
     """The rows of all sources, in order. A source is a Parquet or JSONL file, or the name of a hub data set.
 
     The columns are verl's: `prompt_key` (a string or a list of {role, content}), and optionally `data_source`,
-    `ability` and `reward_model` {ground_truth, style}; each file may lack other ones. Raises UserError.
+    `ability` and `reward_model` {ground_truth, style}; each file may lack other ones. With `teacher_prompt_key`, every
+    row has a prompt for the teacher there, in the same form. Raises UserError.
     """
+    keys = {"data.prompt_key": prompt_key}
+    if teacher_prompt_key is not None:
+        keys["data.teacher_prompt_key"] = teacher_prompt_key
     rows: list[Row] = []
     for source in sources:
         before = len(rows)
-        for where, record in _records(source, prompt_key):
-            rows.append(_row(where, record, prompt_key, Path(source).stem))
+        for where, record in _records(source, keys):
+            rows.append(_row(where, record, keys, Path(source).stem))
         if len(rows) == before:
             raise UserError(f"the prompt file {source} has no rows")
     return rows
 
 
-def _records(source: str, prompt_key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _records(source: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
     path = Path(source).expanduser()
     if path.is_dir():
         raise UserError(f"the prompt file {source} is a folder: name the files in it")
     if not path.exists():
         if path.suffix in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(source):
             raise UserError(f"the prompt file {source} does not exist")
-        return _hub(source, prompt_key)
+        return _hub(source, keys)
     try:
         with path.open("rb") as file:
             is_parquet = path.suffix == ".parquet" or file.read(4) == b"PAR1"
-        return _parquet(path, prompt_key) if is_parquet else _jsonl(path)
+        return _parquet(path, keys) if is_parquet else _jsonl(path)
     except OSError as error:
         raise UserError(f"cannot read the prompt file {source}: {error.strerror or error}") from None
 
@@ -79,7 +85,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield where, record
 
 
-def _parquet(path: Path, prompt_key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parquet(path: Path, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
     # pyarrow comes with datasets; datasets itself would first copy the file into a cache in the home folder.
     import pyarrow
     import pyarrow.parquet
@@ -89,14 +95,14 @@ def _parquet(path: Path, prompt_key: str) -> Iterator[tuple[str, Mapping[str, An
     try:
         with path.open("rb") as file:
             parquet = pyarrow.parquet.ParquetFile(file)
-            columns = _wanted(str(path), parquet.schema_arrow.names, prompt_key)
+            columns = _wanted(str(path), parquet.schema_arrow.names, keys)
             records = parquet.read(columns=columns).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:  # text that is not UTF-8 shows as a ValueError
         raise UserError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
     return ((f"{path}, row {number}", record) for number, record in enumerate(records, start=1))
 
 
-def _hub(name: str, prompt_key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _hub(name: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
     import datasets
 
     try:
@@ -110,33 +116,37 @@ def _hub(name: str, prompt_key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if "train" not in loaded and len(loaded) != 1:
         raise UserError(f"the data set {name} has the splits {', '.join(loaded)} and no 'train': save one as Parquet")
     split = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    records = split.select_columns(_wanted(name, split.column_names, prompt_key))
+    records = split.select_columns(_wanted(name, split.column_names, keys))
     return ((f"{name}, row {number}", record) for number, record in enumerate(records, start=1))
 
 
-def _wanted(source: str, columns: list[str], prompt_key: str) -> list[str]:
-    if prompt_key not in columns:
-        raise UserError(f"{source} has no column {prompt_key!r} (data.prompt_key); it has: {', '.join(columns)}")
-    return [name for name in columns if name in {prompt_key, "data_source", "ability", "reward_model"}]
+def _wanted(source: str, columns: list[str], keys: _Keys) -> list[str]:
+    for setting, key in keys.items():
+        if key not in columns:
+            raise UserError(f"{source} has no column {key!r} ({setting}); it has: {', '.join(columns)}")
+    return [name for name in columns if name in {*keys.values(), "data_source", "ability", "reward_model"}]
 
 
-def _row(where: str, record: Mapping[str, Any], prompt_key: str, file_name: str) -> Row:
-    if prompt_key not in record:
-        raise UserError(f"{where}: no {prompt_key!r} (data.prompt_key); it has: {', '.join(map(str, record)) or '-'}")
+def _row(where: str, record: Mapping[str, Any], keys: _Keys, file_name: str) -> Row:
+    prompts = {setting: _prompt(where, record, key, setting) for setting, key in keys.items()}
     reward = record.get("reward_model") or {}
     if not isinstance(reward, Mapping):
         raise UserError(f"{where}: reward_model must be an object with ground_truth, not a {type(reward).__name__}")
     ground_truth = reward.get("ground_truth")
     return Row(
-        prompt=_prompt(where, prompt_key, record[prompt_key]),
+        prompt=prompts["data.prompt_key"],
         data_source=str(record.get("data_source") or file_name),
         ability=str(record.get("ability") or ""),
         ground_truth=None if ground_truth is None else str(ground_truth),
         answer_style="exact" if reward.get("style") == "exact" else "rule",
+        teacher_prompt=prompts.get("data.teacher_prompt_key"),
     )
 
 
-def _prompt(where: str, prompt_key: str, value: Any) -> str | list[Message]:
+def _prompt(where: str, record: Mapping[str, Any], key: str, setting: str) -> str | list[Message]:
+    if key not in record:
+        raise UserError(f"{where}: no {key!r} ({setting}); it has: {', '.join(map(str, record)) or '-'}")
+    value = record[key]
     if isinstance(value, str):
         return value
     problem = f"a {type(value).__name__}"
@@ -145,7 +155,7 @@ def _prompt(where: str, prompt_key: str, value: Any) -> str | list[Message]:
         if value and wrong is None:
             return [{"role": message["role"], "content": message["content"]} for message in value]
         problem = f"a list with {str(wrong)[:60]}" if value else "an empty list"
-    raise UserError(f"{where}: {prompt_key!r} must be a string or a list of {{role, content}}, not {problem}")
+    raise UserError(f"{where}: {key!r} must be a string or a list of {{role, content}}, not {problem}")
 
 
 def _is_message(value: Any) -> bool:

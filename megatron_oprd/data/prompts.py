@@ -25,8 +25,8 @@ class PromptSet:
 
     prompts: list[Prompt]
     total: int
-    too_long: int  # longer than data.max_prompt_tokens
-    failed: int  # the chat template failed on them, or they render to no token at all
+    too_long: int  # the prompt or the teacher's is longer than data.max_prompt_tokens
+    failed: int  # the chat template failed on one of the two, or it renders to no token at all
     first_failure: str = ""  # the reason of the first failed row
 
     def summary(self) -> str:
@@ -56,7 +56,7 @@ class PromptState:
 
 def load_prompts(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> PromptSet:
     """Reads, renders and filters every row of `sources` (files or hub names). `Prompt.index` numbers the rows over
-    all sources before filtering.
+    all sources before filtering. With `data.teacher_prompt_key`, `Prompt.teacher_prompt_ids` are rendered likewise.
 
     Raises UserError for an unreadable file, a malformed row (with its line), or when no prompt is left. Reads files;
     no communication.
@@ -64,26 +64,23 @@ def load_prompts(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, con
     reserved = _FIXED_TEMPLATE_KWARGS & set(config.chat_template_kwargs)
     if reserved:
         raise UserError(f"data.chat_template_kwargs: {', '.join(sorted(reserved))} cannot be set, the program sets it")
-    rows = read_rows(sources, config.prompt_key)
-    texts: list[tuple[int, str]] = []
-    failures: dict[int, str] = {}
-    for index, row in enumerate(rows):
-        try:
-            text = render_text(_instructed(row, config.append_instruction), tokenizer, config.chat_template_kwargs)
-            text.encode("utf-8")  # a lone surrogate, which JSON can spell, would stop the tokenizer for all rows
-            texts.append((index, text))
-        except Exception as error:  # a template is a program of its own and raises what it likes
-            failures[index] = " ".join(str(error).split())[:200] or type(error).__name__
+    rows = read_rows(sources, config.prompt_key, config.teacher_prompt_key)
+    rendered, failures = _render(dict(enumerate(row.prompt for row in rows)), rows, tokenizer, config)
+    of_teacher = {index: row.teacher_prompt for index, row in enumerate(rows) if row.teacher_prompt is not None}
+    teacher_rendered, teacher_failures = _render(of_teacher, rows, tokenizer, config)
+    failures = {index: f"the teacher's prompt: {reason}" for index, reason in teacher_failures.items()} | failures
     prompts: list[Prompt] = []
     too_long = 0
-    for (index, text), prompt_ids in zip(texts, encode([text for _, text in texts], tokenizer), strict=True):
-        if not prompt_ids:
-            failures[index] = "it renders to no token"
-        elif len(prompt_ids) > config.max_prompt_tokens:
+    for index, row in enumerate(rows):
+        if index in failures:
+            continue
+        text, prompt_ids = rendered[index]
+        teacher_prompt_ids = teacher_rendered[index][1] if index in teacher_rendered else None
+        if max(len(prompt_ids), len(teacher_prompt_ids or ())) > config.max_prompt_tokens:
             too_long += 1
         else:
-            row = rows[index]
-            prompts.append(Prompt(index, prompt_ids, text, row.data_source, row.ground_truth, row.answer_style))
+            about = (text, row.data_source, row.ground_truth, row.answer_style)
+            prompts.append(Prompt(index, prompt_ids, *about, teacher_prompt_ids))
     first_failure = f"row {min(failures) + 1}: {failures[min(failures)]}" if failures else ""
     result = PromptSet(prompts, len(rows), too_long, len(failures), first_failure)
     if not prompts:
@@ -147,16 +144,40 @@ def _order(count: int, epoch: int, seed: int, shuffle: bool) -> list[int]:
     return [int(i) for i in np.random.default_rng([seed, epoch]).permutation(count)]
 
 
-def _instructed(row: Row, append_instruction: bool | str) -> str | list[Message]:
-    """The prompt with the instruction at the end of its last user message, where `append_instruction` wants it."""
-    messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
+def _render(
+    prompts: dict[int, str | list[Message]], rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> tuple[dict[int, tuple[str, tuple[int, ...]]], dict[int, str]]:
+    """(text, token ids) of each prompt by its row, and for those that cannot be used the reason."""
+    texts: dict[int, str] = {}
+    failures: dict[int, str] = {}
+    for index, prompt in prompts.items():
+        try:
+            instructed = _instructed(prompt, rows[index], config.append_instruction)
+            text = render_text(instructed, tokenizer, config.chat_template_kwargs)
+            text.encode("utf-8")  # a lone surrogate, which JSON can spell, would stop the tokenizer for all rows
+            texts[index] = text
+        except Exception as error:  # a template is a program of its own and raises what it likes
+            failures[index] = " ".join(str(error).split())[:200] or type(error).__name__
+    rendered: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for (index, text), ids in zip(texts.items(), encode(list(texts.values()), tokenizer), strict=True):
+        if ids:
+            rendered[index] = (text, ids)
+        else:
+            failures[index] = "it renders to no token"
+    return rendered, failures
+
+
+def _instructed(prompt: str | list[Message], row: Row, append_instruction: bool | str) -> str | list[Message]:
+    """A prompt of a row with the instruction at the end of its last user message, where `append_instruction` wants
+    it."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     has_it = any("\\boxed" in message["content"] for message in messages)
     wanted = append_instruction is True or (append_instruction == "auto" and _is_graded_math(row))
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
     if has_it or not wanted or last is None:
-        return row.prompt
-    if isinstance(row.prompt, str):
-        return row.prompt + INSTRUCTION
+        return prompt
+    if isinstance(prompt, str):
+        return prompt + INSTRUCTION
     changed = {**messages[last], "content": messages[last]["content"] + INSTRUCTION}
     return [*messages[:last], changed, *messages[last + 1 :]]
 

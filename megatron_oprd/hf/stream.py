@@ -96,11 +96,19 @@ class HFReader:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in the dtype of the file. Files stay open (mapped, not read) with the reader."""
+        tensor: torch.Tensor = self._open(name).get_tensor(name)
+        return tensor
+
+    def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Rows `start` to `end` of one tensor; no others are read."""
+        rows: torch.Tensor = self._open(name).get_slice(name)[start:end]
+        return rows
+
+    def _open(self, name: str) -> Any:
         file = self._shard_of[name]
         if file not in self._opened:  # parsing its header for every tensor would take longer than reading it
             self._opened[file] = safe_open(self.folder / file, framework="pt")
-        tensor: torch.Tensor = self._opened[file].get_tensor(name)
-        return tensor
+        return self._opened[file]
 
     def dtype(self) -> torch.dtype:
         """The dtype that holds every tensor exactly: theirs, or the widest when they differ. Raises UserError for

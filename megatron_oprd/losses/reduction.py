@@ -19,6 +19,7 @@ from collections.abc import Iterable
 
 import torch
 
+from megatron_oprd.losses.output_space import METRICS, TokenObjective
 from megatron_oprd.losses.representation import TokenStatistics
 from megatron_oprd.types import GlobalCounts
 
@@ -26,11 +27,7 @@ from megatron_oprd.types import GlobalCounts
 def count(selected_per_sequence: Iterable[int]) -> GlobalCounts:
     """Counts of some sequences from how many tokens each has selected. No communication."""
     lengths = list(selected_per_sequence)
-    return GlobalCounts(
-        sequences=sum(length > 0 for length in lengths),
-        tokens=sum(lengths),
-        empty=sum(length == 0 for length in lengths),
-    )
+    return GlobalCounts(sequences=sum(length > 0 for length in lengths), tokens=sum(lengths))
 
 
 def token_weight(selected: int, counts: GlobalCounts, aggregation: str) -> float:
@@ -67,3 +64,19 @@ def layer_metrics(sums: dict[int, list[float]], counts: GlobalCounts) -> dict[st
         metrics[f"rep/{name}"] = sum(values[position] for values in per_layer.values()) / len(per_layer)
         metrics |= {f"rep/{name}/layer_{layer}": values[position] for layer, values in per_layer.items()}
     return metrics
+
+
+def output_sums(tokens: TokenObjective, weights: torch.Tensor) -> torch.Tensor:
+    """Partial sums [1 + METRICS] in float64 of the output-space objective on some tokens: AGG of its value, then plain
+    sums of the metrics, zeros where they were not asked for. They add up over chunks, micro-batches and ranks."""
+    value = (weights.double() * tokens.value.double()).sum()[None]
+    if tokens.metrics is None:
+        return torch.cat((value, value.new_zeros(len(METRICS))))
+    return torch.cat((value, tokens.metrics.double().sum(0)))
+
+
+def output_metrics(sums: list[float], counts: GlobalCounts, *, with_metrics: bool) -> dict[str, float]:
+    """Metrics of the output-space objective from the global sums [1 + METRICS]: its value always."""
+    tokens = max(counts.tokens, 1)
+    others = {f"output/{name}": value / tokens for name, value in zip(METRICS, sums[1:], strict=True)}
+    return {"output/loss": sums[0]} | (others if with_metrics else {})

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_oprd.config import RepresentationConfig
+from megatron_oprd.config import LossConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.models.layer_pairs import layer_pairs
-from megatron_oprd.types import LayerPair, ModelSpec, UserError
+from megatron_oprd.types import OUTPUT, LayerPair, ModelSpec, UserError
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class LayerPlan:
     """Pairs of layers and the blocks of each stage of both models.
 
     `aligned`: the teacher runs in the student's layout and is cut so that the two layers of a pair live on one rank;
-    its states are then born where they are read. Otherwise they travel (`parallel/reshard.py`).
+    its states are then born where they are read. Otherwise they travel (`parallel/reshard.py`). `output`: the final
+    states of both models are compared by their next-token distributions; among the layers they go by OUTPUT.
     """
 
     pairs: tuple[LayerPair, ...]
@@ -28,6 +29,7 @@ class LayerPlan:
     teacher_stages: tuple[int, ...]
     pipeline_size: int = 1  # of the student
     aligned: bool = True
+    output: bool = False
 
     @property
     def student_layers(self) -> tuple[int, ...]:
@@ -36,16 +38,26 @@ class LayerPlan:
     @property
     def student_last_layer(self) -> int:
         """Blocks above it do not run in training and are not trained."""
-        return max(self.student_layers)
+        return self.student_depth if self.output else max(self.student_layers)
 
     @property
     def student_normed_layer(self) -> int | None:
         """L of the student when it is compared after the final norm."""
-        return self.student_depth if self.final_norm and self.student_last_layer == self.student_depth else None
+        return self.student_depth if self.final_norm and self.student_depth in self.student_layers else None
 
     @property
     def teacher_normed_layer(self) -> int | None:
         return self.teacher_depth if self.final_norm and sum(self.teacher_stages) == self.teacher_depth else None
+
+    @property
+    def student_final_norm(self) -> bool:
+        """Whether the student's final norm runs."""
+        return self.output or self.student_normed_layer is not None
+
+    @property
+    def teacher_final_norm(self) -> bool:
+        """Whether the teacher needs its final norm."""
+        return self.output or self.teacher_normed_layer is not None
 
     def student_stage(self, layer: int) -> int:
         """The stage that owns a student layer. L after the final norm lives on the last one."""
@@ -56,12 +68,15 @@ class LayerPlan:
         return _owner(layer, self.teacher_stages, self.teacher_normed_layer)
 
     def readers(self, stages: Sequence[int]) -> dict[int, int]:
-        """{student layer: teacher layer} of the pairs whose student layer lives on one of `stages`."""
-        return {pair.student: pair.teacher for pair in self.pairs if self.student_stage(pair.student) in stages}
+        """{student layer: teacher layer} of what is compared on one of the student's `stages`."""
+        pairs = {pair.student: pair.teacher for pair in self.pairs}
+        pairs |= {OUTPUT: OUTPUT} if self.output else {}
+        return {layer: teacher for layer, teacher in pairs.items() if self.student_stage(layer) in stages}
 
     def teacher_layers(self, stages: Sequence[int]) -> tuple[int, ...]:
         """The compared teacher layers that live on the teacher's `stages`, ascending."""
-        return tuple(layer for layer in sorted({p.teacher for p in self.pairs}) if self.teacher_stage(layer) in stages)
+        layers = {pair.teacher for pair in self.pairs} | ({OUTPUT} if self.output else set())
+        return tuple(layer for layer in sorted(layers) if self.teacher_stage(layer) in stages)
 
     def student_place(self, layer: int) -> tuple[int, int]:
         """(chunk, pipeline rank) that owns a student layer."""
@@ -75,12 +90,23 @@ class LayerPlan:
         return {
             "pairs": pairs,
             "aligned": self.aligned,
+            "output": self.output,
             "final_norm": self.final_norm,
             "student_layers_per_stage": list(self.student_stages),  # chunk by chunk under virtual pipelining
             "teacher_layers_per_stage": list(self.teacher_stages),
             "teacher_layers_built": sum(self.teacher_stages),
             "teacher_layers_total": self.teacher_depth,
         }
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher of the configuration, its layout where it has one of its own, and the layers compared with it."""
+
+    config: TeacherConfig
+    spec: ModelSpec
+    layout: ParallelConfig | None
+    plan: LayerPlan
 
 
 def even_stages(num_layers: int, pipeline_size: int, virtual_size: int = 1, key: str = "parallel") -> tuple[int, ...]:
@@ -105,36 +131,50 @@ def _evenly(blocks: int, stages: int) -> tuple[int, ...]:
 
 
 def make_plan(
-    config: RepresentationConfig,
+    loss: LossConfig,
     student: ModelSpec,
     teacher: ModelSpec,
     pipeline_size: int = 1,
     virtual_size: int = 1,
     teacher_pipeline: int | None = None,
+    key: str = "teacher.parallel",
 ) -> LayerPlan:
     """The plan of a run. `teacher_pipeline`: pipeline stages of a teacher in a layout of its own; None: the student's.
+    `key`: the section of the configuration that they stand in.
 
-    Raises UserError for layers that do not exist, for more stages than layers and for unequal widths (OPRD-Vanilla
-    compares the states themselves).
+    Raises UserError for layers that do not exist, for more stages than layers and, where hidden states are compared
+    (OPRD-Vanilla), for unequal widths.
     """
-    if student.hidden_size != teacher.hidden_size:
+    config = loss.representation
+    if loss.reads_layers and student.hidden_size != teacher.hidden_size:
         raise UserError(
             f"student hidden_size {student.hidden_size} differs from teacher hidden_size {teacher.hidden_size}: hidden "
-            "states of another width cannot be compared directly; use a teacher of the student's width"
+            "states of another width cannot be compared directly; use a teacher of the student's width, or an "
+            "output-space objective alone (loss.representation.weight=0)"
         )
-    pairs = layer_pairs(config.layers, config.pairs, student.num_layers, teacher.num_layers)
+    pairs = (
+        layer_pairs(config.layers, config.pairs, student.num_layers, teacher.num_layers) if loss.reads_layers else ()
+    )
     student_stages = even_stages(student.num_layers, pipeline_size, virtual_size)
     plan = LayerPlan(
-        pairs, student.num_layers, teacher.num_layers, config.final_norm, student_stages, (), pipeline_size
+        pairs,
+        student.num_layers,
+        teacher.num_layers,
+        config.final_norm,
+        student_stages,
+        (),
+        pipeline_size,
+        output=loss.reads_output,
     )
+    highest = teacher.num_layers if plan.output else max(pair.teacher for pair in pairs)
     if teacher_pipeline is None:
         plan = dataclasses.replace(plan, teacher_stages=_align(plan))
         if all(plan.student_stage(pair.student) == plan.teacher_stage(pair.teacher) for pair in pairs):
             return plan
     else:
-        even_stages(teacher.num_layers, teacher_pipeline, key="teacher.parallel")
+        even_stages(teacher.num_layers, teacher_pipeline, key=key)
     # Cut evenly up to the highest compared layer; a stage may be left without a block.
-    stages = _evenly(max(pair.teacher for pair in pairs), teacher_pipeline or len(student_stages))
+    stages = _evenly(highest, teacher_pipeline or len(student_stages))
     return dataclasses.replace(plan, teacher_stages=stages, aligned=False)
 
 
@@ -144,11 +184,13 @@ def _align(plan: LayerPlan) -> tuple[int, ...]:
     for pair in plan.pairs:
         stage = plan.student_stage(pair.student)
         needed[stage] = max(needed[stage], pair.teacher)
+    if plan.output:
+        needed[-1] = plan.teacher_depth
     reached = list(itertools.accumulate(needed, max))
     return tuple(high - low for low, high in itertools.pairwise([0, *reached]))
 
 
 def _owner(layer: int, stages: tuple[int, ...], normed_layer: int | None) -> int:
-    if layer == normed_layer:
+    if layer in (normed_layer, OUTPUT):
         return len(stages) - 1
     return next(stage for stage, end in enumerate(itertools.accumulate(stages)) if layer <= end)

@@ -147,6 +147,20 @@ def load_model(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, 
                 parameter.copy_(loaded[name])
 
 
+def load_parameter(folder: str | Path, name: str) -> torch.Tensor:
+    """One whole parameter of a Megatron checkpoint, on the CPU, in the dtype of the file. No communication. Raises
+    UserError, naming the folder, for a damaged one."""
+    folder = Path(folder)
+    stored = check_files(folder).state_dict_metadata[name]
+    assert isinstance(stored, TensorStorageMetadata)
+    parameter = torch.empty(stored.size, dtype=stored.properties.dtype)
+    try:
+        checkpoint.load({name: parameter}, storage_reader=FileSystemReader(folder), no_dist=True)
+    except checkpoint.api.CheckpointException as error:
+        raise UserError(f"{folder} cannot be read: {describe_damage(next(iter(error.failures.values()))[0])}") from None
+    return parameter
+
+
 def describe_damage(error: BaseException) -> str:
     """In a few words what torch or mcore raised on reading a damaged file."""
     if isinstance(error, UnpicklingError):  # its text is advice about torch.load

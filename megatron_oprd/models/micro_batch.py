@@ -13,8 +13,8 @@ from megatron_oprd.models.kv_cache import CachedStep
 
 
 class Tap(Protocol):
-    """Receives the hidden state of a layer (1-based), [tokens, 1, hidden], this rank's part of the tokens under context
-    and sequence parallelism, and returns what flows on in its place."""
+    """Receives the hidden state of a layer (1-based, or OUTPUT for the final ones), [tokens, 1, hidden], this rank's
+    part of the tokens under context and sequence parallelism, and returns what flows on in its place."""
 
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor: ...
 

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.norm import RMSNorm
+from megatron_oprd.types import OUTPUT
 
 
 class HiddenStateModel(GPTModel):
@@ -72,6 +73,13 @@ class HiddenStateModel(GPTModel):
         """
         return self(tokens[None], batch.position_ids[None], None, packed_seq_params=batch)
 
+    @property
+    def lm_head(self) -> torch.nn.Parameter:
+        """The matrix [vocabulary / tensor size, hidden] that makes logits of the last stage's final states."""
+        tied = self.share_embeddings_and_output_weights
+        weight: torch.nn.Parameter = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return weight
+
     def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
         batch = micro_batch.of(kwargs)
         positions = batch.position_ids
@@ -89,8 +97,10 @@ class HiddenStateModel(GPTModel):
         if not self.last_stage:
             # A stage whose blocks are all skipped: the schedule needs its output to be another tensor than its input.
             return hidden_states.clone() if hidden_states is self.decoder.input_tensor else hidden_states
-        if batch.tap is not None and batch.normed_layer is not None:
-            hidden_states = batch.tap(batch.normed_layer, hidden_states)
+        if batch.tap is not None:
+            if batch.normed_layer is not None:
+                hidden_states = batch.tap(batch.normed_layer, hidden_states)
+            hidden_states = batch.tap(OUTPUT, hidden_states)
         if batch.logit_rows is None:
             return hidden_states
         logits: torch.Tensor = super()._postprocess(hidden_states[batch.logit_rows], *args, **kwargs)

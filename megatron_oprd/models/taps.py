@@ -2,53 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from megatron_oprd.losses.reduction import layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
+from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.targets import MicroBatchTargets
-from megatron_oprd.types import PackedBatch
+from megatron_oprd.types import OUTPUT, PackedBatch, Selection
 
 
 class CaptureTap:
-    """Keeps the states of some layers at the selected tokens, detached: {layer: [selected tokens, hidden]}."""
+    """Keeps the states of some layers at some rows, detached: {layer: [rows, hidden]}.
 
-    def __init__(self, layers: frozenset[int], selected: torch.Tensor) -> None:
-        self.layers = layers
+    `selected`: {layer: [rows] int64}.
+    """
+
+    def __init__(self, selected: Mapping[int, torch.Tensor]) -> None:
         self.selected = selected
         self.states: dict[int, torch.Tensor] = {}
 
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        if layer in self.layers:
-            self.states[layer] = _rows(hidden_states.detach(), self.selected)
+        if layer in self.selected:
+            self.states[layer] = _rows(hidden_states.detach(), self.selected[layer])
         return hidden_states
 
 
 class StageLoss:
-    """OPRD-Vanilla (OPRD eq. (6)) of the student layers that this rank owns, on one micro-batch.
+    """The terms of the loss whose states this rank owns, on one micro-batch: OPRD-Vanilla (OPRD eq. (6)) of its student
+    layers, and with `output`, on the last stage, the output-space objective.
 
-    The loss never travels: `scale * dL/dh` is added to the layer's gradient during backward, and the sums behind the
-    metrics are kept in `sums` ({student layer: [4] float64}), the same after a recomputation. Backward is the last to
-    read a layer's target and takes it away. No communication.
+    The loss never travels: its gradient is added to the layer's during backward, and the sums behind the metrics are
+    kept in `sums` ({student layer: [4] float64}, the same after a recomputation) and `output_sums`. The last to read a
+    target takes it away: of a layer that is backward, of the final states the forward pass, which no recomputation
+    repeats and which makes their gradient at once. `scale`: the weight of the representation term. Communicates over
+    the tensor-parallel group for the final states, else not at all.
     """
 
     def __init__(
-        self, batch: PackedBatch, targets: MicroBatchTargets, num_layers: int, *, normalize: str, scale: float
+        self,
+        batch: PackedBatch,
+        targets: MicroBatchTargets,
+        num_layers: int,
+        *,
+        normalize: str,
+        scale: float,
+        output: OutputLoss | None = None,
     ) -> None:
         self.targets = targets
-        self.selected = batch.selected
+        self.batch = batch
         self.normalize = normalize
-        self.token_weights = batch.weights
-        self.gradient_weights = scale * layer_weights(batch.weights, num_layers)
+        self.output = output
+        self.gradient_weights = scale * layer_weights(batch.representation.weights, max(num_layers, 1))
         self.sums: dict[int, torch.Tensor] = {}
+        self.output_sums: torch.Tensor | None = None
 
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         # The first pass of a recomputed region runs without gradient; the loss belongs to the second.
         if layer not in self.targets or not torch.is_grad_enabled():
             return hidden_states
+        if layer == OUTPUT:
+            return self._output(hidden_states)
         return _WithStageLoss.apply(hidden_states, self, layer)
+
+    def _output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        assert self.output is not None  # only a student with an output-space objective has targets for it
+        selection = self.batch.output
+        student = _rows(hidden_states.detach(), selection.selected)
+        gradient, self.output_sums = self.output(student, self.targets.take(OUTPUT), selection)
+        return _WithGradient.apply(hidden_states, gradient, selection)
 
 
 class _WithStageLoss(torch.autograd.Function):
@@ -57,23 +81,42 @@ class _WithStageLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, tap: StageLoss, layer: int) -> torch.Tensor:
-        statistics = token_statistics(_rows(hidden_states, tap.selected), tap.targets.read(layer), tap.normalize)
-        tap.sums[layer] = layer_sums(statistics, tap.token_weights)
+        selection = tap.batch.representation
+        statistics = token_statistics(_rows(hidden_states, selection.selected), tap.targets.read(layer), tap.normalize)
+        tap.sums[layer] = layer_sums(statistics, selection.weights)
         ctx.save_for_backward(hidden_states)
         ctx.tap, ctx.layer = tap, layer
-        # Returned as it is, the input would become a view, which pipeline schedules refuse to free.
-        output = torch.empty(0, dtype=hidden_states.dtype, device=hidden_states.device)
-        output.data = hidden_states.data
-        return output
+        return _passed_through(hidden_states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (hidden_states,) = ctx.saved_tensors
         tap: StageLoss = ctx.tap
-        target = tap.targets.take(ctx.layer)
-        own = weighted_gradient(_rows(hidden_states, tap.selected), target, tap.normalize, tap.gradient_weights)
+        selected, target = tap.batch.representation.selected, tap.targets.take(ctx.layer)
+        own = weighted_gradient(_rows(hidden_states, selected), target, tap.normalize, tap.gradient_weights)
         # Out of place: another branch of the graph may read the incoming gradient. No row is selected twice.
-        return gradients[0].index_add(0, tap.selected, own[:, None]), None, None
+        return gradients[0].index_add(0, selected, own[:, None]), None, None
+
+
+class _WithGradient(torch.autograd.Function):
+    """Passes the final states through and adds a gradient that is known already on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, gradient: torch.Tensor, selection: Selection) -> torch.Tensor:
+        ctx.gradient, ctx.selected = gradient, selection.selected
+        return _passed_through(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return gradients[0].index_add(0, ctx.selected, ctx.gradient[:, None]), None, None
+
+
+def _passed_through(hidden_states: torch.Tensor) -> torch.Tensor:
+    """The same values in the same memory. Returned as it is, an autograd function's input would become a view, which
+    pipeline schedules refuse to free."""
+    output = torch.empty(0, dtype=hidden_states.dtype, device=hidden_states.device)
+    output.data = hidden_states.data
+    return output
 
 
 def _rows(hidden_states: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 
-States = dict[int, torch.Tensor]  # teacher layer (1-based) -> [selected tokens, d_T]
+States = dict[int, torch.Tensor]  # layer (1-based, or OUTPUT) -> [selected tokens, d_T]
 
 
 class TeacherTargets:
-    """For each micro-batch and teacher layer the states at the selected tokens, detached.
+    """For each micro-batch and student layer the teacher's states at the selected tokens, detached.
 
-    `readers`: {student layer: teacher layer} of the layers that the student compares on this rank. With `produce`, the
-    teacher is streamed: the states of a micro-batch are made when it starts, and no more than those of the
-    micro-batches in flight exist. With `offload` they wait in CPU memory (pinned, when the student is on CUDA).
+    `layers`: those that the student compares on this rank. With `produce`, the teacher is streamed: the states of a
+    micro-batch are made when it starts, and no more than those of the micro-batches in flight exist. With `offload`
+    they wait in CPU memory (pinned, when the student is on CUDA).
     No communication, but for what `produce` does.
     """
 
     def __init__(
         self,
-        readers: dict[int, int],
+        layers: Collection[int],
         device: torch.device,
         *,
         offload: bool = False,
         produce: Callable[[int], States] | None = None,
     ) -> None:
-        self.readers = readers
+        self.layers = frozenset(layers)
         self.device = device
         self.offload = offload
         self._produce = produce
@@ -35,11 +35,14 @@ class TeacherTargets:
         self.most_bytes = 0  # the most that was held at one time
 
     def put(self, micro_batch: int, states: States) -> None:
-        """Take the states of a micro-batch. Raises KeyError when a layer that the student compares is not among
-        them."""
-        parked = {layer: self._park(states[layer]) for layer in set(self.readers.values())}
-        for student, teacher in self.readers.items():
-            self._held[micro_batch, student] = parked[teacher]
+        """Take the states of a micro-batch, by student layer; several may share one tensor. Raises KeyError when a
+        layer that the student compares is not among them."""
+        parked: dict[int, torch.Tensor] = {}
+        for layer in self.layers:
+            one = states[layer]
+            if id(one) not in parked:
+                parked[id(one)] = self._park(one)
+            self._held[micro_batch, layer] = parked[id(one)]
         self.most_bytes = max(self.most_bytes, self.num_bytes)
 
     def of(self, micro_batch: int) -> MicroBatchTargets:
@@ -81,7 +84,7 @@ class MicroBatchTargets:
     micro_batch: int
 
     def __contains__(self, layer: object) -> bool:
-        return layer in self.targets.readers
+        return layer in self.targets.layers
 
     def read(self, layer: int) -> torch.Tensor:
         return self.targets.read(self.micro_batch, layer)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_oprd.hf.load import load_hf
+from megatron_oprd.hf.names import EMBEDDING, LM_HEAD
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models import megatron_checkpoint
 from megatron_oprd.parallel.topology import Topology
@@ -27,6 +28,16 @@ def load_weights(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec
     reader = HFReader(folder)
     reader.check(spec)
     load_hf(stage, reader, spec, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
+
+
+def load_lm_head(folder: str | Path, spec: ModelSpec, start: int, end: int) -> torch.Tensor:
+    """Rows `start` to `end` [rows, hidden] of the LM head in either kind of folder (the embedding, of a tied model), on
+    the CPU, in the dtype of the file. No communication. Raises UserError for unreadable files."""
+    entry = EMBEDDING if spec.tied_embeddings else LM_HEAD
+    if megatron_checkpoint.is_megatron_checkpoint(folder):
+        return megatron_checkpoint.load_parameter(folder, entry.megatron)[start:end]
+    (name,) = entry.hf
+    return HFReader(folder).read_rows(name, start, end)
 
 
 def check_weights(folder: str | Path, spec: ModelSpec) -> None:

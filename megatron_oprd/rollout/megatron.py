@@ -33,6 +33,7 @@ class MegatronEngine:
     end leave at once and waiting prompts take their slots. Only while `generate` runs there is a cache, of
     2 * layers * key-value heads * head size * itemsize bytes a token on one rank (both divided by the layout), times
     `max_batch` times the longest row. Pipeline stages take turns: one token passes through all before the next.
+    Only ids below `vocab_size` are sampled, by default and at most all of the student's: a teacher may know fewer.
     Context-parallel ranks are replicas of their own here. Where experts are spread over replicas, all keep step, and
     one that has finished goes on with a token that nobody reads until the last has.
     """
@@ -46,6 +47,7 @@ class MegatronEngine:
         *,
         seed: int,
         max_batch: int = 64,
+        vocab_size: int | None = None,
         progress: bool = False,
     ) -> None:
         self.stage = stage
@@ -54,6 +56,7 @@ class MegatronEngine:
         self.sampling = sampling
         self.seed = seed
         self.max_batch = max_batch
+        self.vocab_size = spec.vocab_size if vocab_size is None else min(vocab_size, spec.vocab_size)
         self.progress = progress
 
     def generate(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> list[Rollout]:
@@ -169,7 +172,7 @@ class MegatronEngine:
         if logits is None:
             tokens = slots.tokens.new_empty(slots.count)
         else:
-            logits = gather_vocabulary(logits, topology, self.spec.vocab_size)
+            logits = gather_vocabulary(logits, topology, self.vocab_size)
             tokens = sample(logits, self.sampling, slots.next_numbers())
             if topology.tensor_size > 1:
                 # Sums on a GPU may differ in the last bit between ranks; one other token and they wait for ever.

@@ -13,7 +13,8 @@ from megatron_oprd.types import Prompt, Rollout, UserError
 
 def load_replay(path: str | Path, vocab_size: int | None = None) -> list[Rollout]:
     """All rollouts of a file with one object a line: `prompt_ids`, `response_ids` and, where not all response tokens
-    are the student's own, `response_mask` (0 or 1 a response token).
+    are the student's own, `response_mask` (0 or 1 a response token). Optional too: `teacher_prompt_ids`, which the
+    teacher reads in place of `prompt_ids`, and `data_source`, a string.
 
     `prompt_index` is the line number, from 0. Lines that are empty are passed over. No communication. Raises
     UserError, naming the file and the line, for anything else, and for an id that a vocabulary of `vocab_size` lacks.
@@ -80,11 +81,24 @@ def _parse(line: bytes, index: int, vocab_size: int | None) -> Rollout:
         raise _BadLineError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
         raise _BadLineError(f"an object with prompt_ids and response_ids is wanted, not a {type(record).__name__}")
-    prompt_ids = _ids(record, "prompt_ids", vocab_size)
     response_ids = _ids(record, "response_ids", vocab_size)
-    if not prompt_ids:
-        raise _BadLineError("prompt_ids is empty")
-    return Rollout(prompt_ids, response_ids, _mask(record, len(response_ids)), "replay", prompt_index=index)
+    has_teacher_prompt = record.get("teacher_prompt_ids") is not None
+    return Rollout(
+        _prompt_ids(record, "prompt_ids", vocab_size),
+        response_ids,
+        _mask(record, len(response_ids)),
+        "replay",
+        prompt_index=index,
+        data_source=_data_source(record),
+        teacher_prompt_ids=_prompt_ids(record, "teacher_prompt_ids", vocab_size) if has_teacher_prompt else None,
+    )
+
+
+def _prompt_ids(record: dict[str, Any], key: str, vocab_size: int | None) -> tuple[int, ...]:
+    ids = _ids(record, key, vocab_size)
+    if not ids:
+        raise _BadLineError(f"{key} is empty")
+    return ids
 
 
 def _ids(record: dict[str, Any], key: str, vocab_size: int | None) -> tuple[int, ...]:
@@ -109,3 +123,12 @@ def _mask(record: dict[str, Any], length: int) -> tuple[int, ...]:
     if len(mask) != length:
         raise _BadLineError(f"response_mask has {len(mask)} entries for {length} response_ids")
     return tuple(mask)
+
+
+def _data_source(record: dict[str, Any]) -> str:
+    source = record.get("data_source")
+    if source is None:
+        return ""
+    if not isinstance(source, str):
+        raise _BadLineError(f"data_source must be a string, not a {type(source).__name__}")
+    return source

@@ -117,5 +117,7 @@ class Slots:
             finish_reason="eos" if response[-1] in self.eos_token_ids else "length",
             prompt_index=request.prompt.index,
             sample_index=request.sample_index,
+            data_source=request.prompt.data_source,
+            teacher_prompt_ids=request.prompt.teacher_prompt_ids,
         )
         return request.order, rollout

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -50,7 +50,7 @@ def save(
     spec: ModelSpec,
     topology: Topology,
     state: TrainState,
-    identity: Identity,
+    teachers: Mapping[str, Identity],
     *,
     source: str,
     keep: int,
@@ -67,7 +67,7 @@ def save(
         on_rank_zero(lambda: _make(partial / "optimizer"))
         with explain_os_errors(partial):
             save_optimizer(student, topology, partial / "optimizer")
-        on_rank_zero(lambda: _finish(target, partial, state, identity))
+        on_rank_zero(lambda: _finish(target, partial, state, teachers))
     except BaseException:
         if topology.rank == 0:
             discard_partial(target)
@@ -82,7 +82,9 @@ def latest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology, identity: Identity) -> TrainState:
+def load(
+    checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology, teachers: Mapping[str, Identity]
+) -> TrainState:
     """Put student, optimizer and schedule where the checkpoint left them. Collective over the world.
 
     Raises UserError for a checkpoint made with another teacher or layer map, or one that is damaged.
@@ -90,9 +92,11 @@ def load(checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology
     values = read_json(checkpoint / "state.json")
     with _explain_damage(checkpoint / "state.json"):
         state = TrainState(int(values["step"]), PromptState.from_dict(values["prompts"]))
-        teacher, pairs = values["teacher"], tuple((student, teacher) for student, teacher in values["pairs"])
-        saved = Identity(str(teacher["path"]), str(teacher["hash"]), pairs)
-    _check_identity(checkpoint, saved, identity)
+        saved = {
+            str(name): Identity(str(one["path"]), str(one["hash"]), tuple((s, t) for s, t in one["pairs"]))
+            for name, one in values["teachers"].items()
+        }
+    _check_teachers(checkpoint, saved, teachers)
     load_model(student.stage, checkpoint / "model", spec, topology)
 
     def read_optimizer() -> None:
@@ -123,14 +127,16 @@ def _make(folder: Path) -> None:
         folder.mkdir()
 
 
-def _finish(target: Path, partial: Path, state: TrainState, identity: Identity) -> None:
+def _finish(target: Path, partial: Path, state: TrainState, teachers: Mapping[str, Identity]) -> None:
     write_json(
         partial / "state.json",
         {
             "step": state.step,
             "prompts": state.prompts.to_dict(),
-            "teacher": {"path": identity.teacher_path, "hash": identity.teacher_hash},
-            "pairs": [list(pair) for pair in identity.pairs],
+            "teachers": {
+                name: {"path": one.path, "hash": one.hash, "pairs": [list(pair) for pair in one.pairs]}
+                for name, one in teachers.items()
+            },
         },
     )
     commit_partial(target)
@@ -147,18 +153,25 @@ def _prune(folder: Path, keep: int) -> None:
                 shutil.rmtree(path)
 
 
-def _check_identity(checkpoint: Path, saved: Identity, identity: Identity) -> None:
-    if saved.teacher_hash != identity.teacher_hash:
+def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], asked: Mapping[str, Identity]) -> None:
+    if saved.keys() != asked.keys():
+        then, now = (", ".join(name or "a single teacher" for name in one) for one in (saved, asked))
         raise UserError(
-            f"{checkpoint} was made with another teacher ({saved.teacher_path}, {saved.teacher_hash[:19]}) than "
-            f"teacher.path={identity.teacher_path} ({identity.teacher_hash[:19]}); go on with that one or name a new "
-            "train.run_dir"
+            f"{checkpoint} was made with other teachers ({then}) than the configuration names ({now}); go on with "
+            "those or name a new train.run_dir"
         )
-    if saved.pairs != identity.pairs:
-        raise UserError(
-            f"{checkpoint} was made with the layer pairs {_short(saved.pairs)}, the configuration asks for "
-            f"{_short(identity.pairs)}; go on with those or name a new train.run_dir"
-        )
+    for name, one in asked.items():
+        key = f"teachers.{name}.path" if name else "teacher.path"
+        if saved[name].hash != one.hash:
+            raise UserError(
+                f"{checkpoint} was made with another teacher ({saved[name].path}, {saved[name].hash[:19]}) than "
+                f"{key}={one.path} ({one.hash[:19]}); go on with that one or name a new train.run_dir"
+            )
+        if saved[name].pairs != one.pairs:
+            raise UserError(
+                f"{checkpoint} was made with the layer pairs {_short(saved[name].pairs)}, the configuration asks for "
+                f"{_short(one.pairs)}; go on with those or name a new train.run_dir"
+            )
 
 
 def _short(pairs: tuple[tuple[int, int], ...]) -> str:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from megatron_oprd.config import BatchConfig, RepresentationConfig
+from megatron_oprd.config import BatchConfig, LossConfig
 from megatron_oprd.data.balance import assign, sequence_cost
 from megatron_oprd.data.cutting import cut
-from megatron_oprd.data.packing import num_tokens, pack, selected_per_rollout, to_device
-from megatron_oprd.losses.reduction import count
+from megatron_oprd.data.packing import Term, num_tokens, output_term, pack, representation_term, to_device
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import GlobalCounts, ModelSpec, PackedBatch, Rollout
+from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
 
 
 def share_rollouts(mine: Sequence[Rollout], topology: Topology) -> list[Rollout]:
@@ -22,42 +23,62 @@ def share_rollouts(mine: Sequence[Rollout], topology: Topology) -> list[Rollout]
     return [rollout for part in gather_objects(list(mine), topology.groups.dp_cp) for rollout in part]
 
 
-def pack_global_batch(
-    rollouts: Sequence[Rollout],
-    config: RepresentationConfig,
-    batch: BatchConfig,
-    spec: ModelSpec,
-    topology: Topology,
-) -> tuple[list[PackedBatch], GlobalCounts]:
-    """This rank's micro-batches of the global batch in a layout, as many as on every other rank, and the global counts.
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The rollouts of a step, the same on every rank, and what the loss reads of them.
 
-    The cost of `spec`'s blocks is spread evenly over data-parallel ranks and micro-batches. Rollouts without a selected
-    token contribute nothing and are left out. The order of `rollouts` numbers the selected tokens: it is the same for
-    every layout. No communication. Raises UserError for a rollout that does not fit.
+    `teachers`: for each rollout the number of the teacher that it is compared with.
     """
-    selected = selected_per_rollout(rollouts, config)
-    counts = count(selected)
-    first_rows = list(itertools.accumulate(selected, initial=0))
-    useful = [number for number, tokens in enumerate(selected) if tokens]
-    lengths = [num_tokens(rollouts[number]) for number in useful]
-    shares = assign(
-        lengths,
-        [sequence_cost(length, spec) for length in lengths],
-        topology.data_size,
-        batch.max_tokens_per_micro_batch,
-        multiple=topology.pipeline_size if topology.virtual_size > 1 else 1,  # the interleaved schedule's rounds
-        packing=batch.packing,
-    )
-    sequence_multiple = 2 * topology.context_size if topology.context_size > 1 else 1
-    sequence_size = topology.tensor_size if topology.sequence_parallel else 1
-    batches = []
-    for members in shares[topology.data_rank]:
-        numbers = [useful[member] for member in members]
+
+    rollouts: tuple[Rollout, ...]
+    teachers: tuple[int, ...]
+    loss: LossConfig
+
+    @cached_property
+    def representation(self) -> Term:
+        return representation_term(self.loss.representation, self.rollouts)
+
+    @cached_property
+    def output(self) -> Term:
+        return output_term(self.loss.output, self.rollouts)
+
+    def micro_batches(
+        self, config: BatchConfig, spec: ModelSpec, topology: Topology, *, teacher: int | None = None
+    ) -> list[PackedBatch]:
+        """This rank's micro-batches in a layout, as many as on every other rank: what the student reads, or `teacher`.
+
+        The cost of `spec`'s blocks is spread evenly over data-parallel ranks and micro-batches. Rollouts without a
+        selected token contribute nothing and are left out. The numbers of selected tokens are the same in every layout
+        and for every reader. No communication. Raises UserError for a rollout that does not fit.
+        """
+        useful = [
+            number
+            for number in range(len(self.rollouts))
+            if (self.representation.positions[number] or self.output.positions[number])
+            and teacher in (None, self.teachers[number])
+        ]
+        lengths = [longest_reading(self.rollouts[number]) for number in useful]
+        shares = assign(
+            lengths,
+            [sequence_cost(length, spec) for length in lengths],
+            topology.data_size,
+            config.max_tokens_per_micro_batch,
+            multiple=topology.pipeline_size if topology.virtual_size > 1 else 1,  # the interleaved schedule's rounds
+            packing=config.packing,
+        )
+        batches = ([useful[member] for member in members] for members in shares[topology.data_rank])
+        return [self._micro_batch(numbers, topology, as_teacher=teacher is not None) for numbers in batches]
+
+    def _micro_batch(self, numbers: Sequence[int], topology: Topology, *, as_teacher: bool) -> PackedBatch:
+        rollouts = [self.rollouts[number] for number in numbers]
+        sequence_multiple = 2 * topology.context_size if topology.context_size > 1 else 1
+        sequence_size = topology.tensor_size if topology.sequence_parallel else 1
         whole = pack(
-            [rollouts[number] for number in numbers],
-            [first_rows[number] for number in numbers],
-            config,
-            counts,
+            [as_the_teacher_reads(rollout) for rollout in rollouts] if as_teacher else rollouts,
+            numbers,
+            self.representation,
+            self.output,
+            teachers=[self.teachers[number] for number in numbers],
             sequence_multiple=sequence_multiple,
             batch_multiple=sequence_multiple * sequence_size,
         )
@@ -68,19 +89,32 @@ def pack_global_batch(
             sequence_rank=topology.tensor_rank if topology.sequence_parallel else 0,
             sequence_size=sequence_size,
         )
-        batches.append(to_device(part, topology.device))
-    return batches, counts
+        on_device: PackedBatch = to_device(part, topology.device)
+        return on_device
+
+    def metrics(self) -> dict[str, float]:
+        """Lengths of the responses, and how many tokens each term reads. No communication."""
+        lengths = [len(rollout.response_ids) for rollout in self.rollouts]
+        truncated = sum(rollout.finish_reason == "length" for rollout in self.rollouts)
+        total = max(len(lengths), 1)
+        terms = {"rep": self.representation, "output": self.output}
+        return {
+            **{f"{name}/num_tokens": term.counts.tokens for name, term in terms.items() if any(term.positions)},
+            "rollout/length_mean": sum(lengths) / total,
+            "rollout/length_max": max(lengths, default=0),
+            "rollout/truncated_fraction": truncated / total,
+            "rollout/empty_count": sum(not any(rollout.response_mask) for rollout in self.rollouts),
+        }
 
 
-def rollout_metrics(rollouts: Sequence[Rollout], counts: GlobalCounts) -> dict[str, float]:
-    """Lengths of the responses of the global batch. No communication."""
-    lengths = [len(rollout.response_ids) for rollout in rollouts]
-    truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
-    total = max(len(lengths), 1)
-    return {
-        "rep/num_tokens": counts.tokens,
-        "rollout/length_mean": sum(lengths) / total,
-        "rollout/length_max": max(lengths, default=0),
-        "rollout/truncated_fraction": truncated / total,
-        "rollout/empty_count": counts.empty,
-    }
+def as_the_teacher_reads(rollout: Rollout) -> Rollout:
+    """The rollout after the prompt that the teacher reads."""
+    if rollout.teacher_prompt_ids is None:
+        return rollout
+    return dataclasses.replace(rollout, prompt_ids=rollout.teacher_prompt_ids)
+
+
+def longest_reading(rollout: Rollout) -> int:
+    """Tokens of a rollout as student or teacher reads it, whichever is more. Both go by it, so that they put the same
+    rollouts into the same micro-batches."""
+    return max(num_tokens(rollout), num_tokens(as_the_teacher_reads(rollout)))

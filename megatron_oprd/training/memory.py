@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_oprd.config import Config, ParallelConfig
-from megatron_oprd.hf.names import entries, megatron_shapes, shard_shape
-from megatron_oprd.models.layer_plan import LayerPlan
+from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size, shard_shape
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.types import ModelSpec
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -32,27 +33,26 @@ class Share:
 def predict_memory(
     config: Config,
     student: ModelSpec,
-    teacher: ModelSpec,
-    plan: LayerPlan,
-    own_layout: ParallelConfig | None,
+    planned: Sequence[PlannedTeacher],
     world: int,
 ) -> dict[str, int]:
-    """Bytes on the fullest of `world` ranks, by purpose. `own_layout`: of a teacher that has one.
+    """Bytes on the fullest of `world` ranks, by purpose.
 
     Gradients are fp32; AdamW keeps two fp32 moments, and an fp32 copy of bf16 weights, divided over the ranks that hold
     the same parameters by the distributed optimizer; what is never trained still counts as trained. Activations: 34
     bytes a token, hidden unit and block in bf16 (Korthikanti et al., arXiv 2205.05198, without the attention scores
     that SDPA never stores), or block inputs under full recomputation, of every micro-batch that a pipeline keeps.
     """
+    plan = planned[0].plan
     parallel, size = config.parallel, BYTES[config.precision.dtype]
     copies = world // (parallel.tensor * parallel.pipeline)  # of a parameter, over data- and context-parallel ranks
     expert_copies = world // (parallel.expert * parallel.pipeline)  # experts are not divided by tensor parallelism
     of_student = Share(parallel.tensor, parallel.pipeline, parallel.expert, plan.student_stages)
-    layout = own_layout or parallel
-    of_teacher = Share(layout.tensor, layout.pipeline, layout.expert, plan.teacher_stages)
     students = [_rank_parameters(student, of_student, rank, lm_head=True) for rank in range(parallel.pipeline)]
-    teachers = [_rank_parameters(teacher, of_teacher, rank, lm_head=False) for rank in range(layout.pipeline)]
-    trained, frozen = max(map(sum, students)), max(map(sum, teachers))
+    trained = max(map(sum, students))
+    frozen = [_teacher_parameters(teacher, teacher.layout or parallel) for teacher in planned]
+    heads = [padded_vocab_size(student, parallel.tensor) // parallel.tensor * t.spec.hidden_size for t in planned]
+    in_memory = sum(frozen) if config.teachers_in_memory == "all" else max(frozen)
     adamw = config.optimizer.name == "adamw"
     state = (8 if adamw else 0) + (4 if size == 2 else 0)
     if parallel.distributed_optimizer and adamw:
@@ -67,10 +67,17 @@ def predict_memory(
         "student weights": trained * size,
         "student gradients": trained * 4,
         "optimizer state": kept * state,
-        "teacher weights": frozen * size,
-        "teacher states": 0 if config.teacher.offload_targets else _target_bytes(config, plan, teacher, copies, size),
+        "teacher weights": (in_memory + (sum(heads) if plan.output else 0)) * size,
+        "teacher states": (
+            0 if planned[0].config.offload_targets else _target_bytes(config, plan, planned[0].spec, copies, size)
+        ),
         "activations": int(tokens * student.hidden_size * blocks * (2 if full else 34) * size / 2 / cut),
     }
+
+
+def _teacher_parameters(teacher: PlannedTeacher, layout: ParallelConfig) -> int:
+    share = Share(layout.tensor, layout.pipeline, layout.expert, teacher.plan.teacher_stages)
+    return max(sum(_rank_parameters(teacher.spec, share, rank, lm_head=False)) for rank in range(layout.pipeline))
 
 
 def _blocks_in_flight(config: Config, plan: LayerPlan, data_size: int) -> int:
@@ -116,5 +123,5 @@ def _target_bytes(config: Config, plan: LayerPlan, teacher: ModelSpec, copies: i
     if plan.aligned and parallel.pipeline == 1:  # streamed: no more than a micro-batch has
         rows = min(rows, config.batch.max_tokens_per_micro_batch / parallel.context)
     owners = [rank for _, rank in map(plan.student_place, plan.student_layers)]
-    layers = max(owners.count(rank) for rank in set(owners))
+    layers = max((owners.count(rank) for rank in set(owners)), default=0)
     return int(layers * rows * teacher.hidden_size * size / (parallel.tensor if parallel.sequence else 1))

@@ -18,8 +18,8 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same for a run to go on: its teacher's weights and its layer map."""
+    """What must be the same for a run to go on: a teacher's weights and the map of layers to it."""
 
-    teacher_path: str
-    teacher_hash: str
+    path: str
+    hash: str
     pairs: tuple[tuple[int, int], ...]

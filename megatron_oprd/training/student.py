@@ -57,13 +57,13 @@ def freeze_unreached(stage: Stage, config: Config, plan: LayerPlan) -> None:
         if name.startswith("decoder.layers."):
             reached = int(name.split(".")[2]) < plan.student_last_layer
         elif name.startswith("decoder.final_layernorm"):
-            reached = plan.student_normed_layer is not None
+            reached = plan.student_final_norm
         elif tied:
             reached = not frozen
         elif name.startswith("embedding"):
             reached = "embedding" not in frozen
-        else:
-            reached = False  # an untied LM head: hidden states do not see it
+        else:  # an untied LM head: hidden states do not see it
+            reached = plan.output and "lm_head" not in frozen
         parameter.requires_grad_(reached)
 
 

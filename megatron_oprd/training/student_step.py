@@ -1,46 +1,53 @@
-"""One update of the student (OPRD eq. (6)): forward, losses at the layers, backward, clipping, optimizer."""
+"""One update of the student: forward, losses where the states are (OPRD eq. (6)), backward, clipping, optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from megatron_oprd import platform
-from megatron_oprd.config import RepresentationConfig
-from megatron_oprd.losses.reduction import layer_metrics
+from megatron_oprd.config import LossConfig
+from megatron_oprd.losses.output_space import METRICS
+from megatron_oprd.losses.reduction import layer_metrics, output_metrics
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.micro_batch import Tap
+from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.taps import StageLoss
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.student import Student
-from megatron_oprd.types import GlobalCounts, PackedBatch, StepReport
+from megatron_oprd.types import PackedBatch, StepReport
 
 
 def student_step(
     student: Student,
     topology: Topology,
     plan: LayerPlan,
-    config: RepresentationConfig,
+    loss: LossConfig,
+    whole: GlobalBatch,
     batches: Sequence[PackedBatch],
     targets: TeacherTargets,
-    counts: GlobalCounts,
+    output: OutputLoss | None = None,
+    *,
+    with_metrics: bool = False,
 ) -> StepReport:
     """Update the student once on the whole global batch; the report is the same on every rank.
 
     `batches` are this rank's micro-batches, `targets` the teacher states that its layers are compared with; none are
-    left at the end. Communicates over all groups.
+    left at the end. `output`: the output-space objective, on the last stage; `with_metrics`: whether it measures its
+    metrics. Communicates over all groups.
     """
     taps: list[StageLoss] = []
 
     def next_taps() -> Iterator[StageLoss]:
         for number, batch in enumerate(batches):
-            tap = StageLoss(batch, targets.of(number), len(plan.pairs), normalize=config.normalize, scale=config.weight)
-            taps.append(tap)
-            yield tap
+            taps.append(stage_loss(plan, loss, batch, targets, number, output))
+            yield taps[-1]
 
     accumulate_gradients(student, topology, plan, batches, next_taps())
     if len(targets):
@@ -49,8 +56,34 @@ def student_step(
     with platform.cpu_devices():
         _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
     student.scheduler.step(increment=1)
-    metrics = layer_metrics(_global_sums(taps, topology, plan), counts)
-    return StepReport(config.weight * metrics["rep/mse"], float(grad_norm), learning_rate, metrics)
+    total, metrics = 0.0, {}
+    if plan.pairs:
+        metrics |= layer_metrics(_layer_sums(taps, topology, plan), whole.representation.counts)
+        total += loss.representation.weight * metrics["rep/mse"]
+    if plan.output:
+        metrics |= output_metrics(_output_sums(taps, topology), whole.output.counts, with_metrics=with_metrics)
+        total += loss.output.weight * metrics["output/loss"]
+    return StepReport(total, float(grad_norm), learning_rate, metrics)
+
+
+def stage_loss(
+    plan: LayerPlan,
+    loss: LossConfig,
+    batch: PackedBatch,
+    targets: TeacherTargets,
+    number: int,
+    output: OutputLoss | None,
+) -> StageLoss:
+    """The tap of the student's micro-batch `number`."""
+    config = loss.representation
+    return StageLoss(
+        batch,
+        targets.of(number),
+        len(plan.pairs),
+        normalize=config.normalize,
+        scale=config.weight,
+        output=output,
+    )
 
 
 def accumulate_gradients(
@@ -73,17 +106,31 @@ def accumulate_gradients(
     )
 
 
-def _global_sums(taps: Sequence[StageLoss], topology: Topology, plan: LayerPlan) -> dict[int, list[float]]:
+def _layer_sums(taps: Sequence[StageLoss], topology: Topology, plan: LayerPlan) -> dict[int, list[float]]:
     """Sums [4] of every compared student layer over micro-batches, ranks that hold other tokens, and pipeline ranks."""
     layers = plan.student_layers
     local = torch.zeros(len(layers), 4, dtype=torch.float64, device=topology.device)
     for tap in taps:
         for layer, sums in tap.sums.items():
             local[layers.index(layer)] += sums
-    values = local.flatten().tolist()
     groups = [topology.groups.dp_cp, topology.groups.pp]
     if topology.sequence_parallel:
         groups.append(topology.groups.tp)  # else each of its ranks holds every row
+    values = _sum_over_all(local, groups, topology)
+    return {layer: values[4 * i : 4 * i + 4] for i, layer in enumerate(layers)}
+
+
+def _output_sums(taps: Sequence[StageLoss], topology: Topology) -> list[float]:
+    """Sums [1 + METRICS] of the output-space objective; tensor-parallel ranks have all of them alike."""
+    local = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=topology.device)
+    for tap in taps:
+        if tap.output_sums is not None:
+            local += tap.output_sums
+    return _sum_over_all(local, [topology.groups.dp_cp, topology.groups.pp], topology)
+
+
+def _sum_over_all(local: torch.Tensor, groups: Sequence[dist.ProcessGroup], topology: Topology) -> list[float]:
+    values: list[float] = local.flatten().tolist()
     for group in groups:
         values = sum_over(values, group, topology.device)
-    return {layer: values[4 * i : 4 * i + 4] for i, layer in enumerate(layers)}
+    return values

@@ -1,9 +1,9 @@
-"""The teacher reads the student's rollouts; only the states that the loss compares are kept."""
+"""The teachers read the student's rollouts; only the states that the loss compares are kept."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,21 +16,36 @@ from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.reshard import Shard, exchange, moved_bytes, plan_transfers
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.schedule import run_schedule
-from megatron_oprd.types import PackedBatch
+from megatron_oprd.types import OUTPUT, PackedBatch, Selection
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """This rank's chunks of the frozen teacher, in the student's layout or one of its own."""
+    """This rank's chunks of a frozen teacher, in the student's layout or one of its own.
 
-    stage: Stage
+    `load` gives the chunks with their weights: the same ones each time, or new ones that are gone after the pass.
+    `own_prompts`: whether it may read other prompts than the student.
+    """
+
+    load: Callable[[], Stage]
     topology: Topology
+    plan: LayerPlan
+    own_prompts: bool = False
     offload: bool = False
 
-    def can_stream(self, plan: LayerPlan) -> bool:
+    def reads_alike(self, student_topology: Topology) -> bool:
+        """Whether it reads the very micro-batches of the student, as a single teacher."""
+        return self.topology is student_topology and not self.own_prompts
+
+    def states_stay(self, student_topology: Topology) -> bool:
+        """Whether its states are born on the ranks, and in the order, in which the student reads them."""
+        cut = student_topology.context_size > 1 or student_topology.sequence_parallel
+        return self.plan.aligned and self.topology is student_topology and not (self.own_prompts and cut)
+
+    def can_stream(self, student_topology: Topology) -> bool:
         """Whether a micro-batch's states can be made when the student starts it. Between pipeline stages, the teacher's
         activations would have to travel beside the student's: the schedule has no place for them."""
-        return plan.aligned and self.topology.pipeline_size == 1
+        return self.states_stay(student_topology) and self.topology.pipeline_size == 1
 
 
 @dataclass
@@ -44,73 +59,139 @@ class PassReport:
 
 
 def teacher_pass(
-    teacher: Teacher,
+    teachers: Sequence[Teacher],
     student_topology: Topology,
-    plan: LayerPlan,
     batches: Sequence[PackedBatch],
-    teacher_batches: Sequence[PackedBatch],
+    read_by: Callable[[int], Sequence[PackedBatch]],
 ) -> tuple[TeacherTargets, PassReport]:
     """The states [selected tokens, d_T] that the student's layers on this rank are compared with, by micro-batch.
 
-    `batches`: this rank's micro-batches in the student's layout, `teacher_batches` in the teacher's (the same ones when
-    the plan is aligned). Memory: those of one micro-batch when the teacher can be streamed, else the selected rows of
-    the compared layers; for a teacher in its own layout, those of this rank's teacher layers too, while they travel.
-    Communicates over the teacher's groups, and from point to point where rows move.
+    `batches`: this rank's micro-batches of the student; `read_by(number)`: those of a teacher, in its own layout, with
+    the rollouts that it teaches. Memory: the states of one micro-batch when a single teacher can be streamed, else the
+    selected rows of the compared layers; where they travel, those of this rank's teacher layers too while they do.
+    Communicates over the teachers' groups, and from point to point where rows move.
     """
-    report = PassReport(streamed=teacher.can_stream(plan))
-    readers, device = plan.readers(student_topology.stages), student_topology.device
-
-    def run(some: Sequence[PackedBatch]) -> list[States]:
-        begin = time.perf_counter()
-        states = _capture(teacher, plan, some)
-        report.seconds += time.perf_counter() - begin
-        return states
-
-    def produce(number: int) -> States:
-        return run(batches[number : number + 1])[0]
-
+    first = teachers[0]
+    layers, device = first.plan.readers(student_topology.stages), student_topology.device
+    report = PassReport(streamed=len(teachers) == 1 and first.can_stream(student_topology))
     if report.streamed:
-        return TeacherTargets(readers, device, offload=teacher.offload, produce=produce), report
-    targets = TeacherTargets(readers, device, offload=teacher.offload)
-    states = run(teacher_batches)
-    if not plan.aligned:
-        begin = time.perf_counter()
-        states, report.moved_bytes = _move(states, teacher, plan, readers, batches, teacher_batches)
-        report.seconds += time.perf_counter() - begin
-    for number, of_micro_batch in enumerate(states):
-        targets.put(number, of_micro_batch)
+        stage, own_batches = first.load(), read_by(0)
+
+        def produce(number: int) -> States:
+            begin = time.perf_counter()
+            (states,) = _capture(stage, first, own_batches[number : number + 1])
+            report.seconds += time.perf_counter() - begin
+            return _by_student_layer(first.plan, student_topology, states)
+
+        return TeacherTargets(layers, device, offload=first.offload, produce=produce), report
+    begin = time.perf_counter()
+    targets = TeacherTargets(layers, device, offload=first.offload)
+    held: list[States] = [{} for _ in batches]
+    for number, teacher in enumerate(teachers):
+        stays = len(teachers) == 1 and teacher.states_stay(student_topology)
+        report.moved_bytes += _read(teacher, number, stays, student_topology, batches, read_by(number), held)
+    while held:
+        targets.put(len(held) - 1, held.pop())
+    report.seconds = time.perf_counter() - begin
     return targets, report
 
 
-def _capture(teacher: Teacher, plan: LayerPlan, batches: Sequence[PackedBatch]) -> list[States]:
+def _read(
+    teacher: Teacher,
+    number: int,
+    stays: bool,
+    student_topology: Topology,
+    batches: Sequence[PackedBatch],
+    own_batches: Sequence[PackedBatch],
+    held: list[States],
+) -> int:
+    """One teacher's pass, its states put into `held` where the student reads them; the bytes that moved, over all
+    ranks. What `load` made for this pass alone is gone at its end."""
+    stage = teacher.load()
+    states = _capture(stage, teacher, own_batches)
+    if not stays:
+        return _move(states, stage, teacher, number, student_topology, batches, own_batches, held)
+    for of_batch, captured in zip(held, states, strict=True):
+        of_batch.update(_by_student_layer(teacher.plan, student_topology, captured))
+    return 0
+
+
+def _capture(stage: Stage, teacher: Teacher, batches: Sequence[PackedBatch]) -> list[States]:
     """The compared layers of this rank's teacher chunks, for each micro-batch."""
-    taps = [CaptureTap(frozenset(plan.teacher_layers(teacher.topology.stages)), batch.selected) for batch in batches]
+    layers = teacher.plan.teacher_layers(teacher.topology.stages)
+    taps = [CaptureTap({layer: _selection(batch, layer).selected for layer in layers}) for batch in batches]
     with teacher.topology.active():
         run_schedule(
-            list(teacher.stage),
+            list(stage),
             teacher.topology,
             batches,
             taps,
             last_layer=None,
-            normed_layer=plan.teacher_normed_layer,
+            normed_layer=teacher.plan.teacher_normed_layer,
             forward_only=True,
         )
     return [tap.states for tap in taps]
 
 
+def _by_student_layer(plan: LayerPlan, topology: Topology, states: States) -> States:
+    return {student: states[teacher] for student, teacher in plan.readers(topology.stages).items()}
+
+
 def _move(
     states: list[States],
+    stage: Stage,
     teacher: Teacher,
-    plan: LayerPlan,
-    readers: dict[int, int],
+    number: int,
+    student_topology: Topology,
     batches: Sequence[PackedBatch],
-    teacher_batches: Sequence[PackedBatch],
-) -> tuple[list[States], int]:
-    """The states of the student's micro-batches on this rank, from where the teacher's ranks have them; and the bytes
-    that moved, over all ranks."""
-    topology, config = teacher.topology, teacher.stage.config
-    held = Shard(plan.teacher_layers(topology.stages), _all_rows(teacher_batches))
-    wanted = Shard(tuple(sorted(set(readers.values()))), _all_rows(batches))
+    own_batches: Sequence[PackedBatch],
+    held: list[States],
+) -> int:
+    """Bring a teacher's states from where its ranks have them to where the student's layers read them: into `held`, by
+    the student's micro-batches and layers. Returns the bytes that moved, over all ranks."""
+    plan, moved = teacher.plan, 0
+    readers = plan.readers(student_topology.stages)
+    terms = [lambda layer: layer != OUTPUT] if plan.pairs else []
+    terms += [lambda layer: layer == OUTPUT] if plan.output else []
+    for belongs in terms:  # one reads other rows than the other
+        sources = tuple(filter(belongs, plan.teacher_layers(teacher.topology.stages)))
+        layers = tuple(sorted(filter(belongs, set(readers.values()))))
+        some_layer = OUTPUT if belongs(OUTPUT) else 1
+        mine = [_selection(batch, some_layer) for batch in batches]
+        places = [(selection.teachers == number).nonzero().flatten() for selection in mine]
+        received, moved_rows = _exchange(
+            states,
+            Shard(sources, _joined([_selection(batch, some_layer).rows for batch in own_batches])),
+            Shard(layers, _joined([one.rows[place] for one, place in zip(mine, places, strict=True)])),
+            stage,
+            teacher,
+        )
+        moved += moved_rows
+        for layer in layers:
+            parts = received.pop(layer).split([len(place) for place in places])
+            for of_batch, selection, place, part in zip(held, mine, places, parts, strict=True):
+                _lay_down(of_batch, [s for s, t in readers.items() if t == layer], selection, place, part)
+    return moved
+
+
+def _lay_down(
+    held: States, layers: Sequence[int], selection: Selection, places: torch.Tensor, states: torch.Tensor
+) -> None:
+    """Put `states` [places, d_T] where they belong among the rows of a micro-batch, for each of the student's
+    `layers`."""
+    if len(places) == len(selection):
+        # One tensor for all: they are compared with the same. A copy, as a view would keep the whole that it is cut of.
+        held |= dict.fromkeys(layers, states.clone())
+        return
+    for layer in layers if len(places) else ():
+        target = held.setdefault(layer, states.new_empty(len(selection), states.shape[1]))
+        target[places.to(target.device)] = states
+
+
+def _exchange(states: list[States], held: Shard, wanted: Shard, stage: Stage, teacher: Teacher) -> tuple[States, int]:
+    """This rank's rows of the wanted layers, and the bytes that moved over all ranks. Takes `states` apart.
+    Communicates over the world."""
+    topology, config = teacher.topology, stage.config
     shards = gather_objects((held, wanted), torch.distributed.group.WORLD)
     transfers = plan_transfers([shard for shard, _ in shards], [shard for _, shard in shards])
     joined = {layer: torch.cat([one.pop(layer) for one in states]) for layer in held.layers}
@@ -125,14 +206,13 @@ def _move(
         device=topology.device,
         target_device=torch.device("cpu") if teacher.offload else topology.device,
     )
-    sizes = [len(batch.rows) for batch in batches]
-    by_micro_batch: list[States] = [{} for _ in batches]
-    for layer in wanted.layers:
-        # Copies, not views of the whole, which would stay until the last of them is read.
-        for states_of, part in zip(by_micro_batch, received.pop(layer).split(sizes), strict=True):
-            states_of[layer] = part.clone()
-    return by_micro_batch, moved_bytes(transfers, config.hidden_size * config.params_dtype.itemsize)
+    return received, moved_bytes(transfers, config.hidden_size * config.params_dtype.itemsize)
 
 
-def _all_rows(batches: Sequence[PackedBatch]) -> torch.Tensor:
-    return torch.cat([batch.rows for batch in batches]).cpu()
+def _selection(batch: PackedBatch, layer: int) -> Selection:
+    """What is read of a layer."""
+    return batch.output if layer == OUTPUT else batch.representation
+
+
+def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(list(rows)).cpu()

@@ -131,10 +131,10 @@ def test_a_dry_run_places_a_layout_of_several_processes(tmp_path):
     assert [(outcome.code, outcome.stderr) for outcome in outcomes] == [(0, "")] * 4
     first, *others = (outcome.stdout for outcome in outcomes)
     assert others == [""] * 3 and not (tmp_path / "run").exists()
-    rows = [line.split("│")[1:4] for line in first.splitlines() if "chunk" in line]
+    rows = [line.split("│")[1:4] for line in first.splitlines() if ", chunk " in line]
     assert [row[2].strip() for row in rows] == ["0, chunk 0", "1, chunk 0", "0, chunk 1", "1, chunk 1"]
     for words in (
-        "teacher states travel from the teacher's layout",
+        "teacher: its states travel from its layout to the student's",
         "student: Qwen3MoeForCausalLM",
         "teacher: Qwen3ForCausalLM",
         "built up to layer 4 of 4",

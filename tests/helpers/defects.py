@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -16,15 +16,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_oprd import train
 from megatron_oprd.data.balance import assign
-from megatron_oprd.data.packing import num_tokens
-from megatron_oprd.losses.reduction import count, token_weight
+from megatron_oprd.data.packing import Term, num_tokens
+from megatron_oprd.losses.reduction import count
 from megatron_oprd.models import taps, targets
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.training import global_batch
 from megatron_oprd.training import student as student_module
-from megatron_oprd.types import GlobalCounts, PackedBatch
+from megatron_oprd.types import PackedBatch, Selection
 from tests.helpers.layouts import Case
 from tests.helpers.run_layouts import rollouts_of
 
@@ -39,23 +38,32 @@ class Defect:
 @contextlib.contextmanager
 def mean_of_micro_batch_means() -> Iterator[None]:
     """Weights sum to one in each micro-batch, and micro-batches are averaged."""
-    pack, pack_all = global_batch.pack, train.pack_global_batch
+    pack, pack_all = global_batch.pack, global_batch.GlobalBatch.micro_batches
 
-    def pack_by_own_counts(rollouts: Any, first_rows: Any, config: Any, counts: Any, **kwargs: Any) -> PackedBatch:
-        selected = global_batch.selected_per_rollout(rollouts, config)
-        own = count(selected)
-        weights = [token_weight(tokens, own, config.aggregation) for tokens in selected for _ in range(tokens)]
-        batch = pack(rollouts, first_rows, config, counts, **kwargs)
-        return dataclasses.replace(batch, weights=torch.tensor(weights, dtype=torch.float64))
+    def pack_by_own_counts(
+        rollouts: Any, numbers: Sequence[int], representation: Term, output: Term, **kwargs: Any
+    ) -> PackedBatch:
+        own = (
+            dataclasses.replace(term, counts=count(len(term.positions[number]) for number in numbers))
+            for term in (representation, output)
+        )
+        return pack(rollouts, numbers, *own, **kwargs)
 
-    def average(rollouts: Any, config: Any, *rest: Any) -> tuple[list[PackedBatch], GlobalCounts]:
-        batches, counts = pack_all(rollouts, config, *rest)
-        number = len(batches) * rest[-1].data_size
-        return [dataclasses.replace(batch, weights=batch.weights / number) for batch in batches], counts
+    def average(whole: Any, config: Any, spec: Any, topology: Any, **kwargs: Any) -> list[PackedBatch]:
+        batches = pack_all(whole, config, spec, topology, **kwargs)
+        number = len(batches) * topology.data_size
+
+        def divided(selection: Selection) -> Selection:
+            return dataclasses.replace(selection, weights=selection.weights / number)
+
+        return [
+            dataclasses.replace(batch, representation=divided(batch.representation), output=divided(batch.output))
+            for batch in batches
+        ]
 
     with (
         mock.patch.object(global_batch, "pack", pack_by_own_counts),
-        mock.patch.object(train, "pack_global_batch", average),
+        mock.patch.object(global_batch.GlobalBatch, "micro_batches", average),
     ):
         yield
 

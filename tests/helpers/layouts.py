@@ -35,7 +35,31 @@ SETTINGS = {
     "teacher-tp4": ("teacher.parallel={tensor: 4, pipeline: 1}",),
     "teacher-pp4": ("teacher.parallel={tensor: 1, pipeline: 4}",),
     "teacher-tp2-pp2": ("teacher.parallel={tensor: 2, pipeline: 2}",),
+    **{f"chunk{tokens}": (f"loss.output.chunk_tokens={tokens}",) for tokens in (1, 7, 1000)},
+    "unchunked": ("loss.output.chunk_tokens=null",),
+    "warm": ("rollout.temperature=0.8", "loss.output.teacher_temperature=1.5"),
+    "weighed": ("loss.output.weight=2.5", "loss.output.aggregation=sequence_mean"),
+    "last3": ("loss.output.positions=last_k", "loss.output.positions_k=3"),
+    "headless": ("loss.representation.weight=0",),
 }
+# Objectives on next-token distributions, with every option of theirs in some.
+OBJECTIVES = {
+    "sampled": ("objective=sampled",),
+    "surrogate": ("objective=topk_surrogate", "k=5"),
+    "surrogate-teacher": ("objective=topk_surrogate", "k=5", "support=teacher"),
+    "surrogate-union": ("objective=topk_surrogate", "k=5", "support=union"),
+    "surrogate-whole": ("objective=topk_surrogate", "k=1000"),
+    "topk": ("objective=topk_kl", "k=5"),
+    "topk-teacher": ("objective=topk_kl", "k=3", "support=teacher", "direction=forward"),
+    "topk-union": ("objective=topk_kl", "k=5", "support=union", "direction=jsd", "beta=0.3"),
+    "tail": ("objective=topk_kl", "k=5", "tail_bucket=true"),
+    "tail-forward": ("objective=topk_kl", "k=5", "tail_bucket=true", "direction=forward", "support=teacher"),
+    "tail-union": ("objective=topk_kl", "k=5", "tail_bucket=true", "direction=jsd", "support=union"),
+    "reverse": ("objective=full_kl",),
+    "forward": ("objective=full_kl", "direction=forward"),
+    "jsd": ("objective=full_kl", "direction=jsd", "beta=0.3"),
+}
+SETTINGS |= {word: tuple(f"loss.output.{key}" for key in keys) for word, keys in OBJECTIVES.items()}
 TEACHERS = ("TP4", "TP2", "DP4", "PP4", "TP2xPP2")  # layouts of its own that a teacher has in some case
 
 
@@ -94,6 +118,7 @@ def _features(case: Case) -> dict[str, bool]:
         "middle layers": isinstance(layers, list) and 1 < min(layers) <= max(layers) < case.layers[0],
         "shallower student": case.layers[0] < case.layers[1],
         "tied": case.tied,
+        "output": config.loss.reads_output,
     }
 
 
@@ -163,6 +188,7 @@ ALONE = """
     1 qwen3 4of6
     1 qwen2 tied
     1 moe some
+    1 qwen3 reverse
 """
 # As many features as go together, so that few cases have all pairs of them.
 MIXED = """
@@ -195,6 +221,17 @@ MIXED = """
     4 qwen3 tp2 pp2 teacher-pp4
     4 qwen3 tp2 pp2 teacher-tp2-pp2
     4 qwen3 tp2 sp pp2 crossing
+    3 qwen2 pp3 4of6 many sampled
+    4 moe pp2 vp2 ep2 selective unpacked teacher-tp2 middle few tail
+    4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied reverse warm
+    4 moe tp2 sp ep2 distopt block teacher-pp4 4of6 tied few jsd
+    4 qwen2 cp2 selective unpacked teacher-dp tied topk
+    4 qwen2 pp2 tp2 sp vp2 distopt block teacher-tp2-pp2 many surrogate
+    4 qwen2 pp2 vp2 distopt uniform1 unpacked teacher-tp2 middle tied few forward chunk1
+    4 qwen3 tp4 uniform2 teacher-dp 4of6 topk-union headless weighed
+    4 qwen3 tp2 pp2 tied reverse chunk7
+    4 qwen3 tp2 sp pp2 crossing sampled last3
+    4 qwen3 tp4 sp block teacher-tp4 tail-union
 """
 EIGHT_RANKS = """
     8 qwen3 many
@@ -209,7 +246,15 @@ EIGHT_RANKS = """
     8 qwen2 pp4 cp2 uniform1 middle teacher-tp4
     8 qwen3 cp4 tp2 4of6 teacher-pp4 block
     8 moe pp4 ep2 unpacked teacher-tp2-pp2 many
+    8 qwen3 tp2 sp pp2 cp2 many tied reverse chunk7
+    8 moe tp2 sp cp2 ep4 selective unpacked surrogate headless
 """
+# Every objective in every way that its vocabulary or its tokens can be cut, with chunks of several sizes.
+CUTS = (
+    *("1 qwen3 chunk7", "2 qwen2 tp2 warm chunk1", "4 qwen3 tp4 weighed chunk7", "2 qwen3 tp2 sp headless chunk1000"),
+    *("2 qwen2 pp2 tied last3", "2 qwen3 cp2 headless unchunked"),
+)
+OBJECTIVE_CASES = tuple(parse(f"{cut} {objective}") for cut in CUTS for objective in OBJECTIVES)
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
 FEATURES = tuple(_features(MATRIX[0]))
 

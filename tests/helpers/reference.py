@@ -20,6 +20,14 @@ def token_error(student, teacher, normalize):
     return ((student - teacher) ** 2).sum() / student.numel()
 
 
+def aggregate(per_sequence, aggregation):
+    """AGG of a list of values for each sequence that has any."""
+    if aggregation == "sequence_mean":
+        return sum(sum(values) / len(values) for values in per_sequence) / len(per_sequence)
+    every = [value for values in per_sequence for value in values]
+    return sum(every) / len(every)
+
+
 def oprd_loss(pairs, sequences, *, mode, k, normalize, aggregation, shift):
     """OPRD eq. (6). sequences: (student {layer: [tokens, d]}, teacher {layer: [tokens, d]}, prompt length, mask)."""
     layer_losses = []
@@ -30,9 +38,5 @@ def oprd_loss(pairs, sequences, *, mode, k, normalize, aggregation, shift):
             errors = [token_error(student[student_layer][r], teacher[teacher_layer][r], normalize) for r in rows]
             if errors:
                 per_sequence.append(errors)
-        if aggregation == "sequence_mean":
-            layer_losses.append(sum(sum(errors) / len(errors) for errors in per_sequence) / len(per_sequence))
-        else:
-            every = [error for errors in per_sequence for error in errors]
-            layer_losses.append(sum(every) / len(every))
+        layer_losses.append(aggregate(per_sequence, aggregation))
     return sum(layer_losses) / len(layer_losses) + torch.zeros((), dtype=torch.float64)

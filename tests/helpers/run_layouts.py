@@ -22,8 +22,8 @@ from megatron_oprd.assemble import Run
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.reshard import Shard, minimum_rows
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.training.global_batch import pack_global_batch
-from megatron_oprd.types import Rollout
+from megatron_oprd.training.global_batch import GlobalBatch
+from megatron_oprd.types import OUTPUT, Rollout
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import ROLLOUTS, Case
 from tests.helpers.models import random_hf_model, save
@@ -74,7 +74,8 @@ class References:
         return self.model(case.family, student, case.tied, 0), self.model(case.family, teacher, case.tied, 1)
 
     def update(self, case: Case) -> Update:
-        loss = tuple(override for override in case.overrides if override.startswith("loss."))
+        exact = [override for override in case.overrides if not override.startswith("loss.output.chunk_tokens")]
+        loss = tuple(override for override in exact if override.startswith(("loss.", "rollout.temperature")))
         return self._update(*self.models(case), case.rollouts, loss)
 
     def _model(self, family: str, layers: int, tied: bool, seed: int) -> Path:
@@ -159,16 +160,24 @@ def _new_world(rank: int, world: int, store: Path) -> None:
 def _fewest_bytes(run: Run) -> int:
     """Bytes of teacher states that some rank reads and does not hold, from the micro-batches of both layouts.
     Collective over the world."""
-    plan, teacher = run.inputs.plan, run.teacher
-    held = Shard(plan.teacher_layers(teacher.topology.stages), _selected_rows(run, teacher.topology))
+    plan, (teacher,) = run.inputs.plan, run.teachers
     readers = plan.readers(run.topology.stages)
-    wanted = Shard(tuple(sorted(set(readers.values()))), _selected_rows(run, run.topology))
-    shards = gather_objects((held, wanted), dist.group.WORLD)
-    rows = minimum_rows([of_rank for of_rank, _ in shards], [of_rank for _, of_rank in shards])
-    return rows * run.inputs.teacher.hidden_size * torch.float32.itemsize
+    rows = 0
+    for term in ("representation", "output"):
+        born, read = (
+            tuple(sorted(layer for layer in set(layers) if (layer == OUTPUT) == (term == "output")))
+            for layers in (plan.teacher_layers(teacher.topology.stages), readers.values())
+        )
+        held = Shard(born, _selected_rows(run, teacher.topology, term))
+        wanted = Shard(read, _selected_rows(run, run.topology, term))
+        shards = gather_objects((held, wanted), dist.group.WORLD)
+        rows += minimum_rows([of_rank for of_rank, _ in shards], [of_rank for _, of_rank in shards])
+    (planned,) = run.inputs.teachers.values()
+    return rows * planned.spec.hidden_size * torch.float32.itemsize
 
 
-def _selected_rows(run: Run, topology: Topology) -> torch.Tensor:
+def _selected_rows(run: Run, topology: Topology, term: str) -> torch.Tensor:
     config, rollouts = run.inputs.config, run.inputs.replayed
-    batches, _ = pack_global_batch(rollouts, config.loss.representation, config.batch, run.inputs.student, topology)
-    return torch.cat([batch.rows for batch in batches])
+    whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)
+    batches = whole.micro_batches(config.batch, run.inputs.student, topology)
+    return torch.cat([getattr(batch, term).rows for batch in batches])

@@ -19,14 +19,15 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import gather_hf_tensors
 from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.inputs import Inputs
-from megatron_oprd.layouts import plan_layers
+from megatron_oprd.layouts import plan_teacher
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.train import one_step
 from megatron_oprd.training import student as student_module
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import Rollout
-from tests.helpers.reference import oprd_loss
+from tests.helpers.output_reference import token_loss
+from tests.helpers.reference import aggregate, oprd_loss, selected_indices
 
 # A rate at which one step moves the weights by far more than a float32 rounding of them: the change is the gradient.
 LEARNING_RATE = 1e4
@@ -82,24 +83,33 @@ class Update:
     gradients: dict[str, torch.Tensor]
 
 
-def make_config(student: Path, teacher: Path, *overrides: str) -> Config:
-    return load_config(None, [f"student.path={student}", f"teacher.path={teacher}", *SETTINGS, *overrides])
+Teachers = Path | dict[str, Path]  # one, or several by the data_source that they teach
+
+
+def make_config(student: Path, teacher: Teachers, *overrides: str) -> Config:
+    named = {f"teachers.{name}": path for name, path in teacher.items()} if isinstance(teacher, dict) else {}
+    paths = [f"{key}.path={path}" for key, path in (named or {"teacher": teacher}).items()]
+    return load_config(None, [f"student.path={student}", *paths, *SETTINGS, *overrides])
 
 
 def make_inputs(config: Config, rollouts: Sequence[Rollout]) -> Inputs:
     """What `read_inputs` makes of a replayed run, the rollouts given instead of read."""
-    student, teacher = read_model_spec(config.student.path), read_model_spec(config.teacher.path)
-    return Inputs(config, student, teacher, plan_layers(config, student, teacher), None, None, None, list(rollouts))
+    student = read_model_spec(config.student.path)
+    teachers = {
+        name: plan_teacher(config, student, read_model_spec(teacher.path), name)
+        for name, teacher in config.named_teachers.items()
+    }
+    return Inputs(config, student, teachers, None, None, None, list(rollouts))
 
 
 def megatron_update(
-    rank: int, student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None
+    rank: int, student: Path, teacher: Teachers, *overrides: str, rollouts: Sequence[Rollout] | None = None
 ) -> Update:
     """One step of the package on this rank, from rollouts to the moved weights; the gradients, whole, on rank 0."""
     return update_of(make_run(student, teacher, *overrides, rollouts=rollouts))
 
 
-def make_run(student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None) -> Run:
+def make_run(student: Path, teacher: Teachers, *overrides: str, rollouts: Sequence[Rollout] | None = None) -> Run:
     """A run that has not stepped yet. Collective over the world."""
     rollouts = some_rollouts(read_model_spec(student).vocab_size) if rollouts is None else rollouts
     config = make_config(student, teacher, *overrides, f"rollout.prompts_per_step={len(rollouts)}")
@@ -145,32 +155,57 @@ def assert_copies_agree(parameters: dict[str, torch.Tensor], run: Run) -> None:
 
 
 def reference_update(
-    student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None
+    student: Path, teacher: Teachers, *overrides: str, rollouts: Sequence[Rollout] | None = None
 ) -> Update:
     """The same step on Hugging Face's models in float64, one sequence at a time."""
-    config = make_config(student, teacher, *overrides).loss.representation
-    student_model, teacher_model = (_open_in_float64(path) for path in (student, teacher))
-    plan = make_plan(config, read_model_spec(student), read_model_spec(teacher))
-    sequences = []
+    config = make_config(student, teacher, *overrides)
+    student_model = _open_in_float64(student)
+    teachers = {name: _open_in_float64(of.path) for name, of in config.named_teachers.items()}
+    vocab_size = min(model.config.vocab_size for model in (student_model, *teachers.values()))
+    sequences, logits = [], []
     for rollout in some_rollouts(student_model.config.vocab_size) if rollouts is None else rollouts:
-        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        states = _states(student_model, ids, config.final_norm)
+        name = rollout.data_source if len(teachers) > 1 else next(iter(teachers))
+        states, of_student = _states(student_model, rollout.prompt_ids, rollout, config)
         with torch.no_grad():
-            targets = _states(teacher_model, ids, config.final_norm)
-        sequences.append((states, targets, len(rollout.prompt_ids), rollout.response_mask))
-    loss = config.weight * oprd_loss(
-        [(pair.student, pair.teacher) for pair in plan.pairs],
-        sequences,
-        mode=config.positions,
-        k=config.k,
-        normalize=config.normalize,
-        aggregation=config.aggregation,
-        shift=config.shift,
-    )
+            prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
+            targets, of_teacher = _states(teachers[name], prompt_ids, rollout, config)
+        plan = make_plan(config.loss, read_model_spec(student), read_model_spec(config.named_teachers[name].path))
+        sequences.append(
+            (states, {pair.student: targets[pair.teacher] for pair in plan.pairs}, 0, rollout.response_mask)
+        )
+        logits.append((of_student[:, :vocab_size], of_teacher[:, :vocab_size], rollout))
+    loss = torch.zeros((), dtype=torch.float64)
+    if plan.pairs:
+        loss = loss + _representation_loss(config, plan.student_layers, sequences)
+    if plan.output:
+        loss = loss + _output_loss(config, logits)
     loss.backward()
     gradients = _by_checkpoint_name(student_model)
     norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
     return Update(loss.item(), norm.item(), {}, gradients)
+
+
+def _representation_loss(config: Config, layers: Sequence[int], sequences: list) -> torch.Tensor:
+    term = config.loss.representation
+    return term.weight * oprd_loss(
+        [(layer, layer) for layer in layers],
+        sequences,
+        mode=term.positions,
+        k=term.k,
+        normalize=term.normalize,
+        aggregation=term.aggregation,
+        shift=0,
+    )
+
+
+def _output_loss(config: Config, logits: list) -> torch.Tensor:
+    term = config.loss.output
+    per_sequence = []
+    for of_student, of_teacher, rollout in logits:
+        student, teacher = of_student / config.rollout.temperature, of_teacher / term.teacher_temperature
+        chosen = selected_indices(rollout.response_mask, term.positions, term.positions_k)
+        per_sequence.append([token_loss(student[t], teacher[t], rollout.response_ids[t], term) for t in chosen])
+    return term.weight * aggregate([losses for losses in per_sequence if losses], term.aggregation)
 
 
 def _open_in_float64(path):
@@ -178,17 +213,21 @@ def _open_in_float64(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
 
 
-def _states(model, ids, final_norm):
-    """{layer: [tokens, hidden]}; layer L before the final norm is what the norm is given."""
+def _states(model, prompt_ids, rollout, config):
+    """Of the response tokens: {layer: [response, hidden]} and the logits [response, vocabulary] that predicted them.
+    Layer L before the final norm is what the norm is given."""
     before_norm = []
     handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
-    states = model(ids, output_hidden_states=True).hidden_states
+    output = model(torch.tensor([prompt_ids + rollout.response_ids]), output_hidden_states=True)
     handle.remove()
-    last = len(states) - 1
-    return {
-        layer: (before_norm[0] if layer == last and not final_norm else states[layer])[0]
+    term, last = config.loss.representation, len(output.hidden_states) - 1
+    start = len(prompt_ids)
+    rows = slice(start + term.shift, start + term.shift + len(rollout.response_ids))
+    states = {
+        layer: (before_norm[0] if layer == last and not term.final_norm else output.hidden_states[layer])[0, rows]
         for layer in range(1, last + 1)
     }
+    return states, output.logits[0, start - 1 : start - 1 + len(rollout.response_ids)]
 
 
 def _by_checkpoint_name(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -135,6 +135,42 @@ def test_padding_of_the_vocabulary_is_never_sampled(qwen3, topology):
     assert {r.finish_reason for r in rollouts} == {"length"}
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9, 20, NEW_TOKENS)])
+def test_ids_that_the_teacher_does_not_know_are_never_sampled_however_likely(sampling, qwen3, topology):
+    _, stage, spec = qwen3
+    student = dataclasses.replace(spec, vocab_size=100, eos_token_ids=())  # the logits of 100 and up are padding
+
+    def sampled(boosted_from, **arguments):
+        class Boosted(MegatronEngine):
+            def _sample(self, logits, slots):
+                logits = logits.clone()
+                logits[:, boosted_from:] += 1000.0
+                return super()._sample(logits, slots)
+
+        rollouts = Boosted(stage, student, topology, sampling, seed=0, **arguments).generate(random_prompts(8, 40), 0)
+        return {token for rollout in rollouts for token in rollout.response_ids}
+
+    assert min(sampled(40)) >= 40, "the case must be one that tempts"
+    assert len(sampled(40, vocab_size=40)) > 1 and max(sampled(40, vocab_size=40)) < 40
+    assert sampled(39, vocab_size=40) == {39}, "the last id of the teacher stays"
+    assert max(sampled(100, vocab_size=131)) < 100, "a teacher that knows more does not open the padding"
+
+
+def test_each_rollout_carries_where_its_prompt_is_from_and_what_the_teacher_reads(qwen3, topology):
+    _, stage, spec = qwen3
+    prompts = [
+        dataclasses.replace(prompt, data_source=f"s{prompt.index}", teacher_prompt_ids=(9, prompt.index))
+        for prompt in random_prompts(9)
+    ]
+    prompts[4] = dataclasses.replace(prompts[4], teacher_prompt_ids=None)
+    sampling = Sampling(max_new_tokens=12, samples_per_prompt=2)
+    rollouts = MegatronEngine(stage, spec, topology, sampling, seed=0, max_batch=3).generate(prompts, step=0)
+    asked = [prompt for prompt in prompts for _ in range(2)]
+    assert [r.data_source for r in rollouts] == [p.data_source for p in asked]
+    assert [r.teacher_prompt_ids for r in rollouts] == [p.teacher_prompt_ids for p in asked]
+    assert [r.prompt_ids for r in rollouts] == [p.prompt_ids for p in asked]
+
+
 def test_positions_limit_the_answer_and_bad_prompts_are_named(qwen3, topology):
     _, stage, spec = qwen3
     short = dataclasses.replace(spec, max_position_embeddings=12, eos_token_ids=())

@@ -69,11 +69,12 @@ def load_and_refuse(rank, arguments):
     marked(folder, 1, mark=False)  # what a process left that died between the rename and the mark
     save_checkpoint(run, state)
     found = find_checkpoint(run)
-    own, said = run.identity, {}
+    own, said = run.identities[""], {}
     cases = {
         "teacher": Identity("/other", "sha256:" + "0" * 64, own.pairs),
-        "pairs": Identity(own.teacher_path, own.teacher_hash, own.pairs[1:]),
-        "moved teacher": Identity("/moved", own.teacher_hash, own.pairs),
+        "pairs": Identity(own.path, own.hash, own.pairs[1:]),
+        "moved teacher": Identity("/moved", own.hash, own.pairs),
+        "several": own,
         "own": own,
         "optimizer": own,
         "model": own,
@@ -84,7 +85,8 @@ def load_and_refuse(rank, arguments):
         if name in damage:
             (found / damage[name]).write_bytes((found / damage[name]).read_bytes()[:100])
         try:
-            said[name] = checkpoint.load(found, student, spec, run.topology, identity)
+            named = {"math": identity} if name == "several" else {"": identity}
+            said[name] = checkpoint.load(found, student, spec, run.topology, named)
         except UserError as error:
             said[name] = str(error)
     return said
@@ -97,6 +99,7 @@ def test_another_teacher_other_layers_and_damage_are_refused_in_a_line(tmp_path)
     assert said["own"] == said["moved teacher"] == TrainState(1)
     assert said["teacher"].startswith(f"{step} was made with another teacher ({tmp_path / 'teacher'}, sha256:")
     assert "teacher.path=/other (sha256:000000" in said["teacher"]
+    assert said["several"].startswith(f"{step} was made with other teachers (a single teacher) than the configuration")
     assert said["pairs"] == (
         f"{step} was made with the layer pairs [1-1, 2-2], the configuration asks for [2-2]; go on with those or name "
         "a new train.run_dir"

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_oprd.config import RepresentationConfig
+from megatron_oprd.config import LossConfig, RepresentationConfig
 from megatron_oprd.models.layer_plan import even_stages, make_plan
 from megatron_oprd.types import LayerPair, UserError
 from tests.helpers.specs import tiny_spec
@@ -16,7 +16,7 @@ LAYERS = ("all", "last", "even", "odd")
 
 
 def plan_of(student, teacher, pipeline=1, virtual=1, teacher_pipeline=None, **representation):
-    config = RepresentationConfig(**representation)
+    config = LossConfig(representation=RepresentationConfig(**representation))
     models = tiny_spec(num_layers=student), tiny_spec(num_layers=teacher)
     return make_plan(config, *models, pipeline, virtual, teacher_pipeline=teacher_pipeline)
 
@@ -170,7 +170,7 @@ def test_more_stages_than_the_teacher_has_layers():
 
 def test_models_of_different_widths():
     with pytest.raises(UserError, match="hidden_size 64 differs from teacher hidden_size 32"):
-        make_plan(RepresentationConfig(), tiny_spec(), tiny_spec(hidden_size=32))
+        make_plan(LossConfig(), tiny_spec(), tiny_spec(hidden_size=32))
 
 
 @pytest.mark.parametrize("own", [None, 2])

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_oprd.config import ParallelConfig, RecomputeConfig, load_config
-from megatron_oprd.layouts import check_experts, check_student_layout, plan_layers, teacher_layout, world_size
+from megatron_oprd.layouts import check_experts, check_student_layout, plan_teacher, teacher_layout, world_size
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import check_layout
@@ -278,7 +278,7 @@ PLANS = {
 def test_plans_that_cannot_be(case, monkeypatch):
     world, student, teacher, overrides, words = PLANS[case]
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    assert words in message(plan_layers, config(*overrides), student, teacher)
+    assert words in message(plan_teacher, config(*overrides), student, teacher)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +296,7 @@ def test_plans_that_cannot_be(case, monkeypatch):
 )
 def test_plans_that_can_be(world, student, teacher, overrides, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    plan_layers(config(*overrides), student, teacher)
+    plan_teacher(config(*overrides), student, teacher)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 
-from megatron_oprd.config import RepresentationConfig
+from megatron_oprd.config import OutputConfig, RepresentationConfig
 from megatron_oprd.data.balance import assign
 from megatron_oprd.data.cutting import cut, zigzag_rows
-from megatron_oprd.data.packing import num_tokens, pack, selected_per_rollout
+from megatron_oprd.data.packing import num_tokens, output_term, pack, representation_term
 from megatron_oprd.losses.positions import select_positions
-from megatron_oprd.losses.reduction import count, layer_sums, layer_weights
+from megatron_oprd.losses.reduction import layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
 from megatron_oprd.types import Rollout
 from tests.helpers.reference import oprd_loss, token_error
@@ -100,30 +100,29 @@ def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shi
     )
     total, rows = 0.0, []
     for whole, batch, place in every_rank(rollouts, config, *layout):
-        rows += batch.rows.tolist()
+        selection = batch.representation
+        rows += selection.rows.tolist()
         for layer in (1, 2):
             held = [whole_states(whole, states, side, layer)[place] for side in (0, 1)]
-            statistics = token_statistics(held[0][batch.selected], held[1][batch.selected], normalize)
-            total += layer_sums(statistics, layer_weights(batch.weights, num_layers=2))[0].item()
+            statistics = token_statistics(held[0][selection.selected], held[1][selection.selected], normalize)
+            total += layer_sums(statistics, layer_weights(selection.weights, num_layers=2))[0].item()
     assert total == pytest.approx(expected.item(), rel=1e-12)
     assert sorted(rows) == list(range(len(rows))), "each selected token is compared once and has a number of its own"
 
 
 def every_rank(rollouts, config, data, context, sequence, limit):
     """(whole micro-batch, a rank's part, rows of the whole that its hidden states are) of every rank of a layout."""
-    selected = selected_per_rollout(rollouts, config)
-    counts = count(selected)
-    assert counts.empty == 1 and counts.sequences == 4
-    first_rows = list(itertools.accumulate(selected, initial=0))
-    useful = [i for i, tokens in enumerate(selected) if tokens]
+    term, output = representation_term(config, rollouts), output_term(OutputConfig(), rollouts)
+    assert term.counts.sequences == 4 and output.counts.tokens == 0
+    useful = [i for i, chosen in enumerate(term.positions) if chosen]
     lengths = [num_tokens(rollouts[i]) for i in useful]
     multiple = 2 * context if context > 1 else 1
     for members in itertools.chain(*assign(lengths, lengths, data, limit)):
         whole = pack(
             [rollouts[useful[i]] for i in members],
-            [first_rows[useful[i]] for i in members],
-            config,
-            counts,
+            [useful[i] for i in members],
+            term,
+            output,
             sequence_multiple=multiple,
             batch_multiple=multiple * sequence,
         )
@@ -151,6 +150,7 @@ def whole_states(whole, states, side, layer):
 
 
 def test_a_batch_of_padding_selects_nothing():
-    config = RepresentationConfig()
-    batch = pack([], [], config, count([]), batch_multiple=4)
-    assert batch.num_tokens == 4 and batch.selected.numel() == 0 and batch.cu_seqlens.tolist() == [0, 4]
+    terms = representation_term(RepresentationConfig(), []), output_term(OutputConfig(), [])
+    batch = pack([], [], *terms, batch_multiple=4)
+    assert batch.num_tokens == 4 and len(batch.representation) == len(batch.output) == 0
+    assert batch.cu_seqlens.tolist() == [0, 4]

@@ -9,7 +9,7 @@ import torch
 from megatron_oprd.config import ParallelConfig, load_config
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.names import entries, megatron_shapes
-from megatron_oprd.layouts import plan_layers, teacher_layout
+from megatron_oprd.layouts import plan_teacher
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import build_topology
@@ -122,8 +122,8 @@ def predict(specs, student, teacher, world, *overrides):
     config = load_config(None, [*required, *small, *overrides])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", str(world))
-        plan = plan_layers(config, specs[student], specs[teacher])
-    return predict_memory(config, specs[student], specs[teacher], plan, teacher_layout(config), world)
+        planned = plan_teacher(config, specs[student], specs[teacher])
+    return predict_memory(config, specs[student], [planned], world)
 
 
 def test_the_parts_of_one_process(specs):

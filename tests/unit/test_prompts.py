@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_oprd.config import DataConfig
+from megatron_oprd.data.prompt_files import read_rows
 from megatron_oprd.data.prompts import INSTRUCTION, PromptState, load_prompts, take
 from megatron_oprd.types import Prompt, UserError
 from tests.helpers.tokenizer import CHAT_TEMPLATE, SHARED, byte_tokenizer, qwen_tokenizer
@@ -276,6 +277,110 @@ def test_a_hub_name_is_loaded_from_the_hub_and_without_network_the_message_says_
     monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"x": split, "y": split}))
     with pytest.raises(UserError, match="has the splits x, y"):
         texts("some-owner/some-set")
+
+
+# The teacher's prompt
+
+
+def teacher_config(**values) -> DataConfig:
+    return config(teacher_prompt_key="solved", **values)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize("solved", ["2+2? It is 4.", user("2+2? It is 4.")])
+def test_the_teacher_reads_another_column_rendered_like_the_prompt(tmp_path, write, solved):
+    tokenizer = byte_tokenizer(chat="{{ mood }}: {{ messages[0]['content'] }}<|im_end|>")
+    path = write(tmp_path / "p", [{"prompt": "2+2?", "solved": solved, **GRADED}])
+    values = {"chat_template_kwargs": {"mood": "calm"}}
+    (prompt,) = load_prompts([path], tokenizer, teacher_config(**values)).prompts
+    assert prompt.text == f"calm: 2+2?{INSTRUCTION}<|im_end|>"
+    assert tokenizer.decode(prompt.prompt_ids) == prompt.text
+    assert tokenizer.decode(prompt.teacher_prompt_ids) == f"calm: 2+2? It is 4.{INSTRUCTION}<|im_end|>"
+    (prompt,) = load_prompts([path], tokenizer, teacher_config(**values, append_instruction=False)).prompts
+    assert tokenizer.decode(prompt.teacher_prompt_ids) == "calm: 2+2? It is 4.<|im_end|>"
+    (prompt,) = load_prompts([path], tokenizer, config(**values)).prompts
+    assert prompt.teacher_prompt_ids is None
+
+
+def test_plain_text_for_the_teacher_gets_the_bos_token_too(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "solved": "bc"}])
+    (prompt,) = load_prompts([path], byte_tokenizer(bos=True), teacher_config()).prompts
+    assert (prompt.prompt_ids[0], prompt.teacher_prompt_ids[0]) == (256, 256)
+    assert (len(prompt.prompt_ids), len(prompt.teacher_prompt_ids)) == (2, 3)
+
+
+def test_a_row_without_a_usable_prompt_for_the_teacher_is_counted_and_the_others_keep_theirs(tmp_path):
+    template = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('no ' + messages[0]['role']) }}{% endif %}"
+        "{{ messages[0]['content'] }}"
+    )
+    tool = [{"role": "tool", "content": "x"}]
+    rows = [
+        {"prompt": "a", "solved": "four"},
+        {"prompt": "b", "solved": tool},
+        {"prompt": "c", "solved": "five!"},
+        {"prompt": "d", "solved": ""},
+        {"prompt": tool, "solved": "yes"},
+        {"prompt": "six is", "solved": "f"},
+        {"prompt": "g", "solved": "\ud800"},
+        {"prompt": "h", "solved": "last"},
+    ]
+    tokenizer = byte_tokenizer(chat=template)
+    result = load_prompts([write_jsonl(tmp_path / "p.jsonl", rows)], tokenizer, teacher_config(max_prompt_tokens=4))
+    kept = [(p.index, p.text, tokenizer.decode(p.teacher_prompt_ids)) for p in result.prompts]
+    assert kept == [(0, "a", "four"), (7, "h", "last")]
+    assert (result.total, result.too_long, result.failed) == (8, 2, 4)
+    assert result.first_failure == "row 2: the teacher's prompt: no tool"
+
+    empty = write_jsonl(tmp_path / "empty.jsonl", [rows[0], rows[3]])
+    result = load_prompts([empty], tokenizer, teacher_config())
+    assert result.first_failure == "row 2: the teacher's prompt: it renders to no token"
+    both = write_jsonl(tmp_path / "both.jsonl", [rows[0], {"prompt": "", "solved": tool}])
+    result = load_prompts([both], tokenizer, teacher_config())
+    assert (result.failed, result.first_failure) == (1, "row 2: it renders to no token")
+
+
+def test_a_mistake_in_the_teachers_column_names_the_file_the_place_and_the_setting(tmp_path):
+    good = {"prompt": "a", "solved": "b"}
+    cases = [
+        (write_jsonl, [good, {"prompt": "a"}], r"line 2: no 'solved' \(data\.teacher_prompt_key\); it has: prompt"),
+        (write_jsonl, [good, {"solved": "b"}], r"line 2: no 'prompt' \(data\.prompt_key\); it has: solved"),
+        (write_jsonl, [good, {"prompt": "a", "solved": 3}], r"line 2: 'solved' must be a string or .*, not a int"),
+        (write_parquet, [{"prompt": "a"}], r"no column 'solved' \(data\.teacher_prompt_key\); it has: prompt"),
+        (write_parquet, [good, {"prompt": "a", "solved": None}], r"row 2: 'solved' must be .*, not a NoneType"),
+    ]
+    for write, rows, message in cases:
+        path = write(tmp_path / "p", rows)
+        with pytest.raises(UserError, match=message) as caught:
+            load_prompts([path], PLAIN, teacher_config())
+        assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_parquet_and_the_hub_read_the_teachers_column_only_on_request(tmp_path, monkeypatch):
+    import datasets
+
+    rows = [{"prompt": "a", "solved": "b", "other": "c"}]
+    read = []
+
+    class Recording(pyarrow.parquet.ParquetFile):
+        def read(self, columns):
+            read.append(columns)
+            return super().read(columns=columns)
+
+    class RecordingSplit(datasets.Dataset):
+        def select_columns(self, column_names):
+            read.append(column_names)
+            return super().select_columns(column_names)
+
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", Recording)
+    split = RecordingSplit.from_list(rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": split})
+    for source in (write_parquet(tmp_path / "p.parquet", rows), "some-owner/some-set"):
+        assert read_rows([source], "prompt")[0].teacher_prompt is None
+        assert read_rows([source], "prompt", "solved")[0].teacher_prompt == "b"
+    assert read == [["prompt"], ["prompt", "solved"]] * 2
+    with pytest.raises(UserError, match=r"some-set has no column 'none' \(data\.teacher_prompt_key\)"):
+        read_rows(["some-owner/some-set"], "prompt", "none")
 
 
 # The order

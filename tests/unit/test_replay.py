@@ -28,6 +28,16 @@ def test_rollouts_come_back_as_written(tmp_path):
     ]
 
 
+def test_a_line_may_say_where_its_prompt_is_from_and_what_the_teacher_reads(tmp_path):
+    extra = {"data_source": "AIME", "teacher_prompt_ids": [1, 9, 2]}
+    unset = {"data_source": None, "teacher_prompt_ids": None, "response_mask": None}
+    first, second, third = load_replay(write(tmp_path / "r.jsonl", {**GOOD, **extra}, GOOD, {**GOOD, **unset}))
+    assert (first.data_source, first.teacher_prompt_ids) == ("AIME", (1, 9, 2))
+    assert first.prompt_ids == (1, 2)
+    for rollout in (second, third):
+        assert (rollout.data_source, rollout.teacher_prompt_ids) == ("", None)
+
+
 def test_windows_line_ends_and_line_separators_inside_strings(tmp_path):
     path = tmp_path / "r.jsonl"
     record = json.dumps({**GOOD, "note": "a\u2028b\u0085c"}, ensure_ascii=False)
@@ -50,6 +60,16 @@ BAD_LINES = {
     "bool": ({**GOOD, "response_ids": [True]}, "response_ids must be a list of integers"),
     "negative": ({**GOOD, "response_ids": [4, -2]}, "negative id -2"),
     "beyond the vocabulary": ({**GOOD, "response_ids": [100]}, "vocabulary ends at 99"),
+    "empty teacher prompt": ({**GOOD, "teacher_prompt_ids": []}, "teacher_prompt_ids is empty"),
+    "teacher prompt of text": ({**GOOD, "teacher_prompt_ids": "1"}, "teacher_prompt_ids must be a list of integers"),
+    "teacher prompt of bools": ({**GOOD, "teacher_prompt_ids": [True]}, "teacher_prompt_ids must be a list of"),
+    "negative for the teacher": (
+        {**GOOD, "teacher_prompt_ids": [-1]},
+        "teacher_prompt_ids contains the negative id -1",
+    ),
+    "teacher beyond the vocabulary": ({**GOOD, "teacher_prompt_ids": [100]}, "teacher_prompt_ids contains 100, but"),
+    "source of another type": ({**GOOD, "data_source": 3}, "data_source must be a string, not a int"),
+    "source of a list": ({**GOOD, "data_source": []}, "data_source must be a string, not a list"),
     "mask too short": ({**GOOD, "response_mask": [1, 1]}, "2 entries for 3"),
     "mask value": ({**GOOD, "response_mask": [1, 2, 0]}, "0 and 1"),
     "mask of bools": ({**GOOD, "response_mask": [True, True, False]}, "0 and 1"),

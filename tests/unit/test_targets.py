@@ -13,8 +13,9 @@ def states(*layers):
 
 
 def test_what_is_taken_is_gone_and_shared_states_are_counted_once():
-    targets = TeacherTargets({1: 2, 2: 2, 3: 5}, CPU)
-    targets.put(0, states(2, 5, 6))
+    targets = TeacherTargets((1, 2, 3), CPU)
+    two, five = states(2, 5).values()
+    targets.put(0, {1: two, 2: two, 3: five, 4: five})
     assert len(targets) == 3 and targets.num_bytes == 2 * 3 * 4 * 4
     of = targets.of(0)
     assert 3 in of and 4 not in of
@@ -34,7 +35,7 @@ def test_a_streamed_teacher_makes_a_micro_batch_when_it_starts():
         made.append(number)
         return states(1)
 
-    targets = TeacherTargets({1: 1}, CPU, produce=produce)
+    targets = TeacherTargets((1,), CPU, produce=produce)
     for number in range(3):
         assert made == list(range(number))
         targets.of(number).take(1)
@@ -43,4 +44,4 @@ def test_a_streamed_teacher_makes_a_micro_batch_when_it_starts():
 
 def test_a_missing_layer_is_refused():
     with pytest.raises(KeyError):
-        TeacherTargets({1: 1, 2: 2}, CPU).put(0, states(1))
+        TeacherTargets((1, 2), CPU).put(0, states(1))

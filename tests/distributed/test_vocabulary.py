@@ -1,0 +1,105 @@
+"""A vocabulary cut over tensor-parallel ranks changes no value, no gradient and no ranking."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses.output_space import METRICS, token_objective
+from megatron_oprd.losses.vocabulary import VocabularyShard
+from tests.helpers.distributed import run_distributed
+from tests.helpers.output_reference import every_config, top_ids
+
+TOKENS = 6
+WHOLE = VocabularyShard()
+# (ranks, vocabulary): 131 leaves a narrower last rank, 5 over four ranks gives the widths 2, 2, 1, 0.
+LAYOUTS = [(2, 131), (4, 131), (4, 5)]
+
+
+def shard_of(rank, ranks, vocabulary):
+    """This rank's shard and its columns, of a vocabulary padded to a multiple of `ranks` whose padding was cut off."""
+    width = -(-vocabulary // ranks)
+    start = rank * width
+    columns = slice(min(start, vocabulary), min(start + width, vocabulary))
+    return VocabularyShard(start, dist.group.WORLD), columns
+
+
+@functools.cache
+def logits(vocabulary, dtype, tokens=TOKENS):
+    """The third token's logits are small integers, which tie."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64) for _ in range(2))
+    student[2:3].mul_(2).round_()
+    teacher[2:3].mul_(2).round_()
+    return student.to(dtype), teacher.to(dtype), torch.randint(vocabulary, (tokens,), generator=generator)
+
+
+def compute(shard, columns, config, vocabulary, dtype, tokens=TOKENS):
+    student, teacher, token_ids = logits(vocabulary, dtype, tokens)
+    # A copy of the columns: the objective overwrites them.
+    student, teacher = (side[:, columns].clone() for side in (student, teacher))
+    return token_objective(student, teacher, token_ids, shard, config, with_metrics=True)
+
+
+def configs(vocabulary):
+    # 1000 stands for the whole vocabulary, 3 is more than a shard of 2 holds.
+    for config in every_config(ks=(3, 1000) if vocabulary < 10 else (1, 16)):
+        if config.direction != "jsd" or 0 < config.beta < 1:  # the ends are the other directions
+            yield config
+
+
+def check_objectives(rank, ranks, vocabulary):
+    """Compares with the uncut vocabulary; returns the bits of what every rank must hold alike."""
+    shard, columns = shard_of(rank, ranks, vocabulary)
+    bits = []
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+        close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
+        for config in configs(vocabulary):
+            cut = compute(shard, columns, config, vocabulary, dtype)
+            whole = compute(WHOLE, slice(None), config, vocabulary, dtype)
+            close(cut.value, whole.value, msg=lambda text, config=config: f"value, {config}: {text}")
+            close(
+                cut.gradient, whole.gradient[:, columns], msg=lambda text, config=config: f"gradient, {config}: {text}"
+            )
+            close(cut.metrics, whole.metrics, msg=lambda text, config=config: f"metrics, {config}: {text}")
+            bits.append(torch.cat([cut.value, cut.metrics.flatten()]).numpy().tobytes())
+    empty = compute(shard, columns, OutputConfig(objective="topk_kl", tail_bucket=True), vocabulary, dtype, tokens=0)
+    assert empty.gradient.shape == (0, columns.stop - columns.start) and empty.metrics.shape == (0, len(METRICS))
+    return bits
+
+
+@pytest.mark.parametrize(("ranks", "vocabulary"), LAYOUTS)
+def test_objectives_do_not_depend_on_the_cut(ranks, vocabulary):
+    bits = run_distributed(ranks, check_objectives, ranks, vocabulary)
+    assert all(other == bits[0] for other in bits)
+
+
+def check_shard(rank, ranks, vocabulary):
+    shard, columns = shard_of(rank, ranks, vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.randn(40, vocabulary, generator=generator)
+    tied = torch.randint(4, (40, vocabulary), generator=generator).float()
+    low = torch.full((1, vocabulary), -torch.inf)
+    ids = torch.randint(vocabulary, (40, 7), generator=generator)
+    for values in (smooth, tied, tied.double(), low):
+        for k in (1, 2, 3, vocabulary - 1, vocabulary, vocabulary + 9):
+            assert shard.top(values[:, columns], k).tolist() == [top_ids(row, k) for row in values]
+    for values in (smooth, smooth.double()):
+        assert torch.equal(shard.gather(values[:, columns], ids), values.gather(1, ids))
+        added = shard.add_(torch.zeros_like(values[:, columns]), ids[:, :1], values[:, :1])
+        assert torch.equal(added, torch.zeros_like(values).scatter_(1, ids[:, :1], values[:, :1])[:, columns])
+        normalized = values[:, columns].clone()
+        log_sum = shard.normalize_(normalized)
+        torch.testing.assert_close(normalized, values.log_softmax(-1)[:, columns])
+        torch.testing.assert_close(log_sum[0], values.logsumexp(-1))
+    assert shard.top(smooth[:0, columns], 3).shape[0] == 0
+    assert shard.gather(smooth[:0, columns], ids[:0]).shape == (0, 7)
+    assert shard.sum(torch.tensor([1.0 + rank])).item() == ranks * (ranks + 1) / 2
+    assert shard.max(torch.tensor([1.0 + rank])).item() == ranks
+
+
+@pytest.mark.parametrize(("ranks", "vocabulary"), LAYOUTS)
+def test_rankings_and_look_ups_do_not_depend_on_the_cut(ranks, vocabulary):
+    run_distributed(ranks, check_shard, ranks, vocabulary)
