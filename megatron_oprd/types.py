@@ -64,6 +64,7 @@ class Selection:
     weights: torch.Tensor  # [N] float64: weight of each token in the global aggregate (without the layer mean)
     token_ids: torch.Tensor  # [N] int64: the response tokens themselves
     teachers: torch.Tensor  # [N] int64: which teacher each is compared with, counted as in the configuration
+    of_ranks: tuple[int, ...]  # N of each sequence-parallel rank; of this one alone where they hold no other rows
 
     def __len__(self) -> int:
         return len(self.selected)

@@ -40,23 +40,29 @@ def cut(
         bounds = batch.cu_seqlens.tolist()
         of_ranks = [zigzag_rows(bounds, rank, context_size) for rank in range(context_size)]
         rows, order = of_ranks[context_rank], torch.cat(of_ranks).argsort()
-    held = rows.chunk(sequence_size)[sequence_rank]
-    place = torch.full((batch.num_tokens,), -1)
-    place[held] = torch.arange(len(held))
+    rank_of_row, place = torch.full((batch.num_tokens,), -1), torch.full((batch.num_tokens,), -1)
+    for rank, held in enumerate(rows.chunk(sequence_size)):
+        rank_of_row[held], place[held] = rank, torch.arange(len(held))
+
+    def mine(selection: Selection) -> Selection:
+        ranks = rank_of_row[selection.selected]
+        kept = ranks == sequence_rank
+        return Selection(
+            selected=place[selection.selected][kept],
+            rows=selection.rows[kept],
+            weights=selection.weights[kept],
+            token_ids=selection.token_ids[kept],
+            teachers=selection.teachers[kept],
+            of_ranks=tuple(ranks[ranks >= 0].bincount(minlength=sequence_size).tolist()),
+        )
+
     return dataclasses.replace(
         batch,
         tokens=batch.tokens[rows],
         position_ids=batch.position_ids[rows],
         response_mask=batch.response_mask[rows],
         sequence_ids=batch.sequence_ids[rows],
-        representation=_cut_selection(batch.representation, place),
-        output=_cut_selection(batch.output, place),
+        representation=mine(batch.representation),
+        output=mine(batch.output),
         context_order=order,
     )
-
-
-def _cut_selection(selection: Selection, place: torch.Tensor) -> Selection:
-    """What of a selection lies where `place`, [tokens] int64, gives its rows a place of this rank and not -1."""
-    kept = place[selection.selected] >= 0
-    mine = Selection(**{field.name: getattr(selection, field.name)[kept] for field in dataclasses.fields(selection)})
-    return dataclasses.replace(mine, selected=place[mine.selected])

@@ -122,19 +122,29 @@ def _select(
         weights += [token_weight(len(chosen), term.counts, term.aggregation) for _ in chosen]
         token_ids += [rollout.response_ids[index] for index in chosen]
         of_teacher += [teacher] * len(chosen)
-    integers = (torch.tensor(values, dtype=torch.int64) for values in (selected, rows, token_ids, of_teacher))
-    places, numbers_of, ids, readers = integers
-    return Selection(places, numbers_of, torch.tensor(weights, dtype=torch.float64), ids, readers)
+    return Selection(
+        selected=torch.tensor(selected, dtype=torch.int64),
+        rows=torch.tensor(rows, dtype=torch.int64),
+        weights=torch.tensor(weights, dtype=torch.float64),
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        teachers=torch.tensor(of_teacher, dtype=torch.int64),
+        of_ranks=(len(selected),),
+    )
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The micro-batch, or a selection of it, with every tensor on `device`."""
-    moved = {}
-    for field in dataclasses.fields(batch):
-        value = getattr(batch, field.name)
-        is_tensor = isinstance(value, torch.Tensor)
-        moved[field.name] = value.to(device, non_blocking=True) if is_tensor else to_device(value, device)
-    return type(batch)(**moved)
+def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    """The micro-batch with every tensor on `device`."""
+
+    def moved(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            return part.to(device, non_blocking=True)
+        if dataclasses.is_dataclass(part) and not isinstance(part, type):
+            fields = {field.name: moved(getattr(part, field.name)) for field in dataclasses.fields(part)}
+            return dataclasses.replace(part, **fields)
+        return part
+
+    on_device: PackedBatch = moved(batch)
+    return on_device
 
 
 def num_tokens(rollout: Rollout) -> int:

@@ -11,7 +11,7 @@ from megatron_oprd.config import OutputConfig
 from megatron_oprd.losses.output_space import METRICS, token_objective
 from megatron_oprd.losses.reduction import output_sums
 from megatron_oprd.losses.vocabulary import VocabularyShard
-from megatron_oprd.parallel.sequence_rows import SequenceRows
+from megatron_oprd.parallel.sequence_rows import gather_rows, scatter_sum_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import Selection
 
@@ -51,9 +51,8 @@ class OutputLoss:
         self.heads = heads
         self.temperature = temperature
         self.with_metrics = with_metrics
-        self.rows = SequenceRows(topology.groups.tp if topology.sequence_parallel else None)
-        group = topology.groups.tp if topology.tensor_size > 1 else None
-        self.shard = VocabularyShard(heads.first, group)
+        self.sequence_group = topology.groups.tp if topology.sequence_parallel else None
+        self.shard = VocabularyShard(heads.first, topology.groups.tp if topology.tensor_size > 1 else None)
 
     def __call__(
         self, student: torch.Tensor, teacher: torch.Tensor, selection: Selection
@@ -65,20 +64,22 @@ class OutputLoss:
         `teacher` [rows, d_T]: its final states at the same tokens. Communicates over the tensor-parallel group: every
         rank of it calls this at the same time.
         """
-        gather = self.rows.gather
-        student, teacher = gather(student), gather(teacher)
-        weights, ids, readers = (gather(x) for x in (selection.weights, selection.token_ids, selection.teachers))
+        held = (student, teacher, selection.weights, selection.token_ids, selection.teachers)
+        if self.sequence_group is not None:
+            held = tuple(gather_rows(part, selection.of_ranks, self.sequence_group) for part in held)
+        student, teacher, weights, token_ids, readers = held
         gradient = torch.zeros_like(student)
         sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=student.device)
         for number, head in enumerate(self.heads.teachers):
-            rows = (readers == number).nonzero().flatten()
-            for chunk in rows.split(self._chunk_tokens(len(rows))):
+            for chunk in self._chunks(readers, number):
                 gradient[chunk], of_chunk = self._chunk(
-                    student[chunk], teacher[chunk], head, ids[chunk], weights[chunk]
+                    student[chunk], teacher[chunk], head, token_ids[chunk], weights[chunk]
                 )
                 sums += of_chunk
         # Each rank's part of the vocabulary gave it a part of the gradient.
-        return (self.rows.scatter_sum(gradient) if self.rows.group else self.shard.sum(gradient)), sums
+        if self.sequence_group is not None:
+            return scatter_sum_rows(gradient, selection.of_ranks, self.sequence_group), sums
+        return self.shard.sum(gradient), sums
 
     def _chunk(
         self,
@@ -105,12 +106,16 @@ class OutputLoss:
             _add_head_gradient(self.heads.student, for_logits, student)
         return for_logits @ head, sums
 
-    def _chunk_tokens(self, tokens: int) -> int:
-        if self.config.chunk_tokens is None:
-            return max(tokens, 1)
-        if self.config.chunk_tokens == "auto":
-            return max(CHUNK_BYTES // (4 * max(len(self.heads.student), 1)), 1)
-        return self.config.chunk_tokens
+    def _chunks(self, readers: torch.Tensor, teacher: int) -> list[slice] | list[torch.Tensor]:
+        """The rows of a teacher, chunk by chunk."""
+        size = self.config.chunk_tokens
+        if size == "auto":
+            size = max(CHUNK_BYTES // (4 * len(self.heads.student)), 1)
+        elif size is None:
+            size = max(len(readers), 1)
+        if len(self.heads.teachers) == 1:  # slices, which copy nothing
+            return [slice(start, start + size) for start in range(0, len(readers), size)]
+        return list((readers == teacher).nonzero().flatten().split(size))
 
 
 def _logits(states: torch.Tensor, head: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -89,8 +89,7 @@ class GlobalBatch:
             sequence_rank=topology.tensor_rank if topology.sequence_parallel else 0,
             sequence_size=sequence_size,
         )
-        on_device: PackedBatch = to_device(part, topology.device)
-        return on_device
+        return to_device(part, topology.device)
 
     def metrics(self) -> dict[str, float]:
         """Lengths of the responses, and how many tokens each term reads. No communication."""
