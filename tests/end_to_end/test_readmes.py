@@ -45,6 +45,7 @@ RUNS = {
     "bash ci/lint.sh": "",
     "python benchmarks/rollout.py": "--batch 2 --repeats 1 --layers 1 --hidden 64 --vocabulary 64",
     "python benchmarks/parity.py": "--only 2-qwen3-tp2-sp",
+    "python benchmarks/cost.py": "--layers 1 --tokens 512 --sequences 1 --json {out}.json --markdown {out}.md",
     "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",
     f"{TOOLS}/hf_to_megatron.py --hf {HF} --megatron {MEGATRON}": "",
     f"{TOOLS}/verify.py --hf {HF} --megatron {MEGATRON} --tensor 2": "",

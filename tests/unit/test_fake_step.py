@@ -1,0 +1,201 @@
+"""The peak memory of an update that is traced without values is that of the real one, and its parts are what they are
+called."""
+
+import dataclasses
+import gc
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+
+from megatron_oprd import platform
+from megatron_oprd.config import load_config
+from megatron_oprd.layouts import plan_teacher
+from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.layer_plan import even_stages
+from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.training.fake_step import trace_update
+from megatron_oprd.training.global_batch import GlobalBatch
+from megatron_oprd.training.memory import Share, _rank_parameters, count_parameters
+from megatron_oprd.training.student import build_student
+from megatron_oprd.training.student_step import student_step
+from megatron_oprd.training.teacher_pass import Teacher, teacher_pass
+from megatron_oprd.types import ModelSpec, Rollout
+from tests.helpers.distributed import forked_process
+
+DEVICE = torch.device("cpu")
+FULL = ("recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1")
+
+
+def spec_of(*, layers, hidden, vocabulary, **changes):
+    sizes = dict(
+        architecture="Qwen2ForCausalLM",
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=3 * hidden,
+        num_attention_heads=hidden // 64,
+        num_query_groups=hidden // 64,
+        head_dim=64,
+        vocab_size=vocabulary,
+        norm_epsilon=1e-6,
+        rope_theta=1e6,
+        max_position_embeddings=32768,
+        tied_embeddings=True,
+        qkv_bias=True,
+        qk_norm=False,
+    )
+    return ModelSpec(**{**sizes, **changes})
+
+
+def config_of(tokens, *overrides):
+    paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
+    size = f"batch.max_tokens_per_micro_batch={tokens}"
+    return load_config(None, [*paths, "rollout.engine=replay", size, *overrides])
+
+
+def rollouts_of(tokens, count=2):
+    response = tokens // count - 8
+    return [Rollout((1,) * 8, (2,) * response, (1,) * response, "replay") for _ in range(count)]
+
+
+def measure(tokens, sizes, overrides):
+    """Bytes that the second update of a real process adds at its peak to what the process has before its models."""
+    start_process(DEVICE)
+    small = dict(layers=1, hidden=128, vocabulary=256)
+    update(64, small, overrides)  # what the first operations load stays
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    update(tokens, sizes, overrides)
+    return platform.peak_memory_bytes(DEVICE) - before
+
+
+def update(tokens, sizes, overrides):
+    """Two updates, the second one's peak measured."""
+    config, spec, rollouts = config_of(tokens, *overrides), spec_of(**sizes), rollouts_of(tokens)
+    topology = build_topology(config.parallel, DEVICE, seed=0)
+    plan = plan_teacher(config, spec, spec).plan
+    whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)
+    batches = whole.micro_batches(config.batch, spec, topology)
+    dtype = DTYPES[config.precision.dtype]
+    stage = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
+    frozen = build_model(spec, topology, dtype, stages=plan.teacher_stages, lm_head=False)
+    for parameter in [*stage.parameters(), *frozen.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    frozen.eval().requires_grad_(False)
+    teacher = Teacher(lambda: frozen, topology, plan)
+    student = build_student(stage, config, plan)
+    for _ in range(2):
+        platform.reset_peak_memory(DEVICE)
+        targets, _ = teacher_pass([teacher], topology, batches, lambda number: batches)
+        student_step(student, topology, plan, config.loss, whole, batches, targets)
+
+
+def traced(config, spec, rollouts, **where):
+    """`trace_update` in a process of its own."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = forked_process(_trace, (sender, config, spec, rollouts, where))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _trace(sender, config, spec, rollouts, where):
+    os.environ["WORLD_SIZE"] = str(where["world"])
+    teacher = plan_teacher(config, spec, dataclasses.replace(spec, num_experts=0))
+    first, second = (trace_update(config, spec, [teacher], rollouts, **where) for _ in range(2))
+    assert first == second and not torch.distributed.is_initialized()
+    sender.send(first)
+
+
+@pytest.mark.parametrize("overrides", [("precision.dtype=fp32",), ("precision.dtype=bf16", *FULL)])
+def test_the_peak_is_that_of_a_real_update(overrides):
+    case = {"tokens": 2048, "sizes": {"layers": 4, "hidden": 512, "vocabulary": 8192}, "overrides": overrides}
+    # Freed memory goes back to the machine at once: residency is what is alive.
+    honest = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", "tests.unit.test_fake_step", json.dumps(case)]
+    environment = {**os.environ, **honest, "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    predicted = traced(config_of(2048, *overrides), spec_of(**case["sizes"]), rollouts_of(2048), rank=0, world=1)
+    assert predicted.peak == pytest.approx(int(output.split()[-1]), rel=0.1)
+
+
+LAYOUTS = {  # processes, layout, rank
+    "one": (1, (), 0),
+    "tensor": (2, ("parallel.tensor=2",), 1),
+    "sequence": (2, ("parallel.tensor=2", "parallel.sequence=true"), 0),
+    "context": (2, ("parallel.context=2",), 1),
+    "first of a pipeline": (2, ("parallel.pipeline=2",), 0),
+    "last of a pipeline": (2, ("parallel.pipeline=2",), 1),
+    "virtual": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2"), 1),
+    "all": (16, ("parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2", "parallel.context=2"), 11),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parts_are_those_of_the_arithmetic(layout):
+    world, overrides, rank = LAYOUTS[layout]
+    config = config_of(256, "precision.dtype=bf16", *overrides)
+    parallel, spec = config.parallel, spec_of(layers=5, hidden=128, vocabulary=1024)
+    stages = even_stages(5, parallel.pipeline, parallel.virtual_pipeline or 1)
+    share = Share(parallel.tensor, parallel.pipeline, 1, stages)
+    pipeline_rank = rank // (world // parallel.pipeline)
+    trained, _ = _rank_parameters(spec, share, pipeline_rank, lm_head=True)
+    footprint = traced(config, spec, rollouts_of(256), rank=rank, world=world, micro_batches=3)
+    assert footprint.weights == pytest.approx(2 * trained, rel=0.01)
+    assert footprint.gradients == pytest.approx(4 * trained, rel=0.01)
+    copies = world // (parallel.tensor * parallel.pipeline)
+    assert footprint.optimizer == pytest.approx(12 * trained / copies, rel=0.01)
+    assert footprint.targets > 0 and footprint.activations > 0
+    assert footprint.peak == sum(dataclasses.astuple(footprint))
+
+
+def test_without_copies_and_padding_the_parts_are_exact():
+    config = config_of(64, "precision.dtype=fp32", "parallel.distributed_optimizer=false", "optimizer.name=sgd")
+    spec = spec_of(layers=2, hidden=128, vocabulary=1024)
+    footprint = traced(config, spec, rollouts_of(64), rank=0, world=1)
+    angles = 4 * spec.head_dim // 2
+    count = 4 * count_parameters(spec)
+    assert (footprint.weights, footprint.gradients) == (count + angles, count)
+    assert footprint.teacher_weights == count + angles
+    assert footprint.optimizer < 1024  # a few numbers
+
+
+def test_a_pipeline_keeps_more_micro_batches_than_its_last_rank():
+    config = config_of(512, "parallel.pipeline=4", "precision.dtype=bf16")
+    spec = spec_of(layers=4, hidden=128, vocabulary=256)
+    ranks = [traced(config, spec, rollouts_of(512), rank=rank, world=4, micro_batches=6) for rank in (1, 2)]
+    assert ranks[0].activations > 1.2 * ranks[1].activations
+    few = traced(config, spec, rollouts_of(512), rank=1, world=4, micro_batches=1)
+    assert few.activations < 0.6 * ranks[0].activations
+    assert few.targets < ranks[0].targets
+
+
+def test_chunks_bound_the_logits():
+    spec = spec_of(layers=2, hidden=128, vocabulary=32768)
+
+    def activations(chunk):
+        overrides = ("loss.output.objective=full_kl", f"loss.output.chunk_tokens={chunk}", "parallel.tensor=2")
+        return traced(config_of(256, *overrides), spec, rollouts_of(256), rank=0, world=2).activations
+
+    tokens = 256 - 2 * 8
+    assert activations("null") - activations(16) > 2 * (tokens - 16) * 4 * 32768 // 2  # two buffers at least
+
+
+def test_experts_are_refused():
+    spec = spec_of(layers=2, hidden=128, vocabulary=256, num_experts=4)
+    config = config_of(64)
+    teacher = plan_teacher(config, spec_of(layers=2, hidden=128, vocabulary=256), spec)
+    with pytest.raises(NotImplementedError, match="experts"):
+        trace_update(config, spec, [teacher], rollouts_of(64), rank=0, world=1)
+
+
+if __name__ == "__main__":
+    print(measure(**json.loads(sys.argv[1])))
