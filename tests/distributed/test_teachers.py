@@ -1,0 +1,77 @@
+"""Each rollout is compared with its own teacher, and with what that teacher reads, in every layout."""
+
+import dataclasses
+
+import pytest
+
+from tests.helpers.distributed import run_distributed
+from tests.helpers.models import random_hf_model, save
+from tests.helpers.training import assert_same_update, difference, megatron_update, reference_update, some_rollouts
+
+OBJECTIVE = ("loss.output.objective=full_kl", "loss.output.chunk_tokens=3")
+LAYOUTS = {
+    "one": (1, ()),
+    "data": (2, ()),
+    "tensor and sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "pipeline": (2, ("parallel.pipeline=2",)),
+    "context": (2, ("parallel.context=2",)),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A student and two teachers, the second one deeper."""
+    folder = tmp_path_factory.mktemp("models")
+    return [
+        save(random_hf_model("Qwen3", seed, num_hidden_layers=4 + 2 * (seed == 2)), folder / str(seed))
+        for seed in range(3)
+    ]
+
+
+def taught(first="math", second="code"):
+    """Rollouts of two sources, mixed."""
+    return [
+        dataclasses.replace(rollout, data_source=first if number % 2 else second)
+        for number, rollout in enumerate(some_rollouts(131))
+    ]
+
+
+def with_hints():
+    """The teacher reads another prompt before some of the rollouts: a longer one, or a shorter."""
+    return [
+        dataclasses.replace(
+            rollout, teacher_prompt_ids=(7, *rollout.prompt_ids, 9, 11)[number:] if number % 3 else None
+        )
+        for number, rollout in enumerate(some_rollouts(131))
+    ]
+
+
+def update(world, student, teachers, overrides, rollouts):
+    return run_distributed(world, _update, student, teachers, overrides, rollouts)[0]
+
+
+def _update(rank, student, teachers, overrides, rollouts):
+    return megatron_update(rank, student, teachers, *overrides, rollouts=rollouts)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_rollout_has_its_own_teacher(models, layout):
+    world, overrides = LAYOUTS[layout]
+    student, math, code = models
+    teachers = {"math": math, "code": code}
+    expected = reference_update(student, teachers, *OBJECTIVE, rollouts=taught())
+    for memory in ("all", "one"):
+        settings = (*OBJECTIVE, *overrides, f"teachers_in_memory={memory}")
+        assert_same_update(update(world, student, teachers, settings, taught()), expected)
+    swapped = reference_update(student, teachers, *OBJECTIVE, rollouts=taught("code", "math"))
+    assert difference(swapped, expected).gradient > 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_teacher_reads_its_own_prompts(models, layout):
+    world, overrides = LAYOUTS[layout]
+    student, teacher, _ = models
+    expected = reference_update(student, teacher, *OBJECTIVE, rollouts=with_hints())
+    assert_same_update(update(world, student, teacher, (*OBJECTIVE, *overrides), with_hints()), expected)
+    plain = reference_update(student, teacher, *OBJECTIVE, rollouts=some_rollouts(131))
+    assert difference(plain, expected).gradient > 0.01
