@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from megatron_oprd.config import Config, dump_config
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.training.fake_step import Footprint
 from megatron_oprd.training.memory import count_parameters, predict_memory
+from megatron_oprd.training.predict import Lengths, NotTraced, predict_peaks
 from megatron_oprd.types import ModelSpec
 
+COLUMNS = ("weights", "gradients", "optimizer", "teacher", "targets", "activations")  # the parts of a Footprint
 
-def describe_run(config: Config, student: ModelSpec, teachers: Mapping[str, PlannedTeacher]) -> None:
+
+def describe_run(config: Config, student: ModelSpec, teachers: Mapping[str, PlannedTeacher], lengths: Lengths) -> None:
     """Print the resolved configuration, the layer pairs with their pipeline stages, parameters and predicted memory.
 
     The first of several processes prints. No communication.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     console = Console()
     console.print(dump_config(config), markup=False, highlight=False)
     console.print(f"student: {student.architecture}, {count_parameters(student):,} parameters")
     for name, teacher in teachers.items():
         _describe_teacher(console, name, teacher)
-    memory = Table("on the fullest rank", "GiB (predicted)", title=f"Memory, {world_size} processes")
-    predicted = predict_memory(config, student, list(teachers.values()), world_size)
-    for purpose, size in {**predicted, "sum": sum(predicted.values())}.items():
-        memory.add_row(purpose, f"{size / 2**30:.3f}")
-    console.print(memory)
+    planned = list(teachers.values())
+    try:
+        _print_peaks(console, predict_peaks(config, student, planned, lengths, world=world), world)
+    except NotTraced as reason:
+        _print_estimate(console, predict_memory(config, student, planned, world), world, str(reason))
+
+
+def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int) -> None:
+    """The parts of the peak, a row for ranks that are alike."""
+    title = f"Memory, {world} processes: peak of an update, GiB (predicted)"
+    table = Table("ranks", *COLUMNS, "peak", title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for ranks, footprint in peaks.items():
+        parts = [*dataclasses.astuple(footprint), footprint.peak]
+        name = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+        table.add_row(name, *map(_gib, parts))
+    console.print(table)
+    console.print(
+        "traced without values on the fullest micro-batch; activations: with the loss and all temporaries; teacher: "
+        "weights, targets: its states. Beside it: the process itself, communication buffers, and during rollouts keys "
+        "and values in a third of what is free."
+    )
+
+
+def _print_estimate(console: Console, parts: Mapping[str, int], world: int, reason: str) -> None:
+    table = Table("on the fullest rank", "GiB (estimated)", title=f"Memory, {world} processes")
+    for purpose, size in {**parts, "sum": sum(parts.values())}.items():
+        table.add_row(purpose, _gib(size))
+    console.print(table)
+    console.print(f"by arithmetic, not traced: {reason}", markup=False)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3f}"
 
 
 def _describe_teacher(console: Console, name: str, teacher: PlannedTeacher) -> None:

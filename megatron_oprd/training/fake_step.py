@@ -182,8 +182,9 @@ def _build(
     if plan.output and topology.num_stages - 1 in topology.stages:
         with live.making("teacher_weights"):
             heads = _heads(spec, planned, stage, topology)
-        temperature = config.rollout.temperature
-        output = OutputLoss(config.loss.output, heads, topology, temperature=temperature, with_metrics=True)
+        objective, temperature = config.loss.output, config.rollout.temperature
+        with_metrics = objective.metrics_every > 0
+        output = OutputLoss(objective, heads, topology, temperature=temperature, with_metrics=with_metrics)
     return _Models(student, topology, teachers, output)
 
 
@@ -246,10 +247,11 @@ def _update(
     micro_batches: int,
     live: LiveBytes,
 ) -> None:
-    """The teacher pass, and the update on as many micro-batches as keep every pipeline rank busy."""
+    """The teacher pass, and the update, on as many micro-batches as keep every pipeline rank busy; of the others there
+    are the targets alone."""
     topology, plan = models.topology, models.teachers[0].plan
     rounds = topology.pipeline_size if topology.virtual_size > 1 else 1  # of the interleaved schedule
-    count = -(-micro_batches // rounds) * rounds
+    count = min(-(-micro_batches // rounds) * rounds, 2 * topology.pipeline_size)
     with (
         mock.patch.object(P2PCommunicator, "_communicate_shapes", _shapes_received),
         mock.patch.object(passes, "_exchange", _rows_received),
@@ -261,14 +263,16 @@ def _update(
         if len(targets):
             for number in range(count):
                 live.assign("targets", [targets.read(number, layer) for layer in targets.layers])
+        with live.making("targets"):
+            waiting = torch.empty(max(micro_batches - count, 0) * targets.num_bytes // count, dtype=torch.uint8)
 
         def taps() -> Iterator[StageLoss]:
-            for number in range(len(run)):
+            for number in range(count):
                 tap = stage_loss(plan, config.loss, batch, targets, number, models.output)
                 live.assign("targets", [tap.targets.read(layer) for layer in targets.layers])
                 yield tap
 
-        run = [batch] * min(count, 2 * topology.pipeline_size)
-        accumulate_gradients(models.student, topology, plan, run, taps())
+        accumulate_gradients(models.student, topology, plan, [batch] * count, taps())
+    del waiting
     with platform.cpu_devices():
         models.student.optimizer.step()

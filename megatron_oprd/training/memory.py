@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_oprd.config import Config, ParallelConfig
+from megatron_oprd.config import Config, LossConfig, ParallelConfig
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size, shard_shape
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.types import ModelSpec
@@ -75,6 +76,13 @@ def predict_memory(
     }
 
 
+def most_selected(loss: LossConfig) -> int:
+    """Tokens of one response that the loss reads at most."""
+    terms = [(loss.representation.positions, loss.representation.k)] if loss.reads_layers else []
+    terms += [(loss.output.positions, loss.output.positions_k)] if loss.reads_output else []
+    return max({"last": 1, "all": sys.maxsize}.get(positions, k) for positions, k in terms)
+
+
 def _teacher_parameters(teacher: PlannedTeacher, layout: ParallelConfig) -> int:
     share = Share(layout.tensor, layout.pipeline, layout.expert, teacher.plan.teacher_stages)
     return max(sum(_rank_parameters(teacher.spec, share, rank, lm_head=False)) for rank in range(layout.pipeline))
@@ -115,11 +123,9 @@ def _rank_parameters(spec: ModelSpec, share: Share, pipeline_rank: int, *, lm_he
 
 
 def _target_bytes(config: Config, plan: LayerPlan, teacher: ModelSpec, copies: int, size: int) -> int:
-    representation, parallel = config.loss.representation, config.parallel
-    most = config.rollout.max_new_tokens
-    selected = {"last": 1, "last_k": min(representation.k, most), "first_k": min(representation.k, most), "all": most}
+    parallel = config.parallel
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt / copies
-    rows = samples * selected[representation.positions]
+    rows = samples * min(most_selected(config.loss), config.rollout.max_new_tokens)
     if plan.aligned and parallel.pipeline == 1:  # streamed: no more than a micro-batch has
         rows = min(rows, config.batch.max_tokens_per_micro_batch / parallel.context)
     owners = [rank for _, rank in map(plan.student_place, plan.student_layers)]

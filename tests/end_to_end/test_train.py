@@ -11,10 +11,8 @@ from megatron_oprd.config import load_config
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.evaluation.sample import evaluate, score_by_source
 from megatron_oprd.types import Rollout
-from tests.helpers.commands import run_ranks
 from tests.helpers.killable import finish
-from tests.helpers.models import random_hf_model, save
-from tests.helpers.runs import VOCAB_SIZE, complete_steps, in_folder, metrics, prompt_run, replay_run
+from tests.helpers.runs import complete_steps, in_folder, metrics, prompt_run
 
 STEPS = 4
 
@@ -109,40 +107,6 @@ def test_a_student_can_start_from_a_training_checkpoint(run, tmp_path):
     # The cosine rate starts at its maximum here: the exported tokenizer and weights are whole.
     assert metrics(tmp_path / "next")[0]["lr"] == 1e-3
     AutoTokenizer.from_pretrained(tmp_path / "next" / "hf")
-
-
-def test_a_dry_run_says_what_would_run_and_writes_nothing(run, tmp_path):
-    arguments, _, _ = run
-    log = finish([*in_folder(arguments, tmp_path / "dry"), "--dry-run"], tmp_path / "log")
-    assert f"run_dir: {tmp_path / 'dry'}" in log
-    for words in ("Compared layers", "student: Qwen3ForCausalLM", "Memory, 1 processes"):
-        assert words in log
-    assert [path.name for path in tmp_path.iterdir()] == ["log"]
-
-
-def test_a_dry_run_places_a_layout_of_several_processes(tmp_path):
-    """One of them speaks, and none waits for the others."""
-    arguments = replay_run(tmp_path, 1, num_hidden_layers=4)
-    student = save(random_hf_model("Qwen3Moe", vocab_size=VOCAB_SIZE, num_hidden_layers=4), tmp_path / "experts")
-    sizes = ("pipeline=2", "virtual_pipeline=2", "context=2", "expert=2")
-    layout = [f"parallel.{size}" for size in sizes] + ["teacher.parallel={tensor: 2}", "checkpoint.every=0"]
-    arguments += [f"student.path={student}", *layout, "--dry-run"]
-    outcomes = run_ranks(4, tmp_path, "train", *arguments)
-    assert [(outcome.code, outcome.stderr) for outcome in outcomes] == [(0, "")] * 4
-    first, *others = (outcome.stdout for outcome in outcomes)
-    assert others == [""] * 3 and not (tmp_path / "run").exists()
-    rows = [line.split("│")[1:4] for line in first.splitlines() if ", chunk " in line]
-    assert [row[2].strip() for row in rows] == ["0, chunk 0", "1, chunk 0", "0, chunk 1", "1, chunk 1"]
-    for words in (
-        "teacher: its states travel from its layout to the student's",
-        "student: Qwen3MoeForCausalLM",
-        "teacher: Qwen3ForCausalLM",
-        "built up to layer 4 of 4",
-        "Memory, 4 processes",
-    ):
-        assert words in first
-    alone = run_ranks(1, tmp_path, "train", *arguments, environment={"WORLD_SIZE": "4"})[0]
-    assert (alone.code, alone.stdout) == (0, first)
 
 
 def greedy(model, tokenizer, length):

@@ -20,7 +20,7 @@ def models(
 ) -> list[str]:
     """A random student and teacher below `folder`; the arguments that name them."""
     for seed, name in enumerate(("student", "teacher")):
-        save(random_hf_model(family, seed=seed, vocab_size=VOCAB_SIZE, **sizes), folder / name)
+        save(random_hf_model(family, seed=seed, **{"vocab_size": VOCAB_SIZE, **sizes}), folder / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / name)
     return [f"student.path={folder / 'student'}", f"teacher.path={folder / 'teacher'}"]

@@ -1,0 +1,100 @@
+"""`train --dry-run` says what would run and what it needs, and the memory that it predicts is what a run takes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.commands import run_ranks
+from tests.helpers.killable import finish
+from tests.helpers.models import random_hf_model, save
+from tests.helpers.runs import VOCAB_SIZE, in_folder, prompt_run, replay_run
+
+GIB = 2**30
+
+
+def test_it_says_what_would_run_and_writes_nothing(tmp_path):
+    arguments = prompt_run(tmp_path / "whole", 1, num_hidden_layers=2)
+    log = finish([*in_folder(arguments, tmp_path / "dry"), "--dry-run"], tmp_path / "log")
+    assert f"run_dir: {tmp_path / 'dry'}" in log
+    for words in ("Compared layers", "student: Qwen3ForCausalLM", "Memory, 1 processes"):
+        assert words in log
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "whole"]
+
+
+def test_it_places_a_layout_of_several_processes(tmp_path):
+    """One of them speaks, and none waits for the others."""
+    arguments = replay_run(tmp_path, 1, num_hidden_layers=4)
+    student = save(random_hf_model("Qwen3Moe", vocab_size=VOCAB_SIZE, num_hidden_layers=4), tmp_path / "experts")
+    sizes = ("pipeline=2", "virtual_pipeline=2", "context=2", "expert=2")
+    layout = [f"parallel.{size}" for size in sizes] + ["teacher.parallel={tensor: 2}", "checkpoint.every=0"]
+    arguments += [f"student.path={student}", *layout, "--dry-run"]
+    outcomes = run_ranks(4, tmp_path, "train", *arguments)
+    assert [(outcome.code, outcome.stderr) for outcome in outcomes] == [(0, "")] * 4
+    first, *others = (outcome.stdout for outcome in outcomes)
+    assert others == [""] * 3 and not (tmp_path / "run").exists()
+    rows = [line.split("│")[1:4] for line in first.splitlines() if ", chunk " in line]
+    assert [row[2].strip() for row in rows] == ["0, chunk 0", "1, chunk 0", "0, chunk 1", "1, chunk 1"]
+    for words in (
+        "teacher: its states travel from its layout to the student's",
+        "student: Qwen3MoeForCausalLM",
+        "teacher: Qwen3ForCausalLM",
+        "built up to layer 4 of 4",
+        "Memory, 4 processes",
+        "not traced: how many tokens an expert gets",
+    ):
+        assert words in first
+    alone = run_ranks(1, tmp_path, "train", *arguments, environment={"WORLD_SIZE": "4"})[0]
+    assert (alone.code, alone.stdout) == (0, first)
+
+
+def dry_peaks(arguments, folder, world=1):
+    """GiB by the ranks' names."""
+    outcome = run_ranks(1, folder, "train", *arguments, "--dry-run", environment={"WORLD_SIZE": str(world)})[0]
+    assert (outcome.code, outcome.stderr) == (0, "")
+    table = outcome.stdout[outcome.stdout.index("Memory, ") :].splitlines()
+    rows = [line.split() for line in table if line.strip()[:1].isdigit()]
+    return {row[0]: float(row[-1]) for row in rows}
+
+
+def test_every_rank_of_a_pipeline_has_a_row(tmp_path):
+    arguments = replay_run(tmp_path, 1, "parallel.pipeline=2", num_hidden_layers=3, vocab_size=40000)
+    peaks = dry_peaks(arguments, tmp_path, world=4)
+    assert list(peaks) == ["0-1", "2-3"]
+    assert all(peak > 0 for peak in peaks.values())
+
+
+def test_the_peak_is_what_a_run_takes(tmp_path):
+    """The difference between a run and one that is tiny, which is also what the process itself takes."""
+    predicted, measured = [], []
+    for name, (layers, width, vocabulary, tokens) in {"tiny": (1, 64, 256, 16), "run": (4, 512, 8192, 2048)}.items():
+        folder = tmp_path / name
+        sizes = {"hidden_size": width, "intermediate_size": 3 * width, "vocab_size": vocabulary, "head_dim": 64}
+        arguments = replay_run(
+            folder,
+            2,
+            "loss.output.objective=full_kl",
+            "loss.representation.positions=all",
+            f"batch.max_tokens_per_micro_batch={tokens}",
+            "checkpoint.every=0",
+            "checkpoint.export_hf=false",
+            num_hidden_layers=layers,
+            **sizes,
+        )
+        rollout = {"prompt_ids": [1] * 4, "response_ids": [2] * (tokens // 4 - 4)}
+        (folder / "replay.jsonl").write_text(f"{json.dumps(rollout)}\n" * 8)
+        arguments.append("rollout.prompts_per_step=4")
+        predicted += dry_peaks(arguments, folder).values()
+        measured.append(peak_of_a_run(arguments, folder))
+    assert predicted[1] - predicted[0] == pytest.approx((measured[1] - measured[0]) / GIB, rel=0.1)
+
+
+def peak_of_a_run(arguments, folder):
+    # Freed memory goes back to the machine at once: residency is what is alive.
+    honest = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", "megatron_oprd.train", *arguments]
+    subprocess.run(command, env={**os.environ, **honest, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    last = (folder / "run" / "metrics.jsonl").read_text().splitlines()[-1]
+    return json.loads(last)["memory/peak_bytes"]
