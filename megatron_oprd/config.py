@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -15,7 +17,7 @@ from megatron_oprd.types import UserError
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class StudentConfig(_Section):
@@ -201,6 +203,17 @@ class Config(_Section):
             raise ValueError("teacher is required: teacher.path, or teachers with one for each data_source")
         if self.teacher is not None and self.teachers:
             raise ValueError("teacher and teachers are both given: name one teacher for all prompts, or several")
+        if "" in self.teachers:
+            raise ValueError("teachers: the name '' is empty; name each teacher by the data_source of its prompts")
+        return self
+
+    @model_validator(mode="after")
+    def _stored_prompts_of_the_teacher(self) -> Config:
+        if self.rollout.engine == "replay" and self.data.teacher_prompt_key is not None:
+            raise ValueError(
+                f"data.teacher_prompt_key={self.data.teacher_prompt_key} is not read with rollout.engine=replay; put "
+                "teacher_prompt_ids into the lines of rollout.path"
+            )
         return self
 
     @model_validator(mode="after")
@@ -216,6 +229,11 @@ class Config(_Section):
     def named_teachers(self) -> dict[str, TeacherConfig]:
         """The teachers by data_source; a single one, which teaches all prompts, under the empty name."""
         return self.teachers if self.teacher is None else {"": self.teacher}
+
+
+def teacher_section(name: str) -> str:
+    """The section of the configuration where one of `named_teachers` stands."""
+    return f"teachers.{name}" if name else "teacher"
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
@@ -247,7 +265,7 @@ def parse_config(values: Any) -> Config:
     try:
         return Config.model_validate(_tuples(values))
     except ValidationError as error:
-        raise UserError("; ".join(_explain(item) for item in error.errors())) from None
+        raise UserError("; ".join(_explain(item) for item in _without_alternatives(error.errors()))) from None
 
 
 def dump_config(config: Config) -> str:
@@ -288,15 +306,47 @@ def _tuples(values: Any) -> Any:
     return values
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: Any = Config
+def _annotation(location: tuple[Any, ...]) -> Any:
+    """The type of what stands at a location of the configuration; None where nothing does."""
+    found: Any = Config
     for part in location:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        if field is None:
-            return []
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        model, mapping = _model(found), get_origin(found) is dict
+        field = model.model_fields.get(part) if model else None
+        found = get_args(found)[1] if mapping else field.annotation if field else None
+    return found
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *get_args(annotation)] if get_origin(annotation) is not dict else []
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model = _model(_annotation(location))
     return list(model.model_fields) if model is not None else []
+
+
+def _without_alternatives(errors: Iterable[Any]) -> list[Mapping[str, Any]]:
+    """One error a value. Of a value that may be of several types, pydantic tells one for each: those that found it
+    wrong inside speak alone, the others together."""
+    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for error in errors:
+        location = tuple(error["loc"])
+        place = next((location[:end] for end in range(len(location)) if _has_alternatives(location[:end])), location)
+        grouped.setdefault(place, []).append({**error, "loc": place + location[len(place) + 1 :]})
+    merged = []
+    for place, items in grouped.items():
+        inside = [item for item in items if len(item["loc"]) > len(place)]
+        first, *others = items
+        more = (item["msg"].removeprefix("Input should be ") for item in others)
+        merged += inside or [{**first, "msg": " or ".join([first["msg"], *more])}]
+    return merged
+
+
+def _has_alternatives(location: tuple[Any, ...]) -> bool:
+    annotation = _annotation(location)
+    types = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return get_origin(annotation) in (Union, UnionType) and len(types) > 1
 
 
 def _explain(item: Any) -> str:
@@ -308,8 +358,12 @@ def _explain(item: Any) -> str:
         return f"unknown key {key}" + (
             f" (did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?)" if near else ""
         )
+    if location[-1:] == ("[key]",):
+        return f"{'.'.join(map(str, location[:-2]))}: the name {item['input']!r} is no text; put it in quotes"
     if item["type"] == "missing":
         return f"{key} is required"
+    if item["type"] == "model_type":
+        return f"{key}={item['input']!r} must be a section with {', '.join(_known_keys(location))}"
     if item["type"] == "none_required":
         return f"{key}={item['input']!r} is not supported yet; leave it null"
     message = item["msg"].removeprefix("Value error, ")

@@ -10,17 +10,19 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd import platform
-from megatron_oprd.config import Config
+from megatron_oprd.config import Config, teacher_section
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer, same_vocabulary
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.layouts import plan_teacher, world_size
+from megatron_oprd.lengths import check_lengths, check_replayed_lengths, check_room
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.rollout.replay import check_enough, load_replay
 from megatron_oprd.training.global_batch import longest_reading
+from megatron_oprd.training.predict import Lengths
 from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 
 
@@ -53,6 +55,16 @@ class Inputs:
         return self.config.data.teacher_prompt_key is not None or replayed
 
     @property
+    def lengths(self) -> Lengths:
+        """How long a sequence of this run can be, and a response in it."""
+        if self.prompts is None:
+            responses = (len(rollout.response_ids) for rollout in self.replayed)
+            return Lengths(max(map(longest_reading, self.replayed), default=1), max(responses, default=1))
+        longest = max(max(len(one.prompt_ids), len(one.teacher_prompt_ids or ())) for one in self.prompts.prompts)
+        response = self.config.rollout.max_new_tokens
+        return Lengths(min(longest + response, self.student.max_position_embeddings), response)
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.config.train.run_dir)
 
@@ -68,6 +80,7 @@ def read_inputs(config: Config) -> Inputs:
     check_weights(config.student.path, student)
     for teacher in teachers.values():
         check_weights(teacher.config.path, teacher.spec)
+    _check_one_width(teachers)
     vocab_size = min(student.vocab_size, *(spec.vocab_size for spec in specs.values()))
     replayed = _replayed(config, vocab_size) if config.rollout.engine == "replay" else []
     tokenizer = prompts = evaluation_prompts = None
@@ -75,10 +88,14 @@ def read_inputs(config: Config) -> Inputs:
         tokenizer = _tokenizer(config, student, teachers)
     if tokenizer is not None and config.rollout.engine == "megatron":
         prompts = load_prompts(config.data.prompts, tokenizer, config.data)
-        _check_lengths(config, prompts)
     if tokenizer is not None and config.evaluation.every:
         evaluation_prompts = read_evaluation_prompts(config, tokenizer)
     _check_sources(config, prompts.prompts if prompts else replayed)
+    for asked in filter(None, (prompts, evaluation_prompts)):
+        check_room(config, student, asked.prompts)
+    if prompts is not None:
+        check_lengths(config, student, teachers, prompts.prompts)
+    check_replayed_lengths(config, student, teachers, replayed)
     return Inputs(config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed)
 
 
@@ -96,10 +113,10 @@ def _tokenizer(config: Config, student: ModelSpec, teachers: dict[str, PlannedTe
     check_tokenizer(tokenizer, student)
     for name, teacher in teachers.items():
         path = teacher.config.path
-        check_tokenizer(tokenizer, teacher.spec)
+        key = f"{teacher_section(name)}.path"
+        check_tokenizer(tokenizer, teacher.spec, f"{key}={path}")
         has_own = any((Path(path) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
         if has_own and not same_vocabulary(tokenizer, load_tokenizer(path)):
-            key = f"teachers.{name}.path" if name else "teacher.path"
             raise UserError(
                 f"the tokenizers of student.path={config.student.path} and {key}={path} give the same text other ids; "
                 "use a teacher with the student's tokenizer"
@@ -112,23 +129,24 @@ def _check_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout])
     if not config.teachers:
         return
     sources = Counter(one.data_source for one in taught)
+    known = f"teachers has {', '.join(config.teachers)}"
     for source, number in sources.items():
+        if not source:  # of rollouts alone: prompts without one have the name of their file
+            raise UserError(
+                f"{number} rollouts of {config.rollout.path} have no data_source to say who teaches; {known}"
+            )
         if source not in config.teachers:
             what = "prompts" if config.rollout.engine == "megatron" else "rollouts"
-            raise UserError(
-                f"data_source {source!r} of {number} {what} has no teacher; teachers has {', '.join(config.teachers)}"
-            )
+            raise UserError(f"data_source {source!r} of {number} {what} has no teacher; {known}")
 
 
-def _check_lengths(config: Config, prompts: PromptSet) -> None:
-    asked = (max(len(prompt.prompt_ids), len(prompt.teacher_prompt_ids or ())) for prompt in prompts.prompts)
-    longest = max(asked) + config.rollout.max_new_tokens
-    if longest > config.batch.max_tokens_per_micro_batch:
-        raise UserError(
-            f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "
-            f"prompt with rollout.max_new_tokens={config.rollout.max_new_tokens} ({longest} tokens); raise it to "
-            f"{longest} or lower rollout.max_new_tokens"
-        )
+def _check_one_width(teachers: dict[str, PlannedTeacher]) -> None:
+    """Raise UserError for teachers of several widths, which only an output-space objective alone would read: the states
+    of all come in one tensor."""
+    widths = {teacher.spec.hidden_size: teacher_section(name) for name, teacher in teachers.items()}
+    if len(widths) > 1:
+        told = " and ".join(f"{width} of {section}" for width, section in widths.items())
+        raise UserError(f"hidden_size is {told}; use teachers of one hidden_size")
 
 
 def _replayed(config: Config, vocab_size: int) -> list[Rollout]:

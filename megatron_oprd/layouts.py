@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from megatron_oprd.config import Config, ParallelConfig
+from megatron_oprd.config import Config, ParallelConfig, teacher_section
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
 from megatron_oprd.parallel.topology import check_layout
@@ -18,7 +18,7 @@ def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: s
     not suit the models or the processes."""
     of_teacher = config.named_teachers[name]
     own_layout = teacher_layout(config, name)
-    key = f"teachers.{name}.parallel" if name else "teacher.parallel"
+    section = teacher_section(name)
     plan = make_plan(
         config.loss,
         student,
@@ -26,13 +26,14 @@ def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: s
         config.parallel.pipeline,
         config.parallel.virtual_pipeline or 1,
         teacher_pipeline=own_layout.pipeline if own_layout else None,
-        key=key,
+        section=section,
     )
-    check_student_layout(config.parallel, student, None if own_layout else teacher)
+    check_student_layout(config.parallel, student, None if own_layout else teacher, name)
     if own_layout:
+        key = f"{section}.parallel"
         check_layout(own_layout, world_size(), key=key)
         check_experts(own_layout.expert, [teacher], key=key)
-        check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model="teacher")
+        check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=f"teacher {name}".rstrip())
     check_recompute(config.recompute, plan.student_stages)
     return PlannedTeacher(of_teacher, teacher, own_layout, plan)
 
@@ -52,10 +53,12 @@ def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:
     return None if same else layout
 
 
-def check_student_layout(parallel: ParallelConfig, student: ModelSpec, teacher: ModelSpec | None = None) -> None:
-    """Raise UserError, naming what would work, when the layout of the student does not suit it or the teacher that
-    shares it."""
-    models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+def check_student_layout(
+    parallel: ParallelConfig, student: ModelSpec, teacher: ModelSpec | None = None, name: str = ""
+) -> None:
+    """Raise UserError, naming what would work, when the layout of the student does not suit it or the teacher, called
+    `name`, that shares it."""
+    models = {"student": student} if teacher is None else {"student": student, f"teacher {name}".rstrip(): teacher}
     check_experts(parallel.expert, list(models.values()))
     for model, spec in models.items():
         check_divisible(spec, parallel.tensor, parallel.expert, model=model)

@@ -30,8 +30,7 @@ from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.dry_run import describe_run
-from megatron_oprd.training.global_batch import GlobalBatch, longest_reading, share_rollouts
-from megatron_oprd.training.predict import Lengths
+from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.training.student_step import student_step
@@ -48,22 +47,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     inputs = read_inputs(load_config(options.config, options.overrides))
     if options.dry_run:
-        describe_run(inputs.config, inputs.student, inputs.teachers, longest_lengths(inputs))
+        describe_run(inputs.config, inputs.student, inputs.teachers, inputs.lengths)
     else:
         run = build_run(inputs)
         fit(run)
         finish(run)
     return 0
-
-
-def longest_lengths(inputs: Inputs) -> Lengths:
-    """How long a sequence of this run can be, and a response in it."""
-    if inputs.prompts is None:
-        responses = (len(rollout.response_ids) for rollout in inputs.replayed)
-        return Lengths(max(map(longest_reading, inputs.replayed), default=1), max(responses, default=1))
-    longest = max(max(len(p.prompt_ids), len(p.teacher_prompt_ids or ())) for p in inputs.prompts.prompts)
-    response = inputs.config.rollout.max_new_tokens
-    return Lengths(min(longest + response, inputs.student.max_position_embeddings), response)
 
 
 def fit(run: Run) -> None:

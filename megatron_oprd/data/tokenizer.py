@@ -36,12 +36,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
-    """Raises UserError when the tokenizer can produce an id for which the model has no embedding."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, model: str = "the model") -> None:
+    """Raises UserError when the tokenizer can produce an id for which the model has no embedding. `model`: what the
+    message calls it."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= spec.vocab_size:
         raise UserError(
-            f"the tokenizer in {tokenizer.name_or_path or '(unnamed)'} has ids up to {largest}, but the model "
+            f"the tokenizer in {tokenizer.name_or_path or '(unnamed)'} has ids up to {largest}, but {model} "
             f"({spec.architecture}) has a vocabulary of {spec.vocab_size}: use the tokenizer that belongs to the model"
         )
 

@@ -116,6 +116,7 @@ def _curves(metrics: Sequence[Record], evaluations: Sequence[Record]) -> str:
             "Norm of the states",
             {who: _curve(metrics, f"rep/{who}_norm") for who in ("student", "teacher")},
         ),
+        *_output_charts(metrics),
         line_chart("Gradient norm, before clipping", {"gradient norm": _curve(metrics, "grad_norm")}),
         line_chart("Learning rate", {"lr": _curve(metrics, "lr")}),
         line_chart(
@@ -125,6 +126,21 @@ def _curves(metrics: Sequence[Record], evaluations: Sequence[Record]) -> str:
     ]
     drawn = "".join(charts)
     return f'<h2>Curves</h2><div class="grid">{drawn}</div>' if drawn else ""
+
+
+def _output_charts(metrics: Sequence[Record]) -> list[str]:
+    """What an output-space objective measures."""
+    shown = {
+        "Value of the output-space objective": {"objective": "loss"},
+        "KL(student || teacher) of the next token": {"exact": "reverse_kl", "sampled": "sampled_kl"},
+        "Entropy of the next token": {"student": "student_entropy", "teacher": "teacher_entropy"},
+        "Agreement on the next token": {"top k": "topk_overlap", "most likely": "argmax_agreement"},
+        "Mass of the top k": {"student": "student_mass", "teacher": "teacher_mass"},
+    }
+    return [
+        line_chart(title, {line: _curve(metrics, f"output/{name}") for line, name in lines.items()})
+        for title, lines in shown.items()
+    ]
 
 
 def _accuracy(evaluations: Sequence[Record]) -> list[str]:

@@ -21,11 +21,13 @@ class VocabularyShard:
 
     `start` is the id of the first one, `group` are the ranks that hold the others (None: this rank holds all). Columns
     are real entries, so widths differ where padding was cut off, down to 0. Every rank of `group` has the same tokens
-    and makes the same calls; without tokens nothing is sent.
+    and makes the same calls; without tokens nothing is sent. `widest`: what no rank's width exceeds, the same on every
+    rank, which bounds what a ranking sends; None: not known.
     """
 
     start: int = 0
     group: dist.ProcessGroup | None = None
+    widest: int | None = None
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over `group`, in place, the same bits on every rank. One all_reduce."""
@@ -56,7 +58,8 @@ class VocabularyShard:
 
     def top(self, logits: Tensor, k: int) -> Tensor:
         """Ids of the k highest of logits [n, width], [n, k] int64: highest first, of equals the lower id first, the
-        same for every cut of the vocabulary. k beyond the whole vocabulary means all of it. One all_gather [2, n, k].
+        same for every cut of the vocabulary. k beyond the whole vocabulary means all of it. One all_gather
+        [2, n, min(k, widest)].
         """
         tokens, width = logits.shape
         if tokens == 0:
@@ -64,7 +67,7 @@ class VocabularyShard:
         columns = _top_columns(logits, min(k, width))
         values, ids = logits.gather(1, columns), columns + self.start
         if self.group is not None:
-            values, ids = self._all_candidates(values, ids, k)
+            values, ids = self._all_candidates(values, ids, k if self.widest is None else min(k, self.widest))
         by_id = ids.argsort(dim=-1)
         by_value = values.gather(1, by_id).argsort(dim=-1, descending=True, stable=True)
         ids = ids.gather(1, by_id).gather(1, by_value)[:, :k]
@@ -93,10 +96,11 @@ class VocabularyShard:
         columns, width = ids - self.start, values.shape[1]
         return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
 
-    def _all_candidates(self, values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Values and ids of every rank's candidates, each [n, ranks * k]. float64 holds both exactly."""
+    def _all_candidates(self, values: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Values and ids of every rank's candidates, up to `most` of each, [n, ranks * most]. float64 holds both
+        exactly."""
         tokens, width = values.shape
-        mine = torch.full((2, tokens, k), -torch.inf, dtype=torch.float64, device=values.device)
+        mine = torch.full((2, tokens, most), -torch.inf, dtype=torch.float64, device=values.device)
         mine[1] = _NO_ID
         mine[0, :, :width], mine[1, :, :width] = values, ids
         everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]

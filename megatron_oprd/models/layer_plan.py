@@ -137,10 +137,10 @@ def make_plan(
     pipeline_size: int = 1,
     virtual_size: int = 1,
     teacher_pipeline: int | None = None,
-    key: str = "teacher.parallel",
+    section: str = "teacher",
 ) -> LayerPlan:
     """The plan of a run. `teacher_pipeline`: pipeline stages of a teacher in a layout of its own; None: the student's.
-    `key`: the section of the configuration that they stand in.
+    `section`: where the teacher stands in the configuration.
 
     Raises UserError for layers that do not exist, for more stages than layers and, where hidden states are compared
     (OPRD-Vanilla), for unequal widths.
@@ -148,13 +148,15 @@ def make_plan(
     config = loss.representation
     if loss.reads_layers and student.hidden_size != teacher.hidden_size:
         raise UserError(
-            f"student hidden_size {student.hidden_size} differs from teacher hidden_size {teacher.hidden_size}: hidden "
-            "states of another width cannot be compared directly; use a teacher of the student's width, or an "
+            f"student hidden_size {student.hidden_size} differs from {section} hidden_size {teacher.hidden_size}: "
+            "hidden states of another width cannot be compared directly; use a teacher of the student's width, or an "
             "output-space objective alone (loss.representation.weight=0)"
         )
-    pairs = (
-        layer_pairs(config.layers, config.pairs, student.num_layers, teacher.num_layers) if loss.reads_layers else ()
-    )
+    try:
+        chosen = config.layers, config.pairs
+        pairs = layer_pairs(*chosen, student.num_layers, teacher.num_layers) if loss.reads_layers else ()
+    except UserError as error:
+        raise UserError(str(error) if section == "teacher" else f"with {section}: {error}") from None
     student_stages = even_stages(student.num_layers, pipeline_size, virtual_size)
     plan = LayerPlan(
         pairs,
@@ -172,7 +174,7 @@ def make_plan(
         if all(plan.student_stage(pair.student) == plan.teacher_stage(pair.teacher) for pair in pairs):
             return plan
     else:
-        even_stages(teacher.num_layers, teacher_pipeline, key=key)
+        even_stages(teacher.num_layers, teacher_pipeline, key=f"{section}.parallel")
     # Cut evenly up to the highest compared layer; a stage may be left without a block.
     stages = _evenly(highest, teacher_pipeline or len(student_stages))
     return dataclasses.replace(plan, teacher_stages=stages, aligned=False)

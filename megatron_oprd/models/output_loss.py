@@ -52,7 +52,8 @@ class OutputLoss:
         self.temperature = temperature
         self.with_metrics = with_metrics
         self.sequence_group = topology.groups.tp if topology.sequence_parallel else None
-        self.shard = VocabularyShard(heads.first, topology.groups.tp if topology.tensor_size > 1 else None)
+        group = topology.groups.tp if topology.tensor_size > 1 else None
+        self.shard = VocabularyShard(heads.first, group, widest=len(heads.student))
 
     def __call__(
         self, student: torch.Tensor, teacher: torch.Tensor, selection: Selection

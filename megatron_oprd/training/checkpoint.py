@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_oprd.config import teacher_section
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.files import (
     commit_partial,
@@ -161,11 +162,11 @@ def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], asked: Mapp
             "those or name a new train.run_dir"
         )
     for name, one in asked.items():
-        key = f"teachers.{name}.path" if name else "teacher.path"
         if saved[name].hash != one.hash:
             raise UserError(
                 f"{checkpoint} was made with another teacher ({saved[name].path}, {saved[name].hash[:19]}) than "
-                f"{key}={one.path} ({one.hash[:19]}); go on with that one or name a new train.run_dir"
+                f"{teacher_section(name)}.path={one.path} ({one.hash[:19]}); go on with that one or name a new "
+                "train.run_dir"
             )
         if saved[name].pairs != one.pairs:
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,7 @@ class RunLog:
     def step(self, values: dict[str, float]) -> None:
         """One line of `metrics.jsonl`, with `step` and every metric; the same numbers as curves."""
         self._append("metrics.jsonl", values)
-        print(
-            f"step {values['step']}: loss {values['loss']:.4g}, cosine {values['rep/cosine']:.4f}, gradient norm "
-            f"{values['grad_norm']:.3g}, length {values['rollout/length_mean']:.1f}, {values['time/step']:.2f} s",
-            flush=True,
-        )
+        print(f"step {values['step']}: {', '.join(_told(values))}", flush=True)
         self._curves({name: value for name, value in values.items() if name != "step"}, int(values["step"]))
 
     def evaluation(self, step: int, name: str, data: dict[str, dict[str, float]]) -> None:
@@ -93,6 +89,20 @@ def _quiet_board(args: threading.ExceptHookArgs) -> None:
     """tensorboard's thread prints a full disk as a traceback, and its next call raises it, which is enough."""
     if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
         threading.__excepthook__(args)
+
+
+def _told(values: dict[str, float]) -> Iterator[str]:
+    """What a step's line on the terminal says of its metrics, of those that were measured."""
+    for name, what, digits in (
+        ("loss", "loss {}", ".4g"),
+        ("rep/cosine", "cosine {}", ".4f"),
+        ("output/reverse_kl", "KL {}", ".4g"),
+        ("grad_norm", "gradient norm {}", ".3g"),
+        ("rollout/length_mean", "length {}", ".1f"),
+        ("time/step", "{} s", ".2f"),
+    ):
+        if name in values:
+            yield what.format(format(values[name], digits))
 
 
 def _keep_up_to(path: Path, step: int) -> None:

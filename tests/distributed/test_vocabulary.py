@@ -1,5 +1,6 @@
 """A vocabulary cut over tensor-parallel ranks changes no value, no gradient and no ranking."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -23,7 +24,7 @@ def shard_of(rank, ranks, vocabulary):
     width = -(-vocabulary // ranks)
     start = rank * width
     columns = slice(min(start, vocabulary), min(start + width, vocabulary))
-    return VocabularyShard(start, dist.group.WORLD), columns
+    return VocabularyShard(start, dist.group.WORLD, width), columns
 
 
 @functools.cache
@@ -83,9 +84,11 @@ def check_shard(rank, ranks, vocabulary):
     tied = torch.randint(4, (40, vocabulary), generator=generator).float()
     low = torch.full((1, vocabulary), -torch.inf)
     ids = torch.randint(vocabulary, (40, 7), generator=generator)
+    unknown = dataclasses.replace(shard, widest=None)
     for values in (smooth, tied, tied.double(), low):
         for k in (1, 2, 3, vocabulary - 1, vocabulary, vocabulary + 9):
-            assert shard.top(values[:, columns], k).tolist() == [top_ids(row, k) for row in values]
+            for one in (shard, unknown):
+                assert one.top(values[:, columns], k).tolist() == [top_ids(row, k) for row in values]
     for values in (smooth, smooth.double()):
         assert torch.equal(shard.gather(values[:, columns], ids), values.gather(1, ids))
         added = shard.add_(torch.zeros_like(values[:, columns]), ids[:, :1], values[:, :1])
@@ -103,3 +106,23 @@ def check_shard(rank, ranks, vocabulary):
 @pytest.mark.parametrize(("ranks", "vocabulary"), LAYOUTS)
 def test_rankings_and_look_ups_do_not_depend_on_the_cut(ranks, vocabulary):
     run_distributed(ranks, check_shard, ranks, vocabulary)
+
+
+def check_what_a_ranking_sends(rank, ranks, vocabulary):
+    shard, columns = shard_of(rank, ranks, vocabulary)
+    sent = []
+    all_gather = dist.all_gather
+
+    def recording(everyones, mine, group):
+        sent.append(tuple(mine.shape))
+        all_gather(everyones, mine, group=group)
+
+    dist.all_gather = recording
+    for k in (1, 10**6):
+        shard.top(torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(0))[:, columns], k)
+    assert sent == [(2, 3, 1), (2, 3, shard.widest)]
+
+
+@pytest.mark.parametrize(("ranks", "vocabulary"), LAYOUTS)
+def test_a_ranking_sends_no_more_than_the_vocabulary(ranks, vocabulary):
+    run_distributed(ranks, check_what_a_ranking_sends, ranks, vocabulary)

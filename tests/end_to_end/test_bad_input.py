@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,72 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers.commands import TOOLS, Outcome, run, run_ranks
 from tests.helpers.models import random_hf_model, save
+from tests.helpers.scene import Scene, assert_refused, make_scene, refuse, save_model, waiting_for
 from tests.helpers.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Everything a run needs, whole; each test breaks one thing in a copy of its own."""
-
-    folder: Path
-
-    def __getattr__(self, name: str) -> Path:
-        return self.folder / name
-
-    def options(self, *overrides: str) -> list[str]:
-        """A run of one step on stored rollouts."""
-        return [
-            f"student.path={self.student}",
-            f"teacher.path={self.teacher}",
-            f"train.run_dir={self.run}",
-            "train.steps=1",
-            "train.device=auto",
-            "precision.dtype=fp32",
-            "rollout.engine=replay",
-            f"rollout.path={self.folder / 'replay.jsonl'}",
-            "rollout.prompts_per_step=2",
-            "rollout.samples_per_prompt=2",
-            *overrides,
-        ]
-
-    def generating(self, *overrides: str) -> list[str]:
-        """The same with rollouts of the student's own."""
-        prompts = f"data.prompts=[{self.folder / 'prompts.jsonl'}]"
-        return self.options("rollout.engine=megatron", "rollout.max_new_tokens=4", prompts, *overrides)
-
-    def edit(self, path: str, **changes: object) -> None:
-        """Change values of a JSON file; a value of ... removes the key."""
-        values = json.loads((self.folder / path).read_text())
-        values = {key: value for key, value in {**values, **changes}.items() if value is not ...}
-        (self.folder / path).write_text(json.dumps(values))
-
-    def contents(self) -> dict[str, str]:
-        """Every file and folder, with what is in it."""
-        return {
-            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-            for path in self.folder.rglob("*")
-            if not path.name.startswith("rank-")
-        }
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     """The scene, with a model of experts (`experts`), the student as a Megatron checkpoint (`megatron`) and a finished
     run (`finished`)."""
-    scene = Scene(tmp_path_factory.mktemp("whole"))
-    for seed, name in enumerate(["student", "teacher"]):
-        model = random_hf_model("Qwen3", seed, vocab_size=259, num_hidden_layers=2, hidden_size=32)
-        save(model, scene.folder / name)
-        byte_tokenizer().save_pretrained(scene.folder / name)
-    save(random_hf_model("Qwen3Moe", 2, vocab_size=259, num_hidden_layers=2, hidden_size=32), scene.experts)
-    byte_tokenizer().save_pretrained(scene.experts)
-    prompts = [{"prompt": f"{n}+1", "reward_model": {"ground_truth": str(n + 1)}} for n in range(4)]
-    rollouts = [{"prompt_ids": [n, 2], "response_ids": [3, 4, n]} for n in range(12)]
-    for name, rows in (("prompts", prompts), ("replay", rollouts)):
-        (scene.folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    scene = make_scene(tmp_path_factory.mktemp("whole"))
+    save_model(scene.experts, 2, "Qwen3Moe")
     done = run(scene.folder, "hf_to_megatron.py", f"--hf={scene.student}", f"--megatron={scene.megatron}")
     assert done.code == 0, done.stderr
     done = run(scene.folder, "train", *scene.options(f"train.run_dir={scene.finished}"))
@@ -96,23 +41,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 def scene(whole: Scene, tmp_path: Path) -> Scene:
     shutil.copytree(whole.folder, tmp_path / "scene")
     return Scene(tmp_path / "scene")
-
-
-def assert_refused(outcome: Outcome, *words: str) -> None:
-    assert outcome.code == 2, outcome
-    assert "Traceback" not in outcome.stdout + outcome.stderr
-    assert outcome.stderr.startswith("error: ") and outcome.stderr.endswith("\n"), outcome.stderr
-    assert outcome.stderr.count("\n") == 1, outcome.stderr
-    for word in words:
-        assert word in outcome.stderr, f"{word!r} is not in: {outcome.stderr}"
-
-
-def refuse(scene: Scene, words: tuple[str, ...], command: str, *arguments: str, **kwargs) -> None:
-    """Run a command that must be refused and must leave every file and folder as it was."""
-    before = scene.contents()
-    outcome = run(scene.folder, command, *arguments, **kwargs)
-    assert_refused(outcome, *words)
-    assert scene.contents() == before
 
 
 OVERRIDES = {
@@ -242,12 +170,6 @@ LAYOUTS: dict[str, tuple[int, list[str], tuple[str, ...]]] = {
         ("recompute.num_layers=2", "(1, 1)", "use 1, or recompute.method=block"),
     ),
 }
-
-
-def waiting_for(world_size: int) -> dict[str, str]:
-    """The first process of a group whose others never come: whoever starts the group does not end."""
-    group = {"WORLD_SIZE": world_size, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    return {name: str(value) for name, value in group.items()}
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

@@ -3,16 +3,46 @@
 import pytest
 import yaml
 
-from megatron_oprd.config import dump_config, load_config, parse_config
+from megatron_oprd.config import TeacherConfig, TeacherParallelConfig, dump_config, load_config, parse_config
 from megatron_oprd.types import UserError
 
-REQUIRED = ["student.path=s", "teacher.path=t", "train.run_dir=r", "data.prompts=[p.jsonl]"]
+TEACHERLESS = ["student.path=s", "train.run_dir=r", "data.prompts=[p.jsonl]"]
+REQUIRED = [*TEACHERLESS, "teacher.path=t"]
 
 
 def test_a_dumped_configuration_reads_back_equal():
     config = load_config(None, [*REQUIRED, "loss.representation.pairs=[[1,2],[3,4]]", "optimizer.betas=[0.8,0.9]"])
     assert parse_config(yaml.safe_load(dump_config(config))) == config
     assert config.loss.representation.pairs == [(1, 2), (3, 4)]
+
+
+def test_a_dumped_configuration_of_objectives_and_teachers_reads_back_equal():
+    chosen = {
+        "objective": "topk_kl", "weight": 0.5, "k": 8, "support": "union", "tail_bucket": True, "direction": "jsd",
+        "beta": 0.1, "teacher_temperature": 0.7, "positions": "last_k", "positions_k": 9,
+        "aggregation": "sequence_mean", "chunk_tokens": None, "metrics_every": 0,
+    }  # fmt: skip
+    output = [f"loss.output.{key}={'null' if value is None else value}" for key, value in chosen.items()]
+    teachers = "teachers={math: {path: m, parallel: {tensor: 2}}, 'big code.v1': {path: c, offload_targets: true}}"
+    others = ["loss.representation.weight=0", "teachers_in_memory=one", "data.teacher_prompt_key=solved"]
+    config = load_config(None, [*TEACHERLESS, *output, teachers, *others])
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert config.loss.output.model_dump() == chosen
+    assert not config.loss.reads_layers and config.loss.reads_output
+    assert config.teacher is None and config.named_teachers == {
+        "math": TeacherConfig(path="m", parallel=TeacherParallelConfig(tensor=2)),
+        "big code.v1": TeacherConfig(path="c", offload_targets=True),
+    }
+
+
+def test_the_only_teacher_has_no_name():
+    assert load_config(None, REQUIRED).named_teachers == {"": TeacherConfig(path="t")}
+    assert list(load_config(None, [*TEACHERLESS, "teachers.math.path=m"]).named_teachers) == ["math"]
+
+
+@pytest.mark.parametrize(("written", "value"), [("null", None), ("auto", "auto"), ("7", 7)])
+def test_tokens_of_a_chunk(written, value):
+    assert load_config(None, [*REQUIRED, f"loss.output.chunk_tokens={written}"]).loss.output.chunk_tokens == value
 
 
 def test_the_last_override_wins_over_the_file(tmp_path):
@@ -35,6 +65,30 @@ def test_the_last_override_wins_over_the_file(tmp_path):
         ("loss.representation.shift=3", "loss.representation.shift=3"),
         ("precision.fp8=hybrid", "precision.fp8"),
         ("train", "key=value"),
+        ("loss.output=full_kl", "loss.output='full_kl' must be a section with objective, weight, k,"),
+        ("loss.output.objective=kl", "loss.output.objective='kl': Input should be 'none', 'sampled', 'topk_surrogate'"),
+        ("loss.output.objective=null", "loss.output.objective=None"),
+        ("loss.output.objectve=sampled", "unknown key loss.output.objectve (did you mean loss.output.objective?)"),
+        ("loss.output.weight=0", "loss.output.weight=0: Input should be greater than 0"),
+        ("loss.output.weight=-1", "loss.output.weight=-1: Input should be greater than 0"),
+        ("loss.output.weight=.inf", "loss.output.weight=inf: Input should be a finite number"),
+        ("loss.output.k=0", "loss.output.k=0: Input should be greater than or equal to 1"),
+        ("loss.output.support=both", "loss.output.support='both': Input should be 'student', 'teacher' or 'union'"),
+        ("loss.output.tail_bucket=2", "loss.output.tail_bucket=2: Input should be a valid boolean"),
+        ("loss.output.direction=up", "loss.output.direction='up': Input should be 'reverse', 'forward' or 'jsd'"),
+        ("loss.output.beta=2", "loss.output.beta=2: Input should be less than or equal to 1"),
+        ("loss.output.beta=-0.1", "loss.output.beta=-0.1: Input should be greater than or equal to 0"),
+        ("loss.output.teacher_temperature=0", "loss.output.teacher_temperature=0: Input should be greater than 0"),
+        ("loss.output.teacher_temperature=.inf", "loss.output.teacher_temperature=inf: Input should be a finite"),
+        ("loss.output.positions=some", "loss.output.positions='some': Input should be 'all', 'last', 'last_k' or"),
+        ("loss.output.positions_k=0", "loss.output.positions_k=0: Input should be greater than or equal to 1"),
+        ("loss.output.aggregation=mean", "loss.output.aggregation='mean': Input should be 'token_mean' or"),
+        ("loss.output.metrics_every=-1", "loss.output.metrics_every=-1: Input should be greater than or equal to 0"),
+        ("loss.representation.weight=0", "loss.output.objective=none leave nothing to learn; set one of them"),
+        ("loss.representation.weight=.nan", "loss.representation.weight=nan: Input should be a finite number"),
+        ("teachers_in_memory=two", "teachers_in_memory='two': Input should be 'all' or 'one'"),
+        ("teachers.math.path=m", "teacher and teachers are both given: name one teacher for all prompts, or several"),
+        ("teacher=null", "teacher is required: teacher.path, or teachers with one for each data_source"),
     ],
 )
 def test_a_bad_value_is_one_line_that_names_the_key(override, message):
@@ -42,6 +96,73 @@ def test_a_bad_value_is_one_line_that_names_the_key(override, message):
         load_config(None, [*REQUIRED, override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.output.chunk_tokens=0", "=0: Input should be 'auto' or greater than or equal to 1"),
+        ("loss.output.chunk_tokens=some", "='some': Input should be 'auto' or a valid integer"),
+        ("loss.output.chunk_tokens=1.5", "=1.5: Input should be 'auto' or a valid integer"),
+        ("loss.output.chunk_tokens=true", "=True: Input should be 'auto' or a valid integer"),
+        ("loss.representation.layers=most", "='most': Input should be 'all', 'last', 'even' or 'odd' or a valid list"),
+        ("loss.representation.layers=[1, two]", ".1='two': Input should be a valid integer"),
+        ("data.append_instruction=maybe", "='maybe': Input should be 'auto' or a valid boolean"),
+    ],
+)
+def test_a_value_of_several_types_is_told_of_once(override, message):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [*REQUIRED, override])
+    assert str(caught.value) == override.partition("=")[0] + message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "teacher is required: teacher.path, or teachers with one for each data_source"),
+        (["teachers={}"], "teacher is required: teacher.path, or teachers with one for each data_source"),
+        (["teachers=m"], "teachers='m': Input should be a valid dictionary"),
+        (["teachers.math=m"], "teachers.math='m' must be a section with path, parallel, offload_targets"),
+        (["teachers.math.parallel.tensor=2"], "teachers.math.path is required"),
+        (
+            ["teachers.math.path=m", "teachers.math.offload=true"],
+            "unknown key teachers.math.offload (did you mean teachers.math.offload_targets?)",
+        ),
+        (
+            ["teachers.math={path: m, parallel: {tensors: 2}}"],
+            "unknown key teachers.math.parallel.tensors (did you mean teachers.math.parallel.tensor?)",
+        ),
+        (
+            ["teachers.math={path: m, parallel: {tensor: 0}}"],
+            "teachers.math.parallel.tensor=0: Input should be greater than or equal to 1",
+        ),
+        (["teachers={3: {path: m}}"], "teachers: the name 3 is no text; put it in quotes"),
+        (
+            ["teachers={'': {path: m}}"],
+            "teachers: the name '' is empty; name each teacher by the data_source of its prompts",
+        ),
+    ],
+)
+def test_bad_teachers_are_one_line_that_names_the_one(overrides, message):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [*TEACHERLESS, *overrides])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("objective", ["sampled", "topk_surrogate", "topk_kl", "full_kl"])
+def test_greedy_rollouts_have_no_probabilities_to_compare(objective):
+    asked = [*REQUIRED, f"loss.output.objective={objective}"]
+    load_config(None, asked)
+    load_config(None, [*REQUIRED, "rollout.temperature=0"])
+    with pytest.raises(UserError, match=rf"^rollout\.temperature=0 has no .*{objective}; use one above 0$"):
+        load_config(None, [*asked, "rollout.temperature=0"])
+
+
+def test_a_column_for_the_teacher_is_not_read_beside_stored_rollouts():
+    asked = [*REQUIRED, "data.teacher_prompt_key=solved"]
+    load_config(None, asked)
+    with pytest.raises(UserError, match=r"^data\.teacher_prompt_key=solved is not read .*; put teacher_prompt_ids"):
+        load_config(None, [*asked, "rollout.engine=replay", "rollout.path=r.jsonl"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"- 1", b"student: {path: ${nowhere}}"])

@@ -16,7 +16,7 @@ LEVELS = [
     {"rollout"},
     {"training", "evaluation"},
     {"bridge"},
-    {"layouts"},
+    {"layouts", "lengths"},
     {"inputs"},
     {"assemble"},
     {"train", "evaluate"},

@@ -220,3 +220,16 @@ def test_what_is_no_number_is_a_dash(value):
 
 def test_a_table_escapes_its_cells():
     assert "<b>" not in table(["<b>"], [["<b>"]])
+
+
+def test_what_an_objective_measured_is_drawn(run_dir):
+    """Every few steps, and without a loss on hidden states."""
+    rows = [{name: value for name, value in metrics(step).items() if not name.startswith("rep/")} for step in (1, 2, 3)]
+    rows[1] |= {"output/loss": 0.1}
+    rows[2] |= {"output/loss": 0.1, "output/reverse_kl": 0.2, "output/student_entropy": 1.0, "output/topk_overlap": 0.5}
+    lines(run_dir / "metrics.jsonl", rows)
+    page, _ = read(write_report(run_dir))
+    for title in ("KL(student || teacher)", "Entropy of the next token", "Agreement on the next token"):
+        assert title in page
+    for title in ("Mass of the top k", "Cosine"):
+        assert title not in page

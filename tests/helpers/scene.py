@@ -1,0 +1,104 @@
+"""Everything that a run needs, on disk, for tests that break one thing in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers.commands import Outcome, run
+from tests.helpers.models import random_hf_model, save
+from tests.helpers.tokenizer import byte_tokenizer
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything a run needs, whole; each test breaks one thing in a copy of its own."""
+
+    folder: Path
+
+    def __getattr__(self, name: str) -> Path:
+        return self.folder / name
+
+    def options(self, *overrides: str) -> list[str]:
+        """A run of one step on stored rollouts."""
+        return [
+            f"student.path={self.student}",
+            f"teacher.path={self.teacher}",
+            f"train.run_dir={self.run}",
+            "train.steps=1",
+            "train.device=auto",
+            "precision.dtype=fp32",
+            "rollout.engine=replay",
+            f"rollout.path={self.folder / 'replay.jsonl'}",
+            "rollout.prompts_per_step=2",
+            "rollout.samples_per_prompt=2",
+            *overrides,
+        ]
+
+    def generating(self, *overrides: str) -> list[str]:
+        """The same with rollouts of the student's own."""
+        prompts = f"data.prompts=[{self.folder / 'prompts.jsonl'}]"
+        return self.options("rollout.engine=megatron", "rollout.max_new_tokens=4", prompts, *overrides)
+
+    def edit(self, path: str, **changes: object) -> None:
+        """Change values of a JSON file; a value of ... removes the key."""
+        values = json.loads((self.folder / path).read_text())
+        values = {key: value for key, value in {**values, **changes}.items() if value is not ...}
+        (self.folder / path).write_text(json.dumps(values))
+
+    def write(self, name: str, rows: Iterable[object]) -> None:
+        """A JSONL file."""
+        (self.folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    def contents(self) -> dict[str, str]:
+        """Every file and folder, with what is in it."""
+        return {
+            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+            for path in self.folder.rglob("*")
+            if not path.name.startswith("rank-")
+        }
+
+
+def make_scene(folder: Path) -> Scene:
+    """Two models with their tokenizers (`student`, `teacher`), prompts with answers and rollouts."""
+    scene = Scene(folder)
+    for seed, name in enumerate(["student", "teacher"]):
+        save_model(scene.folder / name, seed)
+    prompts = [{"prompt": f"{n}+1", "reward_model": {"ground_truth": str(n + 1)}} for n in range(4)]
+    rollouts = [{"prompt_ids": [n, 2], "response_ids": [3, 4, n]} for n in range(12)]
+    for name, rows in (("prompts", prompts), ("replay", rollouts)):
+        scene.write(f"{name}.jsonl", rows)
+    return scene
+
+
+def save_model(folder: Path, seed: int, family: str = "Qwen3", **overrides: object) -> None:
+    """A tiny model, and beside it the tokenizer that it shares with all others."""
+    sizes = {"vocab_size": 259, "num_hidden_layers": 2, "hidden_size": 32, **overrides}
+    save(random_hf_model(family, seed, **sizes), folder)
+    byte_tokenizer().save_pretrained(folder)
+
+
+def assert_refused(outcome: Outcome, *words: str) -> None:
+    assert outcome.code == 2, outcome
+    assert "Traceback" not in outcome.stdout + outcome.stderr
+    assert outcome.stderr.startswith("error: ") and outcome.stderr.endswith("\n"), outcome.stderr
+    assert outcome.stderr.count("\n") == 1, outcome.stderr
+    for word in words:
+        assert word in outcome.stderr, f"{word!r} is not in: {outcome.stderr}"
+
+
+def refuse(scene: Scene, words: tuple[str, ...], command: str, *arguments: str, **kwargs) -> None:
+    """Run a command that must be refused and must leave every file and folder as it was."""
+    before = scene.contents()
+    outcome = run(scene.folder, command, *arguments, **kwargs)
+    assert_refused(outcome, *words)
+    assert scene.contents() == before
+
+
+def waiting_for(world_size: int) -> dict[str, str]:
+    """The first process of a group whose others never come: whoever starts the group does not end."""
+    group = {"WORLD_SIZE": world_size, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    return {name: str(value) for name, value in group.items()}
