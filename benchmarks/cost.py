@@ -1,9 +1,11 @@
-"""Memory of one update by objective, at the paper's size, predicted on a CPU: docs/cost.md.
+"""What an update costs by objective, in memory and time: docs/cost.md.
 
-    python benchmarks/cost.py [--tokens 2048 16384 --sequences 1 8 --json FILE --markdown FILE]
+    python benchmarks/cost.py [--parts predicted measured --repeats 7]
 
-The real Megatron model, optimizer and losses run on tensors that have sizes and no values
-(`megatron_oprd/training/fake_step.py`): nothing of that size is allocated and nothing is timed.
+`predicted`: memory at the paper's size. The real Megatron model, optimizer and losses run on tensors that have sizes
+and no values (`megatron_oprd/training/fake_step.py`): nothing of that size is allocated, nothing is timed.
+`measured`: seconds and memory of updates on this machine (`benchmarks/updates.py`), of a model with the paper's ratio
+of LM head to body, on a GPU of the paper's model; beside the same updates in plain Hugging Face and torch.
 """
 
 from __future__ import annotations
@@ -11,112 +13,139 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import statistics
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_oprd.config import load_config
+from benchmarks.cost_page import markdown
+from benchmarks.updates import AUTHORED, METHODS, METHODS_IN_TORCH, Workload, describe
 from megatron_oprd.layouts import plan_teacher
 from megatron_oprd.training.fake_step import Footprint, trace_update
-from megatron_oprd.types import ModelSpec, Rollout
 
 ROOT = Path(__file__).resolve().parents[1]
-GIB = 2**30
 PROMPT_TOKENS = 256
 # DeepSeek-R1-Distill-Qwen-1.5B, the paper's student; its teacher has the same size.
-MODEL = ModelSpec(
-    architecture="Qwen2ForCausalLM",
-    num_layers=28,
-    hidden_size=1536,
-    ffn_hidden_size=8960,
-    num_attention_heads=12,
-    num_query_groups=2,
-    head_dim=128,
-    vocab_size=151936,
-    norm_epsilon=1e-6,
-    rope_theta=10000.0,
-    max_position_embeddings=131072,
-    tied_embeddings=False,
-    qkv_bias=True,
-    qk_norm=False,
-)
-ALONE = ("loss.representation.weight=0",)
-METHODS = {
-    "OPRD, last 2000 tokens": (),
-    "OPRD, all tokens": ("loss.representation.positions=all",),
-    "sampled token": (*ALONE, "loss.output.objective=sampled"),
-    "sampled token, unchunked": (*ALONE, "loss.output.objective=sampled", "loss.output.chunk_tokens=null"),
-    "top-16": (*ALONE, "loss.output.objective=topk_surrogate"),
-    "top-16, unchunked": (*ALONE, "loss.output.objective=topk_surrogate", "loss.output.chunk_tokens=null"),
-    "full KL": (*ALONE, "loss.output.objective=full_kl"),
-    "full KL, unchunked": (*ALONE, "loss.output.objective=full_kl", "loss.output.chunk_tokens=null"),
-}
+PAPER = Workload(28, 1536, 8960, 12, 2, 151936, PROMPT_TOKENS, (16384 - PROMPT_TOKENS,), last=2000, dtype="bf16")
+# Its ratio of LM head to body (0.178), of `last` to response, and the tokens of a chunk that `auto` makes of its
+# vocabulary; small enough for a CPU.
+SMALL = Workload(6, 384, 2240, 6, 1, 8128, 64, (960, 640, 384, 192), last=117, chunk=220)
+ON_A_GPU = dataclasses.replace(PAPER, responses=(8192 - PROMPT_TOKENS,))
+# Freed memory goes back to the machine at once: residency is what is alive. It costs time, so nothing is timed so.
+HONEST = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 16384], help="of a sequence")
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8], help="in a micro-batch")
-    parser.add_argument("--layers", type=int, default=MODEL.num_layers)
+    parser.add_argument("--parts", nargs="+", choices=("predicted", "measured"), default=("predicted", "measured"))
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, AUTHORED], default=[*METHODS, AUTHORED])
+    parser.add_argument("--layers", type=int, default=PAPER.layers, help="of the model whose memory is predicted")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="of a sequence")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 8], help="in a micro-batch")
+    parser.add_argument("--workload", type=json.loads, help="JSON: other sizes of what is measured")
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "cost.json")
     parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "cost.md")
     options = parser.parse_args()
-    model, rows = dataclasses.replace(MODEL, num_layers=options.layers), []
-    for sequences in options.sequences:
-        for tokens in options.tokens:
-            for method, overrides in METHODS.items():
-                footprint = predict(model, overrides, tokens, sequences)
-                rows.append({"method": method, "sequences": sequences, "tokens": tokens, **as_row(footprint)})
-                print(rows[-1], flush=True)
-    versions = {name: version(name) for name in ("torch", "megatron-core")}
-    record = {"versions": versions, "layers": options.layers, "rows": rows}
+    record = json.loads(options.json.read_text()) if options.json.exists() else {}
+    if "predicted" in options.parts:
+        paper = dataclasses.replace(PAPER, layers=options.layers)
+        rows = predict(paper, options.methods, options.sequences, options.tokens)
+        record["predicted"] = {"versions": versions(), "layers": options.layers, "rows": rows}
+    if "measured" in options.parts:
+        workload = dataclasses.replace(ON_A_GPU if torch.cuda.is_available() else SMALL, **options.workload or {})
+        place = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
+        record.setdefault("measured", {})[place] = measure(workload, options.methods, options.repeats)
     options.json.write_text(json.dumps(record, indent=1) + "\n")
     options.markdown.write_text(markdown(record))
 
 
-def predict(model: ModelSpec, overrides: tuple[str, ...], tokens: int, sequences: int) -> Footprint:
-    """The footprint of one update of one process on a micro-batch of equal sequences."""
-    paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
-    size = f"batch.max_tokens_per_micro_batch={tokens * sequences}"
-    config = load_config(None, [*paths, "rollout.engine=replay", size, "recompute.granularity=full", *overrides])
-    response = tokens - PROMPT_TOKENS
-    rollouts = [Rollout((1,) * PROMPT_TOKENS, (2,) * response, (1,) * response, "replay")] * sequences
-    return trace_update(config, model, [plan_teacher(config, model, model)], rollouts, rank=0, world=1)
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "megatron-core", "transformers")}
 
 
-def as_row(footprint: Footprint) -> dict[str, Any]:
-    parts = dataclasses.asdict(footprint)
-    resident = sum(parts[name] for name in ("weights", "gradients", "optimizer", "teacher_weights"))
-    return {**parts, "resident": resident, "step_peak": footprint.peak - resident}
+def predict(paper: Workload, methods: list[str], sequences: list[int], tokens: list[int]) -> list[dict[str, Any]]:
+    """Footprints of updates of a model on one process, for every method, size and number of sequences."""
+    rows = []
+    for count in sequences:
+        for length in tokens:
+            workload = dataclasses.replace(paper, responses=(length - PROMPT_TOKENS,) * count)
+            for method in filter(METHODS.__contains__, methods):
+                parts = dataclasses.asdict(footprint := footprint_of(workload, method))
+                row = {"method": method, "sequences": count, "tokens": length, **parts}
+                rows.append(row | {"step_peak": step_peak(footprint)})
+                print(rows[-1], flush=True)
+    return rows
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The record as a page."""
-    lines = [
-        "# What an update costs in memory",
-        "",
-        ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
-        "",
-        "**Predicted**, not measured: the real update on tensors without values, on a CPU",
-        "(`python benchmarks/cost.py`). `tests/unit/test_fake_step.py` holds such predictions against real updates,",
-        f"within 10 %. {record['layers']} layers of width 1536, vocabulary 151,936, untied, bf16, AdamW, full",
-        "recomputation, one process. Unchunked: all logits of the micro-batch at once (`chunk_tokens: null`), in the",
-        "same code. The forward pass more that the paper's authors make for their top-16 baseline is not in it.",
-        "",
-        "Step peak: the most that is alive during an update, less weights, gradients, optimizer state and the frozen",
-        "teacher. GiB.",
-        "",
-        "| sequences x tokens | method | step peak | of it teacher states | resident beside it |",
-        "|---|---|---|---|---|",
-    ]
-    for row in record["rows"]:
-        size = f"{row['sequences']} x {row['tokens']:,}"
-        values = (row["step_peak"], row["targets"], row["resident"])
-        lines.append(f"| {size} | {row['method']} | {' | '.join(f'{value / GIB:.2f}' for value in values)} |")
-    return "\n".join([*lines, ""])
+def footprint_of(workload: Workload, method: str) -> Footprint:
+    """What an update holds at its peak, traced without values."""
+    config, spec = workload.config(method), workload.spec
+    return trace_update(config, spec, [plan_teacher(config, spec, spec)], workload.rollouts(), rank=0, world=1)
+
+
+def step_peak(footprint: Footprint) -> int:
+    """The peak beside what stays from update to update."""
+    return footprint.targets + footprint.activations
+
+
+def measure(workload: Workload, methods: list[str], repeats: int) -> dict[str, Any]:
+    """Seconds of each repeat and the peak of every method. On a CPU all take turns, so that each meets the same
+    neighbours; a GPU holds one at a time."""
+    pairs = [("megatron_oprd", method) for method in methods]
+    pairs += [("plain torch", method) for method in METHODS_IN_TORCH if method in methods]
+    seconds: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
+    for some in [[pair] for pair in pairs] if torch.cuda.is_available() else [pairs]:
+        running = {pair: Updates(*pair, workload) for pair in some}
+        for _ in range(repeats):
+            for pair, updates in running.items():
+                seconds[pair].append(updates.ask("time"))
+                print(*pair, seconds[pair][-1], flush=True)
+        for updates in running.values():
+            updates.end()
+    rows = []
+    for side, method in pairs:
+        alone = Updates(side, method, workload, HONEST)
+        row = {"side": side, "method": method, "seconds": seconds[side, method], "step_peak": alone.ask("peak")}
+        alone.end()
+        if side == "megatron_oprd" and not torch.cuda.is_available():
+            row["predicted"] = step_peak(footprint_of(workload, method))
+        rows.append(row)
+        print(side, method, statistics.median(row["seconds"]), row["step_peak"], row.get("predicted"), flush=True)
+    return {"versions": versions(), "workload": dataclasses.asdict(workload), "rows": rows}
+
+
+class Updates:
+    """A process that makes updates of one method when asked."""
+
+    def __init__(self, side: str, method: str, workload: Workload, environment: dict[str, str] | None = None) -> None:
+        command = [sys.executable, str(ROOT / "benchmarks" / "updates.py"), side, method, describe(workload)]
+        threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, **threads, **(environment or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, what: str) -> float:
+        """`time` or `peak` of one more update."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def end(self) -> None:
+        self._process.communicate()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.helpers.defects import DEFECTS
-from tests.helpers.layouts import MATRIX, Case, covering
+from tests.helpers.layouts import MATRIX, OBJECTIVE_CASES, Case, covering
 from tests.helpers.run_layouts import Outcome, References, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +37,11 @@ parallel; `distopt` distributed optimizer; `selective`, `uniformN`, `block` reco
 layout of its own; `middle` loss on layers 2 and 3 alone; `crossing` pairs of layers on different pipeline stages;
 `4of6` a student of 4 blocks under a teacher of 6 (otherwise 5 and 5); `tied` head and embedding; `few` and `many`
 rollouts (1 and 31 to learn from, otherwise 4).
+
+Objectives on next-token distributions, beside the loss on hidden states or (`headless`) alone: `sampled`; `surrogate`,
+`topk` (`tail` with the tail bucket) on the top 5 of the student, the `teacher` or the `union`; `reverse`, `forward` and
+`jsd` over the whole vocabulary of 131; `chunkN` tokens at a time, `unchunked`; `warm` at other temperatures; `weighed`
+2.5 with the mean over sequences; `last3` tokens of each response.
 """
 COLUMNS = (
     *("layout", "model", "ranks", "loss", "worst gradient", "in", "smallest cosine"),
@@ -53,7 +58,8 @@ def main() -> int:
     options = parser.parse_args()
     json_file = options.json or (None if options.only else ROOT / "docs" / "parity.json")
     markdown_file = options.markdown or (None if options.only else ROOT / "docs" / "parity.md")
-    cases = [case for case in (covering() if options.defects else MATRIX) if options.only in case.name]
+    everything = covering() if options.defects else (*MATRIX, *OBJECTIVE_CASES)
+    cases = [case for case in everything if options.only in case.name]
     if not cases:
         parser.error(f"no case has {options.only!r} in its name")
     versions = {package: version(package) for package in PACKAGES}

@@ -77,10 +77,13 @@ class OutputLoss:
                     student[chunk], teacher[chunk], head, token_ids[chunk], weights[chunk]
                 )
                 sums += of_chunk
-        # Each rank's part of the vocabulary gave it a part of the gradient.
+        return self._sum_over_vocabulary(gradient, selection), sums
+
+    def _sum_over_vocabulary(self, gradient: torch.Tensor, selection: Selection) -> torch.Tensor:
+        """Each rank's part of the vocabulary gave it a part of the states' gradient."""
         if self.sequence_group is not None:
-            return scatter_sum_rows(gradient, selection.of_ranks, self.sequence_group), sums
-        return self.shard.sum(gradient), sums
+            return scatter_sum_rows(gradient, selection.of_ranks, self.sequence_group)
+        return self.shard.sum(gradient)
 
     def _chunk(
         self,

@@ -1,5 +1,6 @@
 """Every command in a README is run, with small models in the place of the reader's."""
 
+import json
 import os
 import re
 import shlex
@@ -27,6 +28,10 @@ MODELS = "student.path=DIR teacher.path=DIR data.prompts=[FILE]"
 TOOLS = "python tools/checkpoint_convert"
 HF, MEGATRON = "models/Qwen3-0.6B", "models/Qwen3-0.6B-megatron"
 
+SIZES = {"layers": 2, "hidden": 128, "heads": 2, "ffn": 256, "vocabulary": 512}
+UPDATE = json.dumps({**SIZES, "prompt": 8, "responses": [64, 32], "last": 8, "chunk": 16})
+UPDATE = UPDATE.replace("{", "{{").replace("}", "}}")
+
 # command of a README -> the arguments that are put in or added; None: another test runs the command as it stands.
 RUNS = {
     f"bash {EXAMPLE}": None,  # test_demo.py
@@ -45,7 +50,8 @@ RUNS = {
     "bash ci/lint.sh": "",
     "python benchmarks/rollout.py": "--batch 2 --repeats 1 --layers 1 --hidden 64 --vocabulary 64",
     "python benchmarks/parity.py": "--only 2-qwen3-tp2-sp",
-    "python benchmarks/cost.py": "--layers 1 --tokens 512 --sequences 1 --json {out}.json --markdown {out}.md",
+    "python benchmarks/cost.py": "--methods 'OPRD, all tokens' --layers 1 --tokens 512 --sequences 1 --repeats 1 "
+    f"--workload '{UPDATE}' --json {{out}}.json --markdown {{out}}.md",
     "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",
     f"{TOOLS}/hf_to_megatron.py --hf {HF} --megatron {MEGATRON}": "",
     f"{TOOLS}/verify.py --hf {HF} --megatron {MEGATRON} --tensor 2": "",

@@ -21,6 +21,7 @@ from megatron_oprd.data.packing import Term, num_tokens
 from megatron_oprd.losses.reduction import count
 from megatron_oprd.models import taps, targets
 from megatron_oprd.models.layer_plan import even_stages
+from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.training import global_batch
 from megatron_oprd.training import student as student_module
 from megatron_oprd.types import PackedBatch, Selection
@@ -82,6 +83,19 @@ def gradient_summed_over_tensor_ranks() -> Iterator[None]:
         return gradients[0] + own, None, None
 
     with mock.patch.object(taps._WithStageLoss, "backward", staticmethod(summed)):
+        yield
+
+
+@contextlib.contextmanager
+def states_gradient_of_own_vocabulary() -> Iterator[None]:
+    """What the other ranks' parts of the vocabulary say of the final states is not added."""
+
+    def own(self: OutputLoss, gradient: torch.Tensor, selection: Selection) -> torch.Tensor:
+        if self.sequence_group is None:
+            return gradient
+        return gradient.split(selection.of_ranks)[dist.get_rank(self.sequence_group)]
+
+    with mock.patch.object(OutputLoss, "_sum_over_vocabulary", own):
         yield
 
 
@@ -169,7 +183,7 @@ def _has_uneven_micro_batches(case: Case) -> bool:
 
 def _recomputes_a_compared_layer(case: Case) -> bool:
     parallel, recompute, layers = case.config.parallel, case.config.recompute, case.config.loss.representation.layers
-    if recompute.granularity != "full":
+    if recompute.granularity != "full" or not case.config.loss.reads_layers:
         return False
     stages = even_stages(case.layers[0], parallel.pipeline, parallel.virtual_pipeline or 1)
     first_of_stages = {1 + start for start in itertools.accumulate(stages[:-1], initial=0)}
@@ -185,7 +199,12 @@ DEFECTS = (
     Defect(
         "plain all_reduce in the loss's backward",
         gradient_summed_over_tensor_ranks,
-        lambda case: "tensor" in case.features,
+        lambda case: "tensor" in case.features and case.config.loss.reads_layers,
+    ),
+    Defect(
+        "states' gradient not summed over the vocabulary's ranks",
+        states_gradient_of_own_vocabulary,
+        lambda case: {"tensor", "output"} <= case.features,
     ),
     Defect("tap without sequence parallelism", rows_not_cut_by_sequence_rank, lambda case: "sequence" in case.features),
     Defect("tap dead under recomputation", loss_in_the_pass_without_gradient, _recomputes_a_compared_layer),

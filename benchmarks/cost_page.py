@@ -1,0 +1,109 @@
+"""docs/cost.md from docs/cost.json."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.updates import Workload
+
+GIB, MIB = 2**30, 2**20
+OPRD = ("megatron_oprd", "OPRD, all tokens")
+
+HEAD = """# What an update costs
+
+The paper's Table 3, made again: memory and time of one student update (teacher pass, forward, backward, AdamW) by
+objective, on the same rollouts. `python benchmarks/cost.py` writes this page. Full recomputation everywhere.
+
+**Step peak**: the most that is alive during an update, beside weights, gradients, optimizer state and the frozen
+teacher. **Unchunked**: all logits of the micro-batch at once (`chunk_tokens: null`), in the same code. **As authored**:
+what the paper's authors run for their top-16 baseline, unchunked, after one more forward pass of the student that finds
+its top 16 and its entropy from the logits of all tokens.
+"""
+
+PREDICTED = """## Predicted: memory at the paper's size
+
+{versions}.
+
+Not measured: the real update on tensors without values, on a CPU. {layers} layers of width 1536, vocabulary
+151,936, untied, bf16; "last" are 2,000 tokens. `tests/unit/test_fake_step.py` and `tests/end_to_end/test_dry_run.py`
+hold such predictions against real updates, within 10 %. Resident beside the step peak: {resident} GiB (one process,
+AdamW). Top-16 as authored peaks as top-16 unchunked does: the pass before it needs less.
+
+Step peak in GiB:
+"""
+
+MEASURED = """## Measured: time and memory on {place}
+
+{versions}.
+
+Qwen2, {layers} layers of width {hidden}, vocabulary {vocabulary:,}, {dtype}: products of the LM head are
+{ratio} of the blocks' (0.178 in the paper's model). Prompts of {prompt} tokens, responses of {responses}; "last" are
+{last} tokens; chunks of {chunk} tokens. `plain torch` is the same update on Hugging Face's model as it would be written
+by hand: rows padded to the longest, logits of all tokens whatever the loss, `gradient_checkpointing_enable()`,
+`torch.optim.AdamW`.
+
+Medians of {repeats} updates that take turns; "times OPRD": the median, and the range, of the ratios turn by turn.
+
+| | method | seconds | times OPRD, all tokens | step peak, MiB | predicted |
+|---|---|---|---|---|---|
+"""
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as a page."""
+    parts = [HEAD]
+    if "predicted" in record:
+        parts.append(_predicted(record["predicted"]))
+    parts += [_measured(place, one) for place, one in record.get("measured", {}).items()]
+    return "\n".join(parts)
+
+
+def _predicted(part: dict[str, Any]) -> str:
+    rows = part["rows"]
+    resident = sorted({_resident(row) for row in rows})
+    text = PREDICTED.format(
+        versions=_versions(part), layers=part["layers"], resident=f"{resident[0]:.1f} to {resident[-1]:.1f}"
+    )
+    sizes = list(dict.fromkeys((row["sequences"], row["tokens"]) for row in rows))
+    peaks = {(row["method"], row["sequences"], row["tokens"]): row["step_peak"] for row in rows}
+    lines = [
+        "| sequences x tokens | " + " | ".join(f"{count} x {tokens:,}" for count, tokens in sizes) + " |",
+        "|---|" + "---|" * len(sizes),
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        values = (peaks[method, *size] / GIB for size in sizes)
+        lines.append(f"| {method} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    return "\n".join([text, *lines, ""])
+
+
+def _resident(row: dict[str, Any]) -> float:
+    return sum(row[name] for name in ("weights", "gradients", "optimizer", "teacher_weights")) / GIB
+
+
+def _measured(place: str, part: dict[str, Any]) -> str:
+    sizes, rows = part["workload"], part["rows"]
+    ratio = f"{Workload(**sizes).head_over_body:.3f}"
+    responses = ", ".join(map(str, sizes["responses"]))
+    text = MEASURED.format(
+        place=place,
+        versions=_versions(part),
+        ratio=ratio,
+        repeats=len(rows[0]["seconds"]),
+        **{**sizes, "responses": responses},
+    )
+    base = next((row["seconds"] for row in rows if (row["side"], row["method"]) == OPRD), rows[0]["seconds"])
+    lines = []
+    for row in rows:
+        ratios = [mine / its for mine, its in zip(row["seconds"], base, strict=True)]
+        times = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        predicted = f"{row['predicted'] / MIB:.0f}" if "predicted" in row else ""
+        lines.append(
+            f"| {row['side']} | {row['method']} | {statistics.median(row['seconds']):.2f} | {times} | "
+            f"{row['step_peak'] / MIB:.0f} | {predicted} |"
+        )
+    return text + "\n".join([*lines, ""])
+
+
+def _versions(part: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in part["versions"].items())

@@ -1,0 +1,305 @@
+"""One student update (teacher pass, forward, backward, AdamW) of each method, here and in plain Hugging Face and torch.
+
+    python benchmarks/updates.py SIDE METHOD WORKLOAD
+
+is a process with one of them: for each line on stdin, `time` or `peak`, it makes an update and prints the seconds that
+it took, or the most bytes that it held beside weights, gradients, optimizer state and teacher.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_oprd import platform
+from megatron_oprd.config import Config, load_config
+from megatron_oprd.layouts import plan_teacher
+from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.models.model import Stage
+from megatron_oprd.models.output_loss import Heads, OutputLoss
+from megatron_oprd.parallel.topology import Topology, build_topology, start_process
+from megatron_oprd.training.global_batch import GlobalBatch
+from megatron_oprd.training.student import build_student
+from megatron_oprd.training.student_step import student_step
+from megatron_oprd.training.teacher_pass import Teacher, teacher_pass
+from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
+
+Update = Callable[[], None]
+K = 16
+ALONE = ("loss.representation.weight=0", "loss.output.metrics_every=0")
+
+
+def _output(objective: str, *more: str) -> tuple[str, ...]:
+    return (*ALONE, f"loss.output.objective={objective}", *(f"loss.output.{one}" for one in more))
+
+
+METHODS = {
+    "OPRD, last tokens": (),
+    "OPRD, all tokens": ("loss.representation.positions=all",),
+    "sampled token": _output("sampled"),
+    "sampled token, unchunked": _output("sampled", "chunk_tokens=null"),
+    "top-16": _output("topk_surrogate"),
+    "top-16, unchunked": _output("topk_surrogate", "chunk_tokens=null"),
+    "full KL": _output("full_kl"),
+    "full KL, unchunked": _output("full_kl", "chunk_tokens=null"),
+}
+AUTHORED = "top-16 as authored"  # unchunked, after one more forward pass of the student for its top 16
+METHODS_IN_TORCH = ("OPRD, last tokens", "OPRD, all tokens", AUTHORED, "full KL, unchunked")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, and the rollouts of an update: `prompt` tokens before each of the `responses`, of which `OPRD, last
+    tokens` reads the last `last`; `chunk` tokens at a time go through a chunked objective."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    vocabulary: int
+    prompt: int
+    responses: tuple[int, ...]
+    last: int
+    chunk: int | str = "auto"
+    dtype: str = "fp32"
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(
+            architecture="Qwen2ForCausalLM",
+            num_layers=self.layers,
+            hidden_size=self.hidden,
+            ffn_hidden_size=self.ffn,
+            num_attention_heads=self.heads,
+            num_query_groups=self.groups,
+            head_dim=self.hidden // self.heads,
+            vocab_size=self.vocabulary,
+            norm_epsilon=1e-6,
+            rope_theta=10000.0,
+            max_position_embeddings=131072,
+            tied_embeddings=False,
+            qkv_bias=True,
+            qk_norm=False,
+        )
+
+    @property
+    def head_over_body(self) -> float:
+        """Products of the LM head over those of the blocks' matrices."""
+        attention = 2 * self.hidden**2 + 2 * self.hidden * self.groups * (self.hidden // self.heads)
+        return self.vocabulary * self.hidden / (self.layers * (attention + 3 * self.hidden * self.ffn))
+
+    def rollouts(self) -> list[Rollout]:
+        draw = torch.Generator().manual_seed(0)
+        rows = [
+            torch.randint(self.vocabulary, (self.prompt + length,), generator=draw).tolist()
+            for length in self.responses
+        ]
+        return [
+            Rollout(tuple(row[: self.prompt]), tuple(row[self.prompt :]), (1,) * (len(row) - self.prompt), "replay")
+            for row in rows
+        ]
+
+    def config(self, method: str) -> Config:
+        """Of a method, with full recomputation and all rollouts in one micro-batch."""
+        paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
+        settings = [
+            "rollout.engine=replay",
+            f"precision.dtype={self.dtype}",
+            "recompute.granularity=full",
+            f"loss.representation.k={self.last}",
+            f"loss.output.k={K}",
+            f"loss.output.chunk_tokens={self.chunk}",
+            f"batch.max_tokens_per_micro_batch={sum(self.responses) + self.prompt * len(self.responses)}",
+        ]
+        return load_config(None, [*paths, *settings, *METHODS["top-16, unchunked" if method == AUTHORED else method]])
+
+
+def megatron_update(workload: Workload, method: str, device: torch.device) -> Update:
+    """The update as `train` makes it, of random models."""
+    config, spec = workload.config(method), workload.spec
+    start_process(device)
+    topology = build_topology(config.parallel, device, seed=0)
+    planned = plan_teacher(config, spec, spec)
+    stage, frozen = _stages(config, spec, planned, topology)
+    heads = None
+    if planned.plan.output:
+        head = stage[-1].lm_head
+        heads = Heads(head, (torch.randn_like(head).mul_(0.02),), 0)
+    student = build_student(stage, config, planned.plan)
+    teacher = Teacher(lambda: frozen, topology, planned.plan)
+    whole = GlobalBatch(tuple(workload.rollouts()), (0,) * len(workload.responses), config.loss)
+    batches = whole.micro_batches(config.batch, spec, topology)
+
+    def update() -> None:
+        if method == AUTHORED:
+            _rank_tokens(stage, batches[0])
+        targets, _ = teacher_pass([teacher], topology, batches, lambda number: batches)
+        output = None
+        if heads is not None:
+            output = OutputLoss(config.loss.output, heads, topology, temperature=1.0, with_metrics=False)
+        student_step(student, topology, planned.plan, config.loss, whole, batches, targets, output)
+
+    return update
+
+
+def _stages(config: Config, spec: ModelSpec, planned: PlannedTeacher, topology: Topology) -> tuple[Stage, Stage]:
+    plan: LayerPlan = planned.plan
+    dtype = DTYPES[config.precision.dtype]
+    torch.manual_seed(0)
+    student = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
+    teacher = build_model(spec, topology, dtype, stages=plan.teacher_stages, lm_head=False)
+    for parameter in [*student.parameters(), *teacher.parameters()]:
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    return student, teacher.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _rank_tokens(stage: Stage, batch: PackedBatch) -> None:
+    """The pass in which the authors' student finds its top 16 and its entropy, with the logits of all tokens."""
+    bounds = tuple(batch.cu_seqlens.tolist())
+    micro_batch = MicroBatch(position_ids=batch.position_ids, bounds=bounds, logit_rows=batch.output.selected)
+    _top_and_entropy(stage[-1].run(batch.tokens, micro_batch))
+
+
+def _top_and_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probs = logits.float().log_softmax(-1)
+    return log_probs.topk(K, dim=-1).indices, -(log_probs.exp() * log_probs).sum(-1)
+
+
+def torch_update(workload: Workload, method: str, device: torch.device) -> Update:
+    """The same update on Hugging Face's model, as it would be written by hand: rows padded to the longest, the logits
+    of all tokens, gradient checkpointing, torch's AdamW."""
+    student = _hugging_face(workload).to(device)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for parameter in teacher.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    student.gradient_checkpointing_enable()
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    rollouts = workload.rollouts()
+    longest = workload.prompt + max(workload.responses)
+    tokens, responds, attends = (torch.zeros(len(rollouts), longest, dtype=torch.int64) for _ in range(3))
+    for row, rollout in enumerate(rollouts):
+        length = workload.prompt + len(rollout.response_ids)
+        tokens[row, :length] = torch.tensor([*rollout.prompt_ids, *rollout.response_ids])
+        responds[row, workload.prompt : length] = 1
+        attends[row, :length] = 1
+    batch = {"input_ids": tokens.to(device), "attention_mask": attends.to(device)}
+    responds = responds.bool().to(device)
+    loss_of = _states_loss if method.startswith("OPRD") else _logits_loss
+
+    def update() -> None:
+        loss_of(student, teacher, batch, responds, method, workload).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+
+    return update
+
+
+def _hugging_face(workload: Workload) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=workload.vocabulary,
+        hidden_size=workload.hidden,
+        intermediate_size=workload.ffn,
+        num_hidden_layers=workload.layers,
+        num_attention_heads=workload.heads,
+        num_key_value_heads=workload.groups,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    return Qwen2ForCausalLM(config).to(DTYPES[workload.dtype])
+
+
+def _states_loss(
+    student: Any, teacher: Any, batch: dict, responds: torch.Tensor, method: str, workload: Workload
+) -> torch.Tensor:
+    reads = responds
+    if method == "OPRD, last tokens":
+        after = responds.flip(1).cumsum(1).flip(1)
+        reads = responds & (after <= workload.last)
+    with torch.no_grad():
+        targets = teacher(**batch, output_hidden_states=True).hidden_states[1:]
+    states = student(**batch, output_hidden_states=True).hidden_states[1:]
+    weights = (1 / (reads.sum(1) * len(reads)))[:, None].expand_as(reads)[reads]
+    errors = [
+        (one[reads].float() - target[reads].float()).square().mean(-1)
+        for one, target in zip(states, targets, strict=True)
+    ]
+    return (torch.stack(errors) * weights).sum(1).mean()
+
+
+def _logits_loss(
+    student: Any, teacher: Any, batch: dict, responds: torch.Tensor, method: str, workload: Workload
+) -> torch.Tensor:
+    reads = responds.roll(-1, 1)  # the logits before each response token
+    with torch.no_grad():
+        if method == AUTHORED:
+            top, _ = _top_and_entropy(student(**batch).logits[reads])
+        log_q = teacher(**batch).logits[reads].float().log_softmax(-1)
+        if method == AUTHORED:
+            log_q = log_q.gather(1, top)
+    log_p = student(**batch).logits[reads].float().log_softmax(-1)
+    if method != AUTHORED:
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    log_p = log_p.gather(1, top)
+    advantages = (log_p.softmax(-1) * (log_p - log_q)).detach()
+    return (advantages * log_p).sum(-1).mean()
+
+
+SIDES = {"megatron_oprd": megatron_update, "plain torch": torch_update}
+
+
+def peak_of(update: Update, device: torch.device) -> int:
+    """Bytes that an update adds at its peak to what is there before it."""
+    gc.collect()
+    on_cuda = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if on_cuda else psutil.Process().memory_info().rss
+    platform.reset_peak_memory(device)
+    update()
+    return platform.peak_memory_bytes(device) - before
+
+
+def seconds_of(update: Update, device: torch.device) -> float:
+    begin = time.perf_counter()
+    update()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    side, method, workload = sys.argv[1], sys.argv[2], Workload(**json.loads(sys.argv[3]))
+    device = platform.choose_device("auto")
+    update = SIDES[side](workload, method, device)
+    update()  # makes the optimizer's state
+    for line in sys.stdin:
+        print({"time": seconds_of, "peak": peak_of}[line.strip()](update, device), flush=True)
+
+
+def describe(workload: Workload) -> str:
+    return json.dumps(asdict(workload))
+
+
+if __name__ == "__main__":
+    main()
