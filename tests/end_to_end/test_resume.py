@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers.killable import Command, DieAfterStep, DieBefore, finish
-from tests.helpers.runs import complete_steps, in_folder, last_step, metrics, prompt_run, replay_run
+from tests.helpers.runs import SOURCES, complete_steps, in_folder, last_step, metrics, prompt_run, replay_run
 
 EVERY = 2
 STEPS = 16
@@ -26,12 +26,16 @@ def assert_same_run(actual, expected):
     """Every metric of every step, the exported weights bit by bit, the curves, and no traces of a killed process."""
     assert [row["step"] for row in metrics(actual)] == list(range(1, len(metrics(expected)) + 1))
     assert metrics(actual) == metrics(expected)
+    assert_same_export(actual, expected)
+    assert curve(actual) == curve(expected)
+    assert files(actual) == files(expected)
+
+
+def assert_same_export(actual, expected):
     ours, theirs = (load_file(folder / "hf" / "model.safetensors") for folder in (actual, expected))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.equal(ours[name], theirs[name]), name
-    assert curve(actual) == curve(expected)
-    assert files(actual) == files(expected)
 
 
 def curve(run_dir):
@@ -106,9 +110,10 @@ def first_step(log):
 def kill_and_compare(arguments, tmp_path, moments, seed, way_names):
     """Run once to the end, once with a kill at each of the ascending `moments` (steps), and compare the two."""
     expected, actual = tmp_path / "expected", tmp_path / "actual"
-    begin = time.monotonic()
     finish(in_folder(arguments, expected), tmp_path / "expected.log")
-    pace = (time.monotonic() - begin) / len(metrics(expected))
+    # Of the steps alone: with the start of the process in it, a kill comes after the end of a short run.
+    seconds = [json.loads(line)["time/step"] for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    pace = sum(seconds) / len(seconds)
     killer = Killer(in_folder(arguments, actual), tmp_path, actual, pace, random.Random(seed))
     kept = 0
     for step, name in zip(moments, way_names, strict=True):
@@ -143,6 +148,16 @@ def test_generated_rollouts_and_evaluations_go_on_too(tmp_path):
         assert (tmp_path / "actual" / name).read_text() == (tmp_path / "expected" / name).read_text()
 
 
+def test_generated_rollouts_of_an_objective_go_on_too(tmp_path):
+    settings = ("objective=sampled", "metrics_every=2", "teacher_temperature=1.2")
+    arguments = prompt_run(
+        tmp_path, 6, *(f"loss.output.{one}" for one in settings), "rollout.temperature=0.8", num_hidden_layers=2
+    )
+    kill_and_compare(arguments, tmp_path, [3], SEED, ["die_at_an_operation"])
+    measured = [row["step"] for row in metrics(tmp_path / "actual") if "output/reverse_kl" in row]
+    assert measured == [2, 4, 6]
+
+
 # What to die before, and the steps of the complete checkpoints that are left then.
 CRASHES = [
     (DieBefore("os.remove", r"^common\.pt$"), [4], "the checkpoint of step 2 half-removed"),
@@ -172,6 +187,7 @@ def test_no_crash_point_does_harm(tmp_path):
     assert_same_run(actual, expected)
 
 
+FULL_KL = ("loss.output.objective=full_kl", "loss.output.metrics_every=3")
 SETTINGS = {
     "tensor 2": (2, {}, "parallel.tensor=2"),
     "pipeline 2, one matrix on both stages": (2, {"tie_word_embeddings": True}, "parallel.pipeline=2"),
@@ -180,13 +196,16 @@ SETTINGS = {
     "bf16, optimizer whole": (1, {}, "precision.dtype=bf16", "parallel.distributed_optimizer=false"),
     "sgd": (1, {}, "optimizer.name=sgd", "optimizer.lr=0.1"),
     "part of the student frozen": (1, {}, "loss.representation.layers=[1]", "student.freeze=[embedding]"),
+    "hidden states and distributions": (1, {}, *FULL_KL),
+    "distributions, head cut": (2, {}, *FULL_KL, "loss.representation.weight=0", "parallel.tensor=2"),
+    "two teachers, one at a time": (1, {"sources": SOURCES}, *FULL_KL, "teachers_in_memory=one"),
 }
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_optimizer_and_layout_goes_on_exactly(name, tmp_path):
-    world_size, sizes, *settings = SETTINGS[name]
-    arguments = replay_run(tmp_path, 4, *settings, num_hidden_layers=2, **sizes)
+    world_size, options, *settings = SETTINGS[name]
+    arguments = replay_run(tmp_path, 4, *settings, num_hidden_layers=2, **options)
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     finish(in_folder(arguments, expected), tmp_path / "log", world_size=world_size)
     shutil.copytree(expected, actual)

@@ -5,6 +5,14 @@ from pathlib import Path
 import torch
 import transformers
 
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.models.build import build_model
+from megatron_oprd.models.megatron_checkpoint import save_model
+from megatron_oprd.models.weights import load_weights
+from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.platform import choose_device
+
 # Sizes at the edges: one layer, seven heads that share one key and value, the head tied to the embedding.
 TIED_ONE_LAYER_7_TO_1 = {
     "tie_word_embeddings": True,
@@ -55,3 +63,15 @@ def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
 def save(model: torch.nn.Module, folder: Path, **kwargs) -> Path:
     model.save_pretrained(folder, **kwargs)
     return folder
+
+
+def to_megatron(rank: int, folder: Path, target: Path, tensor: int = 1) -> None:
+    """Write a Hugging Face folder of float32 as a Megatron checkpoint, as `tools/checkpoint_convert` does. Collective
+    over the world."""
+    device = choose_device("auto")
+    start_process(device)
+    topology = build_topology(ParallelConfig(tensor=tensor), device, seed=0)
+    spec = read_model_spec(folder)
+    stage = build_model(spec, topology, torch.float32)
+    load_weights(stage, folder, spec, topology)
+    save_model(stage, target, spec, topology, source=folder)

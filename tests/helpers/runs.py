@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +14,39 @@ from tests.helpers.models import random_hf_model, save
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 VOCAB_SIZE = 259  # of the byte tokenizer
+SOURCES = ("sums/0", "sums/1")
+HINTED = "hinted_prompt"
 
 
 def models(
-    folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, family: str = "Qwen3", **sizes: Any
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    family: str = "Qwen3",
+    sources: Sequence[str] = (),
+    **sizes: Any,
 ) -> list[str]:
-    """A random student and teacher below `folder`; the arguments that name them."""
-    for seed, name in enumerate(("student", "teacher")):
+    """A random student and teacher below `folder`, with `sources` a teacher for each of them; the arguments that name
+    them."""
+    names = ("student", *(sources or ("teacher",)))
+    for seed, name in enumerate(names):
         save(random_hf_model(family, seed=seed, **{"vocab_size": VOCAB_SIZE, **sizes}), folder / name)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / name)
-    return [f"student.path={folder / 'student'}", f"teacher.path={folder / 'teacher'}"]
+    return [f"{'teachers.' * (name in sources)}{name}.path={folder / name}" for name in names]
 
 
-def replay_run(folder: Path, steps: int, *settings: str, **sizes: Any) -> list[str]:
-    """Three stored rollouts a step, of uneven lengths, some empty."""
+def replay_run(folder: Path, steps: int, *settings: str, **options: Any) -> list[str]:
+    """Three stored rollouts a step, of uneven lengths, some empty, from SOURCES in turn. `options`: of `models`."""
     draw = random.Random(7)
     path = folder / "replay.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        for _ in range(3 * steps):
+        for number in range(3 * steps):
             prompt, response = (draw.choices(range(VOCAB_SIZE), k=draw.randint(low, 8)) for low in (1, 0))
-            file.write(json.dumps({"prompt_ids": prompt, "response_ids": response}) + "\n")
+            row = {"prompt_ids": prompt, "response_ids": response, "data_source": SOURCES[number % 2]}
+            file.write(json.dumps(row) + "\n")
     return [
-        *models(folder, **sizes),
+        *models(folder, **options),
         "rollout.engine=replay",
         f"rollout.path={path}",
         "rollout.prompts_per_step=3",
@@ -47,16 +57,18 @@ def replay_run(folder: Path, steps: int, *settings: str, **sizes: Any) -> list[s
     ]
 
 
-def prompt_run(folder: Path, steps: int, *settings: str, **sizes: Any) -> list[str]:
-    """Five arithmetic prompts with answers, two prompts a step with two samples each: an epoch ends within a step."""
+def prompt_run(folder: Path, steps: int, *settings: str, **options: Any) -> list[str]:
+    """Five arithmetic prompts with answers, also after a hint (the column HINTED), from SOURCES in turn; two prompts a
+    step with two samples each: an epoch ends within a step. `options`: of `models`."""
     path = folder / "prompts.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for number in range(5):
-            row = {"prompt": f"{number}+2=", "data_source": f"sums/{number % 2}"}
+            row = {"prompt": f"{number}+2=", "data_source": SOURCES[number % 2]}
+            row[HINTED] = f"It is {number + 2}. {row['prompt']}"
             file.write(json.dumps(row | {"reward_model": {"ground_truth": str(number + 2), "style": "exact"}}) + "\n")
     return [
-        *models(folder, byte_tokenizer(chat=CHAT_TEMPLATE), **sizes),
+        *models(folder, byte_tokenizer(chat=CHAT_TEMPLATE), **options),
         f"data.prompts=[{path}]",
         f"evaluation.data=[{path}]",
         "evaluation.samples=2",

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 import transformers
+from megatron.core import parallel_state
 
+from megatron_oprd import assemble
 from megatron_oprd.assemble import Run, build_run
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.hf.config import read_model_spec
@@ -20,13 +23,14 @@ from megatron_oprd.hf.export import gather_hf_tensors
 from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.inputs import Inputs
 from megatron_oprd.layouts import plan_teacher
-from megatron_oprd.models.layer_plan import make_plan
+from megatron_oprd.models.layer_plan import LayerPlan, make_plan
 from megatron_oprd.parallel.collectives import gather_objects
+from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.train import one_step
 from megatron_oprd.training import student as student_module
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import Rollout
-from tests.helpers.output_reference import token_loss
+from tests.helpers.output_reference import token_loss, token_metrics
 from tests.helpers.reference import aggregate, oprd_loss, selected_indices
 
 # A rate at which one step moves the weights by far more than a float32 rounding of them: the change is the gradient.
@@ -75,12 +79,17 @@ def some_rollouts(vocab_size: int, seed: int = 5, masks: Sequence[tuple[int, ...
 
 @dataclass(frozen=True)
 class Update:
-    """What one step did: the change over -lr of every Hugging Face tensor that moved, the loss and the norm."""
+    """What one step did: the change over -lr of every Hugging Face tensor that moved, the loss and the norm.
+
+    `magnitude`, of the reference: the loss with the absolute value of every token's term. It is larger where terms have
+    both signs (`sampled`, `topk_surrogate`) and may nearly cancel; rounding goes by it, not by what they leave.
+    """
 
     loss: float
     grad_norm: float
     metrics: dict[str, float]
     gradients: dict[str, torch.Tensor]
+    magnitude: float | None = None
 
 
 Teachers = Path | dict[str, Path]  # one, or several by the data_source that they teach
@@ -131,6 +140,20 @@ def update_of(run: Run) -> Update:
 
 
 @contextlib.contextmanager
+def groups_made_once() -> Iterator[None]:
+    """Runs built inside share the process groups of equal layouts; their own would be dozens, with threads each."""
+    made_once = functools.cache(assemble.build_topology)
+
+    def build(*layout: Any) -> Topology:
+        topology = made_once(*layout)
+        vars(parallel_state).update(topology.megatron_state)  # in force, as a new one would be
+        return topology
+
+    with mock.patch.object(assemble, "build_topology", build):
+        yield
+
+
+@contextlib.contextmanager
 def _adam_epsilon() -> Iterator[None]:
     """Optimizers built inside have ADAM_EPSILON, which no key of the configuration sets."""
     original = student_module.MegatronOptimizerConfig
@@ -155,34 +178,65 @@ def assert_copies_agree(parameters: dict[str, torch.Tensor], run: Run) -> None:
 
 
 def reference_update(
-    student: Path, teacher: Teachers, *overrides: str, rollouts: Sequence[Rollout] | None = None
+    student: Path,
+    teacher: Teachers,
+    *overrides: str,
+    rollouts: Sequence[Rollout] | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> Update:
-    """The same step on Hugging Face's models in float64, one sequence at a time."""
+    """The same step on Hugging Face's models in float64, one sequence at a time. With another `dtype` the models are in
+    that one, for what rounding does to them."""
     config = make_config(student, teacher, *overrides)
-    student_model = _open_in_float64(student)
-    teachers = {name: _open_in_float64(of.path) for name, of in config.named_teachers.items()}
-    vocab_size = min(model.config.vocab_size for model in (student_model, *teachers.values()))
+    student_model = _open_model(student, dtype)
+    for matrix in config.student.freeze:
+        of_model = student_model.get_input_embeddings if matrix == "embedding" else student_model.get_output_embeddings
+        of_model().weight.requires_grad_(False)
+    plan, sequences, logits = _read(student_model, config, rollouts)
+    loss = magnitude = torch.zeros((), dtype=torch.float64)
+    if plan.pairs:
+        loss = magnitude = _representation_loss(config, plan.student_layers, sequences)
+    if plan.output:
+        of_tokens = _of_tokens(token_loss, config, logits)
+        loss = loss + _output_loss(config, of_tokens)
+        magnitude = magnitude + _output_loss(config, [[abs(value) for value in values] for values in of_tokens])
+    loss.backward()
+    gradients = _by_checkpoint_name(student_model)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return Update(loss.item(), norm.item(), {}, gradients, magnitude.item())
+
+
+def reference_metrics(
+    student: Path, teacher: Teachers, *overrides: str, rollouts: Sequence[Rollout] | None = None
+) -> dict[str, float]:
+    """The metrics of the output-space objective on the same models: means over the tokens that it reads."""
+    config = make_config(student, teacher, *overrides)
+    with torch.no_grad():
+        _, _, logits = _read(_open_model(student), config, rollouts)
+    every = [values for sequence in _of_tokens(token_metrics, config, logits) for values in sequence]
+    return {f"output/{name}": sum(values[name] for values in every) / len(every) for name in every[0]}
+
+
+def _read(
+    student: transformers.PreTrainedModel, config: Config, rollouts: Sequence[Rollout] | None
+) -> tuple[LayerPlan, list, list]:
+    """What student and teachers make of each rollout: for the loss on hidden states, and for that on distributions the
+    logits of both at the response tokens, up to the end of the shortest vocabulary."""
+    named = config.named_teachers
+    teachers = {name: _open_model(of.path, student.dtype) for name, of in named.items()}
+    vocab_size = min(model.config.vocab_size for model in (student, *teachers.values()))
     sequences, logits = [], []
-    for rollout in some_rollouts(student_model.config.vocab_size) if rollouts is None else rollouts:
+    for rollout in some_rollouts(student.config.vocab_size) if rollouts is None else rollouts:
         name = rollout.data_source if len(teachers) > 1 else next(iter(teachers))
-        states, of_student = _states(student_model, rollout.prompt_ids, rollout, config)
+        states, of_student = _states(student, rollout.prompt_ids, rollout, config)
         with torch.no_grad():
             prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
             targets, of_teacher = _states(teachers[name], prompt_ids, rollout, config)
-        plan = make_plan(config.loss, read_model_spec(student), read_model_spec(config.named_teachers[name].path))
+        plan = make_plan(config.loss, read_model_spec(config.student.path), read_model_spec(named[name].path))
         sequences.append(
             (states, {pair.student: targets[pair.teacher] for pair in plan.pairs}, 0, rollout.response_mask)
         )
         logits.append((of_student[:, :vocab_size], of_teacher[:, :vocab_size], rollout))
-    loss = torch.zeros((), dtype=torch.float64)
-    if plan.pairs:
-        loss = loss + _representation_loss(config, plan.student_layers, sequences)
-    if plan.output:
-        loss = loss + _output_loss(config, logits)
-    loss.backward()
-    gradients = _by_checkpoint_name(student_model)
-    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    return Update(loss.item(), norm.item(), {}, gradients)
+    return plan, sequences, logits
 
 
 def _representation_loss(config: Config, layers: Sequence[int], sequences: list) -> torch.Tensor:
@@ -198,19 +252,25 @@ def _representation_loss(config: Config, layers: Sequence[int], sequences: list)
     )
 
 
-def _output_loss(config: Config, logits: list) -> torch.Tensor:
+def _output_loss(config: Config, of_tokens: list[list[torch.Tensor]]) -> torch.Tensor:
+    term = config.loss.output
+    return term.weight * aggregate([values for values in of_tokens if values], term.aggregation)
+
+
+def _of_tokens(function: Callable[..., Any], config: Config, logits: list) -> list[list]:
+    """What a function of both models' logits, the token and the objective makes of each token that is read."""
     term = config.loss.output
     per_sequence = []
     for of_student, of_teacher, rollout in logits:
         student, teacher = of_student / config.rollout.temperature, of_teacher / term.teacher_temperature
         chosen = selected_indices(rollout.response_mask, term.positions, term.positions_k)
-        per_sequence.append([token_loss(student[t], teacher[t], rollout.response_ids[t], term) for t in chosen])
-    return term.weight * aggregate([losses for losses in per_sequence if losses], term.aggregation)
+        per_sequence.append([function(student[t], teacher[t], rollout.response_ids[t], term) for t in chosen])
+    return per_sequence
 
 
-def _open_in_float64(path):
+def _open_model(path: str | Path, dtype: torch.dtype = torch.float64) -> transformers.PreTrainedModel:
     # The grouped products of experts know no float64.
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
 
 
 def _states(model, prompt_ids, rollout, config):
@@ -283,7 +343,8 @@ def difference(actual: Update, expected: Update) -> Difference:
             cosine = min(cosine, ((change * gradient).sum() / (change.norm() * scale).clamp_min(1e-300)).item())
         if error > worst:
             worst, parameter = error, name
-    loss, norm = ((a - b) / b for a, b in ((actual.loss, expected.loss), (actual.grad_norm, expected.grad_norm)))
+    loss = (actual.loss - expected.loss) / (expected.magnitude or expected.loss)
+    norm = (actual.grad_norm - expected.grad_norm) / expected.grad_norm
     return Difference(abs(loss), abs(norm), worst, parameter, cosine)
 
 
