@@ -185,7 +185,7 @@ def _lay_down(
         return
     for layer in layers if len(places) else ():
         target = held.setdefault(layer, states.new_empty(len(selection), states.shape[1]))
-        target[places.to(target.device)] = states
+        target[places.to(target.device)] = states.to(target.device)
 
 
 def _exchange(states: list[States], held: Shard, wanted: Shard, stage: Stage, teacher: Teacher) -> tuple[States, int]:
