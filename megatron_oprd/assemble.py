@@ -20,7 +20,7 @@ from megatron_oprd.rollout.megatron import MegatronEngine
 from megatron_oprd.rollout.replay import ReplayEngine
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student, build_student
-from megatron_oprd.training.teacher_pass import Teacher
+from megatron_oprd.training.teacher_pass import Teacher, build_frozen
 from megatron_oprd.types import ModelSpec
 
 MOST_ROWS = 256  # generated at once; more do not make a step cheaper
@@ -95,15 +95,8 @@ def build_teacher(config: Config, teacher: PlannedTeacher, topology: Topology, *
     Collective over the world."""
 
     def load() -> Stage:
+        stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype])
         with topology.active():
-            stage = build_model(
-                teacher.spec,
-                topology,
-                DTYPES[config.precision.dtype],
-                stages=teacher.plan.teacher_stages,
-                lm_head=False,
-                final_norm=teacher.plan.teacher_final_norm,
-            )
             load_weights(stage, teacher.config.path, teacher.spec, topology)
         stage.eval().requires_grad_(False)
         return stage

@@ -33,7 +33,7 @@ from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.live_bytes import LiveBytes
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
-from megatron_oprd.training.teacher_pass import Teacher
+from megatron_oprd.training.teacher_pass import Teacher, build_frozen
 from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
 
 DEVICE = torch.device("cpu")
@@ -192,15 +192,8 @@ def _teacher(
     config: Config, planned: PlannedTeacher, topology: Topology, batch: PackedBatch, live: LiveBytes
 ) -> Teacher:
     def load() -> Stage:
-        with topology.active(), live.making("teacher_weights"):
-            stage = build_model(
-                planned.spec,
-                topology,
-                DTYPES[config.precision.dtype],
-                stages=planned.plan.teacher_stages,
-                lm_head=False,
-                final_norm=planned.plan.teacher_final_norm,
-            )
+        with live.making("teacher_weights"):
+            stage = build_frozen(planned, topology, DTYPES[config.precision.dtype])
         return _with_messages(stage, topology, batch).eval().requires_grad_(False)
 
     kept = load() if config.teachers_in_memory == "all" else None

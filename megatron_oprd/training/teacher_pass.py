@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_oprd.models.layer_plan import LayerPlan
+from megatron_oprd.models.build import build_model
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import States, TeacherTargets
@@ -46,6 +47,20 @@ class Teacher:
         """Whether a micro-batch's states can be made when the student starts it. Between pipeline stages, the teacher's
         activations would have to travel beside the student's: the schedule has no place for them."""
         return self.states_stay(student_topology) and self.topology.pipeline_size == 1
+
+
+def build_frozen(teacher: PlannedTeacher, topology: Topology, dtype: torch.dtype) -> Stage:
+    """This rank's chunks of a teacher up to its highest compared layer, without LM head and without weights yet.
+    Collective over the world."""
+    with topology.active():
+        return build_model(
+            teacher.spec,
+            topology,
+            dtype,
+            stages=teacher.plan.teacher_stages,
+            lm_head=False,
+            final_norm=teacher.plan.teacher_final_norm,
+        )
 
 
 @dataclass
