@@ -6,7 +6,8 @@ import pytest
 
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save
-from tests.helpers.training import assert_same_update, difference, megatron_update, reference_update, some_rollouts
+from tests.helpers.reference_update import reference_update
+from tests.helpers.training import assert_same_update, difference, megatron_update, some_rollouts
 
 OBJECTIVE = ("loss.output.objective=full_kl", "loss.output.chunk_tokens=3")
 LAYOUTS = {

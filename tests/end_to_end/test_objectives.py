@@ -12,13 +12,12 @@ from megatron_oprd.config import load_config
 from megatron_oprd.inputs import read_inputs
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
-from tests.end_to_end.test_resume import assert_same_export
 from tests.helpers.distributed import run_distributed
 from tests.helpers.killable import finish
 from tests.helpers.models import random_hf_model, save
-from tests.helpers.runs import HINTED, SOURCES, VOCAB_SIZE, in_folder, metrics, prompt_run
+from tests.helpers.reference_update import reference_metrics, reference_update
+from tests.helpers.runs import HINTED, SOURCES, VOCAB_SIZE, assert_same_export, in_folder, metrics, prompt_run
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
-from tests.helpers.training import reference_metrics, reference_update
 
 ALONE = ("loss.representation.weight=0", "loss.output.objective=full_kl", "loss.output.metrics_every=1")
 LAYERS = {"num_hidden_layers": 2}

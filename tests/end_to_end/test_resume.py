@@ -10,12 +10,19 @@ import sys
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers.killable import Command, DieAfterStep, DieBefore, finish
-from tests.helpers.runs import SOURCES, complete_steps, in_folder, last_step, metrics, prompt_run, replay_run
+from tests.helpers.runs import (
+    SOURCES,
+    assert_same_export,
+    complete_steps,
+    in_folder,
+    last_step,
+    metrics,
+    prompt_run,
+    replay_run,
+)
 
 EVERY = 2
 STEPS = 16
@@ -29,13 +36,6 @@ def assert_same_run(actual, expected):
     assert_same_export(actual, expected)
     assert curve(actual) == curve(expected)
     assert files(actual) == files(expected)
-
-
-def assert_same_export(actual, expected):
-    ours, theirs = (load_file(folder / "hf" / "model.safetensors") for folder in (actual, expected))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
 
 
 def curve(run_dir):

@@ -27,15 +27,8 @@ from megatron_oprd.types import OUTPUT, Rollout
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import ROLLOUTS, Case
 from tests.helpers.models import random_hf_model, save
-from tests.helpers.training import (
-    Difference,
-    Update,
-    difference,
-    make_run,
-    reference_update,
-    some_rollouts,
-    update_of,
-)
+from tests.helpers.reference_update import reference_update
+from tests.helpers.training import Difference, Update, difference, make_run, some_rollouts, update_of
 
 VOCABULARY = 131  # of `random_hf_model`
 

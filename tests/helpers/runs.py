@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from tests.helpers.models import random_hf_model, save
@@ -117,3 +119,11 @@ def complete_steps(run_dir: Path) -> list[int]:
     """The steps of the complete checkpoints."""
     marked = (run_dir / "checkpoints").glob("step_???????/complete")
     return sorted(int(path.parent.name.removeprefix("step_")) for path in marked)
+
+
+def assert_same_export(actual: Path, expected: Path) -> None:
+    """Two run folders hold the same Hugging Face weights, bit for bit."""
+    ours, theirs = (load_file(folder / "hf" / "model.safetensors") for folder in (actual, expected))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name

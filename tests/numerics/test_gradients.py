@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from tests.helpers.models import random_hf_model, save
-from tests.helpers.training import assert_same_update, megatron_update, reference_update
+from tests.helpers.reference_update import reference_update
+from tests.helpers.training import assert_same_update, megatron_update
 
 BATTERY = [
     *itertools.product(["layers=all"], ["all", "last", "last_k", "first_k"], ["none", "l2"], ["sequence_mean"]),

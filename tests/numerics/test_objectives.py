@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import SETTINGS
 from tests.helpers.models import random_hf_model, save, to_megatron
+from tests.helpers.reference_update import reference_metrics, reference_update
 from tests.helpers.training import (
     ADAMW,
     LEARNING_RATE,
@@ -17,8 +18,6 @@ from tests.helpers.training import (
     difference,
     groups_made_once,
     megatron_update,
-    reference_metrics,
-    reference_update,
     some_rollouts,
 )
 

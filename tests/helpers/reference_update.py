@@ -1,0 +1,150 @@
+"""The step that `helpers/training.py` makes, on Hugging Face's models in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from megatron_oprd.config import Config
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.models.layer_plan import LayerPlan, make_plan
+from megatron_oprd.types import Rollout
+from tests.helpers.output_reference import token_loss, token_metrics
+from tests.helpers.reference import aggregate, oprd_loss, selected_indices
+from tests.helpers.training import Teachers, Update, make_config, some_rollouts
+
+
+def reference_update(
+    student: Path,
+    teacher: Teachers,
+    *overrides: str,
+    rollouts: Sequence[Rollout] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Update:
+    """The same step on Hugging Face's models in float64, one sequence at a time. With another `dtype` the models are in
+    that one, for what rounding does to them."""
+    config = make_config(student, teacher, *overrides)
+    student_model = _open_model(student, dtype)
+    for matrix in config.student.freeze:
+        of_model = student_model.get_input_embeddings if matrix == "embedding" else student_model.get_output_embeddings
+        of_model().weight.requires_grad_(False)
+    plan, sequences, logits = _read(student_model, config, rollouts)
+    loss = magnitude = torch.zeros((), dtype=torch.float64)
+    if plan.pairs:
+        loss = magnitude = _representation_loss(config, plan.student_layers, sequences)
+    if plan.output:
+        of_tokens = _of_tokens(token_loss, config, logits)
+        loss = loss + _output_loss(config, of_tokens)
+        magnitude = magnitude + _output_loss(config, [[abs(value) for value in values] for values in of_tokens])
+    loss.backward()
+    gradients = _by_checkpoint_name(student_model)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    return Update(loss.item(), norm.item(), {}, gradients, magnitude.item())
+
+
+def reference_metrics(
+    student: Path, teacher: Teachers, *overrides: str, rollouts: Sequence[Rollout] | None = None
+) -> dict[str, float]:
+    """The metrics of the output-space objective on the same models: means over the tokens that it reads."""
+    config = make_config(student, teacher, *overrides)
+    with torch.no_grad():
+        _, _, logits = _read(_open_model(student), config, rollouts)
+    every = [values for sequence in _of_tokens(token_metrics, config, logits) for values in sequence]
+    return {f"output/{name}": sum(values[name] for values in every) / len(every) for name in every[0]}
+
+
+def _read(
+    student: transformers.PreTrainedModel, config: Config, rollouts: Sequence[Rollout] | None
+) -> tuple[LayerPlan, list, list]:
+    """What student and teachers make of each rollout: for the loss on hidden states, and for that on distributions the
+    logits of both at the response tokens, up to the end of the shortest vocabulary."""
+    named = config.named_teachers
+    teachers = {name: _open_model(of.path, student.dtype) for name, of in named.items()}
+    vocab_size = min(model.config.vocab_size for model in (student, *teachers.values()))
+    sequences, logits = [], []
+    for rollout in some_rollouts(student.config.vocab_size) if rollouts is None else rollouts:
+        name = rollout.data_source if len(teachers) > 1 else next(iter(teachers))
+        states, of_student = _states(student, rollout.prompt_ids, rollout, config)
+        with torch.no_grad():
+            prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
+            targets, of_teacher = _states(teachers[name], prompt_ids, rollout, config)
+        plan = make_plan(config.loss, read_model_spec(config.student.path), read_model_spec(named[name].path))
+        sequences.append(
+            (states, {pair.student: targets[pair.teacher] for pair in plan.pairs}, 0, rollout.response_mask)
+        )
+        logits.append((of_student[:, :vocab_size], of_teacher[:, :vocab_size], rollout))
+    return plan, sequences, logits
+
+
+def _representation_loss(config: Config, layers: Sequence[int], sequences: list) -> torch.Tensor:
+    term = config.loss.representation
+    return term.weight * oprd_loss(
+        [(layer, layer) for layer in layers],
+        sequences,
+        mode=term.positions,
+        k=term.k,
+        normalize=term.normalize,
+        aggregation=term.aggregation,
+        shift=0,
+    )
+
+
+def _output_loss(config: Config, of_tokens: list[list[torch.Tensor]]) -> torch.Tensor:
+    term = config.loss.output
+    return term.weight * aggregate([values for values in of_tokens if values], term.aggregation)
+
+
+def _of_tokens(function: Callable[..., Any], config: Config, logits: list) -> list[list]:
+    """What a function of both models' logits, the token and the objective makes of each token that is read."""
+    term = config.loss.output
+    per_sequence = []
+    for of_student, of_teacher, rollout in logits:
+        student, teacher = of_student / config.rollout.temperature, of_teacher / term.teacher_temperature
+        chosen = selected_indices(rollout.response_mask, term.positions, term.positions_k)
+        per_sequence.append([function(student[t], teacher[t], rollout.response_ids[t], term) for t in chosen])
+    return per_sequence
+
+
+def _open_model(path: str | Path, dtype: torch.dtype = torch.float64) -> transformers.PreTrainedModel:
+    # The grouped products of experts know no float64.
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
+
+
+def _states(model, prompt_ids, rollout, config):
+    """Of the response tokens: {layer: [response, hidden]} and the logits [response, vocabulary] that predicted them.
+    Layer L before the final norm is what the norm is given."""
+    before_norm = []
+    handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
+    output = model(torch.tensor([prompt_ids + rollout.response_ids]), output_hidden_states=True)
+    handle.remove()
+    term, last = config.loss.representation, len(output.hidden_states) - 1
+    start = len(prompt_ids)
+    rows = slice(start + term.shift, start + term.shift + len(rollout.response_ids))
+    states = {
+        layer: (before_norm[0] if layer == last and not term.final_norm else output.hidden_states[layer])[0, rows]
+        for layer in range(1, last + 1)
+    }
+    return states, output.logits[0, start - 1 : start - 1 + len(rollout.response_ids)]
+
+
+def _by_checkpoint_name(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Gradients under the names of the checkpoint, where every expert has tensors of its own."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        layer, expert_matrix, kind = name.partition(".experts.")
+        if not expert_matrix:
+            gradients[name] = gradient
+            continue
+        for expert, of_expert in enumerate(gradient):
+            parts = of_expert.chunk(2) if kind == "gate_up_proj" else (of_expert,)
+            kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+            for part, of_kind in zip(parts, kinds, strict=True):
+                gradients[f"{layer}.experts.{expert}.{of_kind}.weight"] = part
+    return gradients
