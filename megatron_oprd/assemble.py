@@ -53,7 +53,7 @@ def build_run(inputs: Inputs) -> Run:
     teachers = []
     for teacher in planned:
         own = next((own for layout, own in own_topologies if layout == teacher.layout), topology)
-        teachers.append(build_teacher(config, teacher, own, own_prompts=inputs.own_prompts))
+        teachers.append(build_teacher(config, teacher, own, inputs.widest_teacher, own_prompts=inputs.own_prompts))
     evaluator = None
     if inputs.evaluation_prompts is not None:
         evaluator = make_evaluator(config, stage, inputs.student, topology)
@@ -90,7 +90,9 @@ def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
     return build_topology(parallel, device, config.train.seed)
 
 
-def build_teacher(config: Config, teacher: PlannedTeacher, topology: Topology, *, own_prompts: bool) -> Teacher:
+def build_teacher(
+    config: Config, teacher: PlannedTeacher, topology: Topology, row_width: int, *, own_prompts: bool
+) -> Teacher:
     """A frozen teacher up to its highest compared layer. With `teachers_in_memory: one` it is built for each pass.
     Collective over the world."""
 
@@ -106,6 +108,7 @@ def build_teacher(config: Config, teacher: PlannedTeacher, topology: Topology, *
         load if kept is None else lambda: kept,
         topology,
         teacher.plan,
+        row_width,
         own_prompts=own_prompts,
         offload=teacher.config.offload_targets,
     )

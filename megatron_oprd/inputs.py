@@ -49,6 +49,11 @@ class Inputs:
         return min(self.student.vocab_size, *(teacher.spec.vocab_size for teacher in self.teachers.values()))
 
     @property
+    def widest_teacher(self) -> int:
+        """The largest hidden size of the teachers."""
+        return max(teacher.spec.hidden_size for teacher in self.teachers.values())
+
+    @property
     def own_prompts(self) -> bool:
         """Whether teachers may read other prompts than the student."""
         replayed = any(rollout.teacher_prompt_ids is not None for rollout in self.replayed)
@@ -80,7 +85,6 @@ def read_inputs(config: Config) -> Inputs:
     check_weights(config.student.path, student)
     for teacher in teachers.values():
         check_weights(teacher.config.path, teacher.spec)
-    _check_one_width(teachers)
     vocab_size = min(student.vocab_size, *(spec.vocab_size for spec in specs.values()))
     replayed = _replayed(config, vocab_size) if config.rollout.engine == "replay" else []
     tokenizer = prompts = evaluation_prompts = None
@@ -138,15 +142,6 @@ def _check_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout])
         if source not in config.teachers:
             what = "prompts" if config.rollout.engine == "megatron" else "rollouts"
             raise UserError(f"data_source {source!r} of {number} {what} has no teacher; {known}")
-
-
-def _check_one_width(teachers: dict[str, PlannedTeacher]) -> None:
-    """Raise UserError for teachers of several widths, which only an output-space objective alone would read: the states
-    of all come in one tensor."""
-    widths = {teacher.spec.hidden_size: teacher_section(name) for name, teacher in teachers.items()}
-    if len(widths) > 1:
-        told = " and ".join(f"{width} of {section}" for width, section in widths.items())
-        raise UserError(f"hidden_size is {told}; use teachers of one hidden_size")
 
 
 def _replayed(config: Config, vocab_size: int) -> list[Rollout]:

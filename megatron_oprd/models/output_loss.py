@@ -27,7 +27,7 @@ class Heads:
     """
 
     student: torch.nn.Parameter  # [padded vocabulary / tensor size, d_S]
-    teachers: tuple[torch.Tensor, ...]  # each [rows, d_T], of the student's rows those that are in the vocabulary
+    teachers: tuple[torch.Tensor, ...]  # each [rows, d_T], of the student's rows those in the vocabulary
     first: int  # the token id of the first row
 
     @property
@@ -62,8 +62,8 @@ class OutputLoss:
         sums [1 + METRICS] float64: of weight * value, then of the metrics (zero without them), over the rows of all
         tensor-parallel ranks.
 
-        `teacher` [rows, d_T]: its final states at the same tokens. Communicates over the tensor-parallel group: every
-        rank of it calls this at the same time.
+        `teacher` [rows, d_T of the widest]: the final states at the same tokens, each row of its own teacher.
+        Communicates over the tensor-parallel group: every rank of it calls this at the same time.
         """
         held = (student, teacher, selection.weights, selection.token_ids, selection.teachers)
         if self.sequence_group is not None:
@@ -97,7 +97,7 @@ class OutputLoss:
         head = self.heads.student.detach()[: self.heads.rows]
         result = token_objective(
             _logits(student, head, self.temperature),
-            _logits(teacher, teacher_head, self.config.teacher_temperature),
+            _logits(teacher[:, : teacher_head.shape[1]], teacher_head, self.config.teacher_temperature),
             token_ids,
             self.shard,
             self.config,

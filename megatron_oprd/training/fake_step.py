@@ -168,7 +168,10 @@ def _build(
     and a micro-batch."""
     (topology, batch), *of_teachers = places
     plan = planned[0].plan
-    teachers = [_teacher(config, teacher, *place, live) for teacher, place in zip(planned, of_teachers, strict=True)]
+    width = max(teacher.spec.hidden_size for teacher in planned)
+    teachers = [
+        _teacher(config, teacher, *place, width, live) for teacher, place in zip(planned, of_teachers, strict=True)
+    ]
     with live.making("optimizer"):  # what construction and first step leave, but for what gets another name
         dtype = DTYPES[config.precision.dtype]
         stage = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
@@ -189,7 +192,7 @@ def _build(
 
 
 def _teacher(
-    config: Config, planned: PlannedTeacher, topology: Topology, batch: PackedBatch, live: LiveBytes
+    config: Config, planned: PlannedTeacher, topology: Topology, batch: PackedBatch, row_width: int, live: LiveBytes
 ) -> Teacher:
     def load() -> Stage:
         with live.making("teacher_weights"):
@@ -198,7 +201,7 @@ def _teacher(
 
     kept = load() if config.teachers_in_memory == "all" else None
     own_prompts = config.data.teacher_prompt_key is not None
-    return Teacher(load if kept is None else lambda: kept, topology, planned.plan, own_prompts=own_prompts)
+    return Teacher(load if kept is None else lambda: kept, topology, planned.plan, row_width, own_prompts=own_prompts)
 
 
 def _heads(spec: ModelSpec, planned: Sequence[PlannedTeacher], stage: Stage, topology: Topology) -> Heads:

@@ -25,12 +25,14 @@ class Teacher:
     """This rank's chunks of a frozen teacher, in the student's layout or one of its own.
 
     `load` gives the chunks with their weights: the same ones each time, or new ones that are gone after the pass.
-    `own_prompts`: whether it may read other prompts than the student.
+    `row_width`: of the rows that its states are put into, the hidden size of the widest teacher. `own_prompts`: whether
+    it may read other prompts than the student.
     """
 
     load: Callable[[], Stage]
     topology: Topology
     plan: LayerPlan
+    row_width: int
     own_prompts: bool = False
     offload: bool = False
 
@@ -185,22 +187,23 @@ def _move(
         for layer in layers:
             parts = received.pop(layer).split([len(place) for place in places])
             for of_batch, selection, place, part in zip(held, mine, places, parts, strict=True):
-                _lay_down(of_batch, [s for s, t in readers.items() if t == layer], selection, place, part)
+                students = [student for student, read in readers.items() if read == layer]
+                _lay_down(of_batch, students, selection, place, part, teacher.row_width)
     return moved
 
 
 def _lay_down(
-    held: States, layers: Sequence[int], selection: Selection, places: torch.Tensor, states: torch.Tensor
+    held: States, layers: Sequence[int], selection: Selection, places: torch.Tensor, states: torch.Tensor, width: int
 ) -> None:
-    """Put `states` [places, d_T] where they belong among the rows of a micro-batch, for each of the student's
-    `layers`."""
-    if len(places) == len(selection):
+    """Put `states` [places, d_T] where they belong among the rows [selection, width] of a micro-batch, for each of the
+    student's `layers`. What a narrower teacher leaves of its rows is never read."""
+    if len(places) == len(selection) and states.shape[1] == width:
         # One tensor for all: they are compared with the same. A copy, as a view would keep the whole that it is cut of.
         held |= dict.fromkeys(layers, states.clone())
         return
-    for layer in layers if len(places) else ():
-        target = held.setdefault(layer, states.new_empty(len(selection), states.shape[1]))
-        target[places.to(target.device)] = states.to(target.device)
+    for layer in layers if len(places) or not len(selection) else ():
+        target = held.setdefault(layer, states.new_empty(len(selection), width))
+        target[places.to(target.device), : states.shape[1]] = states.to(target.device)
 
 
 def _exchange(states: list[States], held: Shard, wanted: Shard, stage: Stage, teacher: Teacher) -> tuple[States, int]:

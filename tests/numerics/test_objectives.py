@@ -103,13 +103,12 @@ def test_a_teacher_can_have_any_shape(model, kind, family):
     check(model(0), teacher, *SETTINGS[kind], *ALONE)
 
 
-def test_teachers_of_one_batch_need_only_their_width_in_common(model):
+def test_teachers_of_one_batch_need_nothing_but_a_tokenizer_in_common(model):
     """In one process, and where ranks bring their rows together before the head."""
-    wide = {"hidden_size": 96, "num_attention_heads": 6}
     teachers = {
-        "tied": model(1, "Qwen2", **wide, tie_word_embeddings=True, vocab_size=140),
-        "deep": model(2, **wide, num_hidden_layers=5),
-        "sparse": model(3, "Qwen3Moe", **wide),
+        "tied": model(1, "Qwen2", hidden_size=48, tie_word_embeddings=True, vocab_size=140),
+        "wide": model(2, hidden_size=96, num_attention_heads=6, num_hidden_layers=5),
+        "sparse": model(3, "Qwen3Moe"),
     }
     rollouts = [
         dataclasses.replace(rollout, data_source=[*teachers][number % 3])
@@ -117,7 +116,11 @@ def test_teachers_of_one_batch_need_only_their_width_in_common(model):
     ]
     settings, models = (*SETTINGS["jsd"], *ALONE), (model(0), teachers)
     expected = check(*models, *settings, rollouts=rollouts)
-    layouts = (("parallel.tensor=2", "parallel.sequence=true"), ("parallel.context=2",), ("batch.packing=false",))
+    layouts = (
+        ("parallel.tensor=2", "parallel.sequence=true", "teachers_in_memory=one"),
+        ("parallel.context=2",),
+        ("batch.packing=false", "teachers.wide.parallel={tensor: 2}"),
+    )
     cases = [(models, (*settings, *layout), rollouts) for layout in layouts]
     for update in run_distributed(2, updates_of, cases)[0]:
         assert_same_update(update, expected)
