@@ -39,7 +39,7 @@ def run_demo(overrides: list[str]) -> int:
     start_process(platform.choose_device(given.train.device))
     folder = on_rank_zero(lambda: _new_folder(given, overrides))
     pair = folder / "pair"
-    on_rank_zero(lambda: _make_and_convert(pair, given.train.seed))
+    on_rank_zero(lambda: make_and_convert(pair, given.train.seed))
     paths = [
         f"student.path={pair / 'student-megatron'}",
         f"teacher.path={pair / 'teacher-megatron'}",
@@ -61,7 +61,7 @@ def _new_folder(given: Config, overrides: list[str]) -> Path:
     return Path(given.train.run_dir).with_name(f"demo-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 
 
-def _make_and_convert(pair: Path, seed: int) -> None:
+def make_and_convert(pair: Path, seed: int) -> None:
     """Both models in Hugging Face format, then both as Megatron checkpoints by the converter's command."""
     if (pair / "teacher-megatron").exists() and (pair / "student-megatron").exists():
         return  # an interrupted run goes on with its pair

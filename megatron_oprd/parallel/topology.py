@@ -22,6 +22,9 @@ from megatron_oprd.types import UserError
 # How long ranks wait for each other. Data-parallel ranks end their rollouts at different times.
 TIMEOUT_SECONDS = 1800
 
+# Layouts of this process's group: Megatron lets go of no group, and those of gloo have threads that wake all the time.
+_made: dict[tuple[Any, ParallelConfig, torch.device], Topology] = {}
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -99,10 +102,23 @@ def start_process(device: torch.device, timeout_seconds: int = TIMEOUT_SECONDS) 
 def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) -> Topology:
     """Make Megatron's process groups for a layout, seed its generators and put it in force. Collective over the world.
 
-    An earlier layout of this process stays usable: its `active` puts it back. Raises UserError when the layout does
-    not fit the number of processes.
+    An earlier layout of this process stays usable: its `active` puts it back, and asked for again it is that one.
+    Raises UserError when the layout does not fit the number of processes.
     """
     check_layout(parallel, dist.get_world_size())
+    world, layout = dist.group.WORLD, parallel.model_copy(update={"distributed_optimizer": True})
+    if any(key[0] is not world for key in _made):  # the process has joined another group since
+        _made.clear()
+    topology = _made.get((world, layout, device)) or _make(layout, device)
+    _made[world, layout, device] = topology
+    _set_megatron_state(topology.megatron_state)
+    with platform.cpu_devices():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    return topology
+
+
+def _make(parallel: ParallelConfig, device: torch.device) -> Topology:
+    """A layout with groups of its own, in force."""
     _set_megatron_state(_NO_LAYOUT)
     with platform.cpu_devices():
         parallel_state.initialize_model_parallel(
@@ -114,7 +130,6 @@ def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) ->
             expert_tensor_parallel_size=1,
             distributed_timeout_minutes=TIMEOUT_SECONDS // 60,
         )
-        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return Topology(
         world_size=dist.get_world_size(),
         rank=dist.get_rank(),

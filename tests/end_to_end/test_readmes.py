@@ -23,6 +23,9 @@ PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompt
 RECIPE = f"{PATHS} {TINY} train.run_dir={{out}}"
 SHORT_DEMO = "train.steps=1 evaluation.every=0 checkpoint.every=0 train.run_dir={out}"
 
+OBJECTIVES = "--work {out}/work --output {out} --seeds 0 --steps 1 --learning-rates 1e-3 --objectives oprd full_kl"
+PAIRS = {SHORT_DEMO: "pair", OBJECTIVES: "work/pair-0"}  # arguments -> where the command looks for its pair
+
 EXAMPLE = "examples/run_oprd_qwen.sh"
 MODELS = "student.path=DIR teacher.path=DIR data.prompts=[FILE]"
 TOOLS = "python tools/checkpoint_convert"
@@ -52,6 +55,7 @@ RUNS = {
     "python benchmarks/parity.py": "--only 2-qwen3-tp2-sp",
     "python benchmarks/cost.py": "--methods 'OPRD, all tokens' --layers 1 --tokens 512 --sequences 1 --repeats 1 "
     f"--workload '{UPDATE}' --json {{out}}.json --markdown {{out}}.md",
+    "python benchmarks/objectives.py": OBJECTIVES,
     "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",
     f"{TOOLS}/hf_to_megatron.py --hf {HF} --megatron {MEGATRON}": "",
     f"{TOOLS}/verify.py --hf {HF} --megatron {MEGATRON} --tensor 2": "",
@@ -74,8 +78,8 @@ def test_every_command_of_a_readme_is_run():
 
 @pytest.mark.parametrize("command", [command for command, arguments in RUNS.items() if arguments is not None])
 def test_a_command_of_a_readme_works(command, folder, demo, tmp_path):
-    if RUNS[command] == SHORT_DEMO:  # a pair takes a minute to make, and is there already
-        shutil.copytree(demo.folder / "pair", tmp_path / "run" / "pair")
+    if RUNS[command] in PAIRS:  # a pair takes a minute to make, and is there already
+        shutil.copytree(demo.folder / "pair", tmp_path / "run" / PAIRS[RUNS[command]])
     added = RUNS[command].format(models=folder / "models", out=tmp_path / "run")
     words = [w for w in shlex.split(command) if "=DIR" not in w and "=[FILE]" not in w]
     words = [str(folder / word) if word.startswith("models/") else word for word in words]

@@ -8,13 +8,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
-from megatron.core import parallel_state
 
-from megatron_oprd import assemble
 from megatron_oprd.assemble import Run, build_run
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.hf.config import read_model_spec
@@ -23,7 +20,6 @@ from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.inputs import Inputs
 from megatron_oprd.layouts import plan_teacher
 from megatron_oprd.parallel.collectives import gather_objects
-from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.train import one_step
 from megatron_oprd.training import student as student_module
 from megatron_oprd.training.state import TrainState
@@ -133,20 +129,6 @@ def update_of(run: Run) -> Update:
     assert_copies_agree(parameters, run)
     changes = dict(gather_hf_tensors(run.student.stage, run.inputs.student, run.topology))
     return Update(metrics["loss"], metrics["grad_norm"], metrics, changes)
-
-
-@contextlib.contextmanager
-def groups_made_once() -> Iterator[None]:
-    """Runs built inside share the process groups of equal layouts; their own would be dozens, with threads each."""
-    made_once = functools.cache(assemble.build_topology)
-
-    def build(*layout: Any) -> Topology:
-        topology = made_once(*layout)
-        vars(parallel_state).update(topology.megatron_state)  # in force, as a new one would be
-        return topology
-
-    with mock.patch.object(assemble, "build_topology", build):
-        yield
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from tests.helpers.training import (
     LEARNING_RATE,
     assert_same_update,
     difference,
-    groups_made_once,
     megatron_update,
     some_rollouts,
 )
@@ -25,12 +24,6 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ALONE = ("loss.representation.weight=0",)  # without the loss on hidden states
 KINDS = ("sampled", "surrogate-union", "tail", "jsd")
 WARM = ("rollout.temperature=0.7", "loss.output.teacher_temperature=1.3")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def groups():
-    with groups_made_once():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +58,7 @@ def test_tokens_that_only_one_model_knows_have_no_probability(model, kind, tied,
 
 
 def updates_of(rank, cases):
-    with groups_made_once():
-        return [megatron_update(rank, *models, *overrides, rollouts=rollouts) for models, overrides, rollouts in cases]
+    return [megatron_update(rank, *models, *overrides, rollouts=rollouts) for models, overrides, rollouts in cases]
 
 
 def test_a_rank_may_hold_padding_alone(model):

@@ -1,0 +1,231 @@
+"""docs/objectives.md and its plots from docs/objectives.json."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+PARTS = ("step", "rollout", "teacher", "student")
+TIMED_STEPS, WARM_UP_STEPS = 12, 2
+NAMES = {
+    "oprd": "OPRD, all layers",
+    "oprd_last": "OPRD, last layer",
+    "sampled": "sampled token",
+    "top4_surrogate": "top-4 surrogate",
+    "top4_kl": "top-4 KL, reverse",
+    "full_kl": "full KL, reverse",
+    "full_kl_forward": "full KL, forward",
+    "jsd": "JSD, beta 0.5",
+    "oprd_full_kl": "OPRD + full KL, reverse",
+}
+MEANING = """\
+Made by `python benchmarks/objectives.py` on one CPU thread in fp32, from the pairs of the
+[demo](../examples/README.md): Qwen3, 4 layers, width 96, adding two 3-digit numbers. Everything but the objective, its
+learning rate and the number of steps is `examples/demo.yaml`: 64 prompts a step, one answer each at temperature 1,
+AdamW, a cosine schedule over the run's own steps. A seed is that of the pair, of the order of the prompts and of the
+rollouts. Accuracy is exact match on 1,000 held-out additions, one answer each; the learning rate was chosen on 1,000
+others, by the mean of greedy accuracy over the seeds, the lower of two equal ones. Cells are the mean over the seeds
+and, in brackets, the lowest and the highest.
+"""
+FAIRNESS = """\
+- A pair's teacher was trained on from the student with embedding and LM head frozen, so both share one head and the
+  teacher's states can be reached. That is OPRD's setting; the other objectives do not need it.
+- The rest of the recipe was chosen for OPRD with all layers, on these seeds. Learning rates were searched for each
+  objective, on the same grid; AdamW's betas, clipping, schedule and the number of prompts were not.
+- The vocabulary has 16 symbols. The student's likeliest four hold more than 99.5 % of both distributions before
+  training (mean over reference answers), so top-k is close to full KL here; and an LM head of 16 rows costs next to
+  nothing. With 150,000 symbols neither holds: [cost.md](cost.md) has the memory at the paper's size.
+- Answers have 6 tokens. What long answers do to the noisy signal of one sampled token is not seen here.
+- OPRD alone gives the LM head no gradient; with the other objectives it is trained.
+- Few seeds, one task, one size: ranges that overlap say nothing about order.
+"""
+INK, GRID, COLORS = "#344054", "#d0d5dd", {"greedy": "#2563eb", "sampled": "#ea7317"}
+
+
+def values(runs: Sequence[dict[str, Any]], metric: str, objective: str, rate: float) -> list[float]:
+    """A metric of an objective at a learning rate, in percent, one value a seed."""
+    return [100 * run[metric] for run in runs if (run["objective"], run["learning_rate"]) == (objective, rate)]
+
+
+def pair_values(record: dict[str, Any], model: str, metric: str) -> list[float]:
+    """A metric of the student before or of the teacher, in percent, one value a seed."""
+    return [100 * pair[model][metric] for pair in record["pairs"].values()]
+
+
+def markdown(record: dict[str, Any]) -> str:
+    """The record as a page."""
+    best, seconds, first = record["best_learning_rate"], record["seconds"], next(iter(record["best_learning_rate"]))
+    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+    lines = ["# Objectives on the demo", "", versions, "", MEANING, "![accuracy](objectives-accuracy.svg)", ""]
+
+    def cells(part: str, objective: str) -> list[str]:
+        return [_spread(values(record[part], metric, objective, best[objective])) for metric in ("greedy", "sampled")]
+
+    rows = [
+        [f"_{name}_", "", *(_spread(pair_values(record, model, metric)) for metric in COLORS)]
+        for name, model in (("student before", "student"), ("teacher", "teacher"))
+    ]
+    rows += [[NAMES[objective], f"{best[objective]:g}", *cells("equal_steps", objective)] for objective in best]
+    lines += [f"## Equal steps: {record['steps']}", ""]
+    lines += [*_table(["objective", "best learning rate", "greedy, %", "temperature 0.7, %"], rows), ""]
+    rows = [
+        [
+            NAMES[objective],
+            record["equal_time_steps"][objective],
+            *cells("equal_time", objective),
+            *(f"{1000 * seconds[objective][part]:.0f}" for part in PARTS),
+        ]
+        for objective in best
+    ]
+    lines += [
+        f"## Equal time: that of {record['steps']} steps of {NAMES[first]}",
+        "",
+        "At the learning rates above. Steps were timed apart, in short runs of all objectives in turn, on a machine "
+        f"shared with other work: medians of {TIMED_STEPS - WARM_UP_STEPS} steps in milliseconds, from the quietest of "
+        f"{record['rounds']} rounds. Teacher: its pass up to the compared states; student: its update.",
+        "",
+        *_table(["objective", "steps", "greedy, %", "temperature 0.7, %", "a step", *PARTS[1:]], rows),
+        "",
+        "## Every learning rate",
+        "",
+        f"Greedy validation accuracy after {record['steps']} steps, %; the best in bold.",
+        "",
+        *_table(["objective", *(f"{rate:g}" for rate in record["learning_rates"])], _rate_rows(record)),
+        "",
+        "![accuracy against the learning rate](objectives-learning.svg)",
+        "",
+        "## What it says",
+        "",
+        *_reading(record),
+        "",
+        "## What is fair here, and what is not",
+        "",
+        "",
+    ]
+    return "\n".join(lines) + FAIRNESS
+
+
+def _rate_rows(record: dict[str, Any]) -> list[list[str]]:
+    rows = []
+    for objective, best in record["best_learning_rate"].items():
+        cells = []
+        for rate in record["learning_rates"]:
+            text = _spread(values(record["equal_steps"], "validation", objective, rate))
+            cells.append(f"**{text}**" if rate == best else text)
+        rows.append([NAMES[objective], *cells])
+    return rows
+
+
+def _reading(record: dict[str, Any]) -> list[str]:
+    """What the figures say: the best and what overlaps with it, rates at an end of the grid, runs that got worse."""
+    best, rates = record["best_learning_rate"], record["learning_rates"]
+    lines = []
+    for part, name in (("equal_steps", "equal steps"), ("equal_time", "equal time")):
+        greedy = {objective: values(record[part], "greedy", objective, best[objective]) for objective in best}
+        top = max(greedy, key=lambda objective: statistics.mean(greedy[objective]))
+        near = [NAMES[other] for other in greedy if other != top and max(greedy[other]) >= min(greedy[top])]
+        lines.append(
+            f"- {name.capitalize()}, greedy: the highest mean is that of {NAMES[top]}; "
+            + (f"the ranges of {'; '.join(near)} overlap with its own." if near else "no other range overlaps its own.")
+        )
+    edge = [f"{NAMES[objective]} ({rate:g})" for objective, rate in best.items() if rate in (rates[0], rates[-1])]
+    if edge:
+        lines.append(f"- Best at an end of the grid, so perhaps better beyond it: {'; '.join(edge)}.")
+    start = statistics.mean(pair_values(record, "student", "validation"))
+    worse = []
+    for objective in best:
+        means = {rate: statistics.mean(values(record["equal_steps"], "validation", objective, rate)) for rate in rates}
+        if found := [f"{rate:g}" for rate, mean in means.items() if mean < start]:
+            worse.append(f"{NAMES[objective]} at {', '.join(found)}")
+    if worse:
+        lines.append(f"- Worse than the student before: {'; '.join(worse)}.")
+    return lines
+
+
+def _spread(found: Sequence[float]) -> str:
+    return f"{statistics.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def accuracy_plot(record: dict[str, Any]) -> str:
+    """Held-out accuracy at the best learning rate: a dot a seed and a bar at the mean."""
+    best, row, marks = record["best_learning_rate"], 34, []
+    panels = {
+        title: {name: [values(record[part], metric, name, best[name]) for metric in COLORS] for name in best}
+        for part, title in (("equal_steps", "equal steps"), ("equal_time", "equal time"))
+    }
+    worst = min(value for panel in panels.values() for pair in panel.values() for found in pair for value in found)
+    lowest, height = int(20 * (min(worst, 99) // 20)), 70 + row * len(best)
+    for place, (title, panel) in enumerate(panels.items()):
+        left, right = 190 + 360 * place, 500 + 360 * place
+        marks.append(_text(left, 34, title, "start", bold=True))
+        for tick in range(lowest, 101, 20 if lowest < 60 else 10 if lowest < 80 else 5):
+            x = _across(tick, lowest, left, right)
+            marks += [_line(x, 44, x, height - 24), _text(x, height - 8, f"{tick} %", "middle")]
+        for number, pair in enumerate(panel.values()):
+            for side, (found, color) in enumerate(zip(pair, COLORS.values(), strict=True)):
+                xs, y = [_across(value, lowest, left, right) for value in found], 57 + row * number + 12 * side
+                marks += [f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{color}" fill-opacity="0.55"/>' for x in xs]
+                marks.append(_line(statistics.mean(xs), y - 6, statistics.mean(xs), y + 6, color, 2.5))
+    marks += [_text(178, 67 + row * place, NAMES[objective], "end") for place, objective in enumerate(best)]
+    for place, (color, label) in enumerate(zip(COLORS.values(), ("greedy", "temperature 0.7"), strict=True)):
+        marks += [f'<circle cx="{196 + 70 * place}" cy="14" r="4" fill="{color}"/>']
+        marks += [_text(204 + 70 * place, 18, label, "start")]
+    marks.append(_text(400, 18, "a dot a seed, a bar at the mean", "start"))
+    return _svg(890, height, "Held-out accuracy of each objective at its best learning rate", marks)
+
+
+def _across(value: float, lowest: float, left: float, right: float) -> float:
+    return left + (right - left) * (value - lowest) / (100 - lowest)
+
+
+def learning_plot(record: dict[str, Any]) -> str:
+    """Greedy validation accuracy against the learning rate: the mean, and from the lowest to the highest seed."""
+    rates, columns, width, height, marks = record["learning_rates"], 3, 280, 170, []
+    lowest, decades = math.log10(rates[0]), max(math.log10(rates[-1] / rates[0]), 1e-9)
+    start = statistics.mean(pair_values(record, "student", "validation"))
+    for place, objective in enumerate(record["best_learning_rate"]):
+        left, top = 64 + width * (place % columns), 34 + height * (place // columns)
+        right, bottom = left + width - 70, top + height - 65
+        marks.append(_text(left, top - 10, NAMES[objective], "start", bold=True))
+        for tick in (0, 50, 100):
+            y = bottom - (bottom - top) * tick / 100
+            marks += [_line(left - 12, y, right + 12, y), _text(left - 18, y + 4, f"{tick} %", "end")]
+        y = bottom - (bottom - top) * start / 100
+        marks.append(_line(left - 12, y, right + 12, y, INK, 1, dashes="2 4"))
+        points = []
+        for rate in rates:
+            found = values(record["equal_steps"], "validation", objective, rate)
+            x = left + (right - left) * (math.log10(rate) - lowest) / decades
+            heights = (min(found), statistics.mean(found), max(found))
+            low, mean, high = (bottom - (bottom - top) * value / 100 for value in heights)
+            marks += [_line(x, low, x, high, COLORS["greedy"], 2), _text(x, bottom + 18, f"{rate:g}", "middle")]
+            marks.append(f'<circle cx="{x:.1f}" cy="{mean:.1f}" r="4" fill="{COLORS["greedy"]}"/>')
+            points.append(f"{x:.1f},{mean:.1f}")
+        marks.append(f'<polyline fill="none" stroke="{COLORS["greedy"]}" points="{" ".join(points)}"/>')
+    count = len(record["best_learning_rate"])
+    full = height * math.ceil(count / columns) + 24
+    marks.append(_text(64, full - 6, "across: learning rate; dashed: the student before", "start"))
+    return _svg(20 + width * min(count, columns), full, "Greedy validation accuracy against the learning rate", marks)
+
+
+def _svg(width: int, height: int, title: str, marks: Sequence[str]) -> str:
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    style = f'font-family="system-ui,sans-serif" font-size="12" role="img" fill="{INK}"'
+    background = f'<title>{title}</title><rect width="{width}" height="{height}" fill="#fff"/>'
+    return "\n".join([f"{head} {style}>", background, *marks, "</svg>", ""])
+
+
+def _text(x: float, y: float, text: str, anchor: str, *, bold: bool = False) -> str:
+    weight = ' font-weight="600"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{text}</text>'
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, color: str = GRID, width: float = 1, dashes: str = "none") -> str:
+    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{color}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
