@@ -48,7 +48,7 @@ from megatron_oprd.evaluation.sample import score
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "megatron-core", "transformers")
-ROUNDS = 8
+ROUNDS = 4
 ALONE = "loss.representation.weight=0"
 FULL_KL = "loss.output.objective=full_kl"
 OBJECTIVES: dict[str, tuple[str, ...]] = {
