@@ -34,9 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = 256
 # DeepSeek-R1-Distill-Qwen-1.5B, the paper's student; its teacher has the same size.
 PAPER = Workload(28, 1536, 8960, 12, 2, 151936, PROMPT_TOKENS, (16384 - PROMPT_TOKENS,), last=2000, dtype="bf16")
-# Its ratio of LM head to body (0.178), of `last` to response, and the tokens of a chunk that `auto` makes of its
-# vocabulary; small enough for a CPU.
-SMALL = Workload(6, 384, 2240, 6, 1, 8128, 64, (640, 384, 256, 128), last=79, chunk=220)
+# Its shape at an eighth of the width: the same ratios of LM head to body and of vocabulary to MLP, which set time and
+# memory; `last` as large a part of a response, and as many tokens in a chunk as `auto` makes of its vocabulary.
+SMALL = Workload(28, 192, 1120, 3, 1, 18992, 64, (640, 384, 256, 128), last=79, chunk=220)
 ON_A_GPU = dataclasses.replace(PAPER, responses=(8192 - PROMPT_TOKENS,))
 # Freed memory goes back to the machine at once: residency is what is alive. It costs time, so nothing is timed so.
 HONEST = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

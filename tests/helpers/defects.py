@@ -127,8 +127,9 @@ def loss_in_the_pass_without_gradient() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def target_of_the_micro_batch_before() -> Iterator[None]:
-    """Under interleaving a micro-batch is compared with the one before it, repeated to its length."""
+def target_of_another_micro_batch() -> Iterator[None]:
+    """Under interleaving a micro-batch is compared with the one whose states are put down before it (the one after it:
+    the last comes first), repeated to its length."""
     put = targets.TeacherTargets.put
     before: dict[int, torch.Tensor] = {}
 
@@ -161,10 +162,12 @@ def gradient_divided_by_data_ranks() -> Iterator[None]:
         yield
 
 
-def _micro_batches(case: Case) -> list[list[int]]:
-    """How many sequences each micro-batch of each data-parallel rank has. (Costs matter little: lengths will do.)"""
+def _micro_batches(case: Case) -> list[list[list[int]]]:
+    """The sampled tokens of each sequence of each micro-batch of each data-parallel rank. (Costs matter little: lengths
+    will do.)"""
     config, parallel = case.config, case.config.parallel
-    lengths = [num_tokens(rollout) for rollout in rollouts_of(case.rollouts) if any(rollout.response_mask)]
+    useful = [rollout for rollout in rollouts_of(case.rollouts) if any(rollout.response_mask)]
+    lengths = [num_tokens(rollout) for rollout in useful]
     shares = assign(
         lengths,
         lengths,
@@ -173,12 +176,14 @@ def _micro_batches(case: Case) -> list[list[int]]:
         multiple=parallel.pipeline if parallel.virtual_pipeline else 1,
         packing=config.batch.packing,
     )
-    return [[len(members) for members in share] for share in shares]
+    return [[[sum(useful[number].response_mask) for number in members] for members in share] for share in shares]
 
 
 def _has_uneven_micro_batches(case: Case) -> bool:
-    """Of as many sequences each, the mean of means is the mean."""
-    return len({sequences for share in _micro_batches(case) for sequences in share}) > 1
+    """The mean of means is the mean of as many sequences each, or tokens."""
+    every = [batch for share in _micro_batches(case) for batch in share]
+    by_tokens = case.config.loss.reads_output and case.config.loss.output.aggregation == "token_mean"
+    return len(set(map(len, every))) > 1 or (by_tokens and len(set(map(sum, every))) > 1)
 
 
 def _recomputes_a_compared_layer(case: Case) -> bool:
@@ -191,7 +196,7 @@ def _recomputes_a_compared_layer(case: Case) -> bool:
 
 
 def _interleaves_several_micro_batches(case: Case) -> bool:
-    return "virtual" in case.features and any(any(share[1:]) for share in _micro_batches(case))
+    return "virtual" in case.features and any(any(share[:-1]) for share in _micro_batches(case))
 
 
 DEFECTS = (
@@ -210,7 +215,7 @@ DEFECTS = (
     Defect("tap dead under recomputation", loss_in_the_pass_without_gradient, _recomputes_a_compared_layer),
     Defect(
         "target of another micro-batch under interleaving",
-        target_of_the_micro_batch_before,
+        target_of_another_micro_batch,
         _interleaves_several_micro_batches,
     ),
     Defect(
