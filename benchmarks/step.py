@@ -136,6 +136,7 @@ def _spec(options: argparse.Namespace) -> ModelSpec:
         vocab_size=1024,
         norm_epsilon=1e-6,
         rope_theta=1e6,
+        rotary_dim=64,
         max_position_embeddings=options.tokens,
         tied_embeddings=False,
         qkv_bias=False,

@@ -92,6 +92,7 @@ class Workload:
             vocab_size=self.vocabulary,
             norm_epsilon=1e-6,
             rope_theta=10000.0,
+            rotary_dim=self.hidden // self.heads,
             max_position_embeddings=131072,
             tied_embeddings=False,
             qkv_bias=True,
@@ -173,7 +174,9 @@ def _stages(config: Config, spec: ModelSpec, planned: PlannedTeacher, topology: 
 def _rank_tokens(stage: Stage, batch: PackedBatch) -> None:
     """The pass in which the authors' student finds its top 16 and its entropy, with the logits of all tokens."""
     bounds = tuple(batch.cu_seqlens.tolist())
-    micro_batch = MicroBatch(position_ids=batch.position_ids, bounds=bounds, logit_rows=batch.output.selected)
+    micro_batch = MicroBatch(
+        position_ids=batch.position_ids, lengths=batch.lengths, bounds=bounds, logit_rows=batch.output.selected
+    )
     _top_and_entropy(stage[-1].run(batch.tokens, micro_batch))
 
 

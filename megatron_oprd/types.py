@@ -84,6 +84,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # [sequences + 1] int32
     response_mask: torch.Tensor  # [T] bool
     sequence_ids: torch.Tensor  # [T] int64: index of the sequence in this micro-batch
+    lengths: torch.Tensor  # [T] int64: tokens of the sequence that each belongs to, without padding
     representation: Selection  # what the loss on hidden states reads
     output: Selection  # what the output-space objective reads: the last states one position before the tokens
     context_order: torch.Tensor  # [T * context size] int64: where each row of the whole lies among all ranks' parts
@@ -115,10 +116,38 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class Llama3Scaling:
+    """Rotary frequencies of Llama 3.1 and later: waves longer than `original_positions / low_freq_factor` positions are
+    stretched by `factor`, those shorter than `original_positions / high_freq_factor` are not, in between by a part."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True)
+class LongRope:
+    """Rotary frequencies of Phi-3 and Phi-4-mini (LongRoPE, arXiv 2402.13753): each is divided by its short factor in
+    sequences of up to `original_positions` tokens and by its long factor, at every position, in longer ones. Cosine and
+    sine are multiplied by `attention_factor` in both.
+
+    The length is that of the sequence alone, prompt and response, never of the micro-batch that it is packed into.
+    While a sequence is generated it is the length so far: a row that outgrows `original_positions` is read again with
+    the long factors, as Hugging Face's Phi-3 does.
+    """
+
+    short_factor: tuple[float, ...]  # one for each of the rotary_dim / 2 frequencies
+    long_factor: tuple[float, ...]
+    original_positions: int
+    attention_factor: float
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """What we need to know of a Hugging Face decoder to build it, all from its `config.json`."""
 
-    architecture: str  # Qwen2ForCausalLM, Qwen3ForCausalLM or Qwen3MoeForCausalLM
+    architecture: str  # one of hf/config.py's FAMILIES
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -128,10 +157,12 @@ class ModelSpec:
     vocab_size: int
     norm_epsilon: float
     rope_theta: float
+    rotary_dim: int  # dimensions of a head that are rotated, the first ones
     max_position_embeddings: int
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    rope_scaling: Llama3Scaling | LongRope | None = None
     num_experts: int = 0  # of each sparse layer; 0: a dense model
     experts_per_token: int = 0
     moe_ffn_hidden_size: int = 0  # of one expert

@@ -62,6 +62,7 @@ def cut(
         position_ids=batch.position_ids[rows],
         response_mask=batch.response_mask[rows],
         sequence_ids=batch.sequence_ids[rows],
+        lengths=batch.lengths[rows],
         representation=mine(batch.representation),
         output=mine(batch.output),
         context_order=order,

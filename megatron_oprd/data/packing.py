@@ -76,6 +76,7 @@ def pack(
     positions: list[int] = []
     response: list[bool] = []
     sequence_ids: list[int] = []
+    lengths: list[int] = []
     starts: list[int] = []  # the row of each sequence's first response token
     bounds = [0]
     for place, rollout in enumerate(rollouts):
@@ -86,6 +87,7 @@ def pack(
         response += [flag == 1 for flag in rollout.response_mask] + [False] * padding
         positions += range(num_tokens(rollout) + padding)
         sequence_ids += [place] * (num_tokens(rollout) + padding)
+        lengths += [num_tokens(rollout)] * (num_tokens(rollout) + padding)
         bounds.append(len(tokens))
     padding = -len(tokens) % batch_multiple if tokens else batch_multiple
     if padding:
@@ -93,6 +95,7 @@ def pack(
         positions += range(padding)
         response += [False] * padding
         sequence_ids += [len(rollouts)] * padding
+        lengths += [padding] * padding
         bounds.append(len(tokens))
     of_teacher = [0] * len(rollouts) if teachers is None else list(teachers)
     return PackedBatch(
@@ -101,6 +104,7 @@ def pack(
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         response_mask=torch.tensor(response, dtype=torch.bool),
         sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
         representation=_select(representation, rollouts, numbers, starts, of_teacher),
         output=_select(output, rollouts, numbers, starts, of_teacher),
         context_order=torch.arange(len(tokens)),

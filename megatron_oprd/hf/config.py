@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_oprd.hf.checks import check_positive, check_whole
+from megatron_oprd.hf.rope import rope_fields
 from megatron_oprd.types import ModelSpec, UserError
 
-QKV_BIAS = ("Qwen2ForCausalLM",)
-EXPERTS = ("Qwen3MoeForCausalLM",)
-ARCHITECTURES = (*QKV_BIAS, "Qwen3ForCausalLM", *EXPERTS)
+
+@dataclass(frozen=True)
+class Family:
+    """What the models of an architecture have, beside what their `config.json` says."""
+
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    experts: bool = False
+    rope_types: tuple[str, ...] = ()  # kinds of rope scaling
+    partial_rotary: bool = False
+    always_slides: bool = False  # whether a `sliding_window` holds without `use_sliding_window`
+
+
+FAMILIES = {
+    "Qwen2ForCausalLM": Family(qkv_bias=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
+    "LlamaForCausalLM": Family(rope_types=("llama3",)),
+    "Phi3ForCausalLM": Family(rope_types=("longrope",), partial_rotary=True, always_slides=True),
+}
 WHOLE = (
     "num_hidden_layers",
     "hidden_size",
@@ -21,12 +40,13 @@ WHOLE = (
     "max_position_embeddings",
 )
 OPTIONAL_WHOLE = ("num_key_value_heads", "head_dim", "decoder_sparse_step")
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
 
 
 def read_model_spec(path: str | Path) -> ModelSpec:
     """The model of a Hugging Face folder. Raises UserError, naming file, key and value, for a broken config or for
-    anything in it that would be ignored: rope scaling, sliding windows, quantisation, shared experts, other
+    anything in it that would be ignored: other rope scaling, sliding windows, quantisation, shared experts, other
     architectures."""
     folder = Path(path)
     if not folder.is_dir():
@@ -35,13 +55,15 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     where = str(folder / "config.json")
     _check_types(values, where)
     architecture = next(iter(values.get("architectures") or ["none"]))
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{where}: architecture {architecture} is not supported; use one of {', '.join(ARCHITECTURES)}")
-    _refuse_unsupported(values, architecture, where)
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        raise UserError(f"{where}: architecture {architecture} is not supported; use one of {', '.join(FAMILIES)}")
+    family = FAMILIES[architecture]
+    _refuse_unsupported(values, family, where)
     heads = values["num_attention_heads"]
     groups = values.get("num_key_value_heads") or heads
     if heads % groups:
         raise UserError(f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}")
+    head_dim = values.get("head_dim") or values["hidden_size"] // heads
     return ModelSpec(
         architecture=architecture,
         num_layers=values["num_hidden_layers"],
@@ -49,15 +71,15 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         ffn_hidden_size=values["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        head_dim=head_dim,
         vocab_size=values["vocab_size"],
         norm_epsilon=values["rms_norm_eps"],
-        rope_theta=_rope(values).get("rope_theta") or values.get("rope_theta") or 10000.0,
+        **rope_fields(values, head_dim, family.rope_types, family.partial_rotary, where),
         max_position_embeddings=values["max_position_embeddings"],
         tied_embeddings=values.get("tie_word_embeddings", False),
-        qkv_bias=architecture in QKV_BIAS,
-        qk_norm=architecture not in QKV_BIAS,
-        **(_expert_fields(values, where) if architecture in EXPERTS else {}),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        **(_expert_fields(values, where) if family.experts else {}),
         eos_token_ids=_eos_token_ids(folder, values),
         hf_config=values,
     )
@@ -67,14 +89,14 @@ def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of a mixture of experts, or none when every layer is dense all the same."""
     # transformers 5 calls it num_local_experts and reads either name.
     key = "num_local_experts" if "num_local_experts" in values else "num_experts"
-    _check_whole(values, (key,), where, least=0)
+    check_whole(values, (key,), where, least=0)
     if values.get("num_experts", values[key]) != values[key]:
         raise UserError(f"{where}: num_experts={values['num_experts']!r} contradicts {key}={values[key]}")
     step, dense = values.get("decoder_sparse_step") or 1, values.get("mlp_only_layers") or ()
     sparse = tuple(n for n in range(values["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0)
     if not values[key] or not sparse:
         return {}
-    _check_whole(values, ("moe_intermediate_size", "num_experts_per_tok"), where)
+    check_whole(values, ("moe_intermediate_size", "num_experts_per_tok"), where)
     if values["num_experts_per_tok"] > values[key]:
         raise UserError(f"{where}: num_experts_per_tok={values['num_experts_per_tok']} exceeds {key}={values[key]}")
     if values["num_experts_per_tok"] == 1 and values.get("norm_topk_prob"):
@@ -103,9 +125,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_types(values: dict[str, Any], where: str) -> None:
-    _check_whole(values, (*WHOLE, *(key for key in OPTIONAL_WHOLE if values.get(key) is not None)), where)
-    if type(values.get("rms_norm_eps")) not in (int, float) or values["rms_norm_eps"] <= 0:
-        raise UserError(f"{where}: rms_norm_eps={values.get('rms_norm_eps')!r} must be a positive number")
+    check_whole(values, (*WHOLE, *(key for key in OPTIONAL_WHOLE if values.get(key) is not None)), where)
+    check_positive(values, ("rms_norm_eps",), where)
     for key, kind in (
         ("architectures", list),
         ("layer_types", list),
@@ -120,38 +141,25 @@ def _check_types(values: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {key}={value!r} must be a {kind.__name__}")
     if any(type(layer) is not int for layer in values.get("mlp_only_layers") or ()):
         raise UserError(f"{where}: mlp_only_layers={values['mlp_only_layers']!r} must hold whole numbers")
-    theta = _rope(values).get("rope_theta") or values.get("rope_theta")
-    if theta is not None and (type(theta) not in (int, float) or theta <= 0):
-        raise UserError(f"{where}: rope_theta={theta!r} must be a positive number")
 
 
-def _check_whole(values: dict[str, Any], keys: Iterable[str], where: str, least: int = 1) -> None:
-    for key in keys:
-        value = values.get(key)
-        if type(value) is not int or value < least:  # True is an int, too
-            positive = "positive" if least else "non-negative"
-            raise UserError(f"{where}: {key}={value!r} must be a {positive} whole number")
-
-
-def _rope(values: dict[str, Any]) -> dict[str, Any]:
-    """transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` beside a top-level `rope_theta`."""
-    return values.get("rope_parameters") or values.get("rope_scaling") or {}
-
-
-def _refuse_unsupported(values: dict[str, Any], architecture: str, where: str) -> None:
-    rope = _rope(values)
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> None:
     layer_types = set(values.get("layer_types") or ())
-    qkv_bias = values.get("attention_bias", False)
+    # A window that no sequence outgrows changes nothing.
+    window = values.get("sliding_window") if family.always_slides else None
+    if window is not None:
+        check_whole(values, ("sliding_window",), where)
+    positions = values["max_position_embeddings"]
     unsupported = {
-        f"rope scaling of type {rope_type}": rope_type != "default",
+        f"sliding_window {window} below its {positions} positions": window is not None and window < positions,
         "use_sliding_window": bool(values.get("use_sliding_window")),
         f"layer_types {sorted(layer_types)}": bool(layer_types - {"full_attention"}),
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
         "quantization_config": bool(values.get("quantization_config")),
-        "attention_bias": architecture not in QKV_BIAS and bool(qkv_bias),
+        "attention_bias": not family.qkv_bias and bool(values.get("attention_bias")),
+        "mlp_bias": bool(values.get("mlp_bias")),
         **{key: bool(values.get(key)) for key in SHARED_EXPERTS},
-        f"attention_dropout {values.get('attention_dropout')}": bool(values.get("attention_dropout")),
+        **{f"{key} {values.get(key)}": bool(values.get(key)) for key in DROPOUTS},
     }
     for name, asked in unsupported.items():
         if asked:

@@ -14,6 +14,9 @@ def to_megatron(entry: Entry, tensors: Sequence[torch.Tensor], spec: ModelSpec) 
     """The whole Megatron parameter of an entry, from its Hugging Face tensors in the table's order."""
     if entry.layout == "qkv":
         # [groups, (queries of the group + key + value) * d, ...]: mcore splits the projection by query group.
+        if len(tensors) == 1:
+            keys = spec.num_query_groups * spec.head_dim
+            tensors = tensors[0].split((spec.num_attention_heads * spec.head_dim, keys, keys))
         groups = [tensor.unflatten(0, (spec.num_query_groups, -1)) for tensor in tensors]
         return torch.cat(groups, dim=1).flatten(0, 1)
     return torch.cat(list(tensors), dim=0) if entry.layout == "gate_up" else tensors[0]
@@ -25,9 +28,10 @@ def from_megatron(entry: Entry, parameter: torch.Tensor, spec: ModelSpec) -> dic
         queries = spec.num_attention_heads // spec.num_query_groups * spec.head_dim
         groups = parameter.unflatten(0, (spec.num_query_groups, -1))
         pieces = groups.split([queries, spec.head_dim, spec.head_dim], dim=1)
-        tensors = [piece.flatten(0, 1) for piece in pieces]
+        parts = [piece.flatten(0, 1) for piece in pieces]
+        tensors = parts if len(entry.hf) == len(parts) else [torch.cat(parts)]
     elif entry.layout == "gate_up":
-        tensors = list(parameter.chunk(2, dim=0))
+        tensors = list(parameter.chunk(len(entry.hf), dim=0))
     elif entry.layout == "vocabulary":
         tensors = [parameter[: spec.vocab_size]]
     else:

@@ -16,7 +16,8 @@ class Entry:
 
     copy: held whole by every rank. rows, columns: cut along dimension 0 or 1. vocabulary: rows, padded with zeros to
     a multiple of the ranks. qkv: query, key and value interleaved by query group, cut between groups. gate_up: the
-    two halves are cut each for itself and laid one after the other on every rank.
+    two halves are cut each for itself and laid one after the other on every rank. Of the last two, Hugging Face may
+    hold the parts as tensors of their own or one below the other in a single tensor.
 
     `expert`: the number of the expert that it belongs to. Expert parallelism gives each rank whole experts, so tensor
     parallelism never cuts one.
@@ -44,24 +45,27 @@ class Entry:
 
 _BLOCK = (
     Entry("input_layernorm.weight", ("input_layernorm.weight",), "copy"),
-    Entry("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), "qkv"),
     Entry("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), "columns"),
     Entry("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), "copy"),
 )
+_QKV = (Entry("self_attention.linear_qkv.weight", tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), "qkv"),)
+_FUSED_QKV = (Entry("self_attention.linear_qkv.weight", ("self_attn.qkv_proj.weight",), "qkv"),)
 _QKV_BIAS = (Entry("self_attention.linear_qkv.bias", tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), "qkv"),)
 _QK_NORM = (
     Entry("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "copy"),
     Entry("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "copy"),
 )
 BLOCK_TABLES = {
-    "Qwen2ForCausalLM": (*_BLOCK, *_QKV_BIAS),
-    "Qwen3ForCausalLM": (*_BLOCK, *_QK_NORM),
-    "Qwen3MoeForCausalLM": (*_BLOCK, *_QK_NORM),
+    "Qwen2ForCausalLM": (*_BLOCK, *_QKV, *_QKV_BIAS),
+    "Qwen3ForCausalLM": (*_BLOCK, *_QKV, *_QK_NORM),
+    "Qwen3MoeForCausalLM": (*_BLOCK, *_QKV, *_QK_NORM),
+    "LlamaForCausalLM": (*_BLOCK, *_QKV),
+    "Phi3ForCausalLM": (*_BLOCK, *_FUSED_QKV),
 }
-DENSE_MLP = (
-    Entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"),
-    Entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "columns"),
-)
+_DOWN = Entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "columns")
+_MLP = (Entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"), _DOWN)
+_FUSED_MLP = (Entry("mlp.linear_fc1.weight", ("mlp.gate_up_proj.weight",), "gate_up"), _DOWN)
+DENSE_MLP_TABLES = {name: _FUSED_MLP if name == "Phi3ForCausalLM" else _MLP for name in BLOCK_TABLES}
 ROUTER = Entry("mlp.router.weight", ("mlp.gate.weight",), "copy")
 EXPERT = (
     Entry(
@@ -90,7 +94,7 @@ def entries(spec: ModelSpec) -> tuple[Entry, ...]:
 def _layer_entries(spec: ModelSpec, layer: int) -> tuple[Entry, ...]:
     block = tuple(entry.inside(layer) for entry in BLOCK_TABLES[spec.architecture])
     if layer not in spec.sparse_layers:
-        return (*block, *(entry.inside(layer) for entry in DENSE_MLP))
+        return (*block, *(entry.inside(layer) for entry in DENSE_MLP_TABLES[spec.architecture]))
     experts = (entry.inside(layer, expert) for expert in range(spec.num_experts) for entry in EXPERT)
     return (*block, ROUTER.inside(layer), *experts)
 
@@ -113,6 +117,9 @@ def _shapes_by_suffix(spec: ModelSpec, ffn: int) -> dict[str, tuple[int, ...]]:
     return {
         "embed_tokens.weight": (spec.vocab_size, hidden),
         "lm_head.weight": (spec.vocab_size, hidden),
+        # The fused ones first: their names end like those of their parts.
+        "qkv_proj.weight": (queries + 2 * keys, hidden),
+        "gate_up_proj.weight": (2 * ffn, hidden),
         "q_proj.weight": (queries, hidden),
         "k_proj.weight": (keys, hidden),
         "v_proj.weight": (keys, hidden),

@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.kv_cache import CachedStep
 from megatron_oprd.models.micro_batch import ContextPart
+from megatron_oprd.models.rotary import rotate
 
 
 class PackedAttention(torch.nn.Module):
@@ -39,7 +40,7 @@ class PackedAttention(torch.nn.Module):
         """query [tokens, 1, heads, d], key and value [tokens, 1, groups, d] -> [tokens, 1, heads * d]."""
         batch = micro_batch.of(kwargs)
         assert batch.rotary is not None  # the model makes it before its first layer
-        query, key = (_rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
+        query, key = (rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
         value = value.squeeze(1)
         step = batch.cache
         if batch.context is not None:
@@ -113,9 +114,3 @@ class PackedAttention(torch.nn.Module):
             query.reshape(rows, groups, heads // groups, width), keys, values, attn_mask=step.mask, scale=self.scale
         )
         return output.reshape(rows, 1, heads * width)
-
-
-def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of [tokens, heads, d], the two halves of d paired as in Hugging Face's Qwen."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat((-second, first), dim=-1) * sin

@@ -17,6 +17,7 @@ from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.model import HiddenStateModel, Stage
+from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.models.specs import block_spec
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec, UserError
@@ -107,7 +108,7 @@ def build_model(
                 block_spec(sparse, spec.qk_norm),
                 vocab_size=padded_vocab_size(spec, topology.tensor_size),
                 max_positions=spec.max_position_embeddings,
-                rope_theta=spec.rope_theta,
+                rotary=Rotary(spec),
                 first_stage=number == 0,
                 last_stage=number == topology.num_stages - 1,
                 tied_embeddings=spec.tied_embeddings,

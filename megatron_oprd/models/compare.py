@@ -109,7 +109,12 @@ def all_states(stage: Stage, spec: ModelSpec, topology: Topology, tokens: torch.
     tokens = tokens.to(topology.device)
     rows = torch.arange(len(tokens), device=topology.device)
     batch = MicroBatch(
-        position_ids=rows, bounds=(0, len(tokens)), tap=tap, normed_layer=spec.num_layers, logit_rows=rows
+        position_ids=rows,
+        lengths=torch.full_like(rows, len(tokens)),
+        bounds=(0, len(tokens)),
+        tap=tap,
+        normed_layer=spec.num_layers,
+        logit_rows=rows,
     )
     logits = pass_through(stage, topology, tokens, batch)
     if logits is not None:

@@ -39,9 +39,10 @@ class MicroBatch(PackedSeqParams):
     """
 
     position_ids: torch.Tensor  # [tokens] int64
+    lengths: torch.Tensor  # [tokens] int64: tokens of the sequence that each belongs to; LongRoPE goes by it
     bounds: tuple[int, ...]  # cumulative lengths of the packed sequences, whole under context parallelism too
     context: ContextPart | None = None  # None: this rank holds whole sequences
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, d] of the positions, by the model
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, rotary_dim], by the model
     tap: Tap | None = None
     last_layer: int | None = None  # blocks above it (1-based) are skipped; None: all run
     normed_layer: int | None = None  # the layer that is tapped after the final norm (L); None: before it

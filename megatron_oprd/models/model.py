@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.norm import RMSNorm
+from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.types import OUTPUT
 
 
@@ -30,7 +31,7 @@ class HiddenStateModel(GPTModel):
         *,
         vocab_size: int,
         max_positions: int,
-        rope_theta: float,
+        rotary: Rotary,
         first_stage: bool,
         last_stage: bool,
         tied_embeddings: bool,
@@ -53,8 +54,7 @@ class HiddenStateModel(GPTModel):
             position_embedding_type="none",
             vp_stage=chunk,
         )
-        exponents = torch.arange(0, config.kv_channels, 2, dtype=torch.int64).float() / config.kv_channels
-        self.inverse_frequencies = 1.0 / (rope_theta**exponents)  # a bf16 model must not round these: no buffer
+        self.rotary = rotary
         self.last_stage = last_stage
         self.first_layer = first_layer
         self.first_expert = first_expert
@@ -82,10 +82,8 @@ class HiddenStateModel(GPTModel):
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
         batch = micro_batch.of(kwargs)
-        positions = batch.position_ids
-        angles = torch.outer(positions.float(), self.inverse_frequencies.to(positions.device))
-        angles = torch.cat((angles, angles), dim=-1)[:, None]
-        batch.rotary = angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
+        cos, sin = self.rotary(batch.position_ids, batch.lengths)
+        batch.rotary = cos.to(self.config.params_dtype), sin.to(self.config.params_dtype)
         prepared = super()._preprocess(*args, **kwargs)
         if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and prepared[0] is not None:
             # Recomputation drops the backward of blocks whose input needs no gradient: under a frozen embedding.

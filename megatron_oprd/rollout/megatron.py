@@ -19,9 +19,10 @@ from megatron_oprd.parallel.collectives import max_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.megatron_inference import plain_linears, whole_tokens
+from megatron_oprd.rollout.read_again import read_again
 from megatron_oprd.rollout.sampling import sample
 from megatron_oprd.rollout.slots import Request, Slots
-from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
+from megatron_oprd.types import LongRope, ModelSpec, Prompt, Rollout, UserError
 
 PROMPT_TOKENS_PER_STEP = 8192  # bounds the activations of reading prompts; one prompt is always read whole
 
@@ -114,6 +115,9 @@ class MegatronEngine:
             if not (waiting or slots.count):
                 pass_through(self.stage, self.topology, *_idle_micro_batch(device))
                 continue
+            if isinstance(self.spec.rope_scaling, LongRope):
+                short = self.spec.rope_scaling.original_positions
+                read_again(self.stage, self.topology, slots, cache, short, PROMPT_TOKENS_PER_STEP)
             decoding = slots.count
             starting = self._admit(waiting, slots, step)
             cache.reserve(max([slots.longest, *(len(prompt.prompt_ids) for prompt, _ in starting)]))
@@ -186,7 +190,7 @@ class MegatronEngine:
 def _idle_micro_batch(device: torch.device) -> tuple[torch.Tensor, MicroBatch]:
     """One token without a cache: what a replica without work passes through the experts that it shares."""
     token = torch.zeros(1, dtype=torch.int64, device=device)
-    return token, MicroBatch(position_ids=token, bounds=(0, 1))
+    return token, MicroBatch(position_ids=token, lengths=token + 1, bounds=(0, 1))
 
 
 def _micro_batch(
@@ -205,16 +209,21 @@ def _micro_batch(
     bounds = tuple(itertools.accumulate((len(prompt.prompt_ids) for prompt, _ in starting), initial=decoding))
     prompt_slots = tuple(torch.tensor(samples, device=device) for _, samples in starting)
     step = CachedStep(cache, decoding, rows, positions, slots.longest, mask, prompt_slots)
-    tokens, logit_rows = slots.tokens[:decoding], rows
+    tokens, lengths, logit_rows = slots.tokens[:decoding], positions + 1, rows
     if starting:
         prompt_ids = [token for prompt, _ in starting for token in prompt.prompt_ids]
         prompt_positions = [place for prompt, _ in starting for place in range(len(prompt.prompt_ids))]
+        prompt_lengths = [len(prompt.prompt_ids) for prompt, _ in starting for _ in prompt.prompt_ids]
         last_rows = [end - 1 for (_, samples), end in zip(starting, bounds[1:], strict=True) for _ in samples]
-        tokens, positions, logit_rows = (
-            torch.cat((before, torch.tensor(new, device=device)))
-            for before, new in ((tokens, prompt_ids), (positions, prompt_positions), (logit_rows, last_rows))
+        before, new = (
+            (tokens, positions, lengths, logit_rows),
+            (prompt_ids, prompt_positions, prompt_lengths, last_rows),
         )
-    return tokens, MicroBatch(position_ids=positions, bounds=bounds, logit_rows=logit_rows, cache=step)
+        tokens, positions, lengths, logit_rows = (
+            torch.cat((old, torch.tensor(added, device=device))) for old, added in zip(before, new, strict=True)
+        )
+    batch = MicroBatch(position_ids=positions, lengths=lengths, bounds=bounds, logit_rows=logit_rows, cache=step)
+    return tokens, batch
 
 
 @contextlib.contextmanager

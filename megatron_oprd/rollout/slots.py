@@ -75,6 +75,11 @@ class Slots:
         self.longest += 1
         return (self.generated[:n] >= self.limits[:n]) | torch.isin(tokens, self.eos)
 
+    def sequence(self, slot: int) -> torch.Tensor:
+        """The tokens of a row so far, prompt and response, [tokens] int64."""
+        prompt = torch.tensor(self.requests[slot].prompt.prompt_ids, device=self.rows.device)
+        return torch.cat((prompt, self.responses[slot, : int(self.generated[slot])]))
+
     def rollouts(self, ended: torch.Tensor) -> list[tuple[int, Rollout]]:
         """The rows marked in `ended` [count] bool, each with its place in the result."""
         return [self._rollout(slot) for slot in ended.nonzero()[:, 0].tolist()]

@@ -179,7 +179,7 @@ def _build(
         with platform.cpu_devices():
             student.optimizer.step()
     buffers = [buffer for chunk in student.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-    live.assign("weights", [*stage.parameters(), *(chunk.inverse_frequencies for chunk in stage)])
+    live.assign("weights", [*stage.parameters(), *(chunk.rotary.inverse_frequencies for chunk in stage)])
     live.assign("gradients", [buffer.grad_data for buffer in buffers])
     output = None
     if plan.output and topology.num_stages - 1 in topology.stages:

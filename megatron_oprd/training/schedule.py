@@ -35,6 +35,7 @@ def run_schedule(
         batch, tap = next(work)
         micro_batch = MicroBatch(
             position_ids=batch.position_ids,
+            lengths=batch.lengths,
             bounds=tuple(batch.cu_seqlens.tolist()),
             context=_context_part(batch, topology),
             tap=tap,

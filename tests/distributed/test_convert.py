@@ -120,9 +120,19 @@ def test_a_layout_gives_the_states_of_transformers_for_experts(layout, tmp_path)
     assert max(errors.values()) < 1e-5
 
 
+@pytest.mark.parametrize("family", ["Llama", "Phi3"])
+def test_other_families_written_in_one_layout_read_in_another(family, tmp_path):
+    folder = save(random_hf_model(family), tmp_path / "hf")
+    run_distributed(2, save_and_export, folder, LAYOUTS["tensor"], tmp_path / "megatron", tmp_path / "first")
+    run_distributed(2, save_and_export, tmp_path / "megatron", LAYOUTS["pipeline"], None, tmp_path / "second")
+    assert_same_tensors(tmp_path / "first", folder)
+    assert_same_tensors(tmp_path / "second", folder)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Llama", "Phi3"])
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
-def test_a_layout_gives_the_states_of_transformers(layout, tmp_path):
-    folder = save(random_hf_model("Qwen3", tie_word_embeddings=True), tmp_path / "hf")
+def test_a_layout_gives_the_states_of_transformers(layout, family, tmp_path):
+    folder = save(random_hf_model(family, tie_word_embeddings=True), tmp_path / "hf")
     run_distributed(1, save_and_export, folder, {}, tmp_path / "megatron", None)
     weights, errors = run_distributed(2, compare_with, tmp_path / "megatron", folder, LAYOUTS[layout])[0]
     assert weights == ()

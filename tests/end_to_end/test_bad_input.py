@@ -322,7 +322,7 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
         lambda s: (s.student / "config.json").write_text("[" * 99999),
         ("config.json is not valid JSON",),
     ),
-    "architecture": (config(architectures=["LlamaForCausalLM"]), ("LlamaForCausalLM", "use one of Qwen2ForCausalLM")),
+    "architecture": (config(architectures=["GemmaForCausalLM"]), ("GemmaForCausalLM", "use one of Qwen2ForCausalLM")),
     "architectures no list": (config(architectures=7), ("config.json", "architecture")),
     "rope scaling": (config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), ("rope scaling of type yarn",)),
     "rope no mapping": (config(rope_parameters=3), ("config.json", "rope")),

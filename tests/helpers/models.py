@@ -1,5 +1,6 @@
 """Tiny random Hugging Face models, saved as a user would have them."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -30,10 +31,44 @@ EXPERTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [1],
 }
+# Waves of each kind: 6 positions, kept; 14, stretched in part; the longer ones, stretched.
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 24,
+}
+
+
+def longrope(rotary_dim: int, original: int = 10, partial: float = 0.75, **rope) -> dict:
+    """What a Phi3Config takes: LongRoPE beyond `original` positions, of so many dimensions of a head."""
+    numbers = range(rotary_dim // 2)
+    factors = {"short_factor": [1 + 0.1 * n for n in numbers], "long_factor": [1.3 + 0.5 * n for n in numbers]}
+    return {
+        "original_max_position_embeddings": original,
+        "max_position_embeddings": 8 * original,
+        "rope_parameters": {
+            **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": partial},
+            **factors,
+            **rope,
+        },
+    }
+
+
+# Each family beside what all have; random rollouts of the matrix of layouts are on both sides of Phi-3's 10 positions.
+FAMILIES = {
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 24},
+    "Qwen3Moe": {"head_dim": 24, **EXPERTS},
+    "Llama": {"head_dim": 24, "rope_parameters": LLAMA3_SCALING},
+    "Phi3": {**longrope(6), "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
+}
 
 
 def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
-    """A random Qwen2, Qwen3 or Qwen3Moe in float32; biases and norms are random too, so that dropping one shows."""
+    """A random model of one of FAMILIES in float32; biases and norms are random too, so that dropping one shows."""
     sizes = dict(
         vocab_size=131,
         hidden_size=64,
@@ -44,10 +79,8 @@ def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
         tie_word_embeddings=False,
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
         initializer_range=0.1,
-        **({} if family == "Qwen2" else {"head_dim": 24}),
-        **(EXPERTS if family == "Qwen3Moe" else {}),
     )
-    config = getattr(transformers, f"{family}Config")(**{**sizes, **overrides})
+    config = getattr(transformers, f"{family}Config")(**copy.deepcopy({**sizes, **FAMILIES[family], **overrides}))
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -15,6 +15,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 131,
     "norm_epsilon": 1e-6,
     "rope_theta": 1e6,
+    "rotary_dim": 24,
     "max_position_embeddings": 128,
     "tied_embeddings": False,
     "qkv_bias": False,

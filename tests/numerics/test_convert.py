@@ -40,6 +40,10 @@ MODELS = {
         "Qwen3Moe",
         {"decoder_sparse_step": 2, "mlp_only_layers": [], "tie_word_embeddings": True},
     ),
+    "llama_head_dim_8_to_2": ("Llama", {}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "phi3_fused": ("Phi3", {"num_key_value_heads": 8}),
+    "phi3_tied_8_to_2": ("Phi3", {"tie_word_embeddings": True}),
 }
 
 
@@ -90,9 +94,10 @@ def test_there_and_back_is_bit_equal(name, dtype, topology, tmp_path):
     stage, spec = build_from(megatron, topology)
     export_hf(stage, spec, topology, megatron, tmp_path / "back")
     assert_equal_tensors(tensors_of(tmp_path / "back"), tensors_of(folder))
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe"])
+@pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe", "Llama", "Phi3"])
 def test_there_and_back_in_shards(family, topology, tmp_path):
     folder = hf_folder(tmp_path / "hf", family, shard_size="100KB")
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
@@ -165,6 +170,10 @@ CHANGES = {
 }
 
 
+FUSED_CHANGES = {
+    "decoder.layers.0.self_attention.linear_qkv.weight": "model.layers.0.self_attn.qkv_proj.weight",
+    "decoder.layers.4.mlp.linear_fc1.weight": "model.layers.4.mlp.gate_up_proj.weight",
+}
 SPARSE_CHANGES = {
     "decoder.layers.3.mlp.router.weight": "model.layers.3.mlp.gate.weight",
     "decoder.layers.3.mlp.experts.local_experts.1.linear_fc1.weight": "model.layers.3.mlp.experts.1.gate_proj.weight",
@@ -191,6 +200,11 @@ def test_one_altered_weight_is_found_and_its_layer_named(name, topology, tmp_pat
 @pytest.mark.parametrize("name", SPARSE_CHANGES)
 def test_one_altered_weight_of_a_mixture_of_experts_is_found(name, topology, tmp_path):
     assert one_altered_weight(name, "Qwen3Moe", topology, tmp_path).weights == (SPARSE_CHANGES[name],)
+
+
+@pytest.mark.parametrize("name", FUSED_CHANGES)
+def test_one_altered_weight_of_fused_tensors_is_found(name, topology, tmp_path):
+    assert one_altered_weight(name, "Phi3", topology, tmp_path).weights == (FUSED_CHANGES[name],)
 
 
 def test_hidden_states_alone_show_the_first_layer_that_differs(topology, tmp_path):

@@ -9,9 +9,9 @@ from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.types import OUTPUT
-from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save
+from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, longrope, random_hf_model, save
 
-LENGTHS = (1, 7, 30)
+LENGTHS = (1, 7, 16, 17, 30)
 
 
 def megatron_states(folder, topology, dtype, sequences):
@@ -30,9 +30,13 @@ def megatron_states(folder, topology, dtype, sequences):
     for sequence in sequences:
         bounds.append(bounds[-1] + len(sequence))
     positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
-    rows = torch.arange(len(positions))
     batch = MicroBatch(
-        position_ids=positions, bounds=tuple(bounds), tap=tap, normed_layer=spec.num_layers, logit_rows=rows
+        position_ids=positions,
+        lengths=torch.cat([torch.full((len(sequence),), len(sequence)) for sequence in sequences]),
+        bounds=tuple(bounds),
+        tap=tap,
+        normed_layer=spec.num_layers,
+        logit_rows=torch.arange(len(positions)),
     )
     with torch.no_grad():
         return stage[0].run(torch.cat(sequences), batch), states
@@ -42,6 +46,7 @@ def relative(actual, expected):
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 MODELS = {
     "qwen2_bias": ("Qwen2", {}),
     "qwen2_tied_one_layer_7_to_1": (
@@ -50,6 +55,17 @@ MODELS = {
     ),
     "qwen3_head_dim_8_to_2": ("Qwen3", {}),
     "qwen3_tied_real_vocabulary": ("Qwen3", {"tie_word_embeddings": True, "vocab_size": 151936}),
+    # 30 tokens are beyond the 24 positions before the scaling, and heads are wider than their share.
+    "llama3_scaling_head_dim_8_to_2": ("Llama", {}),
+    "llama3_scaling_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": None}),
+    "llama2_shaped": ("Llama", {"rope_parameters": PLAIN, "num_key_value_heads": 8, "head_dim": None}),
+    "phi3_4k_shaped": ("Phi3", {"rope_parameters": PLAIN, "num_key_value_heads": 8}),
+    "phi4_shaped": ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}}),
+    # Sequences of 1, 7 and 16 tokens have the short factors, 17 and 30 the long ones, in one micro-batch.
+    "phi3_longrope": ("Phi3", {"num_attention_heads": 4, **longrope(16, original=16, partial=1.0)}),
+    "phi4_mini_shaped": ("Phi3", {"tie_word_embeddings": True, "num_attention_heads": 4, **longrope(12, original=16)}),
+    "phi3_attention_factor": ("Phi3", longrope(6, original=16, attention_factor=1.7)),
+    "phi3_factor": ("Phi3", longrope(6, original=16, factor=2.0)),
 }
 SPARSE_MODELS = {
     "one_dense_layer": {},

@@ -16,7 +16,7 @@ from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.megatron import MegatronEngine
 from megatron_oprd.rollout.sampling import sample, uniforms
 from megatron_oprd.types import Prompt, UserError
-from tests.helpers.models import random_hf_model, save
+from tests.helpers.models import longrope, random_hf_model, save
 
 EOS = (3, 17, 40, 90, 111)
 NEW_TOKENS = 24
@@ -55,7 +55,7 @@ def hf_greedy(hf, prompt):
     return tuple(output[0, ids.shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama"])
 def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
     hf = random_hf_model(family, num_hidden_layers=3)
     stage, spec = load(hf, tmp_path, topology)
@@ -71,6 +71,22 @@ def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
         assert [r.prompt_ids for r in rollouts] == [p.prompt_ids for p in prompts]
         assert all(r.response_mask == (1,) * len(r.response_ids) for r in rollouts)
     assert stage.training
+
+
+@pytest.mark.parametrize("tokens_per_pass", [8192, 30])
+def test_a_row_that_outgrows_the_short_factors_goes_on_as_in_hugging_face(
+    tokens_per_pass, topology, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("megatron_oprd.rollout.megatron.PROMPT_TOKENS_PER_STEP", tokens_per_pass)
+    hf = random_hf_model("Phi3", num_hidden_layers=3, num_attention_heads=4, **longrope(12, original=15))
+    stage, spec = load(hf, tmp_path, topology)
+    prompts = [*random_prompts(24), *(Prompt(24 + i, tuple(range(20, 20 + n))) for i, n in enumerate((14, 15, 16)))]
+    expected = [hf_greedy(hf, prompt) for prompt in prompts]
+    sides = [(len(p.prompt_ids) <= 15, len(p.prompt_ids) + len(r) > 16) for p, r in zip(prompts, expected, strict=True)]
+    assert sides.count((True, True)) > 12, "the case must have rows that cross"
+    for slots in (27, 5):
+        rollouts = MegatronEngine(stage, spec, topology, GREEDY, seed=0, max_batch=slots).generate(prompts, step=0)
+        assert [r.response_ids for r in rollouts] == expected, f"{slots} slots"
 
 
 def test_cached_logits_and_samples_equal_those_of_the_full_forward(qwen3, topology):
@@ -90,7 +106,9 @@ def test_cached_logits_and_samples_equal_those_of_the_full_forward(qwen3, topolo
     for rollout in rollouts:
         ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
         rows = torch.arange(len(rollout.prompt_ids) - 1, len(ids) - 1)
-        batch = MicroBatch(position_ids=torch.arange(len(ids)), bounds=(0, len(ids)), logit_rows=rows)
+        positions = torch.arange(len(ids))
+        lengths = torch.full_like(positions, len(ids))
+        batch = MicroBatch(position_ids=positions, lengths=lengths, bounds=(0, len(ids)), logit_rows=rows)
         with torch.no_grad():
             full.append(stage[0].run(ids, batch)[:, : spec.vocab_size])
     assert len(seen) == sum(len(r.response_ids) for r in rollouts)

@@ -25,7 +25,7 @@ from megatron_oprd.training.memory import Share, _rank_parameters, count_paramet
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import Teacher, teacher_pass
-from megatron_oprd.types import ModelSpec, Rollout
+from megatron_oprd.types import LongRope, ModelSpec, Rollout
 from tests.helpers.distributed import forked_process
 
 DEVICE = torch.device("cpu")
@@ -44,6 +44,7 @@ def spec_of(*, layers, hidden, vocabulary, **changes):
         vocab_size=vocabulary,
         norm_epsilon=1e-6,
         rope_theta=1e6,
+        rotary_dim=64,
         max_position_embeddings=32768,
         tied_embeddings=True,
         qkv_bias=True,
@@ -166,6 +167,14 @@ def test_without_copies_and_padding_the_parts_are_exact():
     assert (footprint.weights, footprint.gradients) == (count + angles, count)
     assert footprint.teacher_weights == count + angles
     assert footprint.optimizer < 1024  # a few numbers
+
+
+def test_longrope_is_traced_with_both_sets_of_frequencies():
+    factors = (1.0,) * 24
+    spec = spec_of(layers=2, hidden=128, vocabulary=1024, rotary_dim=48)
+    longrope = dataclasses.replace(spec, rope_scaling=LongRope(factors, factors, 16, 1.0))
+    plain, scaled = (traced(config_of(64), of, rollouts_of(64), rank=0, world=1) for of in (spec, longrope))
+    assert (scaled.weights - plain.weights, scaled.teacher_weights - plain.teacher_weights) == (4 * 24, 4 * 24)
 
 
 def test_a_pipeline_keeps_more_micro_batches_than_its_last_rank():

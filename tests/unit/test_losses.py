@@ -154,3 +154,13 @@ def test_a_batch_of_padding_selects_nothing():
     batch = pack([], [], *terms, batch_multiple=4)
     assert batch.num_tokens == 4 and len(batch.representation) == len(batch.output) == 0
     assert batch.cu_seqlens.tolist() == [0, 4]
+
+
+def test_lengths_are_those_without_padding_on_every_context_parallel_rank():
+    rollouts = [Rollout((9,) * 3, (1,) * n, (1,) * n, "replay") for n in (2, 6)]
+    terms = representation_term(RepresentationConfig(), rollouts), output_term(OutputConfig(), rollouts)
+    whole = pack(rollouts, [0, 1], *terms, sequence_multiple=4, batch_multiple=8)
+    assert whole.lengths.tolist() == [5] * 8 + [9] * 12 + [4] * 4
+    assert [cut(whole, context_rank=rank, context_size=2).lengths.tolist() for rank in (0, 1)] == [
+        [5] * 4 + [9] * 6 + [4] * 2
+    ] * 2

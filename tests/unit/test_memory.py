@@ -22,6 +22,8 @@ MODELS = {
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
     "experts": ("Qwen3Moe", {}),
     "tied experts": ("Qwen3Moe", {"tie_word_embeddings": True}),
+    "llama": ("Llama", {}),
+    "fused": ("Phi3", {"tie_word_embeddings": True}),
 }
 # (processes, layout)
 LAYOUTS = {

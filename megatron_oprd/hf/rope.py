@@ -1,0 +1,77 @@
+"""The rotary position embedding that a `config.json` asks for, as transformers reads it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from megatron_oprd.hf.checks import check_positive, check_whole, is_positive
+from megatron_oprd.types import Llama3Scaling, LongRope, UserError
+
+_NAMES = {"su": "longrope"}  # what the first Phi-3 called it
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def rope_fields(
+    values: dict[str, Any], head_dim: int, rope_types: tuple[str, ...], partial: bool, where: str
+) -> dict[str, Any]:
+    """The fields of a `ModelSpec` that say how heads of `head_dim` dimensions are rotated.
+
+    `rope_types`: the kinds of scaling that the family has beside none; `partial`: whether it may rotate a part of each
+    head. Raises UserError, naming `where`, key and value, for another kind, or one that lacks what it needs.
+    """
+    # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` beside a top-level `rope_theta`; where both
+    # are there, transformers goes by the latter.
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _NAMES.get(kind, kind) if isinstance(kind, str) else kind
+    if kind not in ("default", *rope_types):
+        raise UserError(f"{where} asks for rope scaling of type {kind}, which is not supported")
+    rotary = {
+        "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
+        "partial_rotary_factor": rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1.0,
+    }
+    check_positive(rotary, rotary, where)
+    factor = rotary["partial_rotary_factor"]
+    if factor != 1 and not partial:
+        raise UserError(f"{where} asks for partial_rotary_factor {factor}, which is not supported")
+    rotary_dim = int(head_dim * factor)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise UserError(
+            f"{where}: partial_rotary_factor={factor} rotates {rotary_dim} of the {head_dim} dimensions of a head; "
+            f"that must be an even number from 2 to {head_dim}"
+        )
+    scaling: Llama3Scaling | LongRope | None = None
+    if kind == "llama3":
+        scaling = _llama3(values, rope, where)
+    elif kind == "longrope":
+        scaling = _longrope(values, rope, rotary_dim // 2, where)
+    return {"rope_theta": rotary["rope_theta"], "rotary_dim": rotary_dim, "rope_scaling": scaling}
+
+
+def _llama3(values: dict[str, Any], rope: dict[str, Any], where: str) -> Llama3Scaling:
+    rope = {**rope, _ORIGINAL: values.get(_ORIGINAL) or rope.get(_ORIGINAL)}
+    check_positive(rope, ("factor", "low_freq_factor", "high_freq_factor"), where)
+    check_whole(rope, (_ORIGINAL,), where)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    if high <= low:
+        raise UserError(f"{where}: high_freq_factor={high} must be larger than low_freq_factor={low}")
+    return Llama3Scaling(rope["factor"], low, high, rope[_ORIGINAL])
+
+
+def _longrope(values: dict[str, Any], rope: dict[str, Any], frequencies: int, where: str) -> LongRope:
+    # transformers reads the top-level key alone; the logarithm of 1 would divide by zero.
+    check_whole(values, (_ORIGINAL,), where, least=2)
+    for key in ("short_factor", "long_factor"):
+        factors = rope.get(key)
+        if not isinstance(factors, list) or not all(map(is_positive, factors)) or len(factors) != frequencies:
+            found = f"has {len(factors)} values" if isinstance(factors, list) else f"is {factors!r}"
+            raise UserError(f"{where}: {key} {found}; it must be a list of {frequencies} positive numbers")
+    original, scale = values[_ORIGINAL], rope.get("factor")
+    scale = values["max_position_embeddings"] / original if scale is None else scale
+    attention = rope.get("attention_factor")
+    check_positive({"factor": scale}, ("factor",), where)
+    if attention is None:
+        attention = 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(original))
+    check_positive({"attention_factor": attention}, ("attention_factor",), where)
+    return LongRope(tuple(rope["short_factor"]), tuple(rope["long_factor"]), original, attention)
