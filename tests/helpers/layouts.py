@@ -13,7 +13,11 @@ from megatron_oprd.layouts import teacher_layout
 from megatron_oprd.models.layer_plan import even_stages
 from tests.helpers.training import ADAMW, FEW, MANY, SOME, make_config
 
-FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "moe": "Qwen3Moe"}
+FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "moe": "Qwen3Moe", "llama": "Llama", "phi3": "Phi3"}
+# Those that differ from another in the names of their weights and the angles of their positions alone, and the features
+# in which that could show: what cuts weights or positions, and the tied head.
+LIKE_ANOTHER = ("Llama", "Phi3")
+OF_NAMES_AND_ANGLES = {"tensor", "sequence", "pipeline", "context", "data", "tied", "output"}
 ROLLOUTS = {"few": FEW, "some": SOME, "many": MANY}
 SETTINGS = {
     **{f"tp{size}": (f"parallel.tensor={size}",) for size in (2, 4)},
@@ -232,6 +236,10 @@ MIXED = """
     4 qwen3 tp2 pp2 tied reverse chunk7
     4 qwen3 tp2 sp pp2 crossing sampled last3
     4 qwen3 tp4 sp block teacher-tp4 tail-union
+    4 llama tp2 sp pp2 tied
+    4 llama cp2 uniform1 reverse
+    4 phi3 tp2 sp cp2 tied reverse
+    4 phi3 pp2 unpacked teacher-tp2
 """
 EIGHT_RANKS = """
     8 qwen3 many
