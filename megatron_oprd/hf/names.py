@@ -65,7 +65,7 @@ BLOCK_TABLES = {
 _DOWN = Entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "columns")
 _MLP = (Entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"), _DOWN)
 _FUSED_MLP = (Entry("mlp.linear_fc1.weight", ("mlp.gate_up_proj.weight",), "gate_up"), _DOWN)
-DENSE_MLP_TABLES = {name: _FUSED_MLP if name == "Phi3ForCausalLM" else _MLP for name in BLOCK_TABLES}
+DENSE_MLP_TABLES = {**dict.fromkeys(BLOCK_TABLES, _MLP), "Phi3ForCausalLM": _FUSED_MLP}
 ROUTER = Entry("mlp.router.weight", ("mlp.gate.weight",), "copy")
 EXPERT = (
     Entry(

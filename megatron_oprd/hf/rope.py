@@ -20,8 +20,8 @@ def rope_fields(
     `rope_types`: the kinds of scaling that the family has beside none; `partial`: whether it may rotate a part of each
     head. Raises UserError, naming `where`, key and value, for another kind, or one that lacks what it needs.
     """
-    # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` beside a top-level `rope_theta`; where both
-    # are there, transformers goes by the latter.
+    # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` beside a top-level `rope_theta`; of both,
+    # transformers takes the latter.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = _NAMES.get(kind, kind) if isinstance(kind, str) else kind

@@ -22,7 +22,7 @@ from megatron_oprd.rollout.megatron_inference import plain_linears, whole_tokens
 from megatron_oprd.rollout.read_again import read_again
 from megatron_oprd.rollout.sampling import sample
 from megatron_oprd.rollout.slots import Request, Slots
-from megatron_oprd.types import LongRope, ModelSpec, Prompt, Rollout, UserError
+from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 
 PROMPT_TOKENS_PER_STEP = 8192  # bounds the activations of reading prompts; one prompt is always read whole
 
@@ -115,9 +115,7 @@ class MegatronEngine:
             if not (waiting or slots.count):
                 pass_through(self.stage, self.topology, *_idle_micro_batch(device))
                 continue
-            if isinstance(self.spec.rope_scaling, LongRope):
-                short = self.spec.rope_scaling.original_positions
-                read_again(self.stage, self.topology, slots, cache, short, PROMPT_TOKENS_PER_STEP)
+            read_again(self.stage, self.spec, self.topology, slots, cache, PROMPT_TOKENS_PER_STEP)
             decoding = slots.count
             starting = self._admit(waiting, slots, step)
             cache.reserve(max([slots.longest, *(len(prompt.prompt_ids) for prompt, _ in starting)]))
@@ -215,10 +213,8 @@ def _micro_batch(
         prompt_positions = [place for prompt, _ in starting for place in range(len(prompt.prompt_ids))]
         prompt_lengths = [len(prompt.prompt_ids) for prompt, _ in starting for _ in prompt.prompt_ids]
         last_rows = [end - 1 for (_, samples), end in zip(starting, bounds[1:], strict=True) for _ in samples]
-        before, new = (
-            (tokens, positions, lengths, logit_rows),
-            (prompt_ids, prompt_positions, prompt_lengths, last_rows),
-        )
+        before = tokens, positions, lengths, logit_rows
+        new = prompt_ids, prompt_positions, prompt_lengths, last_rows
         tokens, positions, lengths, logit_rows = (
             torch.cat((old, torch.tensor(added, device=device))) for old, added in zip(before, new, strict=True)
         )

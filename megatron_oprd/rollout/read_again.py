@@ -10,17 +10,22 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import pass_through
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.slots import Slots
+from megatron_oprd.types import LongRope, ModelSpec
 
 
 def read_again(
-    stage: Stage, topology: Topology, slots: Slots, cache: KeyValueCache, short: int, tokens_per_pass: int
+    stage: Stage, spec: ModelSpec, topology: Topology, slots: Slots, cache: KeyValueCache, tokens_per_pass: int
 ) -> None:
-    """Fill the cache anew for the rows whose last token, not yet in it, is the first beyond `short` tokens.
+    """Fill the cache anew for the rows whose last token, not yet in it, is the first beyond LongRoPE's
+    `original_positions`; nothing for a model without LongRoPE.
 
     Their keys were made with the short factors, and all of a longer sequence have the long ones: what is sampled from
     here on is what a forward pass over the whole sequence gives. A pass reads `tokens_per_pass` tokens, or one row.
     Communicates over the tensor- and the pipeline-parallel group when there are such rows.
     """
+    if not isinstance(spec.rope_scaling, LongRope):
+        return
+    short = spec.rope_scaling.original_positions
     if slots.longest <= short:
         return
     crossing = (slots.positions[: slots.count] == short).nonzero()[:, 0].tolist()

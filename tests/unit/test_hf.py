@@ -1,7 +1,6 @@
 """Hugging Face folders: what is read, what is refused, and bit-equal conversion there and back."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -12,7 +11,8 @@ from megatron_oprd.hf.convert import from_megatron, shard, to_megatron, unshard
 from megatron_oprd.hf.load import global_name
 from megatron_oprd.hf.names import entries, hf_shapes, megatron_shapes, shard_shape
 from megatron_oprd.hf.stream import HFReader, HFWriter, config_with_dtype
-from megatron_oprd.types import Llama3Scaling, LongRope, UserError
+from megatron_oprd.types import UserError
+from tests.helpers.configs import assert_refused, edited
 from tests.helpers.models import FAMILIES, LLAMA3_SCALING, random_hf_model, save
 
 MODELS = {
@@ -104,129 +104,6 @@ def test_what_is_not_supported_is_refused_by_name(change, message, tmp_path):
 )
 def test_what_is_wrong_with_a_mixture_of_experts_is_named(change, message, tmp_path):
     assert_refused(edited("Qwen3Moe", change, tmp_path), message)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling of type yarn"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling of type longrope"),
-        ({"rope_scaling": {"rope_type": None}}, "rope scaling of type None"),
-        ({"rope_scaling": {**LLAMA3_SCALING, "factor": None}}, "factor=None must be a positive number"),
-        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 0}}, "low_freq_factor=0 must be a positive number"),
-        ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 1}}, "high_freq_factor=1 must be larger than"),
-        (
-            {"rope_scaling": {**LLAMA3_SCALING, "original_max_position_embeddings": None}},
-            "original_max_position_embeddings=None must be a positive whole number",
-        ),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}, "partial_rotary_factor 0.75"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-    ],
-)
-def test_what_a_llama_lacks_or_asks_too_much_is_named(change, message, tmp_path):
-    assert_refused(edited("Llama", change, tmp_path, num_hidden_layers=1), message)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"rope": {"rope_type": "llama3"}}, "rope scaling of type llama3"),
-        ({"rope": {"rope_type": "yarn"}}, "rope scaling of type yarn"),
-        ({"rope": {"short_factor": None}}, "short_factor is None; it must be a list of 3 positive numbers"),
-        ({"rope": {"short_factor": [1.0, 1.0]}}, "short_factor has 2 values; it must be a list of 3"),
-        ({"rope": {"long_factor": [1.0] * 4}}, "long_factor has 4 values; it must be a list of 3"),
-        ({"rope": {"long_factor": [1.0, 0.0, 1.0]}}, "long_factor has 3 values; it must be a list of 3 positive"),
-        ({"rope": {"long_factor": [1.0, "2", 1.0]}}, "long_factor has 3 values; it must be a list of 3 positive"),
-        ({"rope": {"factor": "8"}}, "factor='8' must be a positive number"),
-        ({"rope": {"attention_factor": -1.0}}, "attention_factor=-1.0 must be a positive number"),
-        ({"rope": {"partial_rotary_factor": 0.4}}, "partial_rotary_factor=0.4 rotates 3 of the 8 dimensions"),
-        ({"rope": {"partial_rotary_factor": 1.5}}, "partial_rotary_factor=1.5 rotates 12 of the 8 dimensions"),
-        ({"rope": {"partial_rotary_factor": "half"}}, "partial_rotary_factor='half' must be a positive number"),
-        ({"original_max_position_embeddings": None}, "original_max_position_embeddings=None must be"),
-        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings=1 must be a whole number of at l"),
-        ({"sliding_window": 79}, "sliding_window 79 below its 80 positions, which is not supported"),
-        ({"sliding_window": "all"}, "sliding_window='all' must be a positive whole number"),
-        ({"resid_pdrop": 0.1}, "resid_pdrop 0.1"),
-        ({"embd_pdrop": 0.1}, "embd_pdrop 0.1"),
-    ],
-)
-def test_what_a_phi3_lacks_or_asks_too_much_is_named(change, message, tmp_path):
-    folder = save(random_hf_model("Phi3", num_hidden_layers=1), tmp_path / "hf")
-    values = json.loads((folder / "config.json").read_text())
-    values["rope_parameters"] |= change.pop("rope", {})
-    (folder / "config.json").write_text(json.dumps({**values, **change}))
-    assert_refused(folder, message)
-
-
-# As files on the hub say it: `rope_scaling` beside a top-level `rope_theta`.
-LLAMA_3_2_1B = {
-    "architectures": ["LlamaForCausalLM"],
-    **{"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1, "hidden_act": "silu"},
-    **{"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256},
-    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072},
-    **{"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "eos_token_id": [128001, 128008]},
-    "rope_scaling": {
-        **{"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-        "original_max_position_embeddings": 8192,
-    },
-}
-LLAMA_2_7B = {
-    **{key: LLAMA_3_2_1B[key] for key in ("architectures", "hidden_act", "pretraining_tp", "rms_norm_eps")},
-    **{"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000},
-    **{"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096},
-    **{"rope_scaling": None, "tie_word_embeddings": False, "eos_token_id": 2},
-}
-PHI_4_MINI = {
-    "architectures": ["Phi3ForCausalLM"],
-    **{"attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "hidden_act": "silu"},
-    **{"num_hidden_layers": 32, "hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 200064},
-    **{"num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    **{"original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75, "sliding_window": 262144},
-    **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "eos_token_id": 199999},
-    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
-}
-
-
-def read_config(values, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    return read_model_spec(tmp_path)
-
-
-def test_configs_as_they_are_on_the_hub(tmp_path):
-    llama = read_config(LLAMA_3_2_1B, tmp_path)
-    assert (llama.rotary_dim, llama.rope_theta, llama.tied_embeddings) == (64, 500000.0, True)
-    assert llama.rope_scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
-    assert sum(map(math.prod, hf_shapes(llama).values())) == 1_235_814_400
-    plain = read_config(LLAMA_2_7B, tmp_path)
-    assert (plain.head_dim, plain.rope_theta, plain.rope_scaling) == (128, 10000.0, None)
-    assert sum(map(math.prod, hf_shapes(plain).values())) == 6_738_415_616
-    phi = read_config(PHI_4_MINI, tmp_path)
-    assert (phi.head_dim, phi.rotary_dim, phi.rope_theta, phi.tied_embeddings) == (128, 96, 10000.0, True)
-    assert phi.rope_scaling == LongRope((1.0,) * 48, (1.5,) * 48, 4096, math.sqrt(1 + math.log(32) / math.log(4096)))
-    assert sum(map(math.prod, hf_shapes(phi).values())) == 3_836_021_760
-
-
-def test_both_ways_to_write_the_rotary_embedding_say_the_same(tmp_path):
-    phi, su = read_config(PHI_4_MINI, tmp_path), {**PHI_4_MINI["rope_scaling"], "type": "su"}
-    assert read_config({**PHI_4_MINI, "rope_scaling": su}, tmp_path) == phi
-    now = {key: value for key, value in PHI_4_MINI.items() if not key.startswith(("rope", "partial"))}
-    rope = {**PHI_4_MINI["rope_scaling"], "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
-    rope["rope_type"] = rope.pop("type")
-    assert read_config({**now, "rope_parameters": rope}, tmp_path) == phi
-
-
-def edited(family, change, tmp_path, **overrides):
-    folder = save(random_hf_model(family, **overrides), tmp_path / "hf")
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    return folder
-
-
-def assert_refused(folder, message):
-    with pytest.raises(UserError, match=message) as caught:
-        read_model_spec(folder)
-    assert "config.json" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a Hugging Face folder (Qwen2, Qwen2.5, Qwen3, Qwen3-MoE, Llama, Phi-3, Phi-4) to a Megatron-Core distributed checkpoint."""
+"""Convert a Hugging Face folder (Qwen2 to Qwen3-MoE, Llama, Phi-3, Phi-4) to a Megatron-Core distributed checkpoint."""
 
 import shared
 
