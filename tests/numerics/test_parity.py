@@ -94,6 +94,20 @@ def test_logits_and_every_hidden_state_equal_hugging_face(name, dtype, tolerance
     assert_same_states(*MODELS[name], dtype, tolerance, topology, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["qwen3_head_dim_8_to_2", "llama3_scaling_tied", "phi4_mini_shaped", "phi3_factor"])
+@pytest.mark.parametrize("length", [16, 100_000])
+def test_angles_far_along_are_those_of_transformers_in_a_bfloat16_model_too(name, length, topology, tmp_path):
+    family, overrides = MODELS[name]
+    hf = random_hf_model(family, **overrides)
+    folder = save(hf, tmp_path / "hf")
+    stage = build_model(read_model_spec(folder), topology, torch.bfloat16)
+    positions = torch.arange(length)
+    expected = hf.model.rotary_emb(torch.zeros(1), positions[None])
+    for actual, of_hf in zip(stage[0].rotary(positions, torch.full_like(positions, length)), expected, strict=True):
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual[:, 0], of_hf[0], rtol=0, atol=1e-6)
+
+
 def assert_same_states(family, overrides, dtype, tolerance, topology, tmp_path):
     hf = random_hf_model(family, **overrides).to(dtype)
     folder = save(hf, tmp_path / "hf")
