@@ -1,0 +1,432 @@
+"""Across tokenizers, the teacher reads the student's bytes, and the two are compared exactly where both have read the
+same ones."""
+
+import functools
+import random
+
+import numpy as np
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from examples.demo.tokenizer import build_tokenizer
+from megatron_oprd.data.alignment import end_of_turn_id, make_aligner, sync_points
+from megatron_oprd.data.token_bytes import byte_encoder, token_bytes
+from megatron_oprd.types import UserError
+from tests.helpers import vocabularies
+from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer, qwen_tokenizer
+
+NAMES = ("qwen", "llama_3", "phi_4_mini", "llama_2", "gemma")
+PAIRS = [
+    *(("qwen", name) for name in NAMES[1:]),
+    *((name, "qwen") for name in NAMES[1:]),
+    *(("llama_3", "phi_4_mini"), ("phi_4_mini", "llama_2"), ("llama_2", "gemma"), ("gemma", "llama_3")),
+]
+UNKNOWN_ID = 10**6  # as of a padded embedding
+
+
+@functools.cache
+def tokenizer_named(name, folder):
+    if name == "qwen":
+        return qwen_tokenizer()
+    make = getattr(vocabularies, f"{name}_tokenizer")
+    return make(folder) if name in ("llama_2", "legacy_llama_2", "gemma") else make()
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folders = functools.cache(tmp_path_factory.mktemp)
+    return lambda name: tokenizer_named(name, folders(name))
+
+
+@pytest.fixture(scope="module")
+def aligners(tokenizers):
+    @functools.cache
+    def make(student, teacher):
+        student, teacher = tokenizers(student), tokenizers(teacher)
+        return make_aligner(
+            student, teacher, student_eos_ids=[student.eos_token_id], teacher_end_of_turn_id=end_of_turn_id(teacher)
+        )
+
+    return make
+
+
+def ids_of(tokenizer, text):
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def gpt2_bytes():
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+class Speller:
+    """What each id says, by other means than the code under test: GPT-2's rule, or sentencepiece's own library."""
+
+    def __init__(self, tokenizer, model=None, leading_space=False):
+        self.tokenizer, self.leading_space = tokenizer, leading_space
+        self.model = model and sentencepiece.SentencePieceProcessor(model_file=str(model))
+        self.special = set(tokenizer.all_special_ids)
+        self.special |= {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.piece = functools.cache(self.piece)
+
+    alphabet = gpt2_bytes()
+
+    def piece(self, index):
+        if index in self.special or index >= len(self.tokenizer):
+            return b""
+        if index in self.tokenizer.added_tokens_decoder:
+            return self.tokenizer.added_tokens_decoder[index].content.encode()
+        if self.model is None:
+            return bytes(self.alphabet[character] for character in self.tokenizer.convert_ids_to_tokens(index))
+        piece = self.model.IdToPiece(index)
+        return bytes([int(piece[1:-1], 16)]) if self.model.IsByte(index) else piece.replace("▁", " ").encode()
+
+    def prefixes(self, ids):
+        """The bytes read after each token."""
+        text = b"".join(map(self.piece, ids))
+        skip = self.leading_space and text[:1] == b" "
+        read = [b"".join(map(self.piece, ids[: end + 1])) for end in range(len(ids))]
+        return [prefix[1:] if skip else prefix for prefix in read]
+
+
+@pytest.fixture(scope="module")
+def spellers(tokenizers, tmp_path_factory):
+    @functools.cache
+    def make(name):
+        tokenizer = tokenizers(name)
+        if name not in ("llama_2", "gemma"):
+            return Speller(tokenizer)
+        folder = tmp_path_factory.mktemp(f"model-of-{name}")
+        size = {"llama_2": 1000, "gemma": 800}[name]
+        vocabularies.llama_2_tokenizer(folder, size)
+        return Speller(tokenizer, folder / "tokenizer.model", leading_space=name == "llama_2")
+
+    return make
+
+
+PARTS = (
+    ["0", "7", "12", "345", "2024", "3.14159", "1,000,000", "x1"],
+    [
+        "def f(x):\n    return x+1\n",
+        "a[i]->b;",
+        "\t{",
+        "}\r\n",
+        "\\frac{1}{2}",
+        "$x^2$",
+        "==",
+        "//",
+        "!!!",
+        "```\n\n\n",
+    ],
+    ["😀", "👍🏽", "👩‍👩‍👧", "🇩🇪", "\u200d", "\ufe0f", "\U0001d538", "\U0010ffff"],
+    ["e\u0301", "\u0301", "a\u0308\u0323", "\u212b", "\u2126", "한", "\u1112\u1161", "ﬁ", "क़", "é", "ñ"],
+    ["由此可得", "中", "数学", "ありがとう", "龘", "안녕", "Привет", "ω", "שלום"],
+    [" ", "  ", "   ", "\n", "\n\n", "\t", "\u00a0", "\u3000", "\r"],
+    ["hello", " world", " the", "Don't", "WE'LL", "Camel", "ALLCAPS", "iPhone", "'s"],
+    ["▁", "▁▁a", "<0x41>", "<s>", "</s>", "<|im_end|>", "<|eot_id|>", " <think> ", "\ufffd", "\ud83d", "\udc00", "\0"],
+)
+
+
+def random_text(generator):
+    parts = [generator.choice(generator.choice(PARTS)) for _ in range(generator.randint(0, 7))]
+    text = "".join(parts) + " " * generator.choice([0, 0, 1, 3])
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates replaced
+
+
+def random_response(generator, tokenizer):
+    """A response that was encoded, cut anywhere, disturbed, or sampled at random; with and without EOS."""
+    ids = ids_of(tokenizer, random_text(generator))
+    way = generator.randrange(4)
+    if way == 1:
+        ids = ids[: generator.randint(0, len(ids))]
+    elif way == 2:
+        for _ in range(generator.randint(1, 3)):
+            ids.insert(generator.randint(0, len(ids)), generator.choice([*range(300), UNKNOWN_ID]))
+    elif way == 3:
+        ids = [generator.randrange(len(tokenizer)) for _ in range(generator.randint(0, 12))]
+    return ids + [tokenizer.eos_token_id] * generator.choice([0, 1])
+
+
+def brute_force(said, read):
+    """Every pair of tokens that both add bytes and after which both have read the same."""
+    grown = [[u for u in range(len(each)) if each[u] != (each[u - 1] if u else b"")] for each in (said, read)]
+    return [(t, u) for t in grown[0] for u in grown[1] if said[t] == read[u]]
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_sync_points_are_exactly_where_both_have_read_the_same_bytes(student, teacher, tokenizers, aligners, spellers):
+    generator = random.Random(f"{student} {teacher}")
+    aligner, eos = aligners(student, teacher), tokenizers(student).eos_token_id
+    for _ in range(2000):
+        response = random_response(generator, tokenizers(student))
+        alignment = aligner.align(response)
+        ended = response[-1:] == [eos]
+        text_ids = response[: len(response) - ended]
+        teacher_ids = list(alignment.teacher_ids[: len(alignment.teacher_ids) - ended])
+        said, read = spellers(student).prefixes(text_ids), spellers(teacher).prefixes(teacher_ids)
+        expected = brute_force(said, read) + [(len(said), len(read))] * ended
+        pairs = list(zip(alignment.student_positions, alignment.teacher_positions, strict=True))
+        assert pairs == expected, response
+        assert said[-1:] == read[-1:] or not said[-1], response  # the teacher reads every byte and no other
+        assert alignment.coverage == (len(pairs) / len(response) if response else 1)
+        if ended:
+            assert alignment.teacher_ids[-1] == end_of_turn_id(tokenizers(teacher))
+        _decodes_alike(
+            generator, pairs[: len(pairs) - ended], said, text_ids, teacher_ids, student, teacher, tokenizers
+        )
+
+
+def _decodes_alike(generator, pairs, said, text_ids, teacher_ids, student, teacher, tokenizers):
+    """At one of the pairs, with the decoders of both tokenizers; they agree on how to show valid UTF-8 alone."""
+    if not pairs:
+        return
+    t, u = generator.choice(pairs)
+    if said[t].decode("utf-8", "replace").encode() != said[t]:
+        return
+    texts = [
+        tokenizers(name).decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for name, ids in ((student, text_ids[: t + 1]), (teacher, teacher_ids[: u + 1]))
+    ]
+    assert texts[0] == texts[1] == said[t].decode()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_bytes_come_back_from_their_tokens(name, aligners):
+    student = "phi_4_mini" if name != "phi_4_mini" else "llama_3"
+    encoder, generator = aligners(student, name).teacher, random.Random(name)
+    for _ in range(500):
+        text = generator.choice([b"", b" ", "▁中".encode()]) + generator.randbytes(generator.randint(0, 20))
+        assert encoder.tokens.spell(encoder.encode(text))[0] == text
+
+
+TEXTS = ["Hello world", "x = 12345 + 1", "由此可得 😀", "def f(x):\n    return  x\n", "naïve \t end  ", "a" * 3000]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_teacher_reads_a_text_as_its_own_tokenizer_cuts_it(name, text, tokenizers, aligners):
+    tokenizer, student = tokenizers(name), "phi_4_mini" if name != "phi_4_mini" else "llama_3"
+    alignment = aligners(student, name).align(ids_of(tokenizers(student), text))
+    assert list(alignment.teacher_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pieces_of(tokenizer, *pieces):
+    return tokenizer.convert_tokens_to_ids(list(pieces))
+
+
+def pairs_of(alignment):
+    return list(zip(alignment.student_positions, alignment.teacher_positions, strict=True))
+
+
+def test_pieces_that_split_a_character_meet_at_equal_bytes(tokenizers, aligners):
+    llama_2, phi = tokenizers("llama_2"), tokenizers("phi_4_mini")
+    by_bytes = pieces_of(llama_2, "▁", "<0xE9>", "<0xBE>", "<0x98>", "<0x31>", "<0x32>")  # 龘12
+    alignment = aligners("llama_2", "qwen").align(by_bytes)
+    assert tokenizers("qwen").decode(alignment.teacher_ids) == "龘12"
+    read = aligners("llama_2", "qwen").teacher.tokens.spell(alignment.teacher_ids)[1].tolist()
+    assert pairs_of(alignment) == [(end, read.index(end)) for end in (1, 2, 3, 4, 5) if end in read]
+    assert {(3, read.index(3)), (5, read.index(5))} <= set(pairs_of(alignment))
+    # Both spell an unknown character by its bytes, after the leading space that is not in the text.
+    assert pairs_of(aligners("phi_4_mini", "llama_2").align(ids_of(phi, "龘"))) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_bytes_that_are_no_text_do_not_cost_what_follows(tokenizers, aligners):
+    phi, gemma = tokenizers("phi_4_mini"), tokenizers("gemma")
+    cut = ids_of(phi, "x 龘")[:-1]  # two of its three bytes
+    assert pairs_of(aligners("phi_4_mini", "gemma").align(cut))[-1][0] == len(cut) - 1
+    alignment = aligners("phi_4_mini", "gemma").align(cut + ids_of(phi, " and 1 + 1"))
+    assert "�" in phi.decode(cut)
+    assert gemma.decode(alignment.teacher_ids).endswith(" and 1 + 1")
+    assert alignment.student_positions[-1] == alignment.student_tokens - 1
+
+
+def test_composed_and_other_forms_are_read_as_the_student_wrote_them(tokenizers, aligners):
+    text = "e\u0301 \u2126 \u212b x"  # Qwen's tokenizer writes each as another character
+    ids = ids_of(tokenizers("llama_3"), text)
+    alignment = aligners("llama_3", "qwen").align(ids)
+    assert tokenizers("qwen").decode(alignment.teacher_ids) == text
+    assert alignment.student_positions[-1] == len(ids) - 1
+
+
+def test_the_end_of_turn_follows_an_eos_and_nothing_else(tokenizers, aligners):
+    llama, phi = tokenizers("llama_3"), tokenizers("phi_4_mini")
+    aligner, text, eos, end = aligners("llama_3", "phi_4_mini"), ids_of(llama, "Hello 12"), llama.eos_token_id, 1501
+    assert phi.convert_ids_to_tokens(end) == "<|end|>"
+    truncated, ended = aligner.align(text), aligner.align([*text, eos])
+    assert end not in truncated.teacher_ids
+    assert ended.teacher_ids == (*truncated.teacher_ids, end)
+    assert pairs_of(ended) == [*pairs_of(truncated), (len(text), len(truncated.teacher_ids))]
+    assert pairs_of(aligner.align([eos])) == [(0, 0)]
+    assert aligner.align([eos]).teacher_ids == (end,)
+    # In between it says nothing and ends nothing.
+    assert aligner.align([eos, *text]).teacher_ids == truncated.teacher_ids
+    # Of several EOS tokens each ends a response; another special token does not.
+    other = llama.convert_tokens_to_ids("<|end_of_text|>")
+    assert aligner.align([*text, other]).teacher_ids == truncated.teacher_ids
+    both = make_aligner(llama, phi, student_eos_ids=[other, eos], teacher_end_of_turn_id=end)
+    assert both.align([*text, other]) == both.align([*text, eos]) == ended
+
+
+def test_an_empty_response_has_no_sync_points(aligners):
+    for teacher in ("llama_2", "gemma", "phi_4_mini"):
+        alignment = aligners("qwen", teacher).align([])
+        assert (alignment.teacher_ids, alignment.student_positions, alignment.coverage) == ((), (), 1.0)
+
+
+def test_one_tokenizer_keeps_the_sampled_ids_and_every_position(tmp_path):
+    tokenizer = vocabularies.llama_3_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    aligner = make_aligner(tokenizer, again, student_eos_ids=[1004], teacher_end_of_turn_id=0)
+    never_encoded = [*ids_of(tokenizer, "i"), *ids_of(tokenizer, "n"), 1003, 255, UNKNOWN_ID, 1004]
+    assert ids_of(tokenizer, "in") != never_encoded[:2]
+    alignment = aligner.align(never_encoded)
+    assert alignment.teacher_ids == tuple(never_encoded)
+    assert alignment.student_positions == alignment.teacher_positions == tuple(range(6))
+    assert alignment.coverage == 1
+    cut = aligner.align(never_encoded, prompt_tokens=10, max_tokens=14)
+    assert (cut.teacher_ids, cut.student_positions) == (tuple(never_encoded[:4]), (0, 1, 2, 3))
+
+
+def test_one_tokenizer_of_any_kind_goes_with_itself():
+    aligner = make_aligner(build_tokenizer(), build_tokenizer(), student_eos_ids=[1], teacher_end_of_turn_id=1)
+    assert aligner.align([5, 6, 1]).teacher_ids == (5, 6, 1)
+
+
+def test_special_tokens_are_no_text_and_their_text_is_no_special_token(tokenizers, aligners):
+    llama, phi = tokenizers("llama_3"), tokenizers("phi_4_mini")
+    text = [*ids_of(llama, "a"), 1002, 1003, UNKNOWN_ID, *ids_of(llama, " b")]
+    alignment = aligners("llama_3", "phi_4_mini").align(text)
+    assert phi.decode(alignment.teacher_ids) == "a b"
+    assert pairs_of(alignment) == [(0, 0), (4, 1)]
+    # The student spelled it out: the teacher must not take it for the end of its turn.
+    spelled = aligners("llama_3", "phi_4_mini").align(ids_of(llama, "x <|end|> y"))
+    assert phi.decode(spelled.teacher_ids) == "x <|end|> y"
+    assert not {1500, 1501, 1502, 1503} & set(spelled.teacher_ids)
+
+
+def test_an_ordinary_added_token_is_the_teachers_own_and_takes_no_spaces_with_it(tokenizers, aligners):
+    phi = tokenizers("phi_4_mini")
+    alignment = aligners("qwen", "phi_4_mini").align(ids_of(tokenizers("qwen"), "a <think> b"))
+    assert phi.convert_tokens_to_ids("<think>") in alignment.teacher_ids
+    assert phi.decode(alignment.teacher_ids) == "a <think> b"
+    assert alignment.student_positions[-1] == alignment.student_tokens - 1
+    back = aligners("phi_4_mini", "qwen").align(alignment.teacher_ids)
+    assert tokenizers("qwen").decode(back.teacher_ids) == "a <think> b"
+
+
+@pytest.mark.parametrize("text", ["Hello", " Hello", "  Hello", " ", "   ", "▁Hello", "\nHello"])
+def test_the_leading_space_of_sentencepiece_is_not_in_the_text(text, tokenizers, aligners):
+    for name in ("llama_2", "legacy_llama_2"):
+        alignment = aligners("llama_3", name).align(ids_of(tokenizers("llama_3"), text))
+        assert alignment.student_positions[-1] == alignment.student_tokens - 1
+        if "▁" not in text:
+            assert tokenizers(name).decode(alignment.teacher_ids) == text
+        back = aligners(name, "llama_3").align(alignment.teacher_ids)
+        assert tokenizers("llama_3").decode(back.teacher_ids) == text
+        assert back.student_positions[-1] == back.student_tokens - 1
+
+
+def test_old_and_new_files_of_a_sentencepiece_model_spell_alike(tokenizers):
+    new, old = tokenizers("llama_2"), tokenizers("legacy_llama_2")
+    assert token_bytes(new) == token_bytes(old)
+    assert byte_encoder(new).encode(b" a  \xff b") == byte_encoder(old).encode(b" a  \xff b")
+
+
+def test_what_the_teacher_has_no_room_for_is_cut_with_its_sync_points(tokenizers, aligners):
+    aligner, llama = aligners("llama_3", "phi_4_mini"), tokenizers("llama_3")
+    response = [*ids_of(llama, "x = 1234 + 5678 = 6912, naïve 龘"), llama.eos_token_id]
+    whole = aligner.align(response)
+    length = len(whole.teacher_ids)
+    assert aligner.align(response, prompt_tokens=7, max_tokens=7 + length) == whole
+    for room in range(length):
+        cut = aligner.align(response, prompt_tokens=7, max_tokens=7 + room)
+        assert cut.teacher_ids == whole.teacher_ids[:room]
+        assert cut.teacher_tokens_cut == length - room
+        assert pairs_of(cut) == [(t, u) for t, u in pairs_of(whole) if u < room]
+        assert cut.student_tokens == len(response)
+    assert aligner.align(response, prompt_tokens=9, max_tokens=7).teacher_ids == ()
+
+
+def test_positions_are_chosen_first_and_met_with_the_sync_points_then(tokenizers, aligners):
+    ids = ids_of(tokenizers("qwen"), "x = 1234 + 5678")
+    alignment = aligners("qwen", "llama_3").align(ids)
+    assert len(pairs_of(alignment)) < len(ids)
+    last = range(len(ids) - 4, len(ids))
+    kept = [(t, u) for t, u in pairs_of(alignment) if t in last]
+    assert 0 < len(kept) < 4
+    assert list(zip(*alignment.among(last), strict=True)) == kept
+    assert alignment.among([]) == ((), ())
+    assert aligners("qwen", "llama_3").align([]).among([]) == ((), ())
+
+
+def test_texts_that_differ_have_no_sync_point_beyond():
+    ends = np.array([1, 2, 2, 4, 5])
+    assert [each.tolist() for each in sync_points(b"abcde", ends, b"abcde", np.array([0, 2, 5]))] == [[1, 4], [1, 2]]
+    assert [each.tolist() for each in sync_points(b"abcde", ends, b"abXde", np.array([0, 2, 5]))] == [[1], [1]]
+    assert [each.tolist() for each in sync_points(b"abcde", ends, b"", np.array([], np.int64))] == [[], []]
+
+
+def test_a_teacher_that_cannot_say_a_character_is_compared_up_to_it():
+    poor = Tokenizer(models.BPE({character: index for index, character in enumerate("abcĠ")}, []))
+    poor.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    poor.decoder = decoders.ByteLevel()
+    student, poor = byte_tokenizer(), PreTrainedTokenizerFast(tokenizer_object=poor)
+    aligner = make_aligner(student, poor, student_eos_ids=[258], teacher_end_of_turn_id=9)
+    for rest, points in (("c a", 5), ("xc a", 2), ("xxab", 2), ("中a", 2)):
+        response = [*ids_of(student, "ab" + rest), 258]
+        alignment = aligner.align(response)
+        assert alignment.teacher_ids[-1] == 9
+        assert pairs_of(alignment) == [(t, t) for t in range(points)] + [(5, 5)] * (rest == "c a")
+
+
+def test_limits_saved_with_a_tokenizer_do_not_cut_a_response(tokenizers):
+    teacher = vocabularies.llama_3_tokenizer()
+    teacher.backend_tokenizer.enable_truncation(4)
+    teacher.backend_tokenizer.enable_padding(length=50)
+    encoder = byte_encoder(teacher)
+    assert encoder.tokens.spell(encoder.encode(b"one two three four five six"))[0] == b"one two three four five six"
+    assert teacher.backend_tokenizer.truncation["max_length"] == 4  # the tokenizer itself is as it was
+
+
+def other_kinds():
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    words.decoder = decoders.WordPiece()
+    pieces = Tokenizer(models.BPE({"▁": 0, "a": 1}, []))  # no byte fallback: a text can hold what no token says
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return [build_tokenizer(), *(PreTrainedTokenizerFast(tokenizer_object=each) for each in (words, pieces))]
+
+
+@pytest.mark.parametrize("other", other_kinds())
+def test_other_kinds_are_refused_in_one_line_that_names_the_folder(other, tmp_path):
+    other.save_pretrained(tmp_path)
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for pair in ((other, byte_tokenizer()), (byte_tokenizer(), other)):
+        with pytest.raises(UserError, match="byte-level BPE or a SentencePiece model") as caught:
+            make_aligner(*pair, student_eos_ids=[1], teacher_end_of_turn_id=1)
+        assert str(tmp_path) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("llama_3", "<|eot_id|>"), ("phi_4_mini", "<|end|>"), ("llama_2", "</s>"), ("gemma", "</s>")],
+)
+def test_the_end_of_a_turn_is_what_the_chat_template_writes(name, token, tokenizers):
+    tokenizer = tokenizers(name)
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == token
+
+
+def test_without_a_template_that_ends_a_turn_it_is_the_eos():
+    tokenizer = byte_tokenizer(chat=CHAT_TEMPLATE)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert end_of_turn_id(tokenizer) == 258  # <|im_end|>
+    for template in (None, "{{ messages[0].content }}", "{{ raise_exception('no') }}", "{{ messages[1].content }} ###"):
+        tokenizer.chat_template = template
+        assert end_of_turn_id(tokenizer) == 256
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no token that ends an answer"):
+        end_of_turn_id(tokenizer)
