@@ -62,6 +62,7 @@ def main() -> None:
     if "measured" in options.parts:
         workload = dataclasses.replace(ON_A_GPU if torch.cuda.is_available() else SMALL, **options.workload or {})
         place = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
+        place += f", {workload.layers} layers of width {workload.hidden}"
         record.setdefault("measured", {})[place] = measure(workload, options.methods, options.repeats)
     options.json.write_text(json.dumps(record, indent=1) + "\n")
     options.markdown.write_text(markdown(record))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -97,6 +98,16 @@ def start_process(device: torch.device, timeout_seconds: int = TIMEOUT_SECONDS) 
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    if backend == "gloo":
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Let gloo's threads end while Python runs: one that its end cuts off aborts a process that had done its work."""
+    _made.clear()
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) -> Topology:
