@@ -37,16 +37,16 @@ MEASURED = """## Measured: time and memory on {place}
 
 {versions}.
 
-Qwen2, MLP of width {ffn}, vocabulary {vocabulary:,}, {dtype}: products of the LM head are {ratio} of the blocks' (0.178
-in the paper's model, whose vocabulary is 17 times as wide as its MLP: that ratio sets what logits weigh in memory). Prompts of {prompt} tokens, responses of {responses}; "last" are
-{last} tokens; chunks of {chunk} tokens. `plain torch` is the same update on Hugging Face's model as it would be written
-by hand: rows padded to the longest, logits of all tokens whatever the loss, `gradient_checkpointing_enable()`,
-`torch.optim.AdamW`.
+Qwen2, MLP of width {ffn}, vocabulary {vocabulary:,}, {dtype}: products of the LM head are {ratio} of the blocks'
+(0.178 in the paper's model, whose vocabulary is 17 times as wide as its MLP: that ratio sets what logits weigh in
+memory). Prompts of {prompt} tokens, responses of {responses}; "last" are {last} tokens; chunks of {chunk} tokens.
+`plain torch` is the same update on Hugging Face's model as it would be written by hand: rows padded to the longest,
+logits of all tokens whatever the loss, `gradient_checkpointing_enable()`, `torch.optim.AdamW`.
 
-In passes through the blocks, with h for one product of the LM head, an update is 5 for OPRD (teacher, student, again for
-recomputation, 2 backward) and 6 + 5h for top-16 as authored (one pass more; a head in both forward passes of the student,
-the teacher's and backward): 1.38 times as much at h = 0.178. What is measured above that are softmax and top-k over the
-logits; without recomputation it would be 5 + 5h over 4, 1.47 times.
+In passes through the blocks, with h for one product of the LM head, an update is 5 for OPRD (teacher, student, again
+for recomputation, 2 backward) and 6 + 5h for top-16 as authored (one pass more; a head in both forward passes of the
+student, the teacher's and backward): 1.38 times as much at h = 0.178. What is measured above that are softmax and top-k
+over the logits; without recomputation it would be 5 + 5h over 4, 1.47 times.
 
 Medians of {repeats} updates that take turns; "times OPRD": the median, and the range, of the ratios turn by turn.
 
