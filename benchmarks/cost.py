@@ -26,9 +26,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cost_page import markdown
-from benchmarks.updates import AUTHORED, METHODS, METHODS_IN_TORCH, Workload, describe
+from benchmarks.updates import AUTHORED, LOSSES_IN_TORCH, METHODS, Workload
 from megatron_oprd.layouts import plan_teacher
 from megatron_oprd.training.fake_step import Footprint, trace_update
+from tests.helpers.memory import HONEST
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = 256
@@ -38,8 +39,6 @@ PAPER = Workload(28, 1536, 8960, 12, 2, 151936, PROMPT_TOKENS, (16384 - PROMPT_T
 # memory; `last` as large a part of a response, and as many tokens in a chunk as `auto` makes of its vocabulary.
 SMALL = Workload(28, 192, 1120, 3, 1, 18992, 64, (640, 384, 256, 128), last=79, chunk=220)
 ON_A_GPU = dataclasses.replace(PAPER, responses=(8192 - PROMPT_TOKENS,))
-# Freed memory goes back to the machine at once: residency is what is alive. It costs time, so nothing is timed so.
-HONEST = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def main() -> None:
@@ -101,7 +100,7 @@ def measure(workload: Workload, methods: list[str], repeats: int) -> dict[str, A
     """Seconds of each repeat and the peak of every method. On a CPU all take turns, so that each meets the same
     neighbours; a GPU holds one at a time."""
     pairs = [("megatron_oprd", method) for method in methods]
-    pairs += [("plain torch", method) for method in METHODS_IN_TORCH if method in methods]
+    pairs += [("plain torch", method) for method in LOSSES_IN_TORCH if method in methods]
     seconds: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
     for some in [[pair] for pair in pairs] if torch.cuda.is_available() else [pairs]:
         running = {pair: Updates(*pair, workload) for pair in some}
@@ -127,7 +126,8 @@ class Updates:
     """A process that makes updates of one method when asked."""
 
     def __init__(self, side: str, method: str, workload: Workload, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, str(ROOT / "benchmarks" / "updates.py"), side, method, describe(workload)]
+        sizes = json.dumps(dataclasses.asdict(workload))
+        command = [sys.executable, str(ROOT / "benchmarks" / "updates.py"), side, method, sizes]
         threads = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self._process = subprocess.Popen(
             command,

@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.updates import fill_randomly
 from megatron_oprd import platform
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.models.build import DTYPES, build_model
@@ -65,11 +66,8 @@ def measure(options: argparse.Namespace) -> dict:
     start_process(device)
     topology = build_topology(config.parallel, device, seed=0)
     plan = make_plan(config.loss, spec, spec)
-    torch.manual_seed(0)
     student, teacher = (build_model(spec, topology, DTYPES[options.dtype], lm_head=head) for head in (True, False))
-    for model in (student, teacher):
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    fill_randomly(student, teacher)
     trained = build_student(student, config, plan)
     rollouts = _rollouts(options)
     whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from megatron_oprd import platform
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.layouts import plan_teacher
 from megatron_oprd.models.build import DTYPES, build_model
-from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
@@ -36,7 +36,7 @@ from megatron_oprd.parallel.topology import Topology, build_topology, start_proc
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher_pass import Teacher, teacher_pass
+from megatron_oprd.training.teacher_pass import Teacher, build_frozen, teacher_pass
 from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
 
 Update = Callable[[], None]
@@ -59,7 +59,6 @@ METHODS = {
     "full KL, unchunked": _output("full_kl", "chunk_tokens=null"),
 }
 AUTHORED = "top-16 as authored"  # unchunked, after one more forward pass of the student for its top 16
-METHODS_IN_TORCH = ("OPRD, last tokens", "OPRD, all tokens", AUTHORED, "full KL, unchunked")
 
 
 @dataclass(frozen=True)
@@ -160,14 +159,18 @@ def megatron_update(workload: Workload, method: str, device: torch.device) -> Up
 
 
 def _stages(config: Config, spec: ModelSpec, planned: PlannedTeacher, topology: Topology) -> tuple[Stage, Stage]:
-    plan: LayerPlan = planned.plan
     dtype = DTYPES[config.precision.dtype]
-    torch.manual_seed(0)
-    student = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
-    teacher = build_model(spec, topology, dtype, stages=plan.teacher_stages, lm_head=False)
-    for parameter in [*student.parameters(), *teacher.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+    student = build_model(spec, topology, dtype, stages=planned.plan.student_stages, recompute=config.recompute)
+    teacher = build_frozen(planned, topology, dtype)
+    fill_randomly(student, teacher)
     return student, teacher.eval().requires_grad_(False)
+
+
+def fill_randomly(*models: torch.nn.Module) -> None:
+    """Weights for models that are built without any."""
+    torch.manual_seed(0)
+    for parameter in (parameter for model in models for parameter in model.parameters()):
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
 
 
 @torch.no_grad()
@@ -206,11 +209,13 @@ def torch_update(workload: Workload, method: str, device: torch.device) -> Updat
         responds[row, workload.prompt : length] = 1
         attends[row, :length] = 1
     batch = {"input_ids": tokens.to(device), "attention_mask": attends.to(device)}
-    responds = responds.bool().to(device)
-    loss_of = _states_loss if method.startswith("OPRD") else _logits_loss
+    reads = responds.bool()
+    if method == "OPRD, last tokens":
+        reads &= responds.flip(1).cumsum(1).flip(1) <= workload.last
+    reads = reads.to(device)
 
     def update() -> None:
-        loss_of(student, teacher, batch, responds, method, workload).backward()
+        LOSSES_IN_TORCH[method](student, teacher, batch, reads).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -234,13 +239,8 @@ def _hugging_face(workload: Workload) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).to(DTYPES[workload.dtype])
 
 
-def _states_loss(
-    student: Any, teacher: Any, batch: dict, responds: torch.Tensor, method: str, workload: Workload
-) -> torch.Tensor:
-    reads = responds
-    if method == "OPRD, last tokens":
-        after = responds.flip(1).cumsum(1).flip(1)
-        reads = responds & (after <= workload.last)
+def _states_loss(student: Any, teacher: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
+    """OPRD of all layers on the tokens [rows, tokens] of `reads`."""
     with torch.no_grad():
         targets = teacher(**batch, output_hidden_states=True).hidden_states[1:]
     states = student(**batch, output_hidden_states=True).hidden_states[1:]
@@ -252,24 +252,39 @@ def _states_loss(
     return (torch.stack(errors) * weights).sum(1).mean()
 
 
-def _logits_loss(
-    student: Any, teacher: Any, batch: dict, responds: torch.Tensor, method: str, workload: Workload
-) -> torch.Tensor:
-    reads = responds.roll(-1, 1)  # the logits before each response token
+def _top_loss(student: Any, teacher: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
+    """The top-16 surrogate as authored."""
     with torch.no_grad():
-        if method == AUTHORED:
-            top, _ = _top_and_entropy(student(**batch).logits[reads])
-        log_q = teacher(**batch).logits[reads].float().log_softmax(-1)
-        if method == AUTHORED:
-            log_q = log_q.gather(1, top)
-    log_p = student(**batch).logits[reads].float().log_softmax(-1)
-    if method != AUTHORED:
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    log_p = log_p.gather(1, top)
+        top, _ = _top_and_entropy(_logits(student, batch, reads))
+        log_q = _log_probs(teacher, batch, reads).gather(1, top)
+    log_p = _log_probs(student, batch, reads).gather(1, top)
     advantages = (log_p.softmax(-1) * (log_p - log_q)).detach()
     return (advantages * log_p).sum(-1).mean()
 
 
+def _full_kl_loss(student: Any, teacher: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        log_q = _log_probs(teacher, batch, reads)
+    log_p = _log_probs(student, batch, reads)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _log_probs(model: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
+    return _logits(model, batch, reads).float().log_softmax(-1)
+
+
+def _logits(model: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
+    """[tokens, vocabulary]: those before each token that is read, of the logits of all."""
+    logits: torch.Tensor = model(**batch).logits[reads.roll(-1, 1)]
+    return logits
+
+
+LOSSES_IN_TORCH = {
+    "OPRD, last tokens": _states_loss,
+    "OPRD, all tokens": _states_loss,
+    AUTHORED: _top_loss,
+    "full KL, unchunked": _full_kl_loss,
+}
 SIDES = {"megatron_oprd": megatron_update, "plain torch": torch_update}
 
 
@@ -298,10 +313,6 @@ def main() -> None:
     update()  # makes the optimizer's state
     for line in sys.stdin:
         print({"time": seconds_of, "peak": peak_of}[line.strip()](update, device), flush=True)
-
-
-def describe(workload: Workload) -> str:
-    return json.dumps(asdict(workload))
 
 
 if __name__ == "__main__":

@@ -236,6 +236,11 @@ def teacher_section(name: str) -> str:
     return f"teachers.{name}" if name else "teacher"
 
 
+def teacher_title(name: str) -> str:
+    """What messages call one of `named_teachers`."""
+    return f"teacher {name}" if name else "teacher"
+
+
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     """The configuration from a YAML file (or none) and overrides like `parallel.tensor=2`, the last one winning.
 

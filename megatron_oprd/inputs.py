@@ -16,7 +16,7 @@ from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer, same_v
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.layouts import plan_teacher, world_size
-from megatron_oprd.lengths import check_lengths, check_replayed_lengths, check_room
+from megatron_oprd.lengths import check_lengths, check_replayed_lengths, check_room, longest_prompt
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.topology import check_layout
@@ -65,9 +65,9 @@ class Inputs:
         if self.prompts is None:
             responses = (len(rollout.response_ids) for rollout in self.replayed)
             return Lengths(max(map(longest_reading, self.replayed), default=1), max(responses, default=1))
-        longest = max(max(len(one.prompt_ids), len(one.teacher_prompt_ids or ())) for one in self.prompts.prompts)
         response = self.config.rollout.max_new_tokens
-        return Lengths(min(longest + response, self.student.max_position_embeddings), response)
+        longest = longest_prompt(self.prompts.prompts) + response
+        return Lengths(min(longest, self.student.max_position_embeddings), response)
 
     @property
     def run_dir(self) -> Path:

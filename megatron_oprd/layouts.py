@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from megatron_oprd.config import Config, ParallelConfig, teacher_section
+from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
 from megatron_oprd.parallel.topology import check_layout
@@ -33,7 +33,7 @@ def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: s
         key = f"{section}.parallel"
         check_layout(own_layout, world_size(), key=key)
         check_experts(own_layout.expert, [teacher], key=key)
-        check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=f"teacher {name}".rstrip())
+        check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=teacher_title(name))
     check_recompute(config.recompute, plan.student_stages)
     return PlannedTeacher(of_teacher, teacher, own_layout, plan)
 
@@ -58,7 +58,7 @@ def check_student_layout(
 ) -> None:
     """Raise UserError, naming what would work, when the layout of the student does not suit it or the teacher, called
     `name`, that shares it."""
-    models = {"student": student} if teacher is None else {"student": student, f"teacher {name}".rstrip(): teacher}
+    models = {"student": student} if teacher is None else {"student": student, teacher_title(name): teacher}
     check_experts(parallel.expert, list(models.values()))
     for model, spec in models.items():
         check_divisible(spec, parallel.tensor, parallel.expert, model=model)

@@ -11,6 +11,11 @@ from megatron_oprd.training.global_batch import as_the_teacher_reads
 from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 
 
+def longest_prompt(prompts: Sequence[Prompt]) -> int:
+    """Tokens of the longest prompt that student or teacher reads."""
+    return max(max(len(prompt.prompt_ids), len(prompt.teacher_prompt_ids or ())) for prompt in prompts)
+
+
 def check_room(config: Config, student: ModelSpec, prompts: Sequence[Prompt]) -> None:
     """Raise UserError for a prompt after which the student has no position left for an answer."""
     longest, room = max(len(prompt.prompt_ids) for prompt in prompts), student.max_position_embeddings - 1
@@ -27,7 +32,7 @@ def check_lengths(
     """Raise UserError when a prompt of the student's or a teacher's, with the longest answer, is too long for a
     micro-batch or for the teacher."""
     most = config.rollout.max_new_tokens
-    asked = max(max(len(prompt.prompt_ids), len(prompt.teacher_prompt_ids or ())) for prompt in prompts) + most
+    asked = longest_prompt(prompts) + most
     if asked > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "

@@ -81,13 +81,14 @@ def pack(
     bounds = [0]
     for place, rollout in enumerate(rollouts):
         starts.append(len(tokens) + len(rollout.prompt_ids))
-        padding = -num_tokens(rollout) % sequence_multiple
+        length = num_tokens(rollout)
+        padding = -length % sequence_multiple
         tokens += [*rollout.prompt_ids, *rollout.response_ids, *[pad_id] * padding]
         response += [False] * len(rollout.prompt_ids)
         response += [flag == 1 for flag in rollout.response_mask] + [False] * padding
-        positions += range(num_tokens(rollout) + padding)
-        sequence_ids += [place] * (num_tokens(rollout) + padding)
-        lengths += [num_tokens(rollout)] * (num_tokens(rollout) + padding)
+        positions += range(length + padding)
+        sequence_ids += [place] * (length + padding)
+        lengths += [length] * (length + padding)
         bounds.append(len(tokens))
     padding = -len(tokens) % batch_multiple if tokens else batch_multiple
     if padding:

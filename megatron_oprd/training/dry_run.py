@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_oprd.config import Config, dump_config
+from megatron_oprd.config import Config, dump_config, teacher_title
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.training.fake_step import Footprint
 from megatron_oprd.training.memory import count_parameters, predict_memory
@@ -70,7 +70,7 @@ def _gib(size: int) -> str:
 
 def _describe_teacher(console: Console, name: str, teacher: PlannedTeacher) -> None:
     plan, spec = teacher.plan, teacher.spec
-    title = f"teacher {name}" if name else "teacher"
+    title = teacher_title(name)
     if plan.pairs:
         pairs = Table("student layer", "teacher layer", "pipeline stage", title=f"Compared layers, {title}")
         for pair in plan.pairs:

@@ -93,16 +93,16 @@ def _quiet_board(args: threading.ExceptHookArgs) -> None:
 
 def _told(values: dict[str, float]) -> Iterator[str]:
     """What a step's line on the terminal says of its metrics, of those that were measured."""
-    for name, what, digits in (
-        ("loss", "loss {}", ".4g"),
-        ("rep/cosine", "cosine {}", ".4f"),
-        ("output/reverse_kl", "KL {}", ".4g"),
-        ("grad_norm", "gradient norm {}", ".3g"),
-        ("rollout/length_mean", "length {}", ".1f"),
-        ("time/step", "{} s", ".2f"),
+    for name, text in (
+        ("loss", "loss {:.4g}"),
+        ("rep/cosine", "cosine {:.4f}"),
+        ("output/reverse_kl", "KL {:.4g}"),
+        ("grad_norm", "gradient norm {:.3g}"),
+        ("rollout/length_mean", "length {:.1f}"),
+        ("time/step", "{:.2f} s"),
     ):
         if name in values:
-            yield what.format(format(values[name], digits))
+            yield text.format(values[name])
 
 
 def _keep_up_to(path: Path, step: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.commands import run_ranks
 from tests.helpers.killable import finish
+from tests.helpers.memory import HONEST
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.runs import VOCAB_SIZE, in_folder, prompt_run, replay_run
 
@@ -92,9 +93,7 @@ def test_the_peak_is_what_a_run_takes(tmp_path):
 
 
 def peak_of_a_run(arguments, folder):
-    # Freed memory goes back to the machine at once: residency is what is alive.
-    honest = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "megatron_oprd.train", *arguments]
-    subprocess.run(command, env={**os.environ, **honest, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+    subprocess.run(command, env={**os.environ, **HONEST, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
     last = (folder / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     return json.loads(last)["memory/peak_bytes"]

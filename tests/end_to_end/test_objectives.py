@@ -16,15 +16,20 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.killable import finish
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_metrics, reference_update
-from tests.helpers.runs import HINTED, SOURCES, VOCAB_SIZE, assert_same_export, in_folder, metrics, prompt_run
+from tests.helpers.runs import (
+    HINTED,
+    SOURCES,
+    VOCAB_SIZE,
+    assert_same_export,
+    in_folder,
+    metrics,
+    prompt_run,
+    read_lines,
+)
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 ALONE = ("loss.representation.weight=0", "loss.output.objective=full_kl", "loss.output.metrics_every=1")
 LAYERS = {"num_hidden_layers": 2}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def tensors(folder):
@@ -111,7 +116,7 @@ def test_each_prompt_has_the_teacher_of_its_source(tmp_path):
 def test_a_teacher_among_others_teaches_as_if_alone(tmp_path):
     """Where all prompts are of one source, two teachers do bit for bit what that one does, in any order."""
     arguments = prompt_run(tmp_path, 3, "loss.output.objective=topk_kl", sources=SOURCES, **LAYERS)
-    rows = lines(tmp_path / "prompts.jsonl")
+    rows = read_lines(tmp_path / "prompts.jsonl")
     of_first = [row for row in rows if row["data_source"] == SOURCES[0]]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_first))
     both = [argument for argument in arguments if argument.startswith("teachers.")]
@@ -149,7 +154,7 @@ def test_a_student_learns_from_itself_with_a_hint(tmp_path):
     rows = metrics(tmp_path / "hinted")
     assert all(row["loss"] > 1e-3 for row in rows)
     for step in (1, 2, 3):
-        written = lines(tmp_path / "hinted" / "rollouts" / f"step_{step:07d}.jsonl")
+        written = read_lines(tmp_path / "hinted" / "rollouts" / f"step_{step:07d}.jsonl")
         assert len(written) == 4 and not any("It is" in row["prompt"] for row in written)
     finish(in_folder(arguments, tmp_path / "plain"), tmp_path / "plain.log")
     first = metrics(tmp_path / "plain")[0]

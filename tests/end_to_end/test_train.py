@@ -12,7 +12,7 @@ from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.evaluation.sample import evaluate, score_by_source
 from megatron_oprd.types import Rollout
 from tests.helpers.killable import finish
-from tests.helpers.runs import complete_steps, in_folder, metrics, prompt_run
+from tests.helpers.runs import complete_steps, in_folder, metrics, prompt_run, read_lines
 
 STEPS = 4
 
@@ -23,10 +23,6 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     arguments = prompt_run(folder, STEPS, "evaluation.every=2", num_hidden_layers=2)
     return arguments, folder / "run", finish(arguments, folder / "log")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def contents(folder):
@@ -46,7 +42,7 @@ def test_the_run_folder_says_what_was_run(run):
 
 def test_every_step_has_every_metric(run):
     _, run_dir, _ = run
-    rows = lines(run_dir / "metrics.jsonl")
+    rows = read_lines(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     wanted = {"loss", "grad_norm", "lr", "memory/peak_bytes", "rep/num_tokens"}
     wanted |= {f"rep/{name}{of}" for name in ("mse", "cosine", "student_norm") for of in ("", "/layer_1", "/layer_2")}
@@ -64,13 +60,13 @@ def test_the_run_folder_holds_samples_curves_and_checkpoints(run):
     _, run_dir, _ = run
     assert complete_steps(run_dir) == [2, 4]
     for step in range(1, STEPS + 1):
-        rollouts = lines(run_dir / "rollouts" / f"step_{step:07d}.jsonl")
+        rollouts = read_lines(run_dir / "rollouts" / f"step_{step:07d}.jsonl")
         assert len(rollouts) == 4
         assert all(rollout["prompt"].startswith("<|im_start|>user") for rollout in rollouts)
-    evaluations = lines(run_dir / "evaluations.jsonl")
+    evaluations = read_lines(run_dir / "evaluations.jsonl")
     assert [(row["step"], row["name"]) for row in evaluations] == [(0, "before"), (2, "step 2"), (4, "after")]
     assert all(list(row["data"]) == ["sums/0", "sums/1", "all"] for row in evaluations)
-    assert len(lines(run_dir / "evaluations" / "step_0000002.jsonl")) == 5 * 2
+    assert len(read_lines(run_dir / "evaluations" / "step_0000002.jsonl")) == 5 * 2
     assert any((run_dir / "tensorboard").iterdir())
     assert "<html" in (run_dir / "report.html").read_text()
     assert not [path for path in run_dir.rglob("*") if path.suffix in (".tmp", ".partial", ".new")]
@@ -102,7 +98,10 @@ def test_a_student_can_start_from_a_training_checkpoint(run, tmp_path):
     checkpoint = run_dir / "checkpoints" / "step_0000004" / "model"
     settings = [f"student.path={checkpoint}", "train.steps=1", "evaluation.every=1"]
     finish([*in_folder(arguments, tmp_path / "next"), *settings], tmp_path / "log")
-    (first, _), (*_, last) = lines(tmp_path / "next" / "evaluations.jsonl"), lines(run_dir / "evaluations.jsonl")
+    (first, _), (*_, last) = (
+        read_lines(tmp_path / "next" / "evaluations.jsonl"),
+        read_lines(run_dir / "evaluations.jsonl"),
+    )
     assert first["data"] == last["data"]
     # The cosine rate starts at its maximum here: the exported tokenizer and weights are whole.
     assert metrics(tmp_path / "next")[0]["lr"] == 1e-3
@@ -136,6 +135,6 @@ def test_evaluate_grades_what_transformers_would_answer(run, tmp_path):
     samples = evaluate(greedy(model, tokenizer, 6), prompts, tokenizer, step=0)
     scores = json.loads((tmp_path / "run" / "evaluation" / "scores.json").read_text())
     assert scores["data"] == score_by_source(samples, 1)
-    written = lines(tmp_path / "run" / "evaluation" / "samples.jsonl")
+    written = read_lines(tmp_path / "run" / "evaluation" / "samples.jsonl")
     assert [row["response"] for row in written] == [sample.response_text for sample in samples]
     assert [row["correct"] for row in written] == [sample.correct for sample in samples]

@@ -65,6 +65,8 @@ def _read(
     named = config.named_teachers
     teachers = {name: _open_model(of.path, student.dtype) for name, of in named.items()}
     vocab_size = min(model.config.vocab_size for model in (student, *teachers.values()))
+    spec = read_model_spec(config.student.path)
+    plans = {name: make_plan(config.loss, spec, read_model_spec(of.path)) for name, of in named.items()}
     sequences, logits = [], []
     for rollout in some_rollouts(student.config.vocab_size) if rollouts is None else rollouts:
         name = rollout.data_source if len(teachers) > 1 else next(iter(teachers))
@@ -72,7 +74,7 @@ def _read(
         with torch.no_grad():
             prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
             targets, of_teacher = _states(teachers[name], prompt_ids, rollout, config)
-        plan = make_plan(config.loss, read_model_spec(config.student.path), read_model_spec(named[name].path))
+        plan = plans[name]
         sequences.append(
             (states, {pair.student: targets[pair.teacher] for pair in plan.pairs}, 0, rollout.response_mask)
         )

@@ -99,9 +99,14 @@ def in_folder(arguments: list[str], run_dir: Path) -> list[str]:
     return [*arguments, f"train.run_dir={run_dir}"]
 
 
+def read_lines(path: Path) -> list[Any]:
+    """The values of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def metrics(run_dir: Path) -> list[dict[str, float]]:
     """The lines of metrics.jsonl without what no two runs have in common: times and memory."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_lines(run_dir / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
 
 

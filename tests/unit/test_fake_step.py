@@ -24,9 +24,10 @@ from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.memory import Share, _rank_parameters, count_parameters
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher_pass import Teacher, teacher_pass
+from megatron_oprd.training.teacher_pass import Teacher, build_frozen, teacher_pass
 from megatron_oprd.types import LongRope, ModelSpec, Rollout
 from tests.helpers.distributed import forked_process
+from tests.helpers.memory import HONEST
 
 DEVICE = torch.device("cpu")
 FULL = ("recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1")
@@ -79,12 +80,13 @@ def update(tokens, sizes, overrides):
     """Two updates, the second one's peak measured."""
     config, spec, rollouts = config_of(tokens, *overrides), spec_of(**sizes), rollouts_of(tokens)
     topology = build_topology(config.parallel, DEVICE, seed=0)
-    plan = plan_teacher(config, spec, spec).plan
+    planned = plan_teacher(config, spec, spec)
+    plan = planned.plan
     whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)
     batches = whole.micro_batches(config.batch, spec, topology)
     dtype = DTYPES[config.precision.dtype]
     stage = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
-    frozen = build_model(spec, topology, dtype, stages=plan.teacher_stages, lm_head=False)
+    frozen = build_frozen(planned, topology, dtype)
     for parameter in [*stage.parameters(), *frozen.parameters()]:
         torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
     frozen.eval().requires_grad_(False)
@@ -119,10 +121,8 @@ def _trace(sender, config, spec, rollouts, where):
 @pytest.mark.parametrize("overrides", [("precision.dtype=fp32",), ("precision.dtype=bf16", *FULL)])
 def test_the_peak_is_that_of_a_real_update(overrides):
     case = {"tokens": 2048, "sizes": {"layers": 4, "hidden": 512, "vocabulary": 8192}, "overrides": overrides}
-    # Freed memory goes back to the machine at once: residency is what is alive.
-    honest = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "tests.unit.test_fake_step", json.dumps(case)]
-    environment = {**os.environ, **honest, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **HONEST, "OMP_NUM_THREADS": "1"}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     predicted = traced(config_of(2048, *overrides), spec_of(**case["sizes"]), rollouts_of(2048), rank=0, world=1)
     assert predicted.peak == pytest.approx(int(output.split()[-1]), rel=0.1)
