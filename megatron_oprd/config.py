@@ -74,6 +74,22 @@ class RepresentationConfig(_Section):
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
     final_norm: bool = True
     shift: Literal[0, -1] = 0
+    bridge: str | None = None  # what `megatron_oprd.bridge.fit` wrote (OPRD-Bridge); None: OPRD-Vanilla
+    train_bridge: bool = False  # whether the student's side of the bridge moves
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_a_bridge(cls, values: Any) -> Any:
+        """OPRD-Bridge has defaults of its own; the resolved configuration shows them."""
+        if isinstance(values, dict) and values.get("bridge") is not None:
+            return {"weight": 10.0, "normalize": "l2", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _a_bridge_to_train(self) -> RepresentationConfig:
+        if self.train_bridge and self.bridge is None:
+            raise ValueError("loss.representation.train_bridge=true needs loss.representation.bridge")
+        return self
 
 
 class OutputConfig(_Section):
@@ -174,6 +190,29 @@ class EvaluationConfig(_Section):
     max_new_tokens: int = Field(31744, ge=1)
 
 
+class HealthConfig(_Section):
+    """What watches for a collapse: `every` so many steps (0: never)."""
+
+    every: int = Field(0, ge=0)
+    prompts: int = Field(64, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+    perplexity_ratio: float = Field(2.0, gt=1.0)
+    stop: bool = False
+
+
+class BridgeConfig(_Section):
+    """What `megatron_oprd.bridge.fit` does; a training run does not read it."""
+
+    prompts: int = Field(2000, ge=2)
+    ranks: list[Annotated[int, Field(ge=1)]] = Field([8], min_length=1)
+    held_out_fraction: float = Field(0.1, gt=0.0, lt=1.0)
+    method: Literal["closed_form", "adamw"] = "closed_form"
+    ridges: list[Annotated[float, Field(ge=0.0)]] = Field([0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1], min_length=1)
+    epochs: int = Field(20, ge=1)  # of adamw
+    lr: float = Field(1.0e-4, gt=0.0)  # of adamw
+    save_every: int = Field(10, ge=1)
+
+
 class Config(_Section):
     student: StudentConfig
     teacher: TeacherConfig | None = None
@@ -190,6 +229,18 @@ class Config(_Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    health: HealthConfig = HealthConfig()
+    bridge: BridgeConfig = BridgeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _health_of_a_bridge(cls, values: Any) -> Any:
+        """A student led by a bridge alone may collapse: it is watched unless the user says otherwise."""
+        match values:
+            case {"loss": {"representation": {"bridge": str()}}}:
+                health = values.get("health", {})
+                return {**values, "health": {"every": 10, **health} if isinstance(health, dict) else health}
+        return values
 
     @model_validator(mode="after")
     def _prompts_or_replay(self) -> Config:

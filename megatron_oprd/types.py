@@ -106,6 +106,16 @@ class LayerPair:
 
 
 @dataclass(frozen=True)
+class PairBridge:
+    """What makes the two layers of a pair comparable (OPRD eq. (12)-(14)), float32: z_S = P_S h_S against
+    z_T = P_T (h_T - mu_T), r numbers a token."""
+
+    student_map: torch.Tensor  # P_S [r, d_S]
+    teacher_map: torch.Tensor  # P_T [r, d_T], orthonormal rows, the leading principal direction first
+    teacher_mean: torch.Tensor  # mu_T [d_T]
+
+
+@dataclass(frozen=True)
 class StepReport:
     """What one student update tells: the global loss, the gradient norm before clipping and the metrics by name."""
 
