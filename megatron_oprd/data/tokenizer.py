@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -58,3 +60,16 @@ def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerB
     return all(
         ids.get(token, index) == index and tokens.get(index, token) == token for token, index in other_ids.items()
     )
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What identifies a tokenizer with its chat template: `sha256:` and 64 hexadecimal digits over what it does, not
+    over the files it came from. Raises UserError for a tokenizer without a Rust backend."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"the tokenizer in {tokenizer.name_or_path or '(unnamed)'} is no fast one; add tokenizer.json")
+    pipeline = json.loads(backend.to_str())
+    for setting in ("padding", "truncation"):  # of the last call, not of the tokenizer
+        pipeline.pop(setting, None)
+    text = json.dumps([pipeline, tokenizer.chat_template], sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

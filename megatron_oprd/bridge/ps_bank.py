@@ -1,0 +1,115 @@
+"""The bridge files of the paper's authors, `ps_bank.pt`, which number layers from 0. No communication."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_oprd.files import write_folder
+from megatron_oprd.types import LayerPair, PairBridge, UserError
+
+FILE = "ps_bank.pt"
+_PROJECTOR = re.compile(r"projectors\.s?(\d+)_t?(\d+)\.weight")
+
+
+def write_ps_bank(folder: str | Path, maps: Mapping[LayerPair, PairBridge]) -> None:
+    """Write `ps_bank.pt` into a new folder, as the authors' scripts read it. Raises UserError for a folder that holds
+    something and for a disk that does not take it."""
+    bank: dict[str, Any] = {
+        "rank": len(next(iter(maps.values())).student_map),
+        "subspace_mode": "full",
+        "projector_type": "linear",
+        "layer_pairs": [{"student_layer": p.student - 1, "teacher_layer": p.teacher - 1} for p in maps],
+        "state_dict": {},
+        "frozen_pt_weights": {},
+        "frozen_pt_means": {},
+    }
+    for pair, bridge in maps.items():
+        key = f"s{pair.student - 1}_t{pair.teacher - 1}"
+        bank["state_dict"][f"projectors.{key}.weight"] = bridge.student_map.cpu()
+        bank["frozen_pt_weights"][key] = bridge.teacher_map.cpu()
+        bank["frozen_pt_means"][key] = bridge.teacher_mean.cpu()
+    with write_folder(folder) as partial:
+        torch.save(bank, partial / FILE)
+
+
+def read_ps_bank(path: str | Path) -> dict[LayerPair, PairBridge]:
+    """The maps of a `ps_bank.pt` by real layer numbers, float32, on the CPU; only tensors and plain values are
+    unpickled. Shapes are the caller's to check.
+
+    Raises UserError, one line that names the file, when it cannot be read, when its projectors are not linear and
+    frozen on the teacher's side, and when anything of a pair is missing.
+    """
+    bank = _load(Path(path))
+    kind, mode = bank.get("projector_type", "linear"), bank.get("subspace_mode", "full")
+    if kind != "linear" or mode != "full":
+        raise UserError(
+            f"{path} has projector_type={kind}, subspace_mode={mode}; only linear projectors of the mode full can be "
+            "used"
+        )
+    parts = {name: _tensors(path, bank, name) for name in ("state_dict", "frozen_pt_weights", "frozen_pt_means")}
+    pairs = _pairs(path, bank, parts["state_dict"])
+
+    def part(name: str, pair: LayerPair, form: str) -> torch.Tensor:
+        student, teacher = pair.student - 1, pair.teacher - 1
+        keys = [form.format(f"s{student}_t{teacher}"), form.format(f"{student}_{teacher}")]  # the second: older files
+        for key in keys:
+            if key in parts[name]:
+                return parts[name][key].float()
+        raise UserError(
+            f"{path}: {name} lacks {keys[0]}, of student layer {pair.student} and teacher layer {pair.teacher}"
+        )
+
+    return {
+        pair: PairBridge(
+            student_map=part("state_dict", pair, "projectors.{}.weight"),
+            teacher_map=part("frozen_pt_weights", pair, "{}"),
+            teacher_mean=part("frozen_pt_means", pair, "{}"),
+        )
+        for pair in pairs
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        bank = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} is no file of tensors that torch.load can read safely: {reason}") from None
+    if not isinstance(bank, dict):
+        raise UserError(f"{path} holds a {type(bank).__name__}, no ps_bank")
+    return bank
+
+
+def _tensors(path: str | Path, bank: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
+    part = bank.get(name)
+    if not isinstance(part, dict) or not all(isinstance(value, torch.Tensor) for value in part.values()):
+        raise UserError(f"{path} has no tensors by name in {name}: it is no ps_bank")
+    return part
+
+
+def _pairs(path: str | Path, bank: Mapping[str, Any], projectors: Mapping[str, torch.Tensor]) -> list[LayerPair]:
+    """The pairs of `layer_pairs`, or of the projectors where it is missing; one in only one of them is an error."""
+    names = {name: _PROJECTOR.fullmatch(name) for name in projectors}
+    unknown = [name for name, match in names.items() if match is None]
+    if unknown:
+        raise UserError(f"{path}: state_dict holds {unknown[0]}, which is no linear projector of a pair of layers")
+    held = {LayerPair(int(match[1]) + 1, int(match[2]) + 1) for match in names.values() if match}
+    try:
+        listed = [LayerPair(int(p["student_layer"]) + 1, int(p["teacher_layer"]) + 1) for p in bank["layer_pairs"]]
+    except KeyError:
+        listed = sorted(held, key=lambda pair: (pair.student, pair.teacher))
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: layer_pairs is no list of student_layer and teacher_layer") from None
+    for pair in held - set(listed):
+        raise UserError(
+            f"{path}: layer_pairs lacks the pair of student layer {pair.student} and teacher layer {pair.teacher}"
+        )
+    return listed

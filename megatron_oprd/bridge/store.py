@@ -1,0 +1,229 @@
+"""The bridge file: a folder with `bridge.json` and `bridge.safetensors`, checked before anything uses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megatron_oprd.bridge.ps_bank import read_ps_bank
+from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, PairStatistics, Positions
+from megatron_oprd.files import write_folder, write_json
+from megatron_oprd.types import LayerPair, PairBridge, UserError
+
+DOCUMENT, TENSORS = "bridge.json", "bridge.safetensors"
+FORMAT = 1
+HOW_TO_FIT = "fit one with `python -m megatron_oprd.bridge.fit`"
+_ORTHONORMAL = 1e-3  # how far P_T P_T^T may be from the identity
+
+
+@dataclass(frozen=True)
+class _Pair:
+    student: int
+    teacher: int
+    statistics: PairStatistics | None
+
+
+@dataclass(frozen=True)
+class _Document:
+    """`bridge.json`, beside its number of the format."""
+
+    __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    rank: int
+    origin: Origin
+    pairs: tuple[_Pair, ...]
+
+
+def write_bridge(folder: str | Path, bridge: Bridge) -> None:
+    """Write a bridge into a new folder, whole or not at all. No communication.
+
+    Raises UserError for a folder that holds something, a disk that does not take it and a bridge that `read_bridge`
+    would not take.
+    """
+    _check_maps(folder, bridge)
+    pairs = tuple(_Pair(pair.student, pair.teacher, bridge.statistics.get(pair)) for pair in bridge.maps)
+    document = _Document(bridge.rank, bridge.origin, pairs)
+    tensors = {
+        f"{_prefix(pair)}.{field.name}": getattr(maps, field.name).detach().cpu().clone().contiguous()
+        for pair, maps in bridge.maps.items()
+        for field in dataclasses.fields(PairBridge)
+    }
+    with write_folder(folder) as partial:
+        save_file(tensors, partial / TENSORS)
+        write_json(partial / DOCUMENT, {"format": FORMAT, **dataclasses.asdict(document)})
+
+
+def read_bridge(path: str | Path) -> Bridge:
+    """The bridge of a folder that `write_bridge` wrote, or of the authors' `ps_bank.pt`; maps on the CPU.
+
+    Raises UserError, one line that names the file and what is wrong with it. No communication.
+    """
+    path = Path(path)
+    if path.suffix == ".pt":
+        bridge = _of_ps_bank(path, read_ps_bank(path))
+    else:
+        document = _read_document(path)
+        pairs = {LayerPair(pair.student, pair.teacher): pair.statistics for pair in document.pairs}
+        statistics = {pair: one for pair, one in pairs.items() if one is not None}
+        bridge = Bridge(document.rank, _read_maps(path / TENSORS, tuple(pairs)), statistics, document.origin)
+        path = path / TENSORS
+    _check_maps(path, bridge)
+    return bridge
+
+
+def check_bridge(
+    bridge: Bridge,
+    path: str | Path,
+    *,
+    pairs: Sequence[LayerPair],
+    student: ModelOrigin,
+    teacher: ModelOrigin,
+    positions: Positions,
+) -> Bridge:
+    """The bridge restricted to `pairs`, in their order, after holding it against the models and positions of a run.
+
+    What either side does not know is not compared: see `unchecked`. Raises UserError that names `path`, the first
+    thing that differs, or the first pair that is missing. No communication.
+    """
+    for model, then, now in (("student", bridge.origin.student, student), ("teacher", bridge.origin.teacher, teacher)):
+        for name in ("num_layers", "hidden_size", "hash", "tokenizer"):
+            fitted, asked = getattr(then, name), getattr(now, name)
+            if fitted is not None and asked is not None and fitted != asked:
+                raise UserError(
+                    f"{path} was fitted for another {model} ({then.path or 'of unknown path'}, {name} "
+                    f"{_short(fitted)}) than {now.path} ({name} {_short(asked)}); {HOW_TO_FIT} for this one"
+                )
+    if bridge.origin.positions not in (None, positions):
+        for name, fitted in dataclasses.asdict(bridge.origin.positions).items():
+            asked = getattr(positions, name)
+            if fitted != asked:
+                key = {"mode": "positions"}.get(name, name)
+                raise UserError(
+                    f"{path} was fitted with {key}={json.dumps(fitted)}, the run has loss.representation.{key}="
+                    f"{json.dumps(asked)}; set it to that or {HOW_TO_FIT}"
+                )
+    for pair in pairs:
+        if pair not in bridge.maps:
+            raise UserError(
+                f"{path} has no maps for student layer {pair.student} and teacher layer {pair.teacher}; {HOW_TO_FIT} "
+                "for the layers of this run"
+            )
+    return dataclasses.replace(
+        bridge,
+        maps={pair: bridge.maps[pair] for pair in pairs},
+        statistics={pair: bridge.statistics[pair] for pair in pairs if pair in bridge.statistics},
+    )
+
+
+def unchecked(bridge: Bridge) -> list[str]:
+    """What `check_bridge` cannot hold against a run because the file does not say it, in words."""
+    names = {"hash": "weights", "num_layers": "number of layers", "tokenizer": "tokenizer"}
+    origin = bridge.origin
+    missing = [
+        f"the {model}'s {words}"
+        for model, one in (("student", origin.student), ("teacher", origin.teacher))
+        for name, words in names.items()
+        if getattr(one, name) is None
+    ]
+    return missing + (["the positions"] if origin.positions is None else [])
+
+
+def _of_ps_bank(path: Path, maps: dict[LayerPair, PairBridge]) -> Bridge:
+    first = next(iter(maps.values()), None)
+    if first is None or first.student_map.ndim != 2 or first.teacher_map.ndim != 2:
+        raise UserError(f"{path} holds no pair of layers with two matrices")
+    student, teacher = (
+        ModelOrigin(path=None, hash=None, num_layers=None, hidden_size=matrix.shape[-1], tokenizer=None)
+        for matrix in (first.student_map, first.teacher_map)
+    )
+    origin = Origin(student, teacher, None, None, method="adamw", coverage=None, seed=None, version=None)
+    return Bridge(rank=len(first.student_map), maps=maps, statistics={}, origin=origin)
+
+
+def _read_document(folder: Path) -> _Document:
+    path = folder / DOCUMENT
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no bridge at {folder}: {DOCUMENT} is missing; {HOW_TO_FIT}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}, the one that this version reads; {HOW_TO_FIT}")
+    try:
+        document = pydantic.TypeAdapter(_Document).validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+    if len({(pair.student, pair.teacher) for pair in document.pairs}) < len(document.pairs):
+        raise UserError(f"{path}: pairs names a pair of layers twice")
+    return document
+
+
+def _read_maps(path: Path, pairs: Sequence[LayerPair]) -> dict[LayerPair, PairBridge]:
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, but {DOCUMENT} is there") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or corrupt: {error}") from None
+    parts = [field.name for field in dataclasses.fields(PairBridge)]
+    expected = {f"{_prefix(pair)}.{part}" for pair in pairs for part in parts}
+    for name in sorted(expected ^ tensors.keys()):
+        verb = "lacks" if name in expected else "holds"
+        raise UserError(f"{path} {verb} {name}, which {DOCUMENT} {'names' if name in expected else 'does not name'}")
+    return {pair: PairBridge(**{part: tensors[f"{_prefix(pair)}.{part}"] for part in parts}) for pair in pairs}
+
+
+def _check_maps(path: str | Path, bridge: Bridge) -> None:
+    """Raise UserError for maps that no fit can have made."""
+    if bridge.rank < 1 or not bridge.maps:
+        raise UserError(f"{path} has rank {bridge.rank} and {len(bridge.maps)} pairs of layers; both must be 1 or more")
+    widths = {"student": bridge.origin.student.hidden_size, "teacher": bridge.origin.teacher.hidden_size}
+    shapes = {
+        "student_map": (bridge.rank, widths["student"]),
+        "teacher_map": (bridge.rank, widths["teacher"]),
+        "teacher_mean": (widths["teacher"],),
+    }
+    seen: dict[int, tuple[LayerPair, PairBridge]] = {}
+    for pair, maps in bridge.maps.items():
+        for name, shape in shapes.items():
+            tensor, where = getattr(maps, name), f"{path}: {_prefix(pair)}.{name}"
+            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+                raise UserError(
+                    f"{where} is {tensor.dtype} of shape {tuple(tensor.shape)}, it must be torch.float32 of {shape}"
+                )
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{where} has entries that are NaN or infinite")
+        for model, layer in (("student", pair.student), ("teacher", pair.teacher)):
+            depth = getattr(bridge.origin, model).num_layers
+            if layer < 1 or (depth is not None and layer > depth):
+                raise UserError(f"{path}: {_prefix(pair)} names a layer that the {model} does not have")
+        deviation = maps.teacher_map @ maps.teacher_map.T - torch.eye(bridge.rank).to(maps.teacher_map)
+        if deviation.abs().max() > _ORTHONORMAL:
+            raise UserError(f"{path}: the rows of {_prefix(pair)}.teacher_map are not orthonormal")
+        other, first = seen.setdefault(pair.teacher, (pair, maps))
+        if not all(torch.equal(getattr(first, name), getattr(maps, name)) for name in ("teacher_map", "teacher_mean")):
+            raise UserError(
+                f"{path}: {_prefix(other)} and {_prefix(pair)} share a teacher layer but not its map and mean"
+            )
+
+
+def _prefix(pair: LayerPair) -> str:
+    return f"student_{pair.student}.teacher_{pair.teacher}"
+
+
+def _short(value: Any) -> Any:
+    return value[:19] if isinstance(value, str) else value
