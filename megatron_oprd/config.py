@@ -45,6 +45,18 @@ class DataConfig(_Section):
     shuffle: bool = True
     append_instruction: Literal["auto"] | bool = "auto"
     chat_template_kwargs: dict[str, Any] = {}
+    teacher_chat_template_kwargs: dict[str, Any] | None = None  # None: as chat_template_kwargs
+
+    @property
+    def own_teacher_prompts(self) -> bool:
+        """Whether teachers read other prompts than the student, in the same tokens or not."""
+        return self.teacher_prompt_key is not None or self.teacher_chat_template_kwargs is not None
+
+    @property
+    def teacher_kwargs(self) -> dict[str, Any]:
+        """What the chat template of a teacher's prompt is given."""
+        own = self.teacher_chat_template_kwargs
+        return self.chat_template_kwargs if own is None else own
 
 
 class RolloutConfig(_Section):

@@ -11,12 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd import platform
 from megatron_oprd.config import Config, teacher_section
+from megatron_oprd.data.alignment import Aligner, align_rollouts, end_of_turn_id, make_aligner
+from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer, same_vocabulary
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.layouts import plan_teacher, world_size
-from megatron_oprd.lengths import check_lengths, check_replayed_lengths, check_room, longest_prompt
+from megatron_oprd.lengths import check_lengths, check_replayed_lengths, check_room, longest_prompt, teacher_room
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.topology import check_layout
@@ -37,6 +39,7 @@ class Inputs:
     prompts: PromptSet | None
     evaluation_prompts: PromptSet | None
     replayed: list[Rollout]
+    aligner: Aligner | None = None  # for a teacher with another tokenizer, the only one; None: all read the same ids
 
     @property
     def plan(self) -> LayerPlan:
@@ -45,7 +48,10 @@ class Inputs:
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that all models know. (Models of one tokenizer pad their vocabularies to different sizes.)"""
+        """Token ids that all models know which read them, as a teacher with another tokenizer does not. (Models of one
+        tokenizer pad their vocabularies to different sizes.)"""
+        if self.aligner is not None:
+            return self.student.vocab_size
         return min(self.student.vocab_size, *(teacher.spec.vocab_size for teacher in self.teachers.values()))
 
     @property
@@ -57,7 +63,7 @@ class Inputs:
     def own_prompts(self) -> bool:
         """Whether teachers may read other prompts than the student."""
         replayed = any(rollout.teacher_prompt_ids is not None for rollout in self.replayed)
-        return self.config.data.teacher_prompt_key is not None or replayed
+        return self.config.data.own_teacher_prompts or self.aligner is not None or replayed
 
     @property
     def lengths(self) -> Lengths:
@@ -73,9 +79,17 @@ class Inputs:
     def run_dir(self) -> Path:
         return Path(self.config.train.run_dir)
 
+    def aligned(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts with what a teacher with another tokenizer reads of them; else as they are. No communication."""
+        if self.aligner is None:
+            return list(rollouts)
+        (teacher,) = self.teachers.values()
+        return align_rollouts(self.aligner, rollouts, teacher_room(self.config, teacher))
 
-def read_inputs(config: Config) -> Inputs:
-    """Read and check everything but the weights themselves. Raises UserError, one line, for the first thing wrong."""
+
+def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
+    """Read and check everything but the weights themselves. Raises UserError, one line, for the first thing wrong.
+    `fitting`: for making the bridge that a teacher with another tokenizer needs."""
     platform.choose_device(config.train.device)
     check_writable(config.train.run_dir)
     check_layout(config.parallel, world_size())
@@ -85,47 +99,72 @@ def read_inputs(config: Config) -> Inputs:
     check_weights(config.student.path, student)
     for teacher in teachers.values():
         check_weights(teacher.config.path, teacher.spec)
-    vocab_size = min(student.vocab_size, *(spec.vocab_size for spec in specs.values()))
-    replayed = _replayed(config, vocab_size) if config.rollout.engine == "replay" else []
-    tokenizer = prompts = evaluation_prompts = None
-    if config.rollout.engine == "megatron" or config.evaluation.every:
-        tokenizer = _tokenizer(config, student, teachers)
+    tokenizer = other = aligner = prompts = evaluation_prompts = None
+    with_bridge = fitting or config.loss.representation.bridge is not None
+    if config.rollout.engine == "megatron" or config.evaluation.every or with_bridge:
+        tokenizer, other = _tokenizers(config, student, teachers, with_bridge=with_bridge)
+    if tokenizer is not None and other is not None:
+        end = end_of_turn_id(other, config.data.teacher_kwargs)
+        aligner = make_aligner(tokenizer, other, student_eos_ids=student.eos_token_ids, teacher_end_of_turn_id=end)
+    replayed = _replayed(config, student, teachers, aligner) if config.rollout.engine == "replay" else []
     if tokenizer is not None and config.rollout.engine == "megatron":
-        prompts = load_prompts(config.data.prompts, tokenizer, config.data)
+        prompts = load_prompts(config.data.prompts, tokenizer, config.data, teacher_tokenizer=other)
     if tokenizer is not None and config.evaluation.every:
         evaluation_prompts = read_evaluation_prompts(config, tokenizer)
     _check_sources(config, prompts.prompts if prompts else replayed)
     for asked in filter(None, (prompts, evaluation_prompts)):
         check_room(config, student, asked.prompts)
     if prompts is not None:
-        check_lengths(config, student, teachers, prompts.prompts)
-    check_replayed_lengths(config, student, teachers, replayed)
-    return Inputs(config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed)
+        check_lengths(config, student, teachers, prompts.prompts, other_tokenizer=other is not None)
+    check_replayed_lengths(config, student, teachers, replayed, other_tokenizer=other is not None)
+    return Inputs(config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed, aligner)
 
 
 def read_evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     """The prompts of `evaluation.data`. Raises UserError when none are named."""
     if not config.evaluation.data:
         raise UserError("evaluation.data: name at least one prompt file with answers to evaluate on")
-    data = config.data.model_copy(update={"teacher_prompt_key": None})  # no teacher reads these
+    # No teacher reads these.
+    data = config.data.model_copy(update={"teacher_prompt_key": None, "teacher_chat_template_kwargs": None})
     return load_prompts(config.evaluation.data, tokenizer, data)
 
 
-def _tokenizer(config: Config, student: ModelSpec, teachers: dict[str, PlannedTeacher]) -> PreTrainedTokenizerBase:
-    """The student's tokenizer. The teachers read the student's token ids, so they must mean the same to them."""
-    tokenizer = load_tokenizer(config.student.path)
+def _tokenizers(
+    config: Config, student: ModelSpec, teachers: dict[str, PlannedTeacher], *, with_bridge: bool
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
+    """The student's tokenizer, and the teacher's where it is another one: without it the teachers read the student's
+    token ids, which must mean the same to them."""
+    tokenizer, other = load_tokenizer(config.student.path), None
     check_tokenizer(tokenizer, student)
     for name, teacher in teachers.items():
         path = teacher.config.path
-        key = f"{teacher_section(name)}.path"
-        check_tokenizer(tokenizer, teacher.spec, f"{key}={path}")
+        model = f"{teacher_section(name)}.path={path}"
         has_own = any((Path(path) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
-        if has_own and not same_vocabulary(tokenizer, load_tokenizer(path)):
-            raise UserError(
-                f"the tokenizers of student.path={config.student.path} and {key}={path} give the same text other ids; "
-                "use a teacher with the student's tokenizer"
-            )
-    return tokenizer
+        own = load_tokenizer(path) if has_own or with_bridge else tokenizer
+        if own is not tokenizer and not same_vocabulary(tokenizer, own):
+            _check_another_tokenizer(config, model, with_bridge=with_bridge)
+            other = own
+        check_tokenizer(tokenizer if other is None else other, teacher.spec, model)
+    return tokenizer, other
+
+
+def _check_another_tokenizer(config: Config, teacher: str, *, with_bridge: bool) -> None:
+    """Raise UserError where a teacher with another tokenizer than the student's cannot take part."""
+    differ = f"the tokenizers of student.path={config.student.path} and {teacher} give the same text other ids"
+    if config.teachers:
+        raise UserError(
+            f"{differ}; use teachers with the student's tokenizer: a bridge joins a single one (teacher.path)"
+        )
+    if config.loss.reads_output:
+        raise UserError(
+            f"{differ}, so loss.output.objective={config.loss.output.objective} has no distributions to compare; use "
+            "none, with a bridge, or a teacher with the student's tokenizer"
+        )
+    if not with_bridge:
+        raise UserError(
+            f"{differ}; use a teacher with the student's tokenizer, or make a bridge between the two with python -m "
+            "megatron_oprd.bridge.fit and name it in loss.representation.bridge"
+        )
 
 
 def _check_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout]) -> None:
@@ -144,12 +183,18 @@ def _check_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout])
             raise UserError(f"data_source {source!r} of {number} {what} has no teacher; {known}")
 
 
-def _replayed(config: Config, vocab_size: int) -> list[Rollout]:
-    rollout = config.rollout
+def _replayed(
+    config: Config, student: ModelSpec, teachers: dict[str, PlannedTeacher], aligner: Aligner | None
+) -> list[Rollout]:
+    rollout, of_teachers = config.rollout, [teacher.spec.vocab_size for teacher in teachers.values()]
     assert rollout.path is not None  # the configuration requires it
-    rollouts = load_replay(rollout.path, vocab_size=vocab_size)
+    if aligner is None:
+        rollouts = load_replay(rollout.path, min(student.vocab_size, *of_teachers))
+    else:
+        rollouts = load_replay(rollout.path, student.vocab_size, teacher_vocab_size=of_teachers[0])
     check_enough(rollouts, config.train.steps, rollout.prompts_per_step * rollout.samples_per_prompt)
-    longest = max(map(longest_reading, rollouts), default=0)
+    # What a teacher with another tokenizer has no room for is cut.
+    longest = max(map(longest_reading if aligner is None else num_tokens, rollouts), default=0)
     if longest > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "

@@ -27,18 +27,34 @@ def check_room(config: Config, student: ModelSpec, prompts: Sequence[Prompt]) ->
 
 
 def check_lengths(
-    config: Config, student: ModelSpec, teachers: Mapping[str, PlannedTeacher], prompts: Sequence[Prompt]
+    config: Config,
+    student: ModelSpec,
+    teachers: Mapping[str, PlannedTeacher],
+    prompts: Sequence[Prompt],
+    *,
+    other_tokenizer: bool = False,
 ) -> None:
     """Raise UserError when a prompt of the student's or a teacher's, with the longest answer, is too long for a
-    micro-batch or for the teacher."""
+    micro-batch or for the teacher. `other_tokenizer`: of the only teacher, whose reading of an answer is cut where it
+    has no more room; then a prompt of its own that leaves none."""
     most = config.rollout.max_new_tokens
-    asked = longest_prompt(prompts) + most
+    longest = max(len(prompt.prompt_ids) for prompt in prompts) if other_tokenizer else longest_prompt(prompts)
+    asked = longest + most
     if asked > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "
             f"prompt with rollout.max_new_tokens={most} ({asked} tokens); raise it to {asked} or lower "
             "rollout.max_new_tokens"
         )
+    if other_tokenizer:
+        (teacher,) = teachers.values()
+        longest, room = max(len(prompt.teacher_prompt_ids or ()) for prompt in prompts), teacher_room(config, teacher)
+        if longest >= room:
+            raise UserError(
+                f"the teacher's longest prompt has {longest} tokens and leaves no room for an answer: "
+                f"{_reads(config, teacher)}; lower data.max_prompt_tokens to {room - 1}"
+            )
+        return
     for name, teacher in teachers.items():
         own = [prompt for prompt in prompts if name in ("", prompt.data_source)]
         lengths = [len(prompt.teacher_prompt_ids or prompt.prompt_ids) for prompt in own]
@@ -55,21 +71,46 @@ def check_lengths(
 
 
 def check_replayed_lengths(
-    config: Config, student: ModelSpec, teachers: Mapping[str, PlannedTeacher], rollouts: Sequence[Rollout]
+    config: Config,
+    student: ModelSpec,
+    teachers: Mapping[str, PlannedTeacher],
+    rollouts: Sequence[Rollout],
+    *,
+    other_tokenizer: bool = False,
 ) -> None:
-    """Raise UserError for a rollout with more tokens than the student, or the teacher that reads it, has positions."""
+    """Raise UserError for a rollout with more tokens than the student, or the teacher that reads it, has positions; of
+    a teacher with another tokenizer, for one whose prompt leaves no room for an answer."""
     for rollout in rollouts:
+        line = f"{config.rollout.path}, line {rollout.prompt_index + 1}"
         name = rollout.data_source if config.teachers else ""
-        readers = (
-            ("student", config.student.path, student, rollout),
-            (teacher_section(name), teachers[name].config.path, teachers[name].spec, as_the_teacher_reads(rollout)),
-        )
+        readers = [("student", config.student.path, student, rollout)]
+        if not other_tokenizer:
+            teacher = teachers[name]
+            readers += [(teacher_section(name), teacher.config.path, teacher.spec, as_the_teacher_reads(rollout))]
+        elif len(rollout.teacher_prompt_ids or ()) >= teacher_room(config, teachers[name]):
+            raise UserError(
+                f"{line}: teacher_prompt_ids has {len(rollout.teacher_prompt_ids or ())} tokens and leaves no room for "
+                f"an answer: {_reads(config, teachers[name])}; shorten it or leave the rollout out"
+            )
         for section, path, spec, read in readers:
             if num_tokens(read) > spec.max_position_embeddings:
                 raise UserError(
-                    f"{config.rollout.path}, line {rollout.prompt_index + 1}: {num_tokens(read)} tokens, but "
-                    f"{section}.path={path} has {_positions(spec)}; shorten the rollout or leave it out"
+                    f"{line}: {num_tokens(read)} tokens, but {section}.path={path} has {_positions(spec)}; shorten the "
+                    "rollout or leave it out"
                 )
+
+
+def teacher_room(config: Config, teacher: PlannedTeacher) -> int:
+    """The most tokens, prompt and answer, that a teacher with another tokenizer reads of a rollout: as many as it has
+    positions and as a micro-batch holds."""
+    return min(teacher.spec.max_position_embeddings, config.batch.max_tokens_per_micro_batch)
+
+
+def _reads(config: Config, teacher: PlannedTeacher) -> str:
+    return (
+        f"teacher.path={teacher.config.path} has {_positions(teacher.spec)}, and a micro-batch holds "
+        f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch}"
+    )
 
 
 def _positions(spec: ModelSpec) -> str:

@@ -78,6 +78,7 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     prompts, position = take_prompts(inputs, state)
     with watch("rollout"):
         mine = run.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), state.step)
+        mine = inputs.aligned(mine)
     whole = GlobalBatch(*with_teachers(inputs, share_rollouts(mine, topology)), config.loss)
     pack = partial(whole.micro_batches, config.batch, inputs.student)
     batches = pack(topology)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 FinishReason = Literal["eos", "length", "replay"]
@@ -29,6 +31,37 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Alignment:
+    """One response as both models read it, and its sync points, in order: each a token of both, after which both have
+    read the same bytes (OPRD eq. (11)-(15) across tokenizers)."""
+
+    teacher_ids: tuple[int, ...]  # what the teacher reads after its own prompt
+    student_positions: tuple[int, ...]  # indices into the student's response, strictly increasing
+    teacher_positions: tuple[int, ...]  # indices into teacher_ids of the same, strictly increasing
+    student_tokens: int  # of the whole response
+    teacher_tokens_cut: int = 0  # what the teacher does not read of it, for want of room
+
+    @property
+    def coverage(self) -> float:
+        """Sync points a token of the student's response; 1 for an empty one."""
+        return len(self.student_positions) / self.student_tokens if self.student_tokens else 1.0
+
+    def among(self, positions: Sequence[int], shift: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Those of `positions` (indices into the student's response, ascending) whose states can be compared, and the
+        teacher's indices of the same, the state of each `shift` tokens from it.
+
+        Shift 0: the sync points. Shift -1: a token whose predecessor is one, and the first, before which both have read
+        their prompts; the teacher's index is that after the predecessor's, the number of its tokens where it has no
+        more to read.
+        """
+        student, teacher = (
+            np.array([-1, *read], np.int64) - shift for read in (self.student_positions, self.teacher_positions)
+        )
+        chosen = np.isin(student, positions)
+        return tuple(student[chosen].tolist()), tuple(teacher[chosen].tolist())
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One sampled response. `response_ids` includes the EOS that ended it; `response_mask` (0/1 a response token)
     marks the tokens that the student itself sampled."""
@@ -41,6 +74,7 @@ class Rollout:
     sample_index: int = 0
     data_source: str = ""
     teacher_prompt_ids: tuple[int, ...] | None = None  # what the teacher reads before the response; None: the same
+    alignment: Alignment | None = None  # what a teacher with another tokenizer reads of it; None: the same ids
 
     def __post_init__(self) -> None:
         if len(self.response_mask) != len(self.response_ids):
@@ -62,7 +96,7 @@ class Selection:
     selected: torch.Tensor  # [N] int64: rows of this rank's hidden states, none twice
     rows: torch.Tensor  # [N] int64: the number of each token among all that the term reads in the global batch
     weights: torch.Tensor  # [N] float64: weight of each token in the global aggregate (without the layer mean)
-    token_ids: torch.Tensor  # [N] int64: the response tokens themselves
+    token_ids: torch.Tensor  # [N] int64: the response tokens themselves, as the student sampled them
     teachers: torch.Tensor  # [N] int64: which teacher each is compared with, counted as in the configuration
     of_ranks: tuple[int, ...]  # N of each sequence-parallel rank; of this one alone where they hold no other rows
 

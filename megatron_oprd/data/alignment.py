@@ -6,6 +6,7 @@ sync points alone their states are comparable (OPRD eq. (11-15) across tokenizer
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,33 +16,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.data.token_bytes import ByteEncoder, TokenBytes, byte_encoder, token_bytes
 from megatron_oprd.data.tokenizer import same_vocabulary
-from megatron_oprd.types import UserError
+from megatron_oprd.types import Alignment, Rollout, UserError
 
 _ANSWER = "an answer 4b1d"  # stands in a rendered conversation only where it was put
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """One response as both models read it, and its sync points, in order: each a token of both."""
-
-    teacher_ids: tuple[int, ...]  # what the teacher reads after its own prompt
-    student_positions: tuple[int, ...]  # indices into the student's response, strictly increasing
-    teacher_positions: tuple[int, ...]  # indices into teacher_ids of the same, strictly increasing
-    student_tokens: int  # of the whole response
-    teacher_tokens_cut: int = 0  # what the teacher does not read of it, for want of room
-
-    @property
-    def coverage(self) -> float:
-        """Sync points a token of the student's response; 1 for an empty one."""
-        return len(self.student_positions) / self.student_tokens if self.student_tokens else 1.0
-
-    def among(self, positions: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of `positions` (indices into the response, ascending) that are sync points, and the teacher's."""
-        chosen = np.isin(self.student_positions, positions)
-        return (
-            tuple(np.asarray(self.student_positions, np.int64)[chosen].tolist()),
-            tuple(np.asarray(self.teacher_positions, np.int64)[chosen].tolist()),
-        )
 
 
 @dataclass(frozen=True)
@@ -98,6 +75,18 @@ def make_aligner(
     if same_vocabulary(student, teacher):
         return Aligner(eos_ids, teacher_end_of_turn_id)
     return Aligner(eos_ids, teacher_end_of_turn_id, token_bytes(student), byte_encoder(teacher))
+
+
+def align_rollouts(aligner: Aligner, rollouts: Sequence[Rollout], max_tokens: int) -> list[Rollout]:
+    """The rollouts with what the teacher reads of each after its own prompt: at most `max_tokens` together. Pure, no
+    communication."""
+
+    def aligned(rollout: Rollout) -> Rollout:
+        prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
+        alignment = aligner.align(rollout.response_ids, prompt_tokens=len(prompt_ids), max_tokens=max_tokens)
+        return dataclasses.replace(rollout, alignment=alignment)
+
+    return [aligned(rollout) for rollout in rollouts]
 
 
 def sync_points(

@@ -21,20 +21,37 @@ class Term:
     """A term of the loss over the global batch: the tokens that it reads of each rollout, and how they are averaged."""
 
     positions: tuple[tuple[int, ...], ...]  # of each rollout: indices into the response, ascending
+    teacher_positions: tuple[tuple[int, ...], ...]  # the same tokens: indices into what the teacher reads of it
+    token_ids: tuple[tuple[int, ...], ...]  # the same tokens themselves, in the student's vocabulary
     shift: int  # from the row where a token is read to the row of the state that is compared
     aggregation: str
     counts: GlobalCounts
     first_rows: tuple[int, ...]  # the number, over all rollouts, of each one's first token
 
+    def as_the_teacher_reads(self) -> Term:
+        """The same tokens, numbers and weights where a teacher with another tokenizer has them."""
+        return dataclasses.replace(self, positions=self.teacher_positions)
+
 
 def representation_term(config: RepresentationConfig, rollouts: Sequence[Rollout]) -> Term:
-    """What the loss on hidden states reads of the global batch; nothing when its weight is zero. No communication."""
-    positions = [
+    """What the loss on hidden states reads of the global batch; nothing when its weight is zero. Of a rollout with an
+    alignment, the chosen tokens at which both models have read the same bytes: they alone count. No communication."""
+    chosen = chosen_positions(config, rollouts)
+    both = [
+        (positions, positions) if rollout.alignment is None else rollout.alignment.among(positions, config.shift)
+        for rollout, positions in zip(rollouts, chosen, strict=True)
+    ]
+    student, teacher = [pair[0] for pair in both], [pair[1] for pair in both]
+    # The state of token t is where t has been read; shift -1 takes the state that predicted it.
+    return _term(rollouts, student, teacher, config.aggregation, config.shift)
+
+
+def chosen_positions(config: RepresentationConfig, rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
+    """The tokens of each rollout that the configuration wants compared, before any alignment. No communication."""
+    return [
         tuple(select_positions(rollout.response_mask, config.positions, config.k)) if config.weight else ()
         for rollout in rollouts
     ]
-    # The state of token t is where t has been read; shift -1 takes the state that predicted it.
-    return _term(positions, config.shift, config.aggregation)
 
 
 def output_term(config: OutputConfig, rollouts: Sequence[Rollout]) -> Term:
@@ -45,13 +62,29 @@ def output_term(config: OutputConfig, rollouts: Sequence[Rollout]) -> Term:
         else ()
         for rollout in rollouts
     ]
-    return _term(positions, -1, config.aggregation)
+    return _term(rollouts, positions, positions, config.aggregation, -1)
 
 
-def _term(positions: list[tuple[int, ...]], shift: int, aggregation: str) -> Term:
+def _term(
+    rollouts: Sequence[Rollout],
+    positions: list[tuple[int, ...]],
+    teacher_positions: list[tuple[int, ...]],
+    aggregation: str,
+    shift: int,
+) -> Term:
     lengths = [len(chosen) for chosen in positions]
-    first_rows = tuple(itertools.accumulate(lengths, initial=0))
-    return Term(tuple(positions), shift, aggregation, count(lengths), first_rows)
+    return Term(
+        tuple(positions),
+        tuple(teacher_positions),
+        tuple(
+            tuple(rollout.response_ids[index] for index in chosen)
+            for rollout, chosen in zip(rollouts, positions, strict=True)
+        ),
+        shift,
+        aggregation,
+        count(lengths),
+        tuple(itertools.accumulate(lengths, initial=0)),
+    )
 
 
 def pack(
@@ -68,9 +101,10 @@ def pack(
     """One micro-batch of whole sequences, laid end to end; none at all make one of padding alone, for a rank that has
     nothing to do while the schedule needs a micro-batch everywhere.
 
-    `numbers`: which rollout of the global batch each is; `teachers`: the teacher of each, by default the first. Each
-    sequence is padded at its end to a multiple of `sequence_multiple` (context parallelism), the whole by a sequence of
-    padding to one of `batch_multiple` (sequence parallelism), itself a multiple of `sequence_multiple`.
+    `rollouts` and the positions of the terms are those of the model that runs. `numbers`: which rollout of the global
+    batch each is; `teachers`: the teacher of each, by default the first. Each sequence is padded at its end to a
+    multiple of `sequence_multiple` (context parallelism), the whole by a sequence of padding to one of `batch_multiple`
+    (sequence parallelism), itself a multiple of `sequence_multiple`.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -106,26 +140,24 @@ def pack(
         response_mask=torch.tensor(response, dtype=torch.bool),
         sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
-        representation=_select(representation, rollouts, numbers, starts, of_teacher),
-        output=_select(output, rollouts, numbers, starts, of_teacher),
+        representation=_select(representation, numbers, starts, of_teacher),
+        output=_select(output, numbers, starts, of_teacher),
         context_order=torch.arange(len(tokens)),
     )
 
 
-def _select(
-    term: Term, rollouts: Sequence[Rollout], numbers: Sequence[int], starts: Sequence[int], teachers: Sequence[int]
-) -> Selection:
+def _select(term: Term, numbers: Sequence[int], starts: Sequence[int], teachers: Sequence[int]) -> Selection:
     selected: list[int] = []
     rows: list[int] = []
     weights: list[float] = []
     token_ids: list[int] = []
     of_teacher: list[int] = []
-    for rollout, number, start, teacher in zip(rollouts, numbers, starts, teachers, strict=True):
+    for number, start, teacher in zip(numbers, starts, teachers, strict=True):
         chosen = term.positions[number]
         selected += [start + index + term.shift for index in chosen]
         rows += range(term.first_rows[number], term.first_rows[number] + len(chosen))
         weights += [token_weight(len(chosen), term.counts, term.aggregation) for _ in chosen]
-        token_ids += [rollout.response_ids[index] for index in chosen]
+        token_ids += term.token_ids[number]
         of_teacher += [teacher] * len(chosen)
     return Selection(
         selected=torch.tensor(selected, dtype=torch.int64),

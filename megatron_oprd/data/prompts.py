@@ -54,20 +54,34 @@ class PromptState:
         return cls(epoch=int(values["epoch"]), position=int(values["position"]))
 
 
-def load_prompts(sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> PromptSet:
+def load_prompts(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    *,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PromptSet:
     """Reads, renders and filters every row of `sources` (files or hub names). `Prompt.index` numbers the rows over
-    all sources before filtering. With `data.teacher_prompt_key`, `Prompt.teacher_prompt_ids` are rendered likewise.
+    all sources before filtering. `Prompt.teacher_prompt_ids` are rendered likewise where they differ: with
+    `data.teacher_prompt_key`, `data.teacher_chat_template_kwargs` or a `teacher_tokenizer`, another one than
+    `tokenizer`, with its own chat template and ids.
 
     Raises UserError for an unreadable file, a malformed row (with its line), or when no prompt is left. Reads files;
     no communication.
     """
-    reserved = _FIXED_TEMPLATE_KWARGS & set(config.chat_template_kwargs)
-    if reserved:
-        raise UserError(f"data.chat_template_kwargs: {', '.join(sorted(reserved))} cannot be set, the program sets it")
+    for key in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
+        reserved = _FIXED_TEMPLATE_KWARGS & set(getattr(config, key) or {})
+        if reserved:
+            raise UserError(f"data.{key}: {', '.join(sorted(reserved))} cannot be set, the program sets it")
     rows = read_rows(sources, config.prompt_key, config.teacher_prompt_key)
-    rendered, failures = _render(dict(enumerate(row.prompt for row in rows)), rows, tokenizer, config)
-    of_teacher = {index: row.teacher_prompt for index, row in enumerate(rows) if row.teacher_prompt is not None}
-    teacher_rendered, teacher_failures = _render(of_teacher, rows, tokenizer, config)
+    instruction, kwargs = config.append_instruction, config.chat_template_kwargs
+    rendered, failures = _render([row.prompt for row in rows], rows, tokenizer, kwargs, instruction)
+    teacher_rendered: dict[int, tuple[str, tuple[int, ...]]] = {}
+    teacher_failures: dict[int, str] = {}
+    if config.own_teacher_prompts or teacher_tokenizer is not None:
+        of_teacher = [row.prompt if row.teacher_prompt is None else row.teacher_prompt for row in rows]
+        reader = teacher_tokenizer or tokenizer
+        teacher_rendered, teacher_failures = _render(of_teacher, rows, reader, config.teacher_kwargs, instruction)
     failures = {index: f"the teacher's prompt: {reason}" for index, reason in teacher_failures.items()} | failures
     prompts: list[Prompt] = []
     too_long = 0
@@ -145,15 +159,19 @@ def _order(count: int, epoch: int, seed: int, shuffle: bool) -> list[int]:
 
 
 def _render(
-    prompts: dict[int, str | list[Message]], rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig
+    prompts: list[str | list[Message]],
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: dict[str, Any],
+    append_instruction: bool | str,
 ) -> tuple[dict[int, tuple[str, tuple[int, ...]]], dict[int, str]]:
     """(text, token ids) of each prompt by its row, and for those that cannot be used the reason."""
     texts: dict[int, str] = {}
     failures: dict[int, str] = {}
-    for index, prompt in prompts.items():
+    for index, prompt in enumerate(prompts):
         try:
-            instructed = _instructed(prompt, rows[index], config.append_instruction)
-            text = render_text(instructed, tokenizer, config.chat_template_kwargs)
+            instructed = _instructed(prompt, rows[index], append_instruction)
+            text = render_text(instructed, tokenizer, kwargs)
             text.encode("utf-8")  # a lone surrogate, which JSON can spell, would stop the tokenizer for all rows
             texts[index] = text
         except Exception as error:  # a template is a program of its own and raises what it likes

@@ -11,10 +11,13 @@ from megatron_oprd.data.sharding import split
 from megatron_oprd.types import Prompt, Rollout, UserError
 
 
-def load_replay(path: str | Path, vocab_size: int | None = None) -> list[Rollout]:
+def load_replay(
+    path: str | Path, vocab_size: int | None = None, *, teacher_vocab_size: int | None = None
+) -> list[Rollout]:
     """All rollouts of a file with one object a line: `prompt_ids`, `response_ids` and, where not all response tokens
     are the student's own, `response_mask` (0 or 1 a response token). Optional too: `teacher_prompt_ids`, which the
-    teacher reads in place of `prompt_ids`, and `data_source`, a string.
+    teacher reads in place of `prompt_ids`, and `data_source`, a string. With `teacher_vocab_size` the teacher has a
+    vocabulary of its own, that of `teacher_prompt_ids`, which every line then has.
 
     `prompt_index` is the line number, from 0. Lines that are empty are passed over. No communication. Raises
     UserError, naming the file and the line, for anything else, and for an id that a vocabulary of `vocab_size` lacks.
@@ -27,7 +30,7 @@ def load_replay(path: str | Path, vocab_size: int | None = None) -> list[Rollout
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                rollouts.append(_parse(line, number - 1, vocab_size))
+                rollouts.append(_parse(line, number - 1, vocab_size, teacher_vocab_size))
             except _BadLineError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
     if not rollouts:
@@ -72,7 +75,7 @@ class _BadLineError(Exception):
     pass
 
 
-def _parse(line: bytes, index: int, vocab_size: int | None) -> Rollout:
+def _parse(line: bytes, index: int, vocab_size: int | None, teacher_vocab_size: int | None) -> Rollout:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -82,7 +85,13 @@ def _parse(line: bytes, index: int, vocab_size: int | None) -> Rollout:
     if not isinstance(record, dict):
         raise _BadLineError(f"an object with prompt_ids and response_ids is wanted, not a {type(record).__name__}")
     response_ids = _ids(record, "response_ids", vocab_size)
-    has_teacher_prompt = record.get("teacher_prompt_ids") is not None
+    teacher_prompt_ids = None
+    if record.get("teacher_prompt_ids") is not None:
+        teacher_prompt_ids = _prompt_ids(record, "teacher_prompt_ids", teacher_vocab_size or vocab_size)
+    elif teacher_vocab_size is not None:
+        raise _BadLineError(
+            "teacher_prompt_ids is missing: the teacher has another tokenizer, and reads the prompt in its own ids"
+        )
     return Rollout(
         _prompt_ids(record, "prompt_ids", vocab_size),
         response_ids,
@@ -90,7 +99,7 @@ def _parse(line: bytes, index: int, vocab_size: int | None) -> Rollout:
         "replay",
         prompt_index=index,
         data_source=_data_source(record),
-        teacher_prompt_ids=_prompt_ids(record, "teacher_prompt_ids", vocab_size) if has_teacher_prompt else None,
+        teacher_prompt_ids=teacher_prompt_ids,
     )
 
 

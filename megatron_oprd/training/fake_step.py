@@ -200,7 +200,7 @@ def _teacher(
         return _with_messages(stage, topology, batch).eval().requires_grad_(False)
 
     kept = load() if config.teachers_in_memory == "all" else None
-    own_prompts = config.data.teacher_prompt_key is not None
+    own_prompts = config.data.own_teacher_prompts
     return Teacher(load if kept is None else lambda: kept, topology, planned.plan, row_width, own_prompts=own_prompts)
 
 

@@ -10,7 +10,15 @@ from functools import cached_property
 from megatron_oprd.config import BatchConfig, LossConfig
 from megatron_oprd.data.balance import assign, sequence_cost
 from megatron_oprd.data.cutting import cut
-from megatron_oprd.data.packing import Term, num_tokens, output_term, pack, representation_term, to_device
+from megatron_oprd.data.packing import (
+    Term,
+    chosen_positions,
+    num_tokens,
+    output_term,
+    pack,
+    representation_term,
+    to_device,
+)
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
@@ -71,13 +79,16 @@ class GlobalBatch:
 
     def _micro_batch(self, numbers: Sequence[int], topology: Topology, *, as_teacher: bool) -> PackedBatch:
         rollouts = [self.rollouts[number] for number in numbers]
+        terms = [self.representation, self.output]
+        if as_teacher:
+            rollouts = [as_the_teacher_reads(rollout) for rollout in rollouts]
+            terms = [term.as_the_teacher_reads() for term in terms]
         sequence_multiple = 2 * topology.context_size if topology.context_size > 1 else 1
         sequence_size = topology.tensor_size if topology.sequence_parallel else 1
         whole = pack(
-            [as_the_teacher_reads(rollout) for rollout in rollouts] if as_teacher else rollouts,
+            rollouts,
             numbers,
-            self.representation,
-            self.output,
+            *terms,
             teachers=[self.teachers[number] for number in numbers],
             sequence_multiple=sequence_multiple,
             batch_multiple=sequence_multiple * sequence_size,
@@ -92,7 +103,8 @@ class GlobalBatch:
         return to_device(part, topology.device)
 
     def metrics(self) -> dict[str, float]:
-        """Lengths of the responses, and how many tokens each term reads. No communication."""
+        """Lengths of the responses, how many tokens each term reads, and what of them a teacher with another tokenizer
+        can be compared at. No communication."""
         lengths = [len(rollout.response_ids) for rollout in self.rollouts]
         truncated = sum(rollout.finish_reason == "length" for rollout in self.rollouts)
         total = max(len(lengths), 1)
@@ -103,14 +115,32 @@ class GlobalBatch:
             "rollout/length_max": max(lengths, default=0),
             "rollout/truncated_fraction": truncated / total,
             "rollout/empty_count": sum(not any(rollout.response_mask) for rollout in self.rollouts),
+            **self._alignment_metrics(),
+        }
+
+    def _alignment_metrics(self) -> dict[str, float]:
+        alignments = [rollout.alignment for rollout in self.rollouts if rollout.alignment is not None]
+        if not alignments:
+            return {}
+        chosen = [len(positions) for positions in chosen_positions(self.loss.representation, self.rollouts)]
+        kept = [len(positions) for positions in self.representation.positions]
+        return {
+            "align/coverage": sum(kept) / max(sum(chosen), 1),
+            "align/teacher_tokens": sum(len(alignment.teacher_ids) for alignment in alignments) / len(alignments),
+            "align/teacher_tokens_cut": sum(alignment.teacher_tokens_cut for alignment in alignments),
+            "align/no_sync": sum(some > 0 and none == 0 for some, none in zip(chosen, kept, strict=True)),
         }
 
 
 def as_the_teacher_reads(rollout: Rollout) -> Rollout:
-    """The rollout after the prompt that the teacher reads."""
-    if rollout.teacher_prompt_ids is None:
+    """The rollout after the prompt that the teacher reads, in the tokens in which it reads it. Of other tokens than the
+    student's none is marked as sampled."""
+    if rollout.teacher_prompt_ids is not None:
+        rollout = dataclasses.replace(rollout, prompt_ids=rollout.teacher_prompt_ids)
+    if rollout.alignment is None or rollout.alignment.teacher_ids == rollout.response_ids:
         return rollout
-    return dataclasses.replace(rollout, prompt_ids=rollout.teacher_prompt_ids)
+    read = rollout.alignment.teacher_ids
+    return dataclasses.replace(rollout, response_ids=read, response_mask=(0,) * len(read))
 
 
 def longest_reading(rollout: Rollout) -> int:
