@@ -125,7 +125,7 @@ class GlobalBatch:
         chosen = [len(positions) for positions in chosen_positions(self.loss.representation, self.rollouts)]
         kept = [len(positions) for positions in self.representation.positions]
         return {
-            "align/coverage": sum(kept) / max(sum(chosen), 1),
+            "align/coverage": sum(kept) / sum(chosen) if sum(chosen) else 1.0,
             "align/teacher_tokens": sum(len(alignment.teacher_ids) for alignment in alignments) / len(alignments),
             "align/teacher_tokens_cut": sum(alignment.teacher_tokens_cut for alignment in alignments),
             "align/no_sync": sum(some > 0 and none == 0 for some, none in zip(chosen, kept, strict=True)),

@@ -70,16 +70,31 @@ def _read(
     sequences, logits = [], []
     for rollout in some_rollouts(student.config.vocab_size) if rollouts is None else rollouts:
         name = rollout.data_source if len(teachers) > 1 else next(iter(teachers))
-        states, of_student = _states(student, rollout.prompt_ids, rollout, config)
+        whole = rollout.prompt_ids + rollout.response_ids
+        states, of_student = _states(student, whole, len(rollout.prompt_ids), config)
         with torch.no_grad():
             prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
-            targets, of_teacher = _states(teachers[name], prompt_ids, rollout, config)
+            read = rollout.response_ids if rollout.alignment is None else rollout.alignment.teacher_ids
+            targets, of_teacher = _states(teachers[name], prompt_ids + read, len(prompt_ids), config)
         plan = plans[name]
-        sequences.append(
-            (states, {pair.student: targets[pair.teacher] for pair in plan.pairs}, 0, rollout.response_mask)
-        )
+        targets = {pair.student: targets[pair.teacher] for pair in plan.pairs}
+        mask = rollout.response_mask
+        if rollout.alignment is not None:
+            states, targets, mask = _where_they_meet(rollout, states, targets, config)
+        sequences.append((states, targets, 0, mask))
         logits.append((of_student[:, :vocab_size], of_teacher[:, :vocab_size], rollout))
     return plan, sequences, logits
+
+
+def _where_they_meet(rollout, states, targets, config):
+    """The states of student and teacher that are compared alone, in one order, all of them sampled."""
+    term, alignment = config.loss.representation, rollout.alignment
+    partner = {-1: -1} | dict(zip(alignment.student_positions, alignment.teacher_positions, strict=True))
+    chosen = selected_indices(rollout.response_mask, term.positions, term.k)
+    met = [(t, partner[t + term.shift] - term.shift) for t in chosen if t + term.shift in partner]
+    of_student = {layer: state[[t for t, _ in met]] for layer, state in states.items()}
+    of_teacher = {layer: state[[u for _, u in met]] for layer, state in targets.items()}
+    return of_student, of_teacher, (1,) * len(met)
 
 
 def _representation_loss(config: Config, layers: Sequence[int], sequences: list) -> torch.Tensor:
@@ -116,21 +131,21 @@ def _open_model(path: str | Path, dtype: torch.dtype = torch.float64) -> transfo
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
 
 
-def _states(model, prompt_ids, rollout, config):
+def _states(model, ids, start, config):
     """Of the response tokens: {layer: [response, hidden]} and the logits [response, vocabulary] that predicted them.
-    Layer L before the final norm is what the norm is given."""
+    Layer L before the final norm is what the norm is given. With shift -1 the states have one row more, after the last
+    token."""
     before_norm = []
     handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
-    output = model(torch.tensor([prompt_ids + rollout.response_ids]), output_hidden_states=True)
+    output = model(torch.tensor([ids]), output_hidden_states=True)
     handle.remove()
     term, last = config.loss.representation, len(output.hidden_states) - 1
-    start = len(prompt_ids)
-    rows = slice(start + term.shift, start + term.shift + len(rollout.response_ids))
+    rows = slice(start + term.shift, None)
     states = {
         layer: (before_norm[0] if layer == last and not term.final_norm else output.hidden_states[layer])[0, rows]
         for layer in range(1, last + 1)
     }
-    return states, output.logits[0, start - 1 : start - 1 + len(rollout.response_ids)]
+    return states, output.logits[0, start - 1 : -1]
 
 
 def _by_checkpoint_name(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ def test_a_dumped_configuration_of_objectives_and_teachers_reads_back_equal():
     output = [f"loss.output.{key}={'null' if value is None else value}" for key, value in chosen.items()]
     teachers = "teachers={math: {path: m, parallel: {tensor: 2}}, 'big code.v1': {path: c, offload_targets: true}}"
     others = ["loss.representation.weight=0", "teachers_in_memory=one", "data.teacher_prompt_key=solved"]
+    others += ["data.teacher_chat_template_kwargs={enable_thinking: true}"]
     config = load_config(None, [*TEACHERLESS, *output, teachers, *others])
     assert parse_config(yaml.safe_load(dump_config(config))) == config
     assert config.loss.output.model_dump() == chosen

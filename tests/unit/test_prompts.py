@@ -13,6 +13,7 @@ from megatron_oprd.data.prompt_files import read_rows
 from megatron_oprd.data.prompts import INSTRUCTION, PromptState, load_prompts, take
 from megatron_oprd.types import Prompt, UserError
 from tests.helpers.tokenizer import CHAT_TEMPLATE, SHARED, byte_tokenizer, qwen_tokenizer
+from tests.helpers.vocabularies import llama_3_tokenizer
 
 PLAIN = byte_tokenizer()
 CHAT = byte_tokenizer(chat=CHAT_TEMPLATE)
@@ -338,6 +339,59 @@ def test_a_row_without_a_usable_prompt_for_the_teacher_is_counted_and_the_others
     both = write_jsonl(tmp_path / "both.jsonl", [rows[0], {"prompt": "", "solved": tool}])
     result = load_prompts([both], tokenizer, teacher_config())
     assert (result.failed, result.first_failure) == (1, "row 2: it renders to no token")
+
+
+TEACHER_CHAT = "[{{ mood }}] {{ messages[0]['content'] }}<|eot_id|>"
+
+
+def test_another_tokenizer_renders_the_same_row_with_its_own_template_and_ids(tmp_path):
+    teacher = llama_3_tokenizer()
+    rows = [{"prompt": "2+2?", "solved": "2+2? It is 4.", **GRADED}]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    kwargs = {"mood": "calm"}
+    (plain,) = load_prompts([path], CHAT, config()).prompts
+    (prompt,) = load_prompts([path], CHAT, config(), teacher_tokenizer=teacher).prompts
+    assert (prompt.text, prompt.prompt_ids) == (plain.text, plain.prompt_ids)
+    asked = teacher.apply_chat_template(user(f"2+2?{INSTRUCTION}"), add_generation_prompt=True, tokenize=False)
+    assert prompt.teacher_prompt_ids == tuple(teacher(asked, add_special_tokens=False)["input_ids"])
+    assert prompt.teacher_prompt_ids.count(teacher.bos_token_id) == 1
+    (prompt,) = load_prompts([path], CHAT, teacher_config(), teacher_tokenizer=teacher).prompts
+    assert f"2+2? It is 4.{INSTRUCTION}" in teacher.decode(prompt.teacher_prompt_ids)
+    teacher.chat_template = TEACHER_CHAT
+    for own, mood in (({}, "calm"), ({"teacher_chat_template_kwargs": {"mood": "wild"}}, "wild")):
+        values = config(chat_template_kwargs=kwargs, append_instruction=False, **own)
+        (prompt,) = load_prompts([path], CHAT, values, teacher_tokenizer=teacher).prompts
+        assert teacher.decode(prompt.teacher_prompt_ids) == f"[{mood}] 2+2?<|eot_id|>"
+
+
+def test_one_tokenizer_takes_other_template_arguments_for_the_teacher(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "2+2?"}])
+    tokenizer = byte_tokenizer(chat=TEACHER_CHAT)
+    values = {"chat_template_kwargs": {"mood": "calm"}, "teacher_chat_template_kwargs": {}}
+    (prompt,) = load_prompts([path], tokenizer, config(**values)).prompts
+    texts_read = [tokenizer.decode(ids) for ids in (prompt.prompt_ids, prompt.teacher_prompt_ids)]
+    assert texts_read == ["[calm] 2+2?<|eot_id|>", "[] 2+2?<|eot_id|>"]
+
+
+def test_a_row_that_the_teachers_tokenizer_cannot_render_is_counted(tmp_path):
+    teacher = llama_3_tokenizer()
+    teacher.chat_template = (
+        "{% if 'x' in messages[0]['content'] %}{{ raise_exception('no x') }}{% endif %}" + TEACHER_CHAT
+    )
+    rows = [{"prompt": text} for text in ("a", "x", "b" + " c d" * 9, "e")]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    limit = len(teacher("[] a<|eot_id|>", add_special_tokens=False)["input_ids"])
+    result = load_prompts([path], PLAIN, config(max_prompt_tokens=max(limit, 1)), teacher_tokenizer=teacher)
+    assert [prompt.index for prompt in result.prompts] == [0, 3]
+    assert (result.total, result.too_long, result.failed) == (4, 1, 1)
+    assert result.first_failure == "row 2: the teacher's prompt: no x"
+
+
+@pytest.mark.parametrize("key", ["chat_template_kwargs", "teacher_chat_template_kwargs"])
+def test_template_arguments_that_the_program_sets_are_refused_by_their_key(tmp_path, key):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    with pytest.raises(UserError, match=rf"^data\.{key}: tokenize cannot be set"):
+        load_prompts([path], CHAT, config(**{key: {"tokenize": True}}))
 
 
 def test_a_mistake_in_the_teachers_column_names_the_file_the_place_and_the_setting(tmp_path):

@@ -86,6 +86,24 @@ def test_a_bad_line_is_named(case, tmp_path):
     assert message.startswith(f"{path}, line 3: ") and complaint in message and "\n" not in message
 
 
+def test_another_vocabulary_of_the_teacher_is_that_of_its_prompts(tmp_path):
+    line = {**GOOD, "teacher_prompt_ids": [100, 7]}
+    path = write(tmp_path / "r.jsonl", line, line)
+    assert load_replay(path, vocab_size=6, teacher_vocab_size=101)[1].teacher_prompt_ids == (100, 7)
+    with pytest.raises(UserError, match="line 1: response_ids contains 5, but the vocabulary ends at 4"):
+        load_replay(path, vocab_size=5, teacher_vocab_size=101)
+    for wrong, complaint in (
+        ({"teacher_prompt_ids": [101]}, "teacher_prompt_ids contains 101, but the vocabulary ends at 100"),
+        ({"teacher_prompt_ids": []}, "teacher_prompt_ids is empty"),
+        ({"teacher_prompt_ids": None}, "teacher_prompt_ids is missing: the teacher has another tokenizer"),
+        ({}, "teacher_prompt_ids is missing: the teacher has another tokenizer"),
+    ):
+        write(path, line, {**GOOD, **wrong})
+        with pytest.raises(UserError) as raised:
+            load_replay(path, vocab_size=101, teacher_vocab_size=101)
+        assert str(raised.value).startswith(f"{path}, line 2: {complaint}") and "\n" not in str(raised.value)
+
+
 def test_a_file_that_is_missing_or_empty_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*none.jsonl"):
         load_replay(tmp_path / "none.jsonl")

@@ -1,0 +1,107 @@
+"""A teacher with another tokenizer reads its own tokens of the student's responses, in every layout."""
+
+import dataclasses
+import random
+
+import pytest
+
+from megatron_oprd.assemble import build_run
+from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
+from megatron_oprd.data.tokenizer import load_tokenizer
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.types import Rollout
+from tests.helpers.distributed import run_distributed
+from tests.helpers.models import random_hf_model, save
+from tests.helpers.reference_update import reference_update
+from tests.helpers.responses import random_text
+from tests.helpers.tokenizer import byte_tokenizer
+from tests.helpers.training import assert_same_update, difference, make_config, make_inputs, update_of
+from tests.helpers.vocabularies import llama_3_tokenizer
+
+ROOM = 32
+LAYOUTS = {
+    "one": (1, ()),
+    "data": (2, ()),
+    "tensor and sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "pipeline": (2, ("parallel.pipeline=2",)),
+    "context": (2, ("parallel.context=2",)),
+    "the teacher's own": (2, ("teacher.parallel={tensor: 2, pipeline: 1}", "loss.representation.pairs=[[1,3],[4,2]]")),
+    "the student's own": (2, ("parallel.tensor=2", "parallel.sequence=true", "teacher.parallel={tensor: 1}")),
+}
+# The second teacher spells what it reads byte by byte, so that some of it is cut; which tokens the loss reads.
+CASES = {
+    "fewer tokens": (("bytes", "llama_3"), ("loss.representation.k=5",)),
+    "more tokens": (("llama_3", "bytes"), ("loss.representation.positions=all", "loss.representation.shift=-1")),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of two models of one width, each with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, (name, tokenizer) in enumerate({"bytes": byte_tokenizer(), "llama_3": llama_3_tokenizer()}.items()):
+        model = random_hf_model("Qwen3", seed, num_hidden_layers=4, vocab_size=len(tokenizer), eos_token_id=258)
+        tokenizer.save_pretrained(save(model, folder / name))
+    return folder
+
+
+def aligner_of(student, teacher):
+    tokenizers = load_tokenizer(student), load_tokenizer(teacher)
+    eos_ids, end = read_model_spec(student).eos_token_ids, end_of_turn_id(tokenizers[1])
+    return make_aligner(*tokenizers, student_eos_ids=eos_ids, teacher_end_of_turn_id=end)
+
+
+def spoken(student, teacher):
+    """Responses that the student's tokenizer gives, some of them ended, one empty and one that says nothing."""
+    generator, (mine, other) = random.Random(3), (load_tokenizer(path) for path in (student, teacher))
+    responses = [[], [mine.convert_tokens_to_ids(mine.eos_token)] * 2]
+    while len(responses) < 9:
+        ids = mine(random_text(generator), add_special_tokens=False)["input_ids"][:20]
+        responses += [ids + [258] * generator.choice([0, 1])] if len(ids) > 5 else []
+    rollouts = []
+    for number, ids in enumerate(responses):
+        prompts = [
+            tuple(generator.choices(range(len(one)), k=1 + (number + more) % 7))
+            for more, one in enumerate((mine, other))
+        ]
+        mask = (1,) * len(ids) if number % 2 else tuple(generator.choices([0, 1, 1], k=len(ids)))
+        rollouts.append(Rollout(prompts[0], tuple(ids), mask, "replay", teacher_prompt_ids=prompts[1]))
+    return rollouts
+
+
+def _update(rank, student, teacher, overrides, rollouts):
+    """A step that aligns the rollouts itself. Widths are equal, so that the states compare without a bridge."""
+    config = make_config(student, teacher, *overrides, f"rollout.prompts_per_step={len(rollouts)}")
+    return update_of(
+        build_run(dataclasses.replace(make_inputs(config, rollouts), aligner=aligner_of(student, teacher)))
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_update_is_that_of_the_states_that_have_read_the_same(models, case, layout):
+    (world, overrides), (names, choice) = LAYOUTS[layout], CASES[case]
+    student, teacher = (models / name for name in names)
+    overrides = (*choice, *overrides, f"batch.max_tokens_per_micro_batch={ROOM}")
+    rollouts = spoken(student, teacher)
+    aligned = align_rollouts(aligner_of(student, teacher), rollouts, ROOM)
+    update = run_distributed(world, _update, student, teacher, overrides, rollouts)[0]
+    expected = reference_update(student, teacher, *overrides, rollouts=aligned)
+    assert_same_update(update, expected)
+    assert 0 < update.metrics["align/coverage"] < 1
+    assert (update.metrics["align/teacher_tokens_cut"] > 0) == (case == "more tokens")
+
+
+def test_it_matters_which_tokens_are_compared(models):
+    """The reference itself: another pairing of the tokens gives another gradient."""
+    student, teacher = models / "bytes", models / "llama_3"
+    aligned = align_rollouts(aligner_of(student, teacher), spoken(student, teacher), ROOM)
+    expected = reference_update(student, teacher, rollouts=aligned)
+    moved = [dataclasses.replace(rollout, alignment=later(rollout.alignment)) for rollout in aligned]
+    assert difference(reference_update(student, teacher, rollouts=moved), expected).gradient > 0.01
+
+
+def later(alignment):
+    """Each token of the student's with the teacher's token of the next sync point."""
+    student, teacher = alignment.student_positions, alignment.teacher_positions
+    return dataclasses.replace(alignment, student_positions=student[:-1], teacher_positions=teacher[1:])

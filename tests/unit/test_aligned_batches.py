@@ -1,0 +1,234 @@
+"""A teacher with another tokenizer has micro-batches of its own tokens, in which every compared token has the number
+and the weight that it has in the student's."""
+
+import dataclasses
+import functools
+import itertools
+import random
+
+import pytest
+import torch
+
+from megatron_oprd.config import BatchConfig, LossConfig, RepresentationConfig
+from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.training.global_batch import GlobalBatch, as_the_teacher_reads, longest_reading
+from megatron_oprd.types import Rollout
+from tests.helpers.reference import selected_indices
+from tests.helpers.responses import Speller, brute_force, random_response, tokenizer_named
+from tests.helpers.specs import tiny_spec
+
+PAIRS = [("bytes", name) for name in ("qwen", "llama_3", "llama_2", "gemma")]
+PAIRS += [("phi_4_mini", "bytes"), ("llama_2", "phi_4_mini")]
+ROOM = 40  # tokens of a micro-batch, and so the most that the teacher reads of a rollout
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 2, 2)]  # data, context and sequence ranks
+SETTINGS = list(itertools.product(["all", "last", "last_k", "first_k"], [0, -1], ["sequence_mean", "token_mean"]))
+
+
+class Pair:
+    """Two tokenizers, and random rollouts of the first after random prompts."""
+
+    def __init__(self, names, make_folder):
+        self.tokenizers = [tokenizer_named(name, make_folder(name)) for name in names]
+        self.spellers = [
+            Speller.of(name, one, make_folder(f"model-of-{name}"))
+            for name, one in zip(names, self.tokenizers, strict=True)
+        ]
+        self.eos = self.tokenizers[0].eos_token_id
+        student, teacher = self.tokenizers
+        self.aligner = make_aligner(
+            student, teacher, student_eos_ids=[self.eos], teacher_end_of_turn_id=end_of_turn_id(teacher)
+        )
+
+    def rollouts(self, seed, count, room=ROOM):
+        """One is empty; all are short enough for the student, and some of the teacher's readings are cut."""
+        generator, rollouts = random.Random(seed), [Rollout((1,), (), (), "replay", teacher_prompt_ids=(2,))]
+        while len(rollouts) < count:
+            response = tuple(random_response(generator, self.tokenizers[0]))
+            prompts = [tuple(generator.choices(range(200), k=generator.randint(1, 9))) for _ in range(2)]
+            if len(prompts[0] + response) <= room:
+                mask = tuple(generator.choices([0, 1], [1, 4], k=len(response)))
+                rollouts.append(Rollout(prompts[0], response, mask, "replay", teacher_prompt_ids=prompts[1]))
+        return align_rollouts(self.aligner, rollouts, room)
+
+
+@pytest.fixture(scope="module")
+def pair_of(tmp_path_factory):
+    folders = functools.cache(tmp_path_factory.mktemp)
+    return functools.cache(lambda names: Pair(names, folders))
+
+
+def ranks(data, context, sequence):
+    """The topology of every rank of a layout; packing asks for no group."""
+    sizes = dict(pipeline_size=1, pipeline_rank=0, expert_size=1, expert_rank=0, virtual_size=1)
+    sizes |= dict(tensor_size=sequence, context_size=context, data_size=data, sequence_parallel=sequence > 1)
+    for d, c, s in itertools.product(range(data), range(context), range(sequence)):
+        place = dict(data_rank=d, context_rank=c, tensor_rank=s, rank=0, world_size=data * context * sequence)
+        yield Topology(**sizes, **place, device=torch.device("cpu"), groups=None, megatron_state={})
+
+
+def batches_of(whole, topology, teacher=None):
+    return whole.micro_batches(BatchConfig(max_tokens_per_micro_batch=ROOM), tiny_spec(), topology, teacher=teacher)
+
+
+def global_batch(rollouts, **representation):
+    loss = LossConfig(representation=RepresentationConfig(**representation))
+    return GlobalBatch(tuple(rollouts), (0,) * len(rollouts), loss)
+
+
+def compared(pair, rollout, mode, k, shift):
+    """Tokens of student and teacher whose states have read the same bytes, found by looking at every pair."""
+    ended = rollout.response_ids[-1:] == (pair.eos,)
+    whole = pair.aligner.align(rollout.response_ids).teacher_ids
+    said, read = (
+        speller.prefixes(list(ids[: len(ids) - ended]))
+        for speller, ids in zip(pair.spellers, (rollout.response_ids, whole), strict=True)
+    )
+    states = {*brute_force(said, read), (-1, -1)} | ({(len(said), len(read))} if ended else set())
+    room = ROOM - len(rollout.teacher_prompt_ids)
+    chosen = selected_indices(rollout.response_mask, mode, k)
+    return [(t - shift, u - shift) for t, u in sorted(states) if t - shift in chosen and u < room]
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_every_compared_token_has_one_number_and_one_weight_in_both_models(names, pair_of):
+    pair = pair_of(names)
+    for seed, (mode, shift, aggregation) in enumerate(SETTINGS):
+        rollouts = pair.rollouts(seed, 30)
+        whole = global_batch(rollouts, positions=mode, k=4, shift=shift, aggregation=aggregation)
+        per_rollout = [compared(pair, rollout, mode, 4, shift) for rollout in rollouts]
+        sequences, total = sum(map(bool, per_rollout)), sum(map(len, per_rollout))
+        assert 0 < sequences < len(rollouts) and total >= 10
+        expected = []  # by number: the rollout, the place of the state in both readings, the weight, the token
+        for number, tokens in enumerate(per_rollout):
+            weight = 1 / total if aggregation == "token_mean" else 1 / (sequences * max(len(tokens), 1))
+            for t, u in tokens:
+                student = len(rollouts[number].prompt_ids) + t + shift
+                teacher = len(rollouts[number].teacher_prompt_ids) + u + shift
+                expected.append((number, (student, teacher), weight, rollouts[number].response_ids[t]))
+        for layout in LAYOUTS:
+            assert_as_expected(whole, layout, expected)
+
+
+def assert_as_expected(whole, layout, expected):
+    for side, teacher in enumerate((None, 0)):
+        readings = [as_the_teacher_reads(rollout) if side else rollout for rollout in whole.rollouts]
+        found = []
+        for topology in ranks(*layout):
+            for batch in batches_of(whole, topology, teacher):
+                held = [
+                    values.chunk(layout[2])[topology.tensor_rank] if layout[2] > 1 else values
+                    for values in (batch.tokens, batch.position_ids, batch.lengths)
+                ]
+                selection = batch.representation
+                for row, number, weight, token in zip(
+                    *(x.tolist() for x in (selection.selected, selection.rows, selection.weights, selection.token_ids)),
+                    strict=True,
+                ):
+                    rollout, places, expected_weight, sampled = expected[number]
+                    ids = readings[rollout].prompt_ids + readings[rollout].response_ids
+                    where = (ids[places[side]], places[side], len(ids))
+                    assert tuple(int(values[row]) for values in held) == where
+                    assert weight == pytest.approx(expected_weight, rel=1e-12) and token == sampled
+                    found.append(number)
+        assert sorted(found) == list(range(len(expected)))
+
+
+@pytest.mark.parametrize("shift", [0, -1])
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_the_states_in_one_row_of_both_models_have_read_the_same_bytes(names, shift, pair_of):
+    """Read from nothing but the tokens of the micro-batches."""
+    pair = pair_of(names)
+    rollouts = pair.rollouts(f"{shift}", 300)
+    whole, (topology,) = global_batch(rollouts, positions="all", shift=shift), ranks(1, 1, 1)
+    prompts = {rollout.prompt_ids + rollout.response_ids: rollout for rollout in rollouts}
+    number = 0
+    for mine, of_teacher in zip(batches_of(whole, topology), batches_of(whole, topology, 0), strict=True):
+        assert max(mine.num_tokens, of_teacher.num_tokens) <= ROOM
+        assert mine.representation.rows.tolist() == of_teacher.representation.rows.tolist()
+        assert mine.representation.weights.tolist() == of_teacher.representation.weights.tolist()
+        bounds = [batch.cu_seqlens.tolist() for batch in (mine, of_teacher)]
+        for rows in zip(
+            mine.representation.selected.tolist(), of_teacher.representation.selected.tolist(), strict=True
+        ):
+            places = [int(batch.sequence_ids[row]) for batch, row in zip((mine, of_teacher), rows, strict=True)]
+            assert places[0] == places[1]
+            start, end = bounds[0][places[0] : places[0] + 2]
+            rollout = prompts[tuple(mine.tokens[start:end].tolist())]
+            said, read = (
+                batch.tokens[starts[places[0]] : row + 1].tolist()[len(prompt) :]
+                for batch, starts, row, prompt in zip(
+                    (mine, of_teacher), bounds, rows, (rollout.prompt_ids, rollout.teacher_prompt_ids), strict=True
+                )
+            )
+            assert (len(said) == len(rollout.response_ids) and said[-1:] == [pair.eos]) == (
+                read[-1:] == [pair.aligner.end_of_turn_id]
+            )
+            spelled = [speller.prefixes(ids) for speller, ids in zip(pair.spellers, (said, read), strict=True)]
+            assert (spelled[0] or [b""])[-1] == (spelled[1] or [b""])[-1]
+            number += 1
+    assert number == whole.representation.counts.tokens > 300
+
+
+@pytest.mark.parametrize("shift", [0, -1])
+def test_with_one_tokenizer_every_tensor_is_that_of_the_plain_path(shift, pair_of):
+    tokenizer = pair_of(("bytes", "qwen")).tokenizers[0]
+    rollouts = [
+        dataclasses.replace(one, alignment=None) for one in pair_of(("bytes", "qwen")).rollouts(0, 40, ROOM - 9)
+    ]
+    aligner = make_aligner(tokenizer, tokenizer, student_eos_ids=[258], teacher_end_of_turn_id=258)
+    aligned = align_rollouts(aligner, rollouts, ROOM)
+    assert [longest_reading(one) for one in aligned] == [longest_reading(one) for one in rollouts]
+    settings = {"positions": "last_k", "k": 4, "shift": shift}
+    plain, whole = global_batch(rollouts, **settings), global_batch(aligned, **settings)
+    for layout in LAYOUTS:
+        for topology, teacher in itertools.product(ranks(*layout), (None, 0)):
+            pairs = zip(batches_of(plain, topology, teacher), batches_of(whole, topology, teacher), strict=True)
+            for expected, actual in pairs:
+                assert_equal(expected, actual)
+    extra = {key: value for key, value in whole.metrics().items() if key not in plain.metrics()}
+    assert extra["align/coverage"] == 1 and extra["align/no_sync"] == extra["align/teacher_tokens_cut"] == 0
+    assert plain.metrics().items() <= whole.metrics().items()
+
+
+def assert_equal(expected, actual):
+    for field in dataclasses.fields(expected):
+        first, second = getattr(expected, field.name), getattr(actual, field.name)
+        if dataclasses.is_dataclass(first):
+            assert_equal(first, second)
+        elif isinstance(first, torch.Tensor):
+            assert first.dtype == second.dtype and torch.equal(first, second), field.name
+        else:
+            assert first == second
+
+
+def test_the_metrics_count_what_can_be_compared(pair_of):
+    """`ab12` in bytes against pieces of one byte; the second response has nothing at which both have read the same."""
+    pair = pair_of(("bytes", "llama_3"))
+    student = pair.tokenizers[0]
+    said = [student("the 2024", add_special_tokens=False)["input_ids"], [256, 257], []]
+    rollouts = [Rollout((1,), tuple(ids), (1,) * len(ids), "replay", teacher_prompt_ids=(2, 3)) for ids in said]
+    reading = pair.tokenizers[1]("the 2024", add_special_tokens=False)["input_ids"]
+    assert len(reading) < len(said[0])
+    points = len(reading)  # bytes are read one by one: every token of the teacher ends with one
+    found = global_batch(align_rollouts(pair.aligner, rollouts, ROOM), positions="all").metrics()
+    assert found["align/coverage"] == points / (len(said[0]) + 2)
+    assert found["align/teacher_tokens"] == len(reading) / 3
+    assert found["align/teacher_tokens_cut"] == 0
+    assert found["align/no_sync"] == 1
+    assert found["rep/num_tokens"] == points
+    cut = global_batch(align_rollouts(pair.aligner, rollouts, 2 + 1), positions="all").metrics()
+    assert cut["align/teacher_tokens_cut"] == len(reading) - 1
+    assert cut["align/coverage"] == 1 / (len(said[0]) + 2)
+    last = global_batch(align_rollouts(pair.aligner, rollouts, 2 + 1), positions="last").metrics()
+    assert (last["align/coverage"], last["align/no_sync"]) == (0, 2)
+    assert global_batch(align_rollouts(pair.aligner, rollouts[2:], ROOM)).metrics()["align/coverage"] == 1
+
+
+def test_a_step_without_a_single_point_is_a_step_of_padding(pair_of):
+    pair, (topology,) = pair_of(("bytes", "llama_3")), ranks(1, 1, 1)
+    rollouts = [Rollout((1,), (256,), (1,), "replay", teacher_prompt_ids=(2,))] * 3
+    whole = global_batch(align_rollouts(pair.aligner, rollouts, ROOM))
+    for teacher in (None, 0):
+        (batch,) = batches_of(whole, topology, teacher)
+        assert len(batch.representation) == 0
