@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> dict:
     plan = make_plan(config.loss, spec, spec)
     student, teacher = (build_model(spec, topology, DTYPES[options.dtype], lm_head=head) for head in (True, False))
     fill_randomly(student, teacher)
-    trained = build_student(student, config, plan)
+    trained = build_student(student, config, plan, topology)
     rollouts = _rollouts(options)
     whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)
     batches = whole.micro_batches(config.batch, spec, topology)

@@ -141,7 +141,7 @@ def megatron_update(workload: Workload, method: str, device: torch.device) -> Up
     if planned.plan.output:
         head = stage[-1].lm_head
         heads = Heads(head, (torch.randn_like(head).mul_(0.02),), 0)
-    student = build_student(stage, config, planned.plan)
+    student = build_student(stage, config, planned.plan, topology)
     teacher = Teacher(lambda: frozen, topology, planned.plan, spec.hidden_size)
     whole = GlobalBatch(tuple(workload.rollouts()), (0,) * len(workload.responses), config.loss)
     batches = whole.micro_batches(config.batch, spec, topology)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from megatron_oprd import platform
 from megatron_oprd.config import Config, EvaluationConfig, ParallelConfig, RolloutConfig
@@ -11,6 +12,7 @@ from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads
+from megatron_oprd.models.projection import StudentMap, identify, student_maps, teacher_maps
 from megatron_oprd.models.weights import content_hash, load_lm_head, load_weights
 from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
@@ -25,6 +27,16 @@ from megatron_oprd.types import ModelSpec
 
 MOST_ROWS = 256  # generated at once; more do not make a step cheaper
 EVALUATION_SEED = 1_000_003  # added to train.seed: evaluation draws other numbers than training, always the same ones
+
+
+@dataclass(frozen=True)
+class Models:
+    """Student and teachers with their weights, on this rank, and what generates with the student."""
+
+    topology: Topology  # the student's, in force
+    stage: Stage  # of the student
+    teachers: tuple[Teacher, ...]  # in the order of the configuration
+    engine: RolloutEngine
 
 
 @dataclass(frozen=True)
@@ -43,30 +55,44 @@ class Run:
 
 def build_run(inputs: Inputs) -> Run:
     """Start the process group and build this rank's part of every model. Collective over the world."""
-    config, plan = inputs.config, inputs.plan
-    planned = list(inputs.teachers.values())
-    own_topologies = [
-        (layout, start_topology(config, layout)) for layout in _distinct([teacher.layout for teacher in planned])
-    ]
-    topology = start_topology(config, config.parallel)  # the last one stays in force
-    stage = build_and_load(config, inputs.student, topology, plan.student_stages)
-    teachers = []
-    for teacher in planned:
-        own = next((own for layout, own in own_topologies if layout == teacher.layout), topology)
-        teachers.append(build_teacher(config, teacher, own, inputs.widest_teacher, own_prompts=inputs.own_prompts))
+    config, plan, models = inputs.config, inputs.plan, build_models(inputs)
+    topology, stage = models.topology, models.stage
     evaluator = None
     if inputs.evaluation_prompts is not None:
         evaluator = make_evaluator(config, stage, inputs.student, topology)
     return Run(
         inputs,
         topology,
-        build_student(stage, config, plan),
-        tuple(teachers),
+        build_student(stage, config, plan, topology, _student_maps(inputs, topology)),
+        models.teachers,
         load_heads(inputs, stage, topology) if plan.output else None,
-        _engine(inputs, stage, topology),
+        models.engine,
         evaluator,
-        {name: _identity(teacher) for name, teacher in inputs.teachers.items()},
+        {name: _identity(inputs, teacher) for name, teacher in inputs.teachers.items()},
     )
+
+
+def build_models(inputs: Inputs) -> Models:
+    """Start the process group and load this rank's part of student and teachers. Collective over the world."""
+    config = inputs.config
+    planned = list(inputs.teachers.values())
+    own_topologies = [
+        (layout, start_topology(config, layout)) for layout in _distinct([teacher.layout for teacher in planned])
+    ]
+    topology = start_topology(config, config.parallel)  # the last one stays in force
+    on_rank_zero(partial(_check_bridge, inputs))
+    stage = build_and_load(config, inputs.student, topology, inputs.plan.student_stages)
+    teachers = []
+    for teacher in planned:
+        own = next((own for layout, own in own_topologies if layout == teacher.layout), topology)
+        teachers.append(build_teacher(inputs, teacher, own))
+    return Models(topology, stage, tuple(teachers), _engine(inputs, stage, topology))
+
+
+def _check_bridge(inputs: Inputs) -> None:
+    """Raise UserError for a bridge of other weights, before any are loaded. One rank calls it."""
+    if inputs.bridge is not None and inputs.ends is not None:
+        inputs.ends.check_hashes(inputs.bridge)
 
 
 def _distinct(layouts: list[ParallelConfig | None]) -> list[ParallelConfig]:
@@ -77,10 +103,18 @@ def _distinct(layouts: list[ParallelConfig | None]) -> list[ParallelConfig]:
     return found
 
 
-def _identity(teacher: PlannedTeacher) -> Identity:
+def _identity(inputs: Inputs, teacher: PlannedTeacher) -> Identity:
     """Collective over the world."""
     digest = on_rank_zero(lambda: content_hash(teacher.config.path))
-    return Identity(teacher.config.path, digest, tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs))
+    pairs = tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs)
+    return Identity(teacher.config.path, digest, pairs, identify(inputs.bridge.maps) if inputs.bridge else None)
+
+
+def _student_maps(inputs: Inputs, topology: Topology) -> dict[int, StudentMap]:
+    if inputs.bridge is None:
+        return {}
+    trained = inputs.config.loss.representation.train_bridge
+    return student_maps(inputs.bridge.maps, topology.device, trained=trained)
 
 
 def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
@@ -90,11 +124,10 @@ def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
     return build_topology(parallel, device, config.train.seed)
 
 
-def build_teacher(
-    config: Config, teacher: PlannedTeacher, topology: Topology, row_width: int, *, own_prompts: bool
-) -> Teacher:
+def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -> Teacher:
     """A frozen teacher up to its highest compared layer. With `teachers_in_memory: one` it is built for each pass.
     Collective over the world."""
+    config = inputs.config
 
     def load() -> Stage:
         stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype])
@@ -108,9 +141,10 @@ def build_teacher(
         load if kept is None else lambda: kept,
         topology,
         teacher.plan,
-        row_width,
-        own_prompts=own_prompts,
+        inputs.widest_teacher,
+        own_prompts=inputs.own_prompts,
         offload=teacher.config.offload_targets,
+        maps=teacher_maps(inputs.bridge.maps, topology.device) if inputs.bridge else {},
     )
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd import platform
+from megatron_oprd.bridge.origin import Ends
+from megatron_oprd.bridge.record import Bridge
 from megatron_oprd.config import Config, teacher_section
 from megatron_oprd.data.alignment import Aligner, align_rollouts, end_of_turn_id, make_aligner
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
-from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer, same_vocabulary
+from megatron_oprd.data.tokenizer import check_tokenizer, has_tokenizer, load_tokenizer, same_vocabulary, tokenizer_hash
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.layouts import plan_teacher, world_size
@@ -40,6 +42,8 @@ class Inputs:
     evaluation_prompts: PromptSet | None
     replayed: list[Rollout]
     aligner: Aligner | None = None  # for a teacher with another tokenizer, the only one; None: all read the same ids
+    bridge: Bridge | None = None  # None: states are compared as they are
+    ends: Ends | None = None  # what the bridge joins, or is to join
 
     @property
     def plan(self) -> LayerPlan:
@@ -89,7 +93,7 @@ class Inputs:
 
 def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
     """Read and check everything but the weights themselves. Raises UserError, one line, for the first thing wrong.
-    `fitting`: for making the bridge that a teacher with another tokenizer needs."""
+    `fitting`: for making the bridge between its models."""
     platform.choose_device(config.train.device)
     check_writable(config.train.run_dir)
     check_layout(config.parallel, world_size())
@@ -100,8 +104,13 @@ def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
     for teacher in teachers.values():
         check_weights(teacher.config.path, teacher.spec)
     tokenizer = other = aligner = prompts = evaluation_prompts = None
-    with_bridge = fitting or config.loss.representation.bridge is not None
-    if config.rollout.engine == "megatron" or config.evaluation.every or with_bridge:
+    with_bridge = fitting or (config.loss.reads_layers and config.loss.representation.bridge is not None)
+    folders = [config.student.path, *(teacher.config.path for teacher in teachers.values())]
+    if (
+        config.rollout.engine == "megatron"
+        or config.evaluation.every
+        or (with_bridge and any(map(has_tokenizer, folders)))
+    ):
         tokenizer, other = _tokenizers(config, student, teachers, with_bridge=with_bridge)
     if tokenizer is not None and other is not None:
         end = end_of_turn_id(other, config.data.teacher_kwargs)
@@ -117,7 +126,24 @@ def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
     if prompts is not None:
         check_lengths(config, student, teachers, prompts.prompts, other_tokenizer=other is not None)
     check_replayed_lengths(config, student, teachers, replayed, other_tokenizer=other is not None)
-    return Inputs(config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed, aligner)
+    ends = _ends(config, student, teachers, tokenizer, other) if with_bridge else None
+    bridge = ends.read() if ends is not None and not fitting else None
+    return Inputs(config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed, aligner, bridge, ends)
+
+
+def _ends(
+    config: Config,
+    student: ModelSpec,
+    teachers: dict[str, PlannedTeacher],
+    tokenizer: PreTrainedTokenizerBase | None,
+    other: PreTrainedTokenizerBase | None,
+) -> Ends:
+    """What a bridge joins. Raises UserError for several teachers."""
+    if config.teachers:
+        raise UserError("loss.representation.bridge joins the student with one teacher; name it as teacher.path")
+    (teacher,) = teachers.values()
+    of_student, of_teacher = (None if one is None else tokenizer_hash(one) for one in (tokenizer, other))
+    return Ends(config, student, teacher, (of_student, of_student if other is None else of_teacher))
 
 
 def read_evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
@@ -139,8 +165,7 @@ def _tokenizers(
     for name, teacher in teachers.items():
         path = teacher.config.path
         model = f"{teacher_section(name)}.path={path}"
-        has_own = any((Path(path) / file).exists() for file in ("tokenizer.json", "tokenizer_config.json"))
-        own = load_tokenizer(path) if has_own or with_bridge else tokenizer
+        own = load_tokenizer(path) if has_tokenizer(path) or with_bridge else tokenizer
         if own is not tokenizer and not same_vocabulary(tokenizer, own):
             _check_another_tokenizer(config, model, with_bridge=with_bridge)
             other = own

@@ -34,8 +34,8 @@ from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher_pass import PassReport, teacher_pass
-from megatron_oprd.types import PackedBatch, Prompt, Rollout, UserError
+from megatron_oprd.training.teacher_pass import PassReport, batches_of_teachers, teacher_pass
+from megatron_oprd.types import Prompt, Rollout, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     inputs = read_inputs(load_config(options.config, options.overrides))
     if options.dry_run:
-        describe_run(inputs.config, inputs.student, inputs.teachers, inputs.lengths)
+        bridge_rank = inputs.bridge.rank if inputs.bridge else None
+        describe_run(inputs.config, inputs.student, inputs.teachers, inputs.lengths, bridge_rank)
     else:
         run = build_run(inputs)
         fit(run)
@@ -83,11 +84,7 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     pack = partial(whole.micro_batches, config.batch, inputs.student)
     batches = pack(topology)
 
-    def read_by(number: int) -> list[PackedBatch]:
-        teacher = run.teachers[number]
-        alike = len(run.teachers) == 1 and teacher.reads_alike(topology)
-        return batches if alike else pack(teacher.topology, teacher=number)
-
+    read_by = batches_of_teachers(run.teachers, topology, batches, pack)
     targets, teacher_report = teacher_pass(run.teachers, topology, batches, read_by)
     with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps)
     output = output_loss(run, with_metrics=with_metrics)

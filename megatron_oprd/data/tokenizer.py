@@ -13,6 +13,11 @@ from megatron_oprd.types import ModelSpec, UserError
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether the folder means to hold a tokenizer, whole or not."""
+    return any((Path(folder) / name).exists() for name in (*_VOCABULARY_FILES, "tokenizer_config.json"))
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a local Hugging Face folder; nothing is downloaded and no code of the folder runs.
 

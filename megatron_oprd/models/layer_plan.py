@@ -11,6 +11,11 @@ from megatron_oprd.config import LossConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.models.layer_pairs import layer_pairs
 from megatron_oprd.types import OUTPUT, LayerPair, ModelSpec, UserError
 
+# What messages tell whoever compares models that only a bridge makes comparable.
+BRIDGE_NEEDED = (
+    "make a bridge (torchrun -m megatron_oprd.bridge.fit --config F) and name it in loss.representation.bridge"
+)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -143,14 +148,14 @@ def make_plan(
     `section`: where the teacher stands in the configuration.
 
     Raises UserError for layers that do not exist, for more stages than layers and, where hidden states are compared
-    (OPRD-Vanilla), for unequal widths.
+    without a bridge (OPRD-Vanilla), for unequal widths.
     """
     config = loss.representation
-    if loss.reads_layers and student.hidden_size != teacher.hidden_size:
+    if loss.reads_layers and config.bridge is None and student.hidden_size != teacher.hidden_size:
         raise UserError(
             f"student hidden_size {student.hidden_size} differs from {section} hidden_size {teacher.hidden_size}: "
-            "hidden states of another width cannot be compared directly; use a teacher of the student's width, or an "
-            "output-space objective alone (loss.representation.weight=0)"
+            f"hidden states of another width cannot be compared directly; {BRIDGE_NEEDED}, use a teacher of the "
+            "student's width, or an output-space objective alone (loss.representation.weight=0)"
         )
     try:
         chosen = config.layers, config.pairs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from megatron_oprd.losses.reduction import layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
 from megatron_oprd.models.output_loss import OutputLoss
+from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.types import OUTPUT, PackedBatch, Selection
 
@@ -17,22 +18,28 @@ from megatron_oprd.types import OUTPUT, PackedBatch, Selection
 class CaptureTap:
     """Keeps the states of some layers at some rows, detached: {layer: [rows, hidden]}.
 
-    `selected`: {layer: [rows] int64}.
+    `selected`: {layer: [rows] int64}. `maps`: for some layers, what is kept in place of their states.
     """
 
-    def __init__(self, selected: Mapping[int, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        selected: Mapping[int, torch.Tensor],
+        maps: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    ) -> None:
         self.selected = selected
+        self.maps = maps or {}
         self.states: dict[int, torch.Tensor] = {}
 
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         if layer in self.selected:
-            self.states[layer] = _rows(hidden_states.detach(), self.selected[layer])
+            states = selected_rows(hidden_states.detach(), self.selected[layer])
+            self.states[layer] = self.maps[layer](states) if layer in self.maps else states
         return hidden_states
 
 
 class StageLoss:
     """The terms of the loss whose states this rank owns, on one micro-batch: OPRD-Vanilla (OPRD eq. (6)) of its student
-    layers, and with `output`, on the last stage, the output-space objective.
+    layers, or OPRD-Bridge (eq. (14)) with their `maps`; with `output`, on the last stage, the output-space objective.
 
     The loss never travels: its gradient is added to the layer's during backward, and the sums behind the metrics are
     kept in `sums` ({student layer: [4] float64}, the same after a recomputation) and `output_sums`. The last to read a
@@ -49,11 +56,13 @@ class StageLoss:
         *,
         normalize: str,
         scale: float,
+        maps: Mapping[int, StudentMap] | None = None,
         output: OutputLoss | None = None,
     ) -> None:
         self.targets = targets
         self.batch = batch
         self.normalize = normalize
+        self.maps = maps or {}
         self.output = output
         self.gradient_weights = scale * layer_weights(batch.representation.weights, max(num_layers, 1))
         self.sums: dict[int, torch.Tensor] = {}
@@ -70,7 +79,7 @@ class StageLoss:
     def _output(self, hidden_states: torch.Tensor) -> torch.Tensor:
         assert self.output is not None  # only a student with an output-space objective has targets for it
         selection = self.batch.output
-        student = _rows(hidden_states.detach(), selection.selected)
+        student = selected_rows(hidden_states.detach(), selection.selected)
         gradient, self.output_sums = self.output(student, self.targets.take(OUTPUT), selection)
         return _WithGradient.apply(hidden_states, gradient, selection)
 
@@ -82,7 +91,9 @@ class _WithStageLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, tap: StageLoss, layer: int) -> torch.Tensor:
         selection = tap.batch.representation
-        statistics = token_statistics(_rows(hidden_states, selection.selected), tap.targets.read(layer), tap.normalize)
+        states = selected_rows(hidden_states, selection.selected)
+        compared = tap.maps[layer](states) if layer in tap.maps else states
+        statistics = token_statistics(compared, tap.targets.read(layer), tap.normalize)
         tap.sums[layer] = layer_sums(statistics, selection.weights)
         ctx.save_for_backward(hidden_states)
         ctx.tap, ctx.layer = tap, layer
@@ -93,7 +104,11 @@ class _WithStageLoss(torch.autograd.Function):
         (hidden_states,) = ctx.saved_tensors
         tap: StageLoss = ctx.tap
         selected, target = tap.batch.representation.selected, tap.targets.take(ctx.layer)
-        own = weighted_gradient(_rows(hidden_states, selected), target, tap.normalize, tap.gradient_weights)
+        states, layer_map = selected_rows(hidden_states, selected), tap.maps.get(ctx.layer)
+        compared = states if layer_map is None else layer_map(states)
+        own = weighted_gradient(compared, target, tap.normalize, tap.gradient_weights)
+        if layer_map is not None:
+            own = layer_map.pull_back(own, states)
         # Out of place: another branch of the graph may read the incoming gradient. No row is selected twice.
         return gradients[0].index_add(0, selected, own[:, None]), None, None
 
@@ -119,6 +134,6 @@ def _passed_through(hidden_states: torch.Tensor) -> torch.Tensor:
     return output
 
 
-def _rows(hidden_states: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-    """[tokens, 1, hidden] -> [selected tokens, hidden], a copy."""
+def selected_rows(hidden_states: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+    """Of a layer's output: [tokens, 1, hidden] -> [selected tokens, hidden], a copy."""
     return hidden_states.index_select(0, selected)[:, 0]

@@ -36,6 +36,7 @@ from megatron_oprd.models.megatron_checkpoint import (
 )
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.training.map_optimizer import FILE as MAPS
 from megatron_oprd.training.optimizer_state import load_optimizer, save_optimizer
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.student import Student
@@ -68,6 +69,8 @@ def save(
         on_rank_zero(lambda: _make(partial / "optimizer"))
         with explain_os_errors(partial):
             save_optimizer(student, topology, partial / "optimizer")
+            if student.map_optimizer is not None:
+                student.map_optimizer.save(partial)
         on_rank_zero(lambda: _finish(target, partial, state, teachers))
     except BaseException:
         if topology.rank == 0:
@@ -94,7 +97,9 @@ def load(
     with _explain_damage(checkpoint / "state.json"):
         state = TrainState(int(values["step"]), PromptState.from_dict(values["prompts"]))
         saved = {
-            str(name): Identity(str(one["path"]), str(one["hash"]), tuple((s, t) for s, t in one["pairs"]))
+            str(name): Identity(
+                str(one["path"]), str(one["hash"]), tuple((s, t) for s, t in one["pairs"]), one.get("bridge")
+            )
             for name, one in values["teachers"].items()
         }
     _check_teachers(checkpoint, saved, teachers)
@@ -104,6 +109,9 @@ def load(
         with _explain_damage(checkpoint / "optimizer"):
             check_files(checkpoint / "optimizer")
             load_optimizer(student, topology, checkpoint / "optimizer")
+        if student.map_optimizer is not None:
+            with _explain_damage(checkpoint / MAPS):
+                student.map_optimizer.load(checkpoint)
 
     on_every_rank(read_optimizer)
     # The rate is a function of the step and the configuration alone.
@@ -135,7 +143,12 @@ def _finish(target: Path, partial: Path, state: TrainState, teachers: Mapping[st
             "step": state.step,
             "prompts": state.prompts.to_dict(),
             "teachers": {
-                name: {"path": one.path, "hash": one.hash, "pairs": [list(pair) for pair in one.pairs]}
+                name: {
+                    "path": one.path,
+                    "hash": one.hash,
+                    "pairs": [list(pair) for pair in one.pairs],
+                    "bridge": one.bridge,
+                }
                 for name, one in teachers.items()
             },
         },
@@ -173,11 +186,20 @@ def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], asked: Mapp
                 f"{checkpoint} was made with the layer pairs {_short(saved[name].pairs)}, the configuration asks for "
                 f"{_short(one.pairs)}; go on with those or name a new train.run_dir"
             )
+        if saved[name].bridge != one.bridge:
+            raise UserError(
+                f"{checkpoint} was made {_with(saved[name].bridge)}, loss.representation.bridge asks for a run "
+                f"{_with(one.bridge)}; go on as it was or name a new train.run_dir"
+            )
 
 
 def _short(pairs: tuple[tuple[int, int], ...]) -> str:
     shown = ", ".join(f"{student}-{teacher}" for student, teacher in pairs[:4])
     return f"[{shown}{', ...' if len(pairs) > 4 else ''}]"
+
+
+def _with(bridge: str | None) -> str:
+    return f"with the bridge {bridge[:19]}" if bridge else "without a bridge"
 
 
 @contextlib.contextmanager

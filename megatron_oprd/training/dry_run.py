@@ -20,8 +20,15 @@ from megatron_oprd.types import ModelSpec
 COLUMNS = ("weights", "gradients", "optimizer", "teacher", "targets", "activations")  # the parts of a Footprint
 
 
-def describe_run(config: Config, student: ModelSpec, teachers: Mapping[str, PlannedTeacher], lengths: Lengths) -> None:
+def describe_run(
+    config: Config,
+    student: ModelSpec,
+    teachers: Mapping[str, PlannedTeacher],
+    lengths: Lengths,
+    bridge_rank: int | None = None,
+) -> None:
     """Print the resolved configuration, the layer pairs with their pipeline stages, parameters and predicted memory.
+    `bridge_rank`: r of the bridge between the models, if there is one.
 
     The first of several processes prints. No communication.
     """
@@ -35,9 +42,10 @@ def describe_run(config: Config, student: ModelSpec, teachers: Mapping[str, Plan
         _describe_teacher(console, name, teacher)
     planned = list(teachers.values())
     try:
-        _print_peaks(console, predict_peaks(config, student, planned, lengths, world=world), world)
+        peaks = predict_peaks(config, student, planned, lengths, world=world, bridge_rank=bridge_rank)
+        _print_peaks(console, peaks, world)
     except NotTraced as reason:
-        _print_estimate(console, predict_memory(config, student, planned, world), world, str(reason))
+        _print_estimate(console, predict_memory(config, student, planned, world, bridge_rank), world, str(reason))
 
 
 def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int) -> None:

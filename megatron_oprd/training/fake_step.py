@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -24,6 +24,7 @@ from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
+from megatron_oprd.models.projection import student_maps, teacher_maps
 from megatron_oprd.models.taps import StageLoss
 from megatron_oprd.models.targets import States
 from megatron_oprd.parallel.reshard import Shard
@@ -33,8 +34,8 @@ from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.live_bytes import LiveBytes
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
-from megatron_oprd.training.teacher_pass import Teacher, build_frozen
-from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
+from megatron_oprd.training.teacher_pass import Row, Teacher, build_frozen
+from megatron_oprd.types import LayerPair, ModelSpec, PackedBatch, PairBridge, Rollout
 
 DEVICE = torch.device("cpu")
 
@@ -64,11 +65,13 @@ def trace_update(
     rank: int,
     world: int,
     micro_batches: int = 1,
+    bridge_rank: int | None = None,
 ) -> Footprint:
     """What process `rank` of `world` holds at the peak of an update (teacher pass, forward, backward, optimizer) that
     finds the optimizer's state there.
 
-    `rollouts` fill one micro-batch, of which every replica has `micro_batches` in a step. Communicates with no one, in
+    `rollouts` fill one micro-batch, of which every replica has `micro_batches` in a step. `bridge_rank`: r of a bridge
+    between the models, if there is one. Communicates with no one, in
     a process group of its own. Raises NotImplementedError for experts, and RuntimeError inside of a process group or
     with a CUDA device.
     """
@@ -83,7 +86,8 @@ def trace_update(
         places = [(topology, _micro_batch(config, student, topology, rollouts))]
         places += [(one, _micro_batch(config, student, one, rollouts, number)) for number, one in enumerate(topologies)]
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, LiveBytes() as live:
-            models = _build(config, student, planned, places, live)
+            bridge = _bridge(student, planned[0], bridge_rank) if bridge_rank is not None else {}
+            models = _build(config, student, planned, places, bridge, live)
             with live.making("activations"):
                 mine, *read = (_without_values(batch, mode) for _, batch in places)
                 live.reset_peak()
@@ -149,6 +153,13 @@ def _without_values(batch: Any, mode: FakeTensorMode) -> Any:
     return type(batch)(**fields)
 
 
+def _bridge(student: ModelSpec, teacher: PlannedTeacher, rank: int) -> dict[LayerPair, PairBridge]:
+    """A bridge without values."""
+    width = teacher.spec.hidden_size
+    maps = PairBridge(torch.empty(rank, student.hidden_size), torch.empty(rank, width), torch.empty(width))
+    return dict.fromkeys(teacher.plan.pairs, maps)
+
+
 @dataclass(frozen=True)
 class _Models:
     student: Student
@@ -162,6 +173,7 @@ def _build(
     spec: ModelSpec,
     planned: Sequence[PlannedTeacher],
     places: Sequence[tuple[Topology, PackedBatch]],
+    bridge: Mapping[LayerPair, PairBridge],
     live: LiveBytes,
 ) -> _Models:
     """All models of this rank as the first update leaves them. `places`: of the student and of each teacher, the layout
@@ -170,12 +182,14 @@ def _build(
     plan = planned[0].plan
     width = max(teacher.spec.hidden_size for teacher in planned)
     teachers = [
-        _teacher(config, teacher, *place, width, live) for teacher, place in zip(planned, of_teachers, strict=True)
+        _teacher(config, teacher, *place, width, bridge, live)
+        for teacher, place in zip(planned, of_teachers, strict=True)
     ]
     with live.making("optimizer"):  # what construction and first step leave, but for what gets another name
         dtype = DTYPES[config.precision.dtype]
         stage = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
-        student = build_student(_with_messages(stage, topology, batch), config, plan)
+        maps = student_maps(bridge, DEVICE, trained=config.loss.representation.train_bridge)
+        student = build_student(_with_messages(stage, topology, batch), config, plan, topology, maps)
         with platform.cpu_devices():
             student.optimizer.step()
     buffers = [buffer for chunk in student.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
@@ -192,7 +206,13 @@ def _build(
 
 
 def _teacher(
-    config: Config, planned: PlannedTeacher, topology: Topology, batch: PackedBatch, row_width: int, live: LiveBytes
+    config: Config,
+    planned: PlannedTeacher,
+    topology: Topology,
+    batch: PackedBatch,
+    row_width: int,
+    bridge: Mapping[LayerPair, PairBridge],
+    live: LiveBytes,
 ) -> Teacher:
     def load() -> Stage:
         with live.making("teacher_weights"):
@@ -201,7 +221,14 @@ def _teacher(
 
     kept = load() if config.teachers_in_memory == "all" else None
     own_prompts = config.data.own_teacher_prompts
-    return Teacher(load if kept is None else lambda: kept, topology, planned.plan, row_width, own_prompts=own_prompts)
+    return Teacher(
+        load if kept is None else lambda: kept,
+        topology,
+        planned.plan,
+        row_width,
+        own_prompts=own_prompts,
+        maps=teacher_maps(bridge, DEVICE),
+    )
 
 
 def _heads(spec: ModelSpec, planned: Sequence[PlannedTeacher], stage: Stage, topology: Topology) -> Heads:
@@ -224,13 +251,11 @@ def _shapes_received(communicator: P2PCommunicator, *args: Any) -> tuple[list[in
     return shape, shape
 
 
-def _rows_received(
-    states: list[States], held: Shard, wanted: Shard, stage: Stage, teacher: Teacher
-) -> tuple[States, int]:
+def _rows_received(states: list[States], held: Shard, wanted: Shard, row: Row, teacher: Teacher) -> tuple[States, int]:
     """What `teacher_pass` has in memory when rows have come from other ranks."""
     joined = {layer: torch.cat([one.pop(layer) for one in states]) for layer in held.layers}
-    shape, dtype = (len(wanted.rows), stage.config.hidden_size), stage.config.params_dtype
-    received = {layer: torch.empty(shape, dtype=dtype) for layer in wanted.layers}
+    shape = (len(wanted.rows), row.width)
+    received = {layer: torch.empty(shape, dtype=row.dtype) for layer in wanted.layers}
     del joined  # until now
     return received, 0
 
@@ -264,7 +289,7 @@ def _update(
 
         def taps() -> Iterator[StageLoss]:
             for number in range(count):
-                tap = stage_loss(plan, config.loss, batch, targets, number, models.output)
+                tap = stage_loss(plan, config.loss, batch, targets, number, models.output, models.student.maps)
                 live.assign("targets", [tap.targets.read(layer) for layer in targets.layers])
                 yield tap
 

@@ -36,8 +36,9 @@ def predict_memory(
     student: ModelSpec,
     planned: Sequence[PlannedTeacher],
     world: int,
+    bridge_rank: int | None = None,
 ) -> dict[str, int]:
-    """Bytes on the fullest of `world` ranks, by purpose.
+    """Bytes on the fullest of `world` ranks, by purpose. `bridge_rank`: r of a bridge between the models.
 
     Gradients are fp32; AdamW keeps two fp32 moments, and an fp32 copy of bf16 weights, divided over the ranks that hold
     the same parameters by the distributed optimizer; what is never trained still counts as trained. Activations: 34
@@ -62,6 +63,7 @@ def predict_memory(
         kept = trained
     tokens = config.batch.max_tokens_per_micro_batch // parallel.context
     full = config.recompute.granularity == "full"
+    row_bytes = 4 * bridge_rank if bridge_rank else planned[0].spec.hidden_size * size
     cut = parallel.tensor if parallel.sequence or not full else 1  # block inputs are whole without sequence parallelism
     blocks = _blocks_in_flight(config, plan, copies // parallel.context)
     return {
@@ -69,9 +71,7 @@ def predict_memory(
         "student gradients": trained * 4,
         "optimizer state": kept * state,
         "teacher weights": (in_memory + (sum(heads) if plan.output else 0)) * size,
-        "teacher states": (
-            0 if planned[0].config.offload_targets else _target_bytes(config, plan, planned[0].spec, copies, size)
-        ),
+        "teacher states": (0 if planned[0].config.offload_targets else _target_bytes(config, plan, copies, row_bytes)),
         "activations": int(tokens * student.hidden_size * blocks * (2 if full else 34) * size / 2 / cut),
     }
 
@@ -122,7 +122,7 @@ def _rank_parameters(spec: ModelSpec, share: Share, pipeline_rank: int, *, lm_he
     return dense, experts // share.expert
 
 
-def _target_bytes(config: Config, plan: LayerPlan, teacher: ModelSpec, copies: int, size: int) -> int:
+def _target_bytes(config: Config, plan: LayerPlan, copies: int, row_bytes: int) -> int:
     parallel = config.parallel
     samples = config.rollout.prompts_per_step * config.rollout.samples_per_prompt / copies
     rows = samples * min(most_selected(config.loss), config.rollout.max_new_tokens)
@@ -130,4 +130,4 @@ def _target_bytes(config: Config, plan: LayerPlan, teacher: ModelSpec, copies: i
         rows = min(rows, config.batch.max_tokens_per_micro_batch / parallel.context)
     owners = [rank for _, rank in map(plan.student_place, plan.student_layers)]
     layers = max((owners.count(rank) for rank in set(owners)), default=0)
-    return int(layers * rows * teacher.hidden_size * size / (parallel.tensor if parallel.sequence else 1))
+    return int(layers * rows * row_bytes / (parallel.tensor if parallel.sequence else 1))

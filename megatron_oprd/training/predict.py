@@ -36,10 +36,16 @@ class Lengths:
 
 
 def predict_peaks(
-    config: Config, student: ModelSpec, planned: Sequence[PlannedTeacher], lengths: Lengths, *, world: int
+    config: Config,
+    student: ModelSpec,
+    planned: Sequence[PlannedTeacher],
+    lengths: Lengths,
+    *,
+    world: int,
+    bridge_rank: int | None = None,
 ) -> dict[range, Footprint]:
     """The footprint of an update on the fullest micro-batch that there can be, for all ranks that hold alike parts of
-    the models: those of one pipeline rank of student and teachers.
+    the models: those of one pipeline rank of student and teachers. `bridge_rank`: r of a bridge between them.
 
     Takes seconds for each, in processes of its own. Raises NotTraced.
     """
@@ -51,7 +57,8 @@ def predict_peaks(
     workers = min(len(kinds), os.cpu_count() or 1)
 
     def trace(some: Sequence[range]) -> list[Footprint]:
-        return _in_a_process(config, student, list(planned), lengths, [kind.start for kind in some], world)
+        ranks = [kind.start for kind in some]
+        return _in_a_process(config, student, list(planned), lengths, ranks, world, bridge_rank)
 
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(trace, [kinds[number::workers] for number in range(workers)]))
@@ -85,14 +92,20 @@ def _rollout(tokens: int, longest_response: int) -> Rollout:
 
 
 def _in_a_process(
-    config: Config, student: ModelSpec, planned: list[PlannedTeacher], lengths: Lengths, ranks: list[int], world: int
+    config: Config,
+    student: ModelSpec,
+    planned: list[PlannedTeacher],
+    lengths: Lengths,
+    ranks: list[int],
+    world: int,
+    bridge_rank: int | None,
 ) -> list[Footprint]:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "megatron_oprd.training.predict"],
-        input=pickle.dumps((config, student, planned, lengths, ranks, world)),
+        input=pickle.dumps((config, student, planned, lengths, ranks, world, bridge_rank)),
         env=environment,
         capture_output=True,
         check=False,
@@ -105,10 +118,20 @@ def _in_a_process(
 
 def main() -> None:
     """Trace what stands, pickled, on stdin; the last line on stdout are the footprints as JSON."""
-    config, student, planned, lengths, ranks, world = pickle.load(sys.stdin.buffer)
+    config, student, planned, lengths, ranks, world, bridge_rank = pickle.load(sys.stdin.buffer)
     rollouts, count = fullest_micro_batch(config, lengths, world=world)
     footprints = [
-        trace_update(config, student, planned, rollouts, rank=rank, world=world, micro_batches=count) for rank in ranks
+        trace_update(
+            config,
+            student,
+            planned,
+            rollouts,
+            rank=rank,
+            world=world,
+            micro_batches=count,
+            bridge_rank=bridge_rank,
+        )
+        for rank in ranks
     ]
     print(json.dumps([dataclasses.asdict(footprint) for footprint in footprints]))
 

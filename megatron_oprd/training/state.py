@@ -18,8 +18,9 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same for a run to go on: a teacher's weights and the map of layers to it."""
+    """What must be the same for a run to go on: a teacher's weights, the map of layers to it, the bridge between."""
 
     path: str
     hash: str
     pairs: tuple[tuple[int, int], ...]
+    bridge: str | None = None  # what identifies it

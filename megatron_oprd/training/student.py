@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,20 +18,32 @@ from megatron_oprd.config import Config, OptimizerConfig
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
+from megatron_oprd.models.projection import StudentMap
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.training.map_optimizer import MapOptimizer
 
 
 @dataclass(frozen=True)
 class Student:
-    """This rank's chunks of the student and what updates them."""
+    """This rank's chunks of the student and what updates them; with a bridge, its side of it."""
 
     stage: Stage
     ddp: list[DistributedDataParallel]  # around each chunk
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    maps: Mapping[int, StudentMap] = field(default_factory=dict)  # of the layers on this rank
+    map_optimizer: MapOptimizer | None = None
 
 
-def build_student(stage: Stage, config: Config, plan: LayerPlan) -> Student:
-    """Wrap loaded chunks for training. Communicates over the world (mcore aligns parameter groups)."""
+def build_student(
+    stage: Stage,
+    config: Config,
+    plan: LayerPlan,
+    topology: Topology,
+    maps: Mapping[int, StudentMap] | None = None,
+) -> Student:
+    """Wrap loaded chunks for training. `maps`: the student's side of a bridge, of which those of this rank are kept.
+    Communicates over the world (mcore aligns parameter groups)."""
     freeze_unreached(stage, config, plan)
     distributed = config.parallel.distributed_optimizer and config.optimizer.name == "adamw"  # SGD has no state to cut
     with platform.cpu_devices():
@@ -42,7 +55,16 @@ def build_student(stage: Stage, config: Config, plan: LayerPlan) -> Student:
     stage.config.finalize_model_grads_func = _finalize_without_division
     no_sync = [chunk.no_sync for chunk in ddp]
     stage.config.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
-    return Student(stage, ddp, optimizer, _scheduler(optimizer, config.optimizer, config.train.steps))
+    mine = {layer: one for layer, one in (maps or {}).items() if plan.student_stage(layer) in topology.stages}
+    trained = config.loss.representation.train_bridge
+    return Student(
+        stage,
+        ddp,
+        optimizer,
+        _scheduler(optimizer, config.optimizer, config.train.steps),
+        mine,
+        MapOptimizer(mine, config.optimizer, topology) if trained else None,
+    )
 
 
 def freeze_unreached(stage: Stage, config: Config, plan: LayerPlan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron_oprd.losses.reduction import layer_metrics, output_metrics
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.micro_batch import Tap
 from megatron_oprd.models.output_loss import OutputLoss
+from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.models.taps import StageLoss
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.collectives import sum_over
@@ -46,7 +47,7 @@ def student_step(
 
     def next_taps() -> Iterator[StageLoss]:
         for number, batch in enumerate(batches):
-            taps.append(stage_loss(plan, loss, batch, targets, number, output))
+            taps.append(stage_loss(plan, loss, batch, targets, number, output, student.maps))
             yield taps[-1]
 
     accumulate_gradients(student, topology, plan, batches, next_taps())
@@ -55,6 +56,8 @@ def student_step(
     learning_rate = student.scheduler.get_lr({})
     with platform.cpu_devices():
         _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
+    if student.map_optimizer is not None:
+        student.map_optimizer.step(learning_rate)
     student.scheduler.step(increment=1)
     total, metrics = 0.0, {}
     if plan.pairs:
@@ -73,6 +76,7 @@ def stage_loss(
     targets: TeacherTargets,
     number: int,
     output: OutputLoss | None,
+    maps: Mapping[int, StudentMap] | None = None,
 ) -> StageLoss:
     """The tap of the student's micro-batch `number`."""
     config = loss.representation
@@ -82,6 +86,7 @@ def stage_loss(
         len(plan.pairs),
         normalize=config.normalize,
         scale=config.weight,
+        maps=maps,
         output=output,
     )
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.model import Stage
+from megatron_oprd.models.projection import TeacherMap
 from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import States, TeacherTargets
 from megatron_oprd.parallel.collectives import gather_objects
@@ -26,7 +27,8 @@ class Teacher:
 
     `load` gives the chunks with their weights: the same ones each time, or new ones that are gone after the pass.
     `row_width`: of the rows that its states are put into, the hidden size of the widest teacher. `own_prompts`: whether
-    it may read other prompts than the student.
+    it may read other prompts than the student. `maps`: with a bridge, those of its compared layers; what they make of
+    the states, r numbers a token, is all that is kept and moved.
     """
 
     load: Callable[[], Stage]
@@ -35,6 +37,7 @@ class Teacher:
     row_width: int
     own_prompts: bool = False
     offload: bool = False
+    maps: Mapping[int, TeacherMap] = field(default_factory=dict)
 
     def reads_alike(self, student_topology: Topology) -> bool:
         """Whether it reads the very micro-batches of the student, as a single teacher."""
@@ -63,6 +66,24 @@ def build_frozen(teacher: PlannedTeacher, topology: Topology, dtype: torch.dtype
             lm_head=False,
             final_norm=teacher.plan.teacher_final_norm,
         )
+
+
+def batches_of_teachers(
+    teachers: Sequence[Teacher],
+    student_topology: Topology,
+    batches: Sequence[PackedBatch],
+    pack: Callable[..., Sequence[PackedBatch]],
+) -> Callable[[int], Sequence[PackedBatch]]:
+    """By a teacher's number, what it reads: the student's own `batches` where it can, else what `pack(topology,
+    teacher=number)` makes for it."""
+
+    def read_by(number: int) -> Sequence[PackedBatch]:
+        teacher = teachers[number]
+        if len(teachers) == 1 and teacher.reads_alike(student_topology):
+            return batches
+        return pack(teacher.topology, teacher=number)
+
+    return read_by
 
 
 @dataclass
@@ -136,7 +157,9 @@ def _read(
 def _capture(stage: Stage, teacher: Teacher, batches: Sequence[PackedBatch]) -> list[States]:
     """The compared layers of this rank's teacher chunks, for each micro-batch."""
     layers = teacher.plan.teacher_layers(teacher.topology.stages)
-    taps = [CaptureTap({layer: _selection(batch, layer).selected for layer in layers}) for batch in batches]
+    taps = [
+        CaptureTap({layer: _selection(batch, layer).selected for layer in layers}, teacher.maps) for batch in batches
+    ]
     with teacher.topology.active():
         run_schedule(
             list(stage),
@@ -176,19 +199,21 @@ def _move(
         some_layer = OUTPUT if belongs(OUTPUT) else 1
         mine = [_selection(batch, some_layer) for batch in batches]
         places = [(selection.teachers == number).nonzero().flatten() for selection in mine]
-        received, moved_rows = _exchange(
+        row = _row(teacher, stage, some_layer)
+        received, moved_by_term = _exchange(
             states,
             Shard(sources, _joined([_selection(batch, some_layer).rows for batch in own_batches])),
             Shard(layers, _joined([one.rows[place] for one, place in zip(mine, places, strict=True)])),
-            stage,
+            row,
             teacher,
         )
-        moved += moved_rows
+        moved += moved_by_term
+        width = row.width if teacher.maps else teacher.row_width  # a bridge has a single teacher
         for layer in layers:
             parts = received.pop(layer).split([len(place) for place in places])
             for of_batch, selection, place, part in zip(held, mine, places, parts, strict=True):
                 students = [student for student, read in readers.items() if read == layer]
-                _lay_down(of_batch, students, selection, place, part, teacher.row_width)
+                _lay_down(of_batch, students, selection, place, part, width)
     return moved
 
 
@@ -206,10 +231,26 @@ def _lay_down(
         target[places.to(target.device), : states.shape[1]] = states.to(target.device)
 
 
-def _exchange(states: list[States], held: Shard, wanted: Shard, stage: Stage, teacher: Teacher) -> tuple[States, int]:
+@dataclass(frozen=True)
+class Row:
+    """What is kept of a teacher at one token of a layer."""
+
+    width: int
+    dtype: torch.dtype
+
+
+def _row(teacher: Teacher, stage: Stage, layer: int) -> Row:
+    """Of any of the layers that are compared, or of OUTPUT."""
+    dtype: torch.dtype = stage.config.params_dtype
+    if layer == OUTPUT or not teacher.maps:
+        return Row(stage.config.hidden_size, dtype)
+    return Row(next(iter(teacher.maps.values())).rank, torch.promote_types(dtype, torch.float32))
+
+
+def _exchange(states: list[States], held: Shard, wanted: Shard, row: Row, teacher: Teacher) -> tuple[States, int]:
     """This rank's rows of the wanted layers, and the bytes that moved over all ranks. Takes `states` apart.
     Communicates over the world."""
-    topology, config = teacher.topology, stage.config
+    topology = teacher.topology
     shards = gather_objects((held, wanted), torch.distributed.group.WORLD)
     transfers = plan_transfers([shard for shard, _ in shards], [shard for _, shard in shards])
     joined = {layer: torch.cat([one.pop(layer) for one in states]) for layer in held.layers}
@@ -219,12 +260,12 @@ def _exchange(states: list[States], held: Shard, wanted: Shard, stage: Stage, te
         wanted,
         transfers,
         topology.rank,
-        hidden=config.hidden_size,
-        dtype=config.params_dtype,
+        hidden=row.width,
+        dtype=row.dtype,
         device=topology.device,
         target_device=torch.device("cpu") if teacher.offload else topology.device,
     )
-    return received, moved_bytes(transfers, config.hidden_size * config.params_dtype.itemsize)
+    return received, moved_bytes(transfers, row.width * row.dtype.itemsize)
 
 
 def _selection(batch: PackedBatch, layer: int) -> Selection:

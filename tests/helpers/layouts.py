@@ -63,6 +63,9 @@ OBJECTIVES = {
     "forward": ("objective=full_kl", "direction=forward"),
     "jsd": ("objective=full_kl", "direction=jsd", "beta=0.3"),
 }
+# A bridge to a teacher that is as wide as the student, wider or narrower.
+WIDTHS = {"bridge": 64, "bridge-wide": 96, "bridge-narrow": 48}
+SETTINGS |= {word: ("loss.representation.bridge=unused",) for word in WIDTHS}
 SETTINGS |= {word: tuple(f"loss.output.{key}" for key in keys) for word, keys in OBJECTIVES.items()}
 TEACHERS = ("TP4", "TP2", "DP4", "PP4", "TP2xPP2")  # layouts of its own that a teacher has in some case
 
@@ -76,6 +79,7 @@ class Case:
     family: str  # as transformers names the class
     overrides: tuple[str, ...]
     layers: tuple[int, int] = (5, 5)  # blocks of student and teacher
+    teacher_width: int = 64
     tied: bool = False
     rollouts: str = "some"
 
@@ -123,6 +127,7 @@ def _features(case: Case) -> dict[str, bool]:
         "shallower student": case.layers[0] < case.layers[1],
         "tied": case.tied,
         "output": config.loss.reads_output,
+        "bridge": config.loss.representation.bridge is not None,
     }
 
 
@@ -140,6 +145,7 @@ def parse(line: str) -> Case:
     for word in words:
         if word in SETTINGS:
             overrides += SETTINGS[word]
+            models |= {"teacher_width": WIDTHS[word]} if word in WIDTHS else {}
         elif word in ROLLOUTS:
             models["rollouts"] = word
         elif word == "tied":
@@ -193,6 +199,7 @@ ALONE = """
     1 qwen2 tied
     1 moe some
     1 qwen3 reverse
+    1 qwen3 bridge-wide
 """
 # As many features as go together, so that few cases have all pairs of them.
 MIXED = """
@@ -240,6 +247,16 @@ MIXED = """
     4 llama cp2 uniform1 reverse
     4 phi3 tp2 sp cp2 tied reverse
     4 phi3 pp2 unpacked teacher-tp2
+    2 qwen3 bridge-narrow
+    3 qwen2 pp3 4of6 many bridge-narrow
+    4 moe pp2 vp2 ep2 selective unpacked teacher-tp2 middle few bridge-wide
+    4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied bridge-narrow
+    4 qwen2 pp2 tp2 sp vp2 distopt block teacher-tp2-pp2 many bridge-wide
+    4 qwen3 tp4 uniform1 teacher-dp 6of4 bridge-wide reverse
+    4 qwen3 cp2 pp2 teacher-pp4 bridge-narrow
+    4 qwen3 tp2 sp pp2 crossing bridge-wide sampled tied
+    4 llama tp2 sp bridge-wide
+    4 phi3 pp2 cp2 bridge
 """
 EIGHT_RANKS = """
     8 qwen3 many
@@ -256,6 +273,9 @@ EIGHT_RANKS = """
     8 moe pp4 ep2 unpacked teacher-tp2-pp2 many
     8 qwen3 tp2 sp pp2 cp2 many tied reverse chunk7
     8 moe tp2 sp cp2 ep4 selective unpacked surrogate headless
+    8 qwen3 tp2 sp pp2 cp2 many bridge-wide
+    8 moe tp2 sp pp2 ep2 distopt many bridge-narrow
+    8 qwen2 pp4 cp2 uniform1 middle teacher-tp4 bridge-wide
 """
 # Every objective in every way that its vocabulary or its tokens can be cut, with chunks of several sizes.
 CUTS = (

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 
+from megatron_oprd.bridge.record import Bridge
+from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.config import Config
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
@@ -78,12 +80,26 @@ def _read(
             targets, of_teacher = _states(teachers[name], prompt_ids + read, len(prompt_ids), config)
         plan = plans[name]
         targets = {pair.student: targets[pair.teacher] for pair in plan.pairs}
+        if config.loss.representation.bridge:
+            states, targets = _bridged(states, targets, plan, read_bridge(config.loss.representation.bridge))
         mask = rollout.response_mask
         if rollout.alignment is not None:
             states, targets, mask = _where_they_meet(rollout, states, targets, config)
         sequences.append((states, targets, 0, mask))
         logits.append((of_student[:, :vocab_size], of_teacher[:, :vocab_size], rollout))
     return plan, sequences, logits
+
+
+def _bridged(states: dict, targets: dict, plan: LayerPlan, bridge: Bridge) -> tuple[dict, dict]:
+    """OPRD eq. (12)-(13): r numbers a token on both sides of each pair, by student layer."""
+    maps = {pair.student: bridge.maps[pair] for pair in plan.pairs}
+    dtype = next(iter(states.values())).dtype
+    of_student = {layer: states[layer] @ one.student_map.to(dtype).T for layer, one in maps.items()}
+    of_teacher = {
+        layer: (targets[layer] - one.teacher_mean.to(dtype)) @ one.teacher_map.to(dtype).T
+        for layer, one in maps.items()
+    }
+    return of_student, of_teacher
 
 
 def _where_they_meet(rollout, states, targets, config):

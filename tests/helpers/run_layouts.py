@@ -24,6 +24,7 @@ from megatron_oprd.parallel.reshard import Shard, minimum_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.types import OUTPUT, Rollout
+from tests.helpers.bridges import save_random_bridge
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import ROLLOUTS, Case
 from tests.helpers.models import random_hf_model, save
@@ -31,6 +32,7 @@ from tests.helpers.reference_update import reference_update
 from tests.helpers.training import Difference, Update, difference, make_run, some_rollouts, update_of
 
 VOCABULARY = 131  # of `random_hf_model`
+BRIDGE_RANK = 6
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,37 @@ class References:
         self.model = functools.cache(self._model)
         self._update = functools.cache(self._compute)
 
+        self.bridge = functools.cache(self._bridge)
+
     def models(self, case: Case) -> tuple[Path, Path]:
         """Student and teacher."""
         student, teacher = case.layers
-        return self.model(case.family, student, case.tied, 0), self.model(case.family, teacher, case.tied, 1)
+        return (
+            self.model(case.family, student, case.tied, 0, 64),
+            self.model(case.family, teacher, case.tied, 1, case.teacher_width),
+        )
+
+    def overrides(self, case: Case) -> tuple[str, ...]:
+        """The settings of the case, with a bridge between its models where it has one."""
+        bridged = case.config.loss.representation.bridge is not None
+        return (
+            *case.overrides,
+            *([f"loss.representation.bridge={self.bridge(*self.models(case))}"] if bridged else []),
+        )
 
     def update(self, case: Case) -> Update:
-        exact = [override for override in case.overrides if not override.startswith("loss.output.chunk_tokens")]
+        exact = [one for one in self.overrides(case) if not one.startswith("loss.output.chunk_tokens")]
         loss = tuple(override for override in exact if override.startswith(("loss.", "rollout.temperature")))
         return self._update(*self.models(case), case.rollouts, loss)
 
-    def _model(self, family: str, layers: int, tied: bool, seed: int) -> Path:
+    def _model(self, family: str, layers: int, tied: bool, seed: int, width: int) -> Path:
         sizes = {"num_hidden_layers": layers, "tie_word_embeddings": tied, "num_key_value_heads": 4}
-        return save(random_hf_model(family, seed, **sizes), self.folder / f"{family}-{layers}-{tied}-{seed}")
+        name = f"{family}-{layers}-{tied}-{seed}-{width}"
+        return save(random_hf_model(family, seed, hidden_size=width, **sizes), self.folder / name)
+
+    def _bridge(self, student: Path, teacher: Path) -> Path:
+        folder = self.folder / f"bridge-{student.name}-{teacher.name}"
+        return save_random_bridge(folder, student, teacher, rank=BRIDGE_RANK)
 
     def _compute(self, student: Path, teacher: Path, rollouts: str, loss: tuple[str, ...]) -> Update:
         return reference_update(student, teacher, *loss, rollouts=rollouts_of(rollouts))
@@ -97,7 +117,7 @@ def run_cases(
         while rest:
             attempt = folder / f"{world}-{len(rest)}-{time.monotonic_ns()}"
             attempt.mkdir(parents=True)
-            jobs = [(case, *references.models(case)) for case in rest]
+            jobs = [(case, *references.models(case), references.overrides(case)) for case in rest]
             message = ""
             try:
                 run_distributed(world, _run_jobs, jobs, attempt, defect, timeout_seconds=100 + 4 * world * len(jobs))
@@ -121,11 +141,14 @@ def _compare(case: Case, result: Result, expected: Update) -> Outcome:
     return Outcome(case, result, found, failure)
 
 
-def _run_jobs(rank: int, jobs: Sequence[tuple[Case, Path, Path]], folder: Path, defect: Defect) -> None:
-    for number, (case, student, teacher) in enumerate(jobs):
+Job = tuple[Case, Path, Path, tuple[str, ...]]  # a case, its models and its settings
+
+
+def _run_jobs(rank: int, jobs: Sequence[Job], folder: Path, defect: Defect) -> None:
+    for number, (case, student, teacher, overrides) in enumerate(jobs):
         _new_world(rank, case.world, folder / f"{number}.store")
         with defect():
-            result = _run_job(case, student, teacher)
+            result = _run_job(case, student, teacher, overrides)
         if rank == 0:
             unfinished = folder / f"{number}.new"
             unfinished.write_bytes(pickle.dumps(result))
@@ -133,9 +156,9 @@ def _run_jobs(rank: int, jobs: Sequence[tuple[Case, Path, Path]], folder: Path, 
         dist.barrier()
 
 
-def _run_job(case: Case, student: Path, teacher: Path) -> Result:
+def _run_job(case: Case, student: Path, teacher: Path, overrides: tuple[str, ...]) -> Result:
     begin = time.perf_counter()
-    run = make_run(student, teacher, *case.overrides, rollouts=rollouts_of(case.rollouts))
+    run = make_run(student, teacher, *overrides, rollouts=rollouts_of(case.rollouts))
     fewest = _fewest_bytes(run)
     return Result(update_of(run), fewest, time.perf_counter() - begin)
 
@@ -155,7 +178,8 @@ def _fewest_bytes(run: Run) -> int:
     Collective over the world."""
     plan, (teacher,) = run.inputs.plan, run.teachers
     readers = plan.readers(run.topology.stages)
-    rows = 0
+    (planned,) = run.inputs.teachers.values()
+    width, total = planned.spec.hidden_size, 0
     for term in ("representation", "output"):
         born, read = (
             tuple(sorted(layer for layer in set(layers) if (layer == OUTPUT) == (term == "output")))
@@ -164,9 +188,10 @@ def _fewest_bytes(run: Run) -> int:
         held = Shard(born, _selected_rows(run, teacher.topology, term))
         wanted = Shard(read, _selected_rows(run, run.topology, term))
         shards = gather_objects((held, wanted), dist.group.WORLD)
-        rows += minimum_rows([of_rank for of_rank, _ in shards], [of_rank for _, of_rank in shards])
-    (planned,) = run.inputs.teachers.values()
-    return rows * planned.spec.hidden_size * torch.float32.itemsize
+        rows = minimum_rows([of_rank for of_rank, _ in shards], [of_rank for _, of_rank in shards])
+        bridge = run.inputs.bridge if term == "representation" else None
+        total += rows * (bridge.rank if bridge else width)
+    return total * torch.float32.itemsize
 
 
 def _selected_rows(run: Run, topology: Topology, term: str) -> torch.Tensor:

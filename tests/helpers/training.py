@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from megatron_oprd.assemble import Run, build_run
+from megatron_oprd.bridge.origin import Ends
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import gather_hf_tensors
@@ -100,7 +101,11 @@ def make_inputs(config: Config, rollouts: Sequence[Rollout]) -> Inputs:
         name: plan_teacher(config, student, read_model_spec(teacher.path), name)
         for name, teacher in config.named_teachers.items()
     }
-    return Inputs(config, student, teachers, None, None, None, list(rollouts))
+    if config.loss.representation.bridge is None:
+        return Inputs(config, student, teachers, None, None, None, list(rollouts))
+    (teacher,) = teachers.values()
+    ends = Ends(config, student, teacher, (None, None))
+    return Inputs(config, student, teachers, None, None, None, list(rollouts), bridge=ends.read(), ends=ends)
 
 
 def megatron_update(

@@ -91,7 +91,7 @@ def update(tokens, sizes, overrides):
         torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
     frozen.eval().requires_grad_(False)
     teacher = Teacher(lambda: frozen, topology, plan, spec.hidden_size)
-    student = build_student(stage, config, plan)
+    student = build_student(stage, config, plan, topology)
     for _ in range(2):
         platform.reset_peak_memory(DEVICE)
         targets, _ = teacher_pass([teacher], topology, batches, lambda number: batches)
