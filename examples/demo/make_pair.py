@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets the file also run as a script, from anywhere
 
-from examples.demo.task import PROMPT_LENGTH, additions, encode, split_additions, write_rows
+from examples.demo.task import RESPONSE_LENGTH, additions, encode, split_additions, write_rows
 from examples.demo.tokenizer import EOS_ID, PAD_ID, SYMBOLS, build_tokenizer
 
 BATCH_SIZE = 64
@@ -31,17 +31,17 @@ class TargetMissed(Exception):
     """A phase used up its steps before it reached its accuracy."""
 
 
-def build_model(seed: int) -> Qwen3ForCausalLM:
-    """A random Qwen3 of 0.5 million parameters in fp32; heads, layers and vocabulary all divide by two."""
+def build_model(seed: int, *, num_layers: int = 4, hidden_size: int = 96) -> Qwen3ForCausalLM:
+    """A random Qwen3 in fp32, of 0.5 million parameters unless told; heads, layers and vocabulary all divide by two."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(SYMBOLS),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=4,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=24,
+        head_dim=hidden_size // 4,
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # sequences of 14 tokens need short wavelengths
         tie_word_embeddings=False,
@@ -57,28 +57,34 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
     return model
 
 
-def response_logits(model: Qwen3ForCausalLM, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [problems, RESPONSE_LENGTH, vocabulary] that predict the response tokens."""
+def response_logits(model: PreTrainedModel, tokens: torch.Tensor, response_length: int) -> torch.Tensor:
+    """Logits [problems, response_length, vocabulary] that predict the response tokens."""
     states = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    return model.lm_head(states[:, PROMPT_LENGTH - 1 :])
+    return model.lm_head(states[:, -response_length:])
 
 
 @torch.no_grad()
-def exact_match(model: Qwen3ForCausalLM, tokens: torch.Tensor) -> float:
+def exact_match(model: PreTrainedModel, tokens: torch.Tensor, response_length: int = RESPONSE_LENGTH) -> float:
     """Share of problems that greedy decoding answers exactly.
 
     Greedy decoding gives the reference answer if and only if every reference token is the most likely one after the
     reference prefix, so one forward pass measures it without generating.
     """
-    right = response_logits(model, tokens).argmax(-1) == tokens[:, PROMPT_LENGTH:]
+    right = response_logits(model, tokens, response_length).argmax(-1) == tokens[:, -response_length:]
     return right.all(dim=1).float().mean().item()
 
 
-def train_step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, lr: float) -> None:
+def train_step(
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    tokens: torch.Tensor,
+    lr: float,
+    response_length: int = RESPONSE_LENGTH,
+) -> None:
     """One step of supervised training on the answers."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    logits, targets = response_logits(model, tokens), tokens[:, PROMPT_LENGTH:]
+    logits, targets = response_logits(model, tokens, response_length), tokens[:, -response_length:]
     optimizer.zero_grad()
     F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -86,15 +92,19 @@ def train_step(model: Qwen3ForCausalLM, optimizer: torch.optim.Optimizer, tokens
 
 
 def train_student(
-    model: Qwen3ForCausalLM, batches: Iterator[torch.Tensor], validation: torch.Tensor, steps: int
+    model: Qwen3ForCausalLM,
+    batches: Iterator[torch.Tensor],
+    validation: torch.Tensor,
+    steps: int,
+    response_length: int = RESPONSE_LENGTH,
 ) -> Qwen3ForCausalLM:
     """Train from scratch until accuracy enters STUDENT_RANGE; raises TargetMissed."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     peak, accuracy = 3e-3, 0.0
     for step in range(1, steps + 1):
-        train_step(model, optimizer, next(batches), peak * min(1.0, step / 30))
+        train_step(model, optimizer, next(batches), peak * min(1.0, step / 30), response_length)
         if step % (25 if accuracy < 0.1 else 5) == 0:
-            accuracy = exact_match(model, validation)
+            accuracy = exact_match(model, validation, response_length)
             print(f"student: step {step:4d}  accuracy {accuracy:6.1%}", flush=True)
             if STUDENT_RANGE[0] <= accuracy <= STUDENT_RANGE[1]:
                 return model
