@@ -209,7 +209,13 @@ class HealthConfig(_Section):
     prompts: int = Field(64, ge=1)
     max_new_tokens: int = Field(256, ge=1)
     perplexity_ratio: float = Field(2.0, gt=1.0)
-    stop: bool = False
+    stop: bool = False  # whether a warning ends the training
+
+    @model_validator(mode="after")
+    def _stop_needs_a_watch(self) -> HealthConfig:
+        if self.stop and not self.every:
+            raise ValueError("health.stop=true needs health.every above 0")
+        return self
 
 
 class BridgeConfig(_Section):

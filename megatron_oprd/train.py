@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from megatron_oprd import platform
+from megatron_oprd import health_watch, platform
 from megatron_oprd.assemble import Run, build_run
 from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import dump_config, load_config
@@ -23,6 +23,7 @@ from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import score_by_source, write_samples
 from megatron_oprd.files import explain_os_errors, write_json, write_text
+from megatron_oprd.health_watch import HealthWatch
 from megatron_oprd.hf.export import export_hf
 from megatron_oprd.inputs import Inputs, read_inputs
 from megatron_oprd.models.output_loss import OutputLoss
@@ -32,15 +33,21 @@ from megatron_oprd.training import checkpoint
 from megatron_oprd.training.dry_run import describe_run
 from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
 from megatron_oprd.training.run_log import RunLog
-from megatron_oprd.training.state import TrainState
+from megatron_oprd.training.state import TrainState, due
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import PassReport, batches_of_teachers, teacher_pass
 from megatron_oprd.types import Prompt, Rollout, UserError
 
+STOPPED = 3  # the exit code of a run that the health watch ended
+
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: configuration, checks, models, training, export, report."""
-    parser = ArgumentParser(prog="megatron_oprd.train", description="On-policy representation distillation (OPRD).")
+    parser = ArgumentParser(
+        prog="megatron_oprd.train",
+        description="On-policy representation distillation (OPRD).",
+        epilog=f"Exit code: 0, 2 for a mistake in what was given, {STOPPED} where health.stop=true ended the training.",
+    )
     parser.add_argument("--config", help="YAML file; the README lists the keys")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, then stop")
     parser.add_argument("overrides", nargs="*", help="dotted keys that win over the file, like parallel.tensor=2")
@@ -51,23 +58,33 @@ def main(arguments: list[str] | None = None) -> int:
         describe_run(inputs.config, inputs.student, inputs.teachers, inputs.lengths, bridge_rank)
     else:
         run = build_run(inputs)
-        fit(run)
+        stopped = fit(run)
         finish(run)
+        if stopped is not None:
+            on_rank_zero(lambda: print(stopped, flush=True))
+            return STOPPED
     return 0
 
 
-def fit(run: Run) -> None:
-    """Train to `train.steps`, going on from the newest checkpoint. Collective over the world."""
+def fit(run: Run) -> str | None:
+    """Train to `train.steps`, going on from the newest checkpoint; why it ended earlier, or None. Collective over the
+    world."""
     config = run.inputs.config
-    state, log = start(run)
-    while state.step < config.train.steps:
+    state, log, health = start(run)
+
+    def last_step() -> int:
+        return state.step if health_watch.reason_to_stop(config, health) else config.train.steps
+
+    while state.step < last_step():
         state, metrics, rollouts = one_step(run, state)
-        on_rank_zero(partial(write_step, run, log, metrics, rollouts))
-        if due(state.step, config.evaluation.every, config.train.steps):
-            evaluate_student(run, log, state)
-        if due(state.step, config.checkpoint.every, config.train.steps):
+        health, measured = health_watch.after_step(run, log, health, state.step, metrics)
+        on_rank_zero(partial(write_step, run, log, metrics | measured, rollouts))
+        if due(state.step, config.evaluation.every, last_step()):
+            health = evaluate_student(run, log, state, health)
+        if due(state.step, config.checkpoint.every, last_step()):
             save_checkpoint(run, state)
     on_rank_zero(log.close)
+    return health_watch.reason_to_stop(config, health)
 
 
 def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float], list[Rollout]]:
@@ -129,8 +146,8 @@ def step_seconds(watch: Stopwatch, teacher: PassReport) -> dict[str, float]:
     return seconds | {"time/teacher": teacher.seconds}
 
 
-def start(run: Run) -> tuple[TrainState, RunLog]:
-    """The run folder, the state to go on from, and the first evaluation of a run that begins."""
+def start(run: Run) -> tuple[TrainState, RunLog, HealthWatch]:
+    """The run folder, the state to go on from, the watch, and the first evaluation of a run that begins."""
     topology, run_dir = run.topology, run.inputs.run_dir
     found = on_rank_zero(lambda: find_checkpoint(run))
     state = TrainState()
@@ -141,9 +158,10 @@ def start(run: Run) -> tuple[TrainState, RunLog]:
         print(f"going on from {found}", flush=True)
     log = RunLog(run_dir)
     on_rank_zero(lambda: log.open(state.step))
-    if state.step == 0:
-        evaluate_student(run, log, state)
-    return state, log
+    if state.step > 0:
+        return state, log, health_watch.go_on(run)
+    health = evaluate_student(run, log, state, health_watch.begin(run, log))
+    return state, log, health
 
 
 def find_checkpoint(run: Run) -> Path | None:
@@ -155,6 +173,8 @@ def find_checkpoint(run: Run) -> Path | None:
     found = checkpoint.latest(run_dir / "checkpoints")
     if run.inputs.config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
         raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set checkpoint.resume=auto")
+    if found is not None:
+        health_watch.check_can_go_on(run.inputs)
     return found
 
 
@@ -244,25 +264,23 @@ def save_checkpoint(run: Run, state: TrainState) -> None:
     )
 
 
-def evaluate_student(run: Run, log: RunLog, state: TrainState) -> None:
-    """Evaluate on `evaluation.data`, if asked for, and write the scores and samples. Collective over the world."""
+def evaluate_student(run: Run, log: RunLog, state: TrainState, health: HealthWatch) -> HealthWatch:
+    """Evaluate on `evaluation.data`, if asked for, and write the scores and samples; the watch that has seen them.
+    Collective over the world."""
     inputs = run.inputs
     if run.evaluator is None or inputs.evaluation_prompts is None or inputs.tokenizer is None:
-        return
+        return health
     samples = evaluate_over_ranks(run.evaluator, inputs.evaluation_prompts.prompts, inputs.tokenizer, run.topology)
     steps = inputs.config.train.steps
     name = {0: "before", steps: "after"}.get(state.step, f"step {state.step}")
 
-    def write() -> None:
-        log.evaluation(state.step, name, score_by_source(samples, inputs.config.evaluation.samples))
+    def write() -> dict[str, dict[str, float]]:
+        scores = score_by_source(samples, inputs.config.evaluation.samples)
+        log.evaluation(state.step, name, scores)
         write_samples(inputs.run_dir / "evaluations" / f"step_{state.step:07d}.jsonl", state.step, samples)
+        return scores
 
-    on_rank_zero(write)
-
-
-def due(step: int, every: int, steps: int) -> bool:
-    """Whether something that happens every `every` steps, and at the end, happens after this one (0: never)."""
-    return every > 0 and (step % every == 0 or step == steps)
+    return health_watch.after_evaluation(run, log, health, state.step, on_rank_zero(write))
 
 
 class Stopwatch:

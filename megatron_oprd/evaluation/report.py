@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,22 @@ from typing import Any
 
 import yaml
 
-from megatron_oprd.evaluation.page import NO_VALUE, Point, Raw, details, escape, line_chart, number, page, table
+from megatron_oprd.evaluation.health_section import health_section
+from megatron_oprd.evaluation.page import NO_VALUE, Raw, details, escape, line_chart, number, page, table
+from megatron_oprd.evaluation.records import (
+    Record,
+    as_float,
+    by_step,
+    curve,
+    get,
+    is_number,
+    ordered,
+    read_jsonl,
+    read_text,
+)
 from megatron_oprd.files import write_text
 from megatron_oprd.types import UserError
 
-Record = dict[str, Any]
 TIMED_PARTS = ("rollout", "teacher", "student")
 MAX_TEXT_CHARACTERS = 6000
 SAMPLES_PER_STEP = 4
@@ -25,19 +35,20 @@ _NO_DIRECTION = {"mean_length", "dist-4g"}
 def write_report(run_dir: str | Path) -> Path:
     """Writes `report.html` into the run folder and returns its path.
 
-    Reads `metrics.jsonl`, `evaluations.jsonl`, `plan.json`, `environment.json`, `config.yaml` and `rollouts/*.jsonl`;
+    Reads `metrics.jsonl`, `evaluations.jsonl`, `health/`, `plan.json`, `environment.json`, `config.yaml`, `rollouts/`;
     a missing file, a broken line or a value that is not finite leaves a gap and stops nothing. Raises UserError when
     there is no such folder. One rank calls it.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir}")
-    metrics = _by_step(_read_jsonl(run_dir / "metrics.jsonl"))
-    evaluations = [item for item in _read_jsonl(run_dir / "evaluations.jsonl") if isinstance(item.get("data"), dict)]
-    config_text = _read_text(run_dir / "config.yaml")
+    metrics = by_step(read_jsonl(run_dir / "metrics.jsonl"))
+    evaluations = [item for item in read_jsonl(run_dir / "evaluations.jsonl") if isinstance(item.get("data"), dict)]
+    config_text = read_text(run_dir / "config.yaml")
     sections = [
         _heading(config_text, metrics),
         _before_after(evaluations),
+        health_section(run_dir),
         _curves(metrics, evaluations),
         _time_and_memory(metrics),
         _samples(sorted((run_dir / "rollouts").glob("*.jsonl"))),
@@ -54,9 +65,9 @@ def _heading(config_text: str, metrics: Sequence[Record]) -> str:
         config = yaml.safe_load(config_text)
     except yaml.YAMLError:
         config = None
-    paths = {role: _get(config, role, "path") for role in ("student", "teacher")}
+    paths = {role: get(config, role, "path") for role in ("student", "teacher")}
     models = "".join(f"<p>{role}: <code>{escape(path)}</code></p>" for role, path in paths.items() if path)
-    planned = _get(config, "train", "steps")
+    planned = get(config, "train", "steps")
     steps = f"{number(metrics[-1]['step'])} steps" if metrics else "no training step yet"
     if metrics and isinstance(planned, int) and metrics[-1]["step"] < planned:
         steps += f" of {planned}"
@@ -72,9 +83,9 @@ def _before_after(evaluations: Sequence[Record]) -> str:
     shown = [first] if first is last else [first, last]
     columns = [*shown, *teachers[-1:]]
     rows: list[list[object]] = []
-    for source in _ordered(item["data"] for item in columns):
-        for place, metric in enumerate(_ordered(item["data"].get(source) for item in columns)):
-            values = [_get(item["data"], source, metric) for item in columns]
+    for source in ordered(item["data"] for item in columns):
+        for place, metric in enumerate(ordered(item["data"].get(source) for item in columns)):
+            values = [get(item["data"], source, metric) for item in columns]
             cells: list[object] = [number(value) for value in values]
             if len(shown) == 2:
                 cells.insert(2, _change(metric, values[0], values[1]))
@@ -100,29 +111,29 @@ def _curves(metrics: Sequence[Record], evaluations: Sequence[Record]) -> str:
     layers = sorted(
         {int(m[1]) for row in metrics for key in row if (m := re.fullmatch(r"rep/cosine/layer_(\d+)", key))}
     )
-    by_layer = {f"layer {layer}": _curve(metrics, f"rep/cosine/layer_{layer}") for layer in layers}
+    by_layer = {f"layer {layer}": curve(metrics, f"rep/cosine/layer_{layer}") for layer in layers}
     ends = {
-        f"step {row['step']}": [(float(layer), _float(row.get(f"rep/cosine/layer_{layer}"))) for layer in layers]
+        f"step {row['step']}": [(float(layer), as_float(row.get(f"rep/cosine/layer_{layer}"))) for layer in layers]
         for row in [*metrics[:1], *metrics[1:][-1:]]
     }
     charts = [
         *_accuracy(evaluations),
-        line_chart("Loss", {"loss": _curve(metrics, "loss")}),
-        line_chart("Cosine of student and teacher states, mean over layers", {"cosine": _curve(metrics, "rep/cosine")}),
+        line_chart("Loss", {"loss": curve(metrics, "loss")}),
+        line_chart("Cosine of student and teacher states, mean over layers", {"cosine": curve(metrics, "rep/cosine")}),
         line_chart("Cosine per layer over the training", by_layer),
         line_chart("Cosine per layer, first and last step", ends if layers else {}, x_label="layer"),
-        line_chart("Squared error of the states, mean over layers", {"mse": _curve(metrics, "rep/mse")}),
+        line_chart("Squared error of the states, mean over layers", {"mse": curve(metrics, "rep/mse")}),
         line_chart(
             "Norm of the states",
-            {who: _curve(metrics, f"rep/{who}_norm") for who in ("student", "teacher")},
+            {who: curve(metrics, f"rep/{who}_norm") for who in ("student", "teacher")},
         ),
         *_output_charts(metrics),
-        line_chart("Gradient norm, before clipping", {"gradient norm": _curve(metrics, "grad_norm")}),
-        line_chart("Learning rate", {"lr": _curve(metrics, "lr")}),
+        line_chart("Gradient norm, before clipping", {"gradient norm": curve(metrics, "grad_norm")}),
+        line_chart("Learning rate", {"lr": curve(metrics, "lr")}),
         line_chart(
-            "Response length (tokens)", {which: _curve(metrics, f"rollout/length_{which}") for which in ("mean", "max")}
+            "Response length (tokens)", {which: curve(metrics, f"rollout/length_{which}") for which in ("mean", "max")}
         ),
-        line_chart("Truncated responses (fraction)", {"": _curve(metrics, "rollout/truncated_fraction")}),
+        line_chart("Truncated responses (fraction)", {"": curve(metrics, "rollout/truncated_fraction")}),
     ]
     drawn = "".join(charts)
     return f'<h2>Curves</h2><div class="grid">{drawn}</div>' if drawn else ""
@@ -138,7 +149,7 @@ def _output_charts(metrics: Sequence[Record]) -> list[str]:
         "Mass of the top k": {"student": "student_mass", "teacher": "teacher_mass"},
     }
     return [
-        line_chart(title, {line: _curve(metrics, f"output/{name}") for line, name in lines.items()})
+        line_chart(title, {line: curve(metrics, f"output/{name}") for line, name in lines.items()})
         for title, lines in shown.items()
     ]
 
@@ -147,11 +158,11 @@ def _accuracy(evaluations: Sequence[Record]) -> list[str]:
     """One chart for each accuracy metric, a line for each data source."""
     student = [item for item in evaluations if item.get("name") != "teacher"]
     charts = []
-    for metric in _ordered(scores for item in student for scores in item["data"].values()):
+    for metric in ordered(scores for item in student for scores in item["data"].values()):
         if metric.startswith(("avg@", "best@")):
             lines = {
-                source: [(_float(item.get("step")), _float(_get(item["data"], source, metric))) for item in student]
-                for source in _ordered(item["data"] for item in student)
+                source: [(as_float(item.get("step")), as_float(get(item["data"], source, metric))) for item in student]
+                for source in ordered(item["data"] for item in student)
             }
             charts.append(line_chart(f"Accuracy, {metric}", lines))
     return charts
@@ -173,14 +184,14 @@ def _time_and_memory(metrics: Sequence[Record]) -> str:
             f'<div class="bar" style="width:{min(share, 1.0):.1%}"></div>' if part != "whole step" else "", "wide"
         )
         rows.append([part, number(round(value, 4)), f"{share:.0%}", bar])
-    peak = max((value for row in metrics if (value := _float(row.get("memory/peak_bytes"))) > 0), default=None)
+    peak = max((value for row in metrics if (value := as_float(row.get("memory/peak_bytes"))) > 0), default=None)
     memory = f"<p>Peak memory: {number(round(peak / 2**30, 3))} GiB</p>" if peak else ""
     title = "<h2>Time per step</h2><p class='muted'>Mean seconds, the first step left out.</p>"
     return title + table(["part", "seconds", "share", ""], rows) + memory
 
 
 def _samples(files: Sequence[Path]) -> str:
-    samples = [item for file in files for item in _read_jsonl(file) if _is_number(item.get("step"))]
+    samples = [item for file in files for item in read_jsonl(file) if is_number(item.get("step"))]
     if not samples:
         return ""
     steps = sorted({item["step"] for item in samples})
@@ -206,63 +217,10 @@ def _sample(item: Record, is_open: bool) -> str:
 
 def _settings(run_dir: Path, config_text: str) -> str:
     found = [("Layer pairs and their owners (plan.json)", "plan.json"), ("Environment", "environment.json")]
-    blocks = [details(title, text) for title, name in found if (text := _read_text(run_dir / name))]
+    blocks = [details(title, text) for title, name in found if (text := read_text(run_dir / name))]
     if config_text:
         blocks.insert(0, details("Resolved configuration (config.yaml)", config_text))
     return "<h2>Settings</h2>" + "".join(blocks) if blocks else ""
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _read_jsonl(path: Path) -> list[Record]:
-    """The objects of a file; a line that is none (cut off by a crash) is skipped."""
-    records = []
-    for line in _read_text(path).split("\n"):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(value, dict):
-            records.append(value)
-    return records
-
-
-def _by_step(records: Sequence[Record]) -> list[Record]:
-    """Sorted by step; a step that was run again after a resume counts once, as it was last."""
-    return [row for _, row in sorted({row["step"]: row for row in records if _is_number(row.get("step"))}.items())]
-
-
-def _curve(metrics: Sequence[Record], key: str) -> list[Point]:
-    return [(float(row["step"]), _float(row[key])) for row in metrics if key in row]
-
-
-def _mean_of(metrics: Sequence[Record], key: str) -> float | None:
-    values = [value for _, value in _curve(metrics, key) if value >= 0]
-    return sum(values) / len(values) if values else None
-
-
-def _float(value: Any) -> float:
-    return float(value) if _is_number(value) and abs(value) < 1e300 else float("nan")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def _get(value: Any, *keys: str) -> Any:
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _ordered(mappings: Any) -> list[str]:
-    """The keys of all the mappings, each once, in order of appearance."""
-    return list(dict.fromkeys(key for mapping in mappings if isinstance(mapping, dict) for key in mapping))
 
 
 def _shortened(text: str) -> str:
@@ -270,3 +228,8 @@ def _shortened(text: str) -> str:
         return text
     half = MAX_TEXT_CHARACTERS // 2
     return f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
+
+
+def _mean_of(metrics: Sequence[Record], key: str) -> float | None:
+    values = [value for _, value in curve(metrics, key) if value >= 0]
+    return sum(values) / len(values) if values else None

@@ -27,12 +27,15 @@ class RunLog:
         run_dir = self.run_dir
         with explain_os_errors(run_dir):
             (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
-            for folder in (".", "rollouts", "evaluations"):
+            for folder in (".", "rollouts", "evaluations", "health"):
                 for unfinished in (run_dir / folder).glob("*.tmp"):
                     unfinished.unlink()
             last = start if start else -1  # a run that begins evaluates at step 0
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 _keep_up_to(run_dir / name, last)
+            for name in ("checks.jsonl", "warnings.jsonl"):
+                if (run_dir / "health" / name).exists():
+                    _keep_up_to(run_dir / "health" / name, last)
             threading.excepthook = _quiet_board
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1)
 
@@ -49,6 +52,16 @@ class RunLog:
             print(f"{name}, {source}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
         for source, metrics in data.items():
             self._curves({f"evaluation/{source}/{metric}": value for metric, value in metrics.items()}, step)
+
+    def check(self, values: dict[str, Any], curves: dict[str, float]) -> None:
+        """One line of `health/checks.jsonl`; `curves` are drawn at its step."""
+        self._append("health/checks.jsonl", values)
+        self._curves(curves, int(values["step"]))
+
+    def warning(self, values: dict[str, Any]) -> None:
+        """One line of `health/warnings.jsonl`, its `message` on the terminal too."""
+        self._append("health/warnings.jsonl", values)
+        print(f"warning: {values['message']}", flush=True)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout], tokenizer: Any, most: int = 8) -> None:
         """The first few rollouts of a step, in `rollouts/step_<step>.jsonl`: text, or ids without a tokenizer."""

@@ -24,3 +24,8 @@ class Identity:
     hash: str
     pairs: tuple[tuple[int, int], ...]
     bridge: str | None = None  # what identifies it
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Whether something that happens every `every` steps, and at the end, happens after this one (0: never)."""
+    return every > 0 and (step % every == 0 or step == steps)

@@ -19,6 +19,7 @@ LEVELS = [
     {"layouts", "lengths"},
     {"inputs"},
     {"assemble"},
+    {"health_watch"},
     {"train", "evaluate", "bridge.fit"},
 ]
 MEGATRON_ALLOWED = ("platform.py", "parallel/", "hf/", "models/", "rollout/megatron", "training/")
