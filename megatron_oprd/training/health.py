@@ -139,12 +139,10 @@ def _change(before: float, after: float) -> str:
 
 
 def _advice(config: Config) -> str:
-    advice = ["lower optimizer.lr"]
+    advice = "lower optimizer.lr"
     if config.loss.reads_layers:
-        advice.append("lower loss.representation.weight")
-    if not config.loss.reads_output:
-        advice.append("add loss.output.objective=full_kl")
-    return " or ".join(advice)
+        advice += " or loss.representation.weight"
+    return advice if config.loss.reads_output else f"{advice}, or add loss.output.objective=full_kl"
 
 
 def _mean(values: tuple[float, ...]) -> float:

@@ -13,7 +13,7 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.training import make_run, some_rollouts
 
-VOCABULARY = 131  # no multiple of any layout
+VOCABULARY = 131  # of the teacher; no multiple of any layout
 MASKS = ((1,) * 9, (1,), (1,) * 4, (1,) * 12, (1,) * 2, (1,) * 7)
 LAYERS = 4
 # The processes, and the settings; hidden states alone where an objective on distributions is not named.
@@ -39,7 +39,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Student and teacher of each family, the teacher with a longer vocabulary that is padded otherwise."""
+    """Student and teacher of each family, the student with a longer vocabulary."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"num_hidden_layers": LAYERS, "num_key_value_heads": 4}
 
@@ -47,7 +47,7 @@ def models(tmp_path_factory):
         return save(random_hf_model(family, seed, vocab_size=vocabulary, **sizes), folder / f"{family}-{name}")
 
     return {
-        family: (model(family, "student", 0, VOCABULARY), model(family, "teacher", 1, VOCABULARY + 6))
+        family: (model(family, "student", 0, VOCABULARY + 6), model(family, "teacher", 1, VOCABULARY))
         for family in ("Qwen3", "Qwen3Moe")
     }
 
@@ -63,11 +63,11 @@ def reference(student, teacher):
         ids = torch.tensor([[*answer.prompt_ids, *answer.response_ids]])
         rows = slice(len(answer.prompt_ids) - 1, -1)
         with torch.no_grad():
-            log_p, log_q = (
-                model(ids).logits[0, rows, :VOCABULARY].log_softmax(-1) for model in (student_model, teacher_model)
-            )
+            logits, teacher_logits = (model(ids).logits[0, rows] for model in (student_model, teacher_model))
+        log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
         losses += (-log_p[range(len(log_p)), list(answer.response_ids)]).tolist()
         entropies += (-log_p.exp() * log_p).sum(-1).tolist()
+        log_p = logits[:, :VOCABULARY].log_softmax(-1)  # of what both know
         divergences += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
     loss, entropy, divergence = (sum(values) / len(values) for values in (losses, entropies, divergences))
     return torch.tensor(loss).exp().item(), entropy, divergence
@@ -77,7 +77,7 @@ def read(rank, student, teacher, overrides):
     """What a rank reads, and the losses of steps with readings in between and without."""
 
     def losses(reading):
-        run = make_run(student, teacher, *overrides, "optimizer.lr=0.01")
+        run = make_run(student, teacher, *overrides, "optimizer.lr=0.01", rollouts=some_rollouts(VOCABULARY))
         config = run.inputs.config
         heads = run.heads if config.loss.reads_output else load_heads(run.inputs, run.student.stage, run.topology)
         asked = can_be_asked(run.teachers)

@@ -133,7 +133,9 @@ def test_a_run_that_may_stop_ends_as_at_its_end_and_stays_ended(tmp_path):
     assert onward.code == 0 and metrics(run_dir)[-1]["step"] == step + 1
 
 
-@pytest.mark.parametrize("settings", [(1,), (2, "parallel.pipeline=2")], ids=["one rank", "two stages"])
+@pytest.mark.parametrize(
+    "settings", [(1,), (2, "parallel.pipeline=2", "loss.representation.layers=all")], ids=["one rank", "two stages"]
+)
 def test_a_killed_run_remembers_what_it_watched(settings, tmp_path):
     world, *layout = settings
     # Checkpoints between the checks: what is known since the last one must come back.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,8 +11,11 @@ from megatron_oprd.data.prompts import PromptSet, PromptState, take
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.health_watch import choose_prompts, keep_answers
 from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.rollout.replay import load_replay
 from megatron_oprd.training.health import Check, Health, HealthWarning, judge
+from megatron_oprd.training.read_answers import can_be_asked
+from megatron_oprd.training.teacher_pass import Teacher
 from megatron_oprd.types import Prompt, Rollout, UserError
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.tokenizer import byte_tokenizer
@@ -20,6 +24,9 @@ from tests.helpers.training import make_config, make_inputs
 START = Check(0, perplexity=1.4, entropy=0.3, reverse_kl=0.4)
 FIRST = Check(10, perplexity=1.4, entropy=0.3, reverse_kl=0.4, objective=0.21, length_mean=100.0)
 LAST = dataclasses.replace(FIRST, step=20, objective=0.05)
+
+
+BELOW = {"representation": {"layers": [1, 2]}}
 
 
 def config(**sections):
@@ -104,8 +111,8 @@ def test_a_warning_says_what_improved_what_fell_and_what_to_do():
         40,
         "perplexity",
         "step 40: the objective fell from 0.21 to 0.05 while perplexity of the start model's own answers rose from 1.4 "
-        "to 6.2 (health.perplexity_ratio=2): the student may be collapsing; lower optimizer.lr or lower "
-        "loss.representation.weight or add loss.output.objective=full_kl",
+        "to 6.2 (health.perplexity_ratio=2): the student may be collapsing; lower optimizer.lr or "
+        "loss.representation.weight, or add loss.output.objective=full_kl",
     )
     loss = {"output": {"objective": "full_kl"}, "representation": {"weight": 0}}
     (warning,) = warned(dataclasses.replace(LAST, perplexity=6.2), loss=loss)
@@ -133,6 +140,15 @@ def test_a_check_gets_the_means_since_the_last_one():
 def test_an_evaluation_is_known_by_its_mean_accuracy():
     data = {"a": {"avg@4": 0.5, "best@4": 1.0, "mean_length": 9}, "b": {"mean_length": 3.0}}
     assert Health().with_evaluation(data).accuracies == ({"a": 0.5},)
+
+
+def test_a_single_teacher_that_reaches_its_top_can_be_asked():
+    spec = SimpleNamespace(hidden_size=8, num_layers=4)
+    whole, below = make_plan(config().loss, spec, spec), make_plan(config(loss=BELOW).loss, spec, spec)
+    bare = make_plan(config(loss={"representation": {"final_norm": False}}).loss, spec, spec)
+    teachers = [Teacher(None, None, plan, 8) for plan in (whole, below, bare)]
+    assert [can_be_asked([teacher]) for teacher in teachers] == [True, False, False]
+    assert not can_be_asked([teachers[0], teachers[0]])
 
 
 def test_to_stop_there_must_be_a_watch():
