@@ -66,7 +66,7 @@ def go_on(run: Run) -> HealthWatch:
     """The watch of a run that goes on, from the files of its folder, cut back to where. Collective over the world."""
     if not run.inputs.config.health.every:
         return HealthWatch()
-    return on_rank_zero(lambda: _read(run.inputs))
+    return on_rank_zero(lambda: read_watch(run.inputs))
 
 
 def check_can_go_on(inputs: Inputs) -> None:
@@ -192,6 +192,27 @@ def keep_answers(
     return [answers[place] for place in kept], facts | {"filtered": filtered}
 
 
+def read_watch(inputs: Inputs) -> HealthWatch:
+    """What the files of a run folder say up to where they end. No communication."""
+    run_dir = inputs.run_dir
+    checks, warnings, steps, evaluations = (
+        _lines(run_dir / name)
+        for name in ("health/checks.jsonl", "health/warnings.jsonl", "metrics.jsonl", "evaluations.jsonl")
+    )
+    names = [field.name for field in dataclasses.fields(Check)]
+    health = Health(
+        checks=tuple(Check(**{name: line[name] for name in names}) for line in checks),
+        warnings=tuple(HealthWarning(**line) for line in warnings),
+    )
+    for line in steps:
+        if line["step"] > checks[-1]["step"]:
+            health = health.with_step(line)
+    for line in evaluations:
+        if line["name"] != "teacher":
+            health = health.with_evaluation(line["data"])
+    return HealthWatch(tuple(load_replay(answers_file(run_dir), inputs.student.vocab_size)), health)
+
+
 def _measure(run: Run, watch: HealthWatch, step: int) -> Check:
     """Collective over the world."""
     inputs, teacher, heads = run.inputs, None, None
@@ -221,26 +242,6 @@ def _judge(run: Run, log: RunLog, watch: HealthWatch, step: int) -> HealthWatch:
 
     new = on_rank_zero(warn)
     return dataclasses.replace(watch, health=watch.health.with_warnings(new))
-
-
-def _read(inputs: Inputs) -> HealthWatch:
-    run_dir = inputs.run_dir
-    checks, warnings, steps, evaluations = (
-        _lines(run_dir / name)
-        for name in ("health/checks.jsonl", "health/warnings.jsonl", "metrics.jsonl", "evaluations.jsonl")
-    )
-    names = [field.name for field in dataclasses.fields(Check)]
-    health = Health(
-        checks=tuple(Check(**{name: line[name] for name in names}) for line in checks),
-        warnings=tuple(HealthWarning(**line) for line in warnings),
-    )
-    for line in steps:
-        if line["step"] > checks[-1]["step"]:
-            health = health.with_step(line)
-    for line in evaluations:
-        if line["name"] != "teacher":
-            health = health.with_evaluation(line["data"])
-    return HealthWatch(tuple(load_replay(answers_file(run_dir), inputs.student.vocab_size)), health)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -124,10 +124,13 @@ def _behaviour_signs(first: Check, last: Check, health: Health) -> Iterator[tupl
     if before is not None and after is not None and _differs(before, after, LENGTH_RATIO):
         yield "length", f"the mean response length {_change(before, after)}"
     start, now = (health.accuracies[0], health.accuracies[-1]) if health.accuracies else ({}, {})
-    for source, accuracy in start.items():
-        lost = accuracy - now.get(source, accuracy)
-        if lost > max(ACCURACY_FALL * accuracy, ACCURACY_FLOOR):
-            yield f"accuracy/{source}", f"the accuracy on {source} {_change(accuracy, now[source])}"
+    lost = [
+        f"on {source} {_change(accuracy, now[source])}"
+        for source, accuracy in start.items()
+        if accuracy - now.get(source, accuracy) > max(ACCURACY_FALL * accuracy, ACCURACY_FLOOR)
+    ]
+    if lost:
+        yield "accuracy", f"the accuracy {', '.join(lost)}"
 
 
 def _differs(before: float, after: float, ratio: float) -> bool:

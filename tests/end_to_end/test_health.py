@@ -114,6 +114,35 @@ def test_a_collapse_is_said_once_in_a_line(tmp_path):
     assert "the student may be collapsing" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_right_answers_alone_are_read_and_a_falling_accuracy_ends_a_run(tmp_path):
+    settings = (
+        "evaluation.every=4",
+        "checkpoint.every=30",
+        "evaluation.temperature=0",
+        "evaluation.samples=1",
+        "health.max_new_tokens=6",
+    )
+    arguments = collapse_run(tmp_path, 9, *settings, "health.perplexity_ratio=1e9", "health.stop=true")
+    finish([*in_folder(arguments, tmp_path / "asked"), "train.steps=0"], tmp_path / "log")
+    # What the start model says is made the truth, but for one prompt.
+    rows = read_lines(tmp_path / "prompts.jsonl")
+    for sample in read_lines(tmp_path / "asked" / "evaluations" / "step_0000000.jsonl")[:4]:
+        rows[sample["prompt_index"]]["reward_model"]["ground_truth"] = sample["response"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = run(tmp_path, "train", *arguments)
+    assert outcome.code == 3, outcome.stderr
+    assert "health: 5 answers of the start model, 4 of 5 right; the 4 right ones are read: " in outcome.stdout
+    assert len(read_lines(tmp_path / "run" / "health" / "answers.jsonl")) == 4
+    (warning,) = read_lines(tmp_path / "run" / "health" / "warnings.jsonl")
+    # The evaluation comes after the check of its step.
+    assert (warning["step"], warning["kind"]) == (4, "accuracy")
+    assert (
+        "while the accuracy on sums/0 fell from " in warning["message"]
+        and ", on all fell from 0.8 to 0" in warning["message"]
+    )
+    assert complete_steps(tmp_path / "run") == [4]
+
+
 def test_a_run_that_may_stop_ends_as_at_its_end_and_stays_ended(tmp_path):
     arguments = collapse_run(tmp_path, 40, "health.stop=true", "checkpoint.every=30", "evaluation.every=30")
     outcomes = run_ranks(2, tmp_path, "train", *arguments)
@@ -138,8 +167,8 @@ def test_a_run_that_may_stop_ends_as_at_its_end_and_stays_ended(tmp_path):
 )
 def test_a_killed_run_remembers_what_it_watched(settings, tmp_path):
     world, *layout = settings
-    # Checkpoints between the checks: what is known since the last one must come back.
-    arguments = collapse_run(tmp_path, 9, "health.every=4", "checkpoint.every=3", "evaluation.every=3", *layout)
+    # Checkpoints between the checks and after a warning: what was known must come back.
+    arguments = collapse_run(tmp_path, 9, "checkpoint.every=3", "evaluation.every=3", *layout)
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     finish(in_folder(arguments, expected), tmp_path / "log", world_size=world)
     for number, operation in enumerate((r"health/answers\.jsonl\.", r"step_0000005\.jsonl", r"step_0000009\.partial$")):

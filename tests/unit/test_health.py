@@ -9,7 +9,7 @@ import pytest
 from megatron_oprd.config import parse_config
 from megatron_oprd.data.prompts import PromptSet, PromptState, take
 from megatron_oprd.evaluation.report import write_report
-from megatron_oprd.health_watch import choose_prompts, keep_answers
+from megatron_oprd.health_watch import choose_prompts, keep_answers, read_watch
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.rollout.replay import load_replay
@@ -66,7 +66,7 @@ def kinds(**values):
         ({"length_mean": 201.0}, ["length"]),
         ({"length_mean": None}, []),
         ({"accuracies": [{"a": 0.4}, {"a": 0.31}]}, []),
-        ({"accuracies": [{"a": 0.4, "b": 0.5}, {"a": 0.29, "b": 0.5}]}, ["accuracy/a"]),
+        ({"accuracies": [{"a": 0.4, "b": 0.5}, {"a": 0.29, "b": 0.5}]}, ["accuracy"]),
         ({"accuracies": [{"a": 0.4}, {"a": 0.1}, {"a": 0.4}]}, []),
         ({"accuracies": [{"a": 0.04}, {"a": 0.021}]}, []),
         ({"accuracies": [{"a": 0.4}, {}]}, []),
@@ -78,7 +78,7 @@ def kinds(**values):
                 "length_mean": 1.0,
                 "accuracies": [{"a": 1}, {"a": 0}],
             },
-            ["perplexity", "reverse_kl", "entropy", "length", "accuracy/a"],
+            ["perplexity", "reverse_kl", "entropy", "length", "accuracy"],
         ),
     ],
 )
@@ -117,6 +117,11 @@ def test_a_warning_says_what_improved_what_fell_and_what_to_do():
     loss = {"output": {"objective": "full_kl"}, "representation": {"weight": 0}}
     (warning,) = warned(dataclasses.replace(LAST, perplexity=6.2), loss=loss)
     assert warning.message.endswith("may be collapsing; lower optimizer.lr")
+
+
+def test_all_accuracies_that_fell_are_said_in_one_line():
+    (warning,) = warned(accuracies=[{"a": 0.4, "b": 0.5, "all": 0.45}, {"a": 0.1, "b": 0.5, "all": 0.3}])
+    assert "while the accuracy on a fell from 0.4 to 0.1, on all fell from 0.45 to 0.3: the student" in warning.message
 
 
 def test_each_kind_is_said_once():
@@ -224,6 +229,25 @@ def test_answers_that_nobody_can_grade_are_all_kept(paths, tmp_path):
     found, facts = keep_answers(inputs_of(paths, tmp_path, tokenizer=byte_tokenizer()), prompts, answers)
     assert found == answers
     assert facts == {"answers": 3, "graded": 0, "right": None, "filtered": False}
+
+
+def test_the_files_of_a_run_hold_all_that_is_remembered(paths, tmp_path):
+    def lines(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    inputs = inputs_of(paths, tmp_path)
+    prompts = [Prompt(n, (5, n)) for n in range(3)]
+    answers, facts = keep_answers(inputs, prompts, [Rollout(p.prompt_ids, (7,), (1,), "replay") for p in prompts])
+    lines("health/checks.jsonl", [dataclasses.asdict(START) | facts, dataclasses.asdict(FIRST)])
+    lines("metrics.jsonl", [{"step": step, "loss": 1 / step, "rollout/length_mean": step} for step in range(1, 13)])
+    scores = [{"step": 0, "name": "before", "data": {"a": {"avg@2": 0.5}}}]
+    lines("evaluations.jsonl", [*scores, {"step": 0, "name": "teacher", "data": {"a": {"avg@2": 0.9}}}])
+    without = read_watch(inputs)
+    assert [answer.response_ids for answer in without.answers] == [answer.response_ids for answer in answers]
+    assert without.health == Health((START, FIRST), ((1 / 11, 11), (1 / 12, 12)), ({"a": 0.5},), ())
+    warning = HealthWarning(10, "length", "shorter")
+    lines("health/warnings.jsonl", [dataclasses.asdict(warning)])
+    assert read_watch(inputs).health == dataclasses.replace(without.health, warnings=(warning,))
 
 
 def test_the_report_has_the_curves_and_the_warnings(tmp_path):
