@@ -22,7 +22,7 @@ from megatron_oprd.inputs import Inputs
 from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.megatron import MegatronEngine
-from megatron_oprd.rollout.replay import load_replay
+from megatron_oprd.rollout.replay import load_replay, replay_record
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.health import Check, Health, HealthWarning, judge
 from megatron_oprd.training.read_answers import can_be_asked, read_answers
@@ -166,7 +166,10 @@ def answer(run: Run, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[R
         vocab_size=inputs.vocab_size,
     )
     my_prompts, my_limits = (split(all_, topology.replica_rank, topology.num_replicas) for all_ in (prompts, limits))
-    return share_rollouts(engine.generate(my_prompts, 0, my_limits), topology)
+    answers = share_rollouts(engine.generate(my_prompts, 0, my_limits), topology)
+    if inputs.aligner is None:
+        return answers
+    return [dataclasses.replace(one, teacher_prompt_ids=None) for one in answers]  # its prompts are no ids of ours
 
 
 def keep_answers(
@@ -216,7 +219,7 @@ def read_watch(inputs: Inputs) -> HealthWatch:
 def _measure(run: Run, watch: HealthWatch, step: int) -> Check:
     """Collective over the world."""
     inputs, teacher, heads = run.inputs, None, None
-    if can_be_asked(run.teachers):
+    if can_be_asked(run.teachers) and inputs.aligner is None:  # distributions over one vocabulary
         (teacher,) = run.teachers
         heads = run.heads if inputs.plan.output else load_heads(inputs, run.student.stage, run.topology)
     reading = read_answers(
@@ -263,14 +266,8 @@ def _replayed_prompts(rollouts: Sequence[Rollout]) -> list[Prompt]:
 
 
 def _replay_line(answer: Rollout, prompt: Prompt) -> str:
-    line = {
-        "prompt_ids": answer.prompt_ids,
-        "response_ids": answer.response_ids,
-        "data_source": answer.data_source,
-        "teacher_prompt_ids": answer.teacher_prompt_ids,
-        "ground_truth": prompt.ground_truth,
-    }
-    return json.dumps({key: value for key, value in line.items() if value is not None})
+    truth = {} if prompt.ground_truth is None else {"ground_truth": prompt.ground_truth}
+    return json.dumps(replay_record(answer) | truth)
 
 
 def _told(check: Check) -> str:

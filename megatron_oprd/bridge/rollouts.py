@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_oprd.files import explain_os_errors
+from megatron_oprd.rollout.replay import parse_rollout, replay_record
 from megatron_oprd.types import Rollout
 
 
@@ -45,7 +46,7 @@ class StoredRollouts:
             raise ValueError(f"{len(rollouts)} rollouts for a step of {self.per_step}")
         with explain_os_errors(self.path), self.path.open("ab") as file:
             for rollout in rollouts:
-                file.write(json.dumps(_record(rollout)).encode() + b"\n")
+                file.write(json.dumps(replay_record(rollout)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
             self._starts.append(file.tell())
@@ -55,29 +56,5 @@ class StoredRollouts:
         start, end = self._starts[step : step + 2]
         with self.path.open("rb") as file:
             file.seek(start)
-            return [_rollout(json.loads(line)) for line in file.read(end - start).splitlines()]
-
-
-def _record(rollout: Rollout) -> dict[str, object]:
-    record: dict[str, object] = {
-        "prompt_ids": rollout.prompt_ids,
-        "response_ids": rollout.response_ids,
-        "response_mask": rollout.response_mask,
-        "finish_reason": rollout.finish_reason,
-        "prompt_index": rollout.prompt_index,
-    }
-    if rollout.teacher_prompt_ids is not None:
-        record["teacher_prompt_ids"] = rollout.teacher_prompt_ids
-    return record
-
-
-def _rollout(record: dict) -> Rollout:
-    of_teacher = record.get("teacher_prompt_ids")
-    return Rollout(
-        tuple(record["prompt_ids"]),
-        tuple(record["response_ids"]),
-        tuple(record["response_mask"]),
-        record["finish_reason"],
-        prompt_index=record["prompt_index"],
-        teacher_prompt_ids=None if of_teacher is None else tuple(of_teacher),
-    )
+            lines = file.read(end - start).splitlines()
+        return [parse_rollout(line, step * self.per_step + number) for number, line in enumerate(lines)]

@@ -30,7 +30,7 @@ def load_replay(
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                rollouts.append(_parse(line, number - 1, vocab_size, teacher_vocab_size))
+                rollouts.append(parse_rollout(line, number - 1, vocab_size, teacher_vocab_size))
             except _BadLineError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
     if not rollouts:
@@ -75,7 +75,23 @@ class _BadLineError(Exception):
     pass
 
 
-def _parse(line: bytes, index: int, vocab_size: int | None, teacher_vocab_size: int | None) -> Rollout:
+def replay_record(rollout: Rollout) -> dict[str, object]:
+    """A rollout as a line of a replay file has it."""
+    record: dict[str, object] = {
+        "prompt_ids": rollout.prompt_ids,
+        "response_ids": rollout.response_ids,
+        "response_mask": rollout.response_mask,
+        "data_source": rollout.data_source,
+    }
+    if rollout.teacher_prompt_ids is not None:
+        record["teacher_prompt_ids"] = rollout.teacher_prompt_ids
+    return record
+
+
+def parse_rollout(
+    line: bytes, index: int, vocab_size: int | None = None, teacher_vocab_size: int | None = None
+) -> Rollout:
+    """The rollout of one line, number `index`; see `load_replay`."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,14 +14,15 @@ from megatron_oprd.config import BatchConfig, LossConfig, OutputConfig, Represen
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import CHUNK_BYTES, Heads
+from megatron_oprd.models.taps import selected_rows
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.sequence_rows import gather_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import run_schedule
-from megatron_oprd.training.teacher_pass import Teacher, teacher_pass
-from megatron_oprd.types import OUTPUT, ModelSpec, PackedBatch, Rollout, Selection
+from megatron_oprd.training.teacher_pass import Teacher, batches_of_teachers, teacher_pass
+from megatron_oprd.types import OUTPUT, ModelSpec, Rollout, Selection
 
 # Every token of an answer, at the state that predicted it: what an output-space objective reads.
 EVERY_TOKEN = LossConfig(
@@ -70,12 +72,7 @@ def read_answers(
     if teacher is not None:
         plan = dataclasses.replace(teacher.plan, pairs=(), output=True)
         teacher = dataclasses.replace(teacher, plan=plan)
-
-        def read_by(_: int) -> list[PackedBatch]:
-            assert teacher is not None
-            alike = teacher.reads_alike(topology)
-            return batches if alike else whole.micro_batches(batch, spec, teacher.topology, teacher=0)
-
+        read_by = batches_of_teachers([teacher], topology, batches, partial(whole.micro_batches, batch, spec))
         targets, _ = teacher_pass([teacher], topology, batches, read_by)
 
     def taps() -> Iterator[_Tap]:
@@ -105,7 +102,7 @@ class _Tap:
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         if layer == OUTPUT:
             assert self.reader is not None  # only the last stage has final states
-            student = hidden_states.index_select(0, self.selection.selected)[:, 0]
+            student = selected_rows(hidden_states, self.selection.selected)
             teacher = None if self.targets is None else self.targets.take(OUTPUT)
             self.sums.add_(self.reader(student, teacher, self.selection))
         return hidden_states
