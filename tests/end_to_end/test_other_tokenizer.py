@@ -80,6 +80,17 @@ def test_a_step_compares_what_both_have_read(scene, replay):
     assert metrics["align/coverage"] == kept / sum(len(one.response_ids) for one in rollouts)
 
 
+def test_an_answer_ends_for_both_where_the_student_stops(scene):
+    """With a template that ends a turn in other ways, and configurations of the models that name other tokens."""
+    path = scene.other / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<|eot_id|>", "{{ end or '<|eot_id|>' }}"))
+    scene.edit("student/config.json", eos_token_id=[17, 258])
+    assert read(scene).aligner.student_eos_ids == {17, 258}
+    for kwargs, end in (({}, 1004), ({"end": "<|end_of_text|>"}, 1001)):
+        for key in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
+            assert read(scene, f"data.{key}={json.dumps(kwargs)}").aligner.end_of_turn_id == end
+
+
 def test_a_student_of_the_larger_vocabulary_samples_all_of_it(scene):
     inputs = read(scene, f"student.path={scene.other}", teacher="student", replay=False)
     assert inputs.vocab_size == 1010
@@ -187,18 +198,29 @@ def test_a_prompt_that_leaves_the_teacher_no_room_is_refused_and_a_long_answer_i
     refused(scene, *words, f"lower data.max_prompt_tokens to {longest - 1}", teacher="short", replay=False)
 
 
-def test_a_micro_batch_holds_the_students_longest_answer(scene):
-    lengths = [len(prompt.prompt_ids) for prompt in read(scene, replay=False).prompts.prompts]
-    asked = max(lengths) + 50
+@pytest.mark.parametrize(("student", "teacher"), [("student", "other"), ("other", "student")])
+def test_a_micro_batch_holds_the_students_longest_answer(scene, student, teacher):
+    """Whichever has the longer prompt: the teacher's reading is cut."""
+
+    def limited(tokens):
+        return f"student.path={scene.folder / student}", "rollout.max_new_tokens=50", limit.format(tokens)
+
+    limit = "batch.max_tokens_per_micro_batch={}"
+    scene.write("prompts.jsonl", [{"prompt": "Permission is hereby granted, free of charge"}])
+    prompts = read(scene, *limited(1000), teacher=teacher, replay=False).prompts.prompts
+    longest = max(len(prompt.prompt_ids) for prompt in prompts)
+    of_teacher = max(len(prompt.teacher_prompt_ids) for prompt in prompts)
+    assert longest != of_teacher and (longest < of_teacher) == (student == "other")
+    asked = longest + 50
+    read(scene, *limited(asked), teacher=teacher, replay=False)
     words = (f"max_tokens_per_micro_batch={asked - 1} does not hold the longest prompt", f"raise it to {asked}")
-    most = "rollout.max_new_tokens=50"
-    refused(scene, *words, overrides=(most, f"batch.max_tokens_per_micro_batch={asked - 1}"), replay=False)
-    read(scene, most, f"batch.max_tokens_per_micro_batch={asked}", replay=False)
+    refused(scene, *words, overrides=limited(asked - 1), teacher=teacher, replay=False)
 
 
 def test_an_evaluation_asks_for_no_teacher(scene):
     scene.write("questions.jsonl", [{"prompt": "1+1", "reward_model": {"ground_truth": "2"}}])
     data = f"evaluation.data=[{scene.folder / 'questions.jsonl'}]"
     small = (data, "evaluation.samples=1", "evaluation.max_new_tokens=2", "data.teacher_chat_template_kwargs={a: 1}")
+    byte_tokenizer(chat="{{ raise_exception('no a') if a else 1 }}").save_pretrained(scene.student)
     outcome = run(scene.folder, "evaluate", *scene.generating(f"teacher.path={scene.other}", *small))
     assert (outcome.code, outcome.stderr) == (0, "")
