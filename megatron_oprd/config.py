@@ -310,6 +310,10 @@ def teacher_title(name: str) -> str:
     return f"teacher {name}" if name else "teacher"
 
 
+# How messages tell the way to a bridge.
+MAKE_A_BRIDGE = "make a bridge with torchrun -m megatron_oprd.bridge.fit --config F"
+
+
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     """The configuration from a YAML file (or none) and overrides like `parallel.tensor=2`, the last one winning.
 

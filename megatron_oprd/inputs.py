@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_oprd import platform
 from megatron_oprd.bridge.origin import Ends
 from megatron_oprd.bridge.record import Bridge
-from megatron_oprd.config import Config, teacher_section
+from megatron_oprd.config import MAKE_A_BRIDGE, Config, teacher_section
 from megatron_oprd.data.alignment import Aligner, align_rollouts, end_of_turn_id, make_aligner
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
@@ -187,8 +187,8 @@ def _check_another_tokenizer(config: Config, teacher: str, *, with_bridge: bool)
         )
     if not with_bridge:
         raise UserError(
-            f"{differ}; use a teacher with the student's tokenizer, or make a bridge between the two with python -m "
-            "megatron_oprd.bridge.fit and name it in loss.representation.bridge"
+            f"{differ}; use a teacher with the student's tokenizer, or {MAKE_A_BRIDGE} and name it in "
+            "loss.representation.bridge"
         )
 
 

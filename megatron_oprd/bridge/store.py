@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from megatron_oprd.bridge.ps_bank import read_ps_bank
 from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, PairStatistics, Positions
+from megatron_oprd.config import MAKE_A_BRIDGE
 from megatron_oprd.files import write_folder, write_json
 from megatron_oprd.types import LayerPair, PairBridge, UserError
 
 DOCUMENT, TENSORS = "bridge.json", "bridge.safetensors"
 FORMAT = 1
-HOW_TO_FIT = "fit one with `python -m megatron_oprd.bridge.fit`"
 _ORTHONORMAL = 1e-3  # how far P_T P_T^T may be from the identity
 
 
@@ -100,7 +100,7 @@ def check_bridge(
             if fitted is not None and asked is not None and fitted != asked:
                 raise UserError(
                     f"{path} was fitted for another {model} ({then.path or 'of unknown path'}, {name} "
-                    f"{_short(fitted)}) than {now.path} ({name} {_short(asked)}); {HOW_TO_FIT} for this one"
+                    f"{_short(fitted)}) than {now.path} ({name} {_short(asked)}); {MAKE_A_BRIDGE} for this one"
                 )
     if bridge.origin.positions not in (None, positions):
         for name, fitted in dataclasses.asdict(bridge.origin.positions).items():
@@ -109,13 +109,13 @@ def check_bridge(
                 key = {"mode": "positions"}.get(name, name)
                 raise UserError(
                     f"{path} was fitted with {key}={json.dumps(fitted)}, the run has loss.representation.{key}="
-                    f"{json.dumps(asked)}; set it to that or {HOW_TO_FIT}"
+                    f"{json.dumps(asked)}; set it to that or {MAKE_A_BRIDGE}"
                 )
     for pair in pairs:
         if pair not in bridge.maps:
             raise UserError(
-                f"{path} has no maps for student layer {pair.student} and teacher layer {pair.teacher}; {HOW_TO_FIT} "
-                "for the layers of this run"
+                f"{path} has no maps for student layer {pair.student} and teacher layer {pair.teacher}; "
+                f"{MAKE_A_BRIDGE} for the layers of this run"
             )
     return dataclasses.replace(
         bridge,
@@ -154,13 +154,13 @@ def _read_document(folder: Path) -> _Document:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no bridge at {folder}: {DOCUMENT} is missing; {HOW_TO_FIT}") from None
+        raise UserError(f"no bridge at {folder}: {DOCUMENT} is missing; {MAKE_A_BRIDGE}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is not of format {FORMAT}, the one that this version reads; {HOW_TO_FIT}")
+        raise UserError(f"{path} is not of format {FORMAT}, the one that this version reads; {MAKE_A_BRIDGE}")
     try:
         document = pydantic.TypeAdapter(_Document).validate_json(json.dumps(values))
     except pydantic.ValidationError as error:

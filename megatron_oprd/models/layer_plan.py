@@ -7,14 +7,9 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_oprd.config import LossConfig, ParallelConfig, TeacherConfig
+from megatron_oprd.config import MAKE_A_BRIDGE, LossConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.models.layer_pairs import layer_pairs
 from megatron_oprd.types import OUTPUT, LayerPair, ModelSpec, UserError
-
-# What messages tell whoever compares models that only a bridge makes comparable.
-BRIDGE_NEEDED = (
-    "make a bridge (torchrun -m megatron_oprd.bridge.fit --config F) and name it in loss.representation.bridge"
-)
 
 
 @dataclass(frozen=True)
@@ -154,8 +149,9 @@ def make_plan(
     if loss.reads_layers and config.bridge is None and student.hidden_size != teacher.hidden_size:
         raise UserError(
             f"student hidden_size {student.hidden_size} differs from {section} hidden_size {teacher.hidden_size}: "
-            f"hidden states of another width cannot be compared directly; {BRIDGE_NEEDED}, use a teacher of the "
-            "student's width, or an output-space objective alone (loss.representation.weight=0)"
+            f"hidden states of another width cannot be compared directly; {MAKE_A_BRIDGE} and name it in "
+            "loss.representation.bridge, use a teacher of the student's width, or an output-space objective alone "
+            "(loss.representation.weight=0)"
         )
     try:
         chosen = config.layers, config.pairs

@@ -108,7 +108,7 @@ def test_one_tokenizer_needs_no_alignment(scene, fitting):
 
 
 def test_without_a_bridge_it_is_refused_with_the_way_to_one(scene):
-    words = ("tokenizers of student.path=", "teacher.path=", "other ids", "python -m megatron_oprd.bridge.fit")
+    words = ("tokenizers of student.path=", "teacher.path=", "other ids", "-m megatron_oprd.bridge.fit")
     refuse(scene, (*words, "loss.representation.bridge"), "train", *scene.generating(f"teacher.path={scene.other}"))
 
 

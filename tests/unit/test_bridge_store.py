@@ -102,7 +102,7 @@ def set_tensor(name, change):
 P2 = "student_2.teacher_1"
 BROKEN = {
     "no folder": (lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(), r"no bridge at .*bridge\.fit"),
-    "no document": (lambda f: (f / "bridge.json").unlink(), r"bridge\.json is missing; fit one with"),
+    "no document": (lambda f: (f / "bridge.json").unlink(), r"bridge\.json is missing; make a bridge with"),
     "no tensors": (lambda f: (f / "bridge.safetensors").unlink(), r"bridge\.safetensors is missing"),
     "no JSON": (lambda f: (f / "bridge.json").write_text("{"), r"bridge\.json is not JSON"),
     "no UTF-8": (lambda f: (f / "bridge.json").write_bytes(b"\xff\xfe"), r"bridge\.json is not JSON"),
@@ -182,7 +182,7 @@ def other(model, **changes):
     [
         (
             {"pairs": [PAIRS[0], LayerPair(3, 2), LayerPair(4, 4)]},
-            "no maps for student layer 3 and teacher layer 2; fit",
+            "no maps for student layer 3 and teacher layer 2; make a bridge",
         ),
         ({"student": other(STUDENT, num_layers=5)}, r"another student \(student, num_layers 4\) than .*num_layers 5"),
         ({"teacher": other(TEACHER, hidden_size=7)}, r"another teacher \(teacher, hidden_size 5\)"),
@@ -201,7 +201,7 @@ def test_a_bridge_of_something_else_is_refused(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         checked(some_bridge(), **changes)
     assert str(caught.value).startswith("some/bridge ")
-    assert "python -m megatron_oprd.bridge.fit" in str(caught.value)
+    assert "-m megatron_oprd.bridge.fit" in str(caught.value)
 
 
 def test_what_is_not_known_is_not_compared_but_named():
