@@ -63,7 +63,7 @@ def begin(run: Run, log: RunLog) -> HealthWatch:
 
 
 def go_on(run: Run) -> HealthWatch:
-    """The watch of a run that goes on, from the files of its folder, cut back to where. Collective over the world."""
+    """The watch of a run that goes on, from the files of its folder. Collective over the world."""
     if not run.inputs.config.health.every:
         return HealthWatch()
     return on_rank_zero(lambda: read_watch(run.inputs))
