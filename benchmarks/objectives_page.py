@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.drawing import INK, line_mark, svg, text_mark
+
 PARTS = ("step", "rollout", "teacher", "student")
 TIMED_STEPS, WARM_UP_STEPS = 12, 2
 NAMES = {
@@ -41,7 +43,7 @@ FAIRNESS = """\
 - OPRD alone gives the LM head no gradient; with the other objectives it is trained.
 - Few seeds, one task, one size: ranges that overlap say nothing about order.
 """
-INK, GRID, COLORS = "#344054", "#d0d5dd", {"greedy": "#2563eb", "sampled": "#ea7317"}
+COLORS = {"greedy": "#2563eb", "sampled": "#ea7317"}
 
 
 def values(runs: Sequence[dict[str, Any]], metric: str, objective: str, rate: float) -> list[float]:
@@ -61,15 +63,15 @@ def markdown(record: dict[str, Any]) -> str:
     lines = ["# Objectives on the demo", "", versions, "", MEANING, "![accuracy](objectives-accuracy.svg)", ""]
 
     def cells(part: str, objective: str) -> list[str]:
-        return [_spread(values(record[part], metric, objective, best[objective])) for metric in ("greedy", "sampled")]
+        return [spread(values(record[part], metric, objective, best[objective])) for metric in ("greedy", "sampled")]
 
     rows = [
-        [f"_{name}_", "", *(_spread(pair_values(record, model, metric)) for metric in COLORS)]
+        [f"_{name}_", "", *(spread(pair_values(record, model, metric)) for metric in COLORS)]
         for name, model in (("student before", "student"), ("teacher", "teacher"))
     ]
     rows += [[NAMES[objective], f"{best[objective]:g}", *cells("equal_steps", objective)] for objective in best]
     lines += [f"## Equal steps: {record['steps']}", ""]
-    lines += [*_table(["objective", "best learning rate", "greedy, %", "temperature 0.7, %"], rows), ""]
+    lines += [*table_lines(["objective", "best learning rate", "greedy, %", "temperature 0.7, %"], rows), ""]
     rows = [
         [
             NAMES[objective],
@@ -86,13 +88,13 @@ def markdown(record: dict[str, Any]) -> str:
         f"shared with other work: medians of {TIMED_STEPS - WARM_UP_STEPS} steps in milliseconds, from the quietest of "
         f"{record['rounds']} rounds. Teacher: its pass up to the compared states; student: its update.",
         "",
-        *_table(["objective", "steps", "greedy, %", "temperature 0.7, %", "a step", *PARTS[1:]], rows),
+        *table_lines(["objective", "steps", "greedy, %", "temperature 0.7, %", "a step", *PARTS[1:]], rows),
         "",
         "## Every learning rate",
         "",
         f"Greedy validation accuracy after {record['steps']} steps, %; the best in bold.",
         "",
-        *_table(["objective", *(f"{rate:g}" for rate in record["learning_rates"])], _rate_rows(record)),
+        *table_lines(["objective", *(f"{rate:g}" for rate in record["learning_rates"])], _rate_rows(record)),
         "",
         "![accuracy against the learning rate](objectives-learning.svg)",
         "",
@@ -112,7 +114,7 @@ def _rate_rows(record: dict[str, Any]) -> list[list[str]]:
     for objective, best in record["best_learning_rate"].items():
         cells = []
         for rate in record["learning_rates"]:
-            text = _spread(values(record["equal_steps"], "validation", objective, rate))
+            text = spread(values(record["equal_steps"], "validation", objective, rate))
             cells.append(f"**{text}**" if rate == best else text)
         rows.append([NAMES[objective], *cells])
     return rows
@@ -144,11 +146,11 @@ def _reading(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _spread(found: Sequence[float]) -> str:
+def spread(found: Sequence[float]) -> str:
     return f"{statistics.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
@@ -163,21 +165,21 @@ def accuracy_plot(record: dict[str, Any]) -> str:
     lowest, height = int(20 * (min(worst, 99) // 20)), 70 + row * len(best)
     for place, (title, panel) in enumerate(panels.items()):
         left, right = 190 + 360 * place, 500 + 360 * place
-        marks.append(_text(left, 34, title, "start", bold=True))
+        marks.append(text_mark(left, 34, title, "start", bold=True))
         for tick in range(lowest, 101, 20 if lowest < 60 else 10 if lowest < 80 else 5):
             x = _across(tick, lowest, left, right)
-            marks += [_line(x, 44, x, height - 24), _text(x, height - 8, f"{tick} %", "middle")]
+            marks += [line_mark(x, 44, x, height - 24), text_mark(x, height - 8, f"{tick} %", "middle")]
         for number, pair in enumerate(panel.values()):
             for side, (found, color) in enumerate(zip(pair, COLORS.values(), strict=True)):
                 xs, y = [_across(value, lowest, left, right) for value in found], 57 + row * number + 12 * side
                 marks += [f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{color}" fill-opacity="0.55"/>' for x in xs]
-                marks.append(_line(statistics.mean(xs), y - 6, statistics.mean(xs), y + 6, color, 2.5))
-    marks += [_text(178, 67 + row * place, NAMES[objective], "end") for place, objective in enumerate(best)]
+                marks.append(line_mark(statistics.mean(xs), y - 6, statistics.mean(xs), y + 6, color, 2.5))
+    marks += [text_mark(178, 67 + row * place, NAMES[objective], "end") for place, objective in enumerate(best)]
     for place, (color, label) in enumerate(zip(COLORS.values(), ("greedy", "temperature 0.7"), strict=True)):
         marks += [f'<circle cx="{196 + 70 * place}" cy="14" r="4" fill="{color}"/>']
-        marks += [_text(204 + 70 * place, 18, label, "start")]
-    marks.append(_text(400, 18, "a dot a seed, a bar at the mean", "start"))
-    return _svg(890, height, "Held-out accuracy of each objective at its best learning rate", marks)
+        marks += [text_mark(204 + 70 * place, 18, label, "start")]
+    marks.append(text_mark(400, 18, "a dot a seed, a bar at the mean", "start"))
+    return svg(890, height, "Held-out accuracy of each objective at its best learning rate", marks)
 
 
 def _across(value: float, lowest: float, left: float, right: float) -> float:
@@ -192,40 +194,23 @@ def learning_plot(record: dict[str, Any]) -> str:
     for place, objective in enumerate(record["best_learning_rate"]):
         left, top = 64 + width * (place % columns), 34 + height * (place // columns)
         right, bottom = left + width - 70, top + height - 65
-        marks.append(_text(left, top - 10, NAMES[objective], "start", bold=True))
+        marks.append(text_mark(left, top - 10, NAMES[objective], "start", bold=True))
         for tick in (0, 50, 100):
             y = bottom - (bottom - top) * tick / 100
-            marks += [_line(left - 12, y, right + 12, y), _text(left - 18, y + 4, f"{tick} %", "end")]
+            marks += [line_mark(left - 12, y, right + 12, y), text_mark(left - 18, y + 4, f"{tick} %", "end")]
         y = bottom - (bottom - top) * start / 100
-        marks.append(_line(left - 12, y, right + 12, y, INK, 1, dashes="2 4"))
+        marks.append(line_mark(left - 12, y, right + 12, y, INK, 1, dashes="2 4"))
         points = []
         for rate in rates:
             found = values(record["equal_steps"], "validation", objective, rate)
             x = left + (right - left) * (math.log10(rate) - lowest) / decades
             heights = (min(found), statistics.mean(found), max(found))
             low, mean, high = (bottom - (bottom - top) * value / 100 for value in heights)
-            marks += [_line(x, low, x, high, COLORS["greedy"], 2), _text(x, bottom + 18, f"{rate:g}", "middle")]
+            marks += [line_mark(x, low, x, high, COLORS["greedy"], 2), text_mark(x, bottom + 18, f"{rate:g}", "middle")]
             marks.append(f'<circle cx="{x:.1f}" cy="{mean:.1f}" r="4" fill="{COLORS["greedy"]}"/>')
             points.append(f"{x:.1f},{mean:.1f}")
         marks.append(f'<polyline fill="none" stroke="{COLORS["greedy"]}" points="{" ".join(points)}"/>')
     count = len(record["best_learning_rate"])
     full = height * math.ceil(count / columns) + 24
-    marks.append(_text(64, full - 6, "across: learning rate; dashed: the student before", "start"))
-    return _svg(20 + width * min(count, columns), full, "Greedy validation accuracy against the learning rate", marks)
-
-
-def _svg(width: int, height: int, title: str, marks: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-    style = f'font-family="system-ui,sans-serif" font-size="12" role="img" fill="{INK}"'
-    background = f'<title>{title}</title><rect width="{width}" height="{height}" fill="#fff"/>'
-    return "\n".join([f"{head} {style}>", background, *marks, "</svg>", ""])
-
-
-def _text(x: float, y: float, text: str, anchor: str, *, bold: bool = False) -> str:
-    weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{weight}>{text}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, color: str = GRID, width: float = 1, dashes: str = "none") -> str:
-    ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
-    return f'<line {ends} stroke="{color}" stroke-width="{width}" stroke-dasharray="{dashes}"/>'
+    marks.append(text_mark(64, full - 6, "across: learning rate; dashed: the student before", "start"))
+    return svg(20 + width * min(count, columns), full, "Greedy validation accuracy against the learning rate", marks)

@@ -42,6 +42,9 @@ Objectives on next-token distributions, beside the loss on hidden states or (`he
 `topk` (`tail` with the tail bucket) on the top 5 of the student, the `teacher` or the `union`; `reverse`, `forward` and
 `jsd` over the whole vocabulary of 131; `chunkN` tokens at a time, `unchunked`; `warm` at other temperatures; `weighed`
 2.5 with the mean over sequences; `last3` tokens of each response.
+
+Between unlike models, through a bridge of rank 6: `bridge-wide` a teacher of width 96, `bridge-narrow` of 48, `bridge`
+of the student's 64. Teacher bytes are then six float32 numbers a token and layer.
 """
 COLUMNS = (
     *("layout", "model", "ranks", "loss", "worst gradient", "in", "smallest cosine"),

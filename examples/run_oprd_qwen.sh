@@ -7,6 +7,7 @@
 #   torchrun --no-python --nproc-per-node 2 examples/run_oprd_qwen.sh [key=value ...]
 #
 # Without student.path= it runs the demo: a tiny teacher-student pair, made, converted, distilled, exported, evaluated.
+# demo=cross_architecture and demo=cross_tokenizer do the same with a teacher that only a bridge can compare.
 # With student.path= teacher.path= data.prompts= it runs examples/qwen_same_family.yaml (or --config FILE) on real models.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -1,4 +1,7 @@
-"""The demo: make a tiny teacher-student pair, convert it, distil, export, evaluate before and after."""
+"""The demo: make a tiny teacher-student pair, distil, export, evaluate before and after.
+
+`demo=same_architecture` (the default) converts both models first; the other kinds fit a bridge first.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from examples.demo.make_bridge_pair import KINDS, make_bridge_pair
 from examples.demo.make_pair import TargetMissed, make_pair
 from megatron_oprd import platform, train
+from megatron_oprd.bridge import fit
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.evaluate import evaluate_model
 from megatron_oprd.evaluation.sample import score
@@ -22,43 +27,75 @@ from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "examples" / "demo.yaml"
+SAME = "same_architecture"
+RECIPE = ROOT / "examples" / "demo.yaml"  # of SAME
 PLACEHOLDERS = ["student.path=pair", "teacher.path=pair", "data.prompts=[pair]"]
 
 
 def run_demo(overrides: list[str]) -> int:
-    """Run the demo with the recipe's keys overridden; `train.seed` also seeds the pair. Collective over the world.
+    """Run the demo with the recipe's keys overridden; `train.seed` also seeds the pair, `demo=KIND` says which.
+    Collective over the world.
 
     Without `train.run_dir` each run has a folder of its own below `runs/`.
     """
     begin = time.time()
     torch.set_num_threads(1)  # at this size a second thread costs more than it gives
+    kind, overrides = _kind(overrides)
+    recipe = RECIPE if kind == SAME else ROOT / "examples" / f"demo_{kind}.yaml"
     if any(not argument or argument.startswith("-") for argument in overrides):
         raise UserError(f"the demo takes key=value arguments, not {overrides}; see the head of run_oprd_qwen.sh")
-    given = load_config(RECIPE, [*PLACEHOLDERS, *overrides])
+    given = load_config(recipe, [*PLACEHOLDERS, *overrides])
     start_process(platform.choose_device(given.train.device))
     folder = on_rank_zero(lambda: _new_folder(given, overrides))
     pair = folder / "pair"
-    on_rank_zero(lambda: make_and_convert(pair, given.train.seed))
+    on_rank_zero(
+        lambda: make_and_convert(pair, given.train.seed) if kind == SAME else make_unlike(pair, kind, given.train.seed)
+    )
+    student, teacher = (pair / (f"{name}-megatron" if kind == SAME else name) for name in ("student", "teacher"))
     paths = [
-        f"student.path={pair / 'student-megatron'}",
-        f"teacher.path={pair / 'teacher-megatron'}",
+        f"student.path={student}",
+        f"teacher.path={teacher}",
         f"data.prompts=[{pair / 'train.jsonl'}]",
         f"evaluation.data=[{pair / 'heldout.jsonl'}]",
         f"train.run_dir={folder}",
     ]
     arguments = [*overrides, *paths]
-    train.main(["--config", str(RECIPE), *arguments])
+    if kind != SAME:
+        fit.main(["--config", str(recipe), *arguments])
+        rank = Path(str(given.loss.representation.bridge)).name  # which of the ranks the recipe trains with
+        arguments.append(f"loss.representation.bridge={folder / 'bridge' / rank}")
+    train.main(["--config", str(recipe), *arguments])
     models = {"student before": pair / "student", "student after": folder / "hf", "teacher": pair / "teacher"}
-    accuracies = {name: [_accuracy(path, t, arguments) for t in (0.0, 0.7)] for name, path in models.items()}
+    accuracies = {name: [_accuracy(recipe, path, t, arguments) for t in (0.0, 0.7)] for name, path in models.items()}
     on_rank_zero(lambda: _print(accuracies, folder, time.time() - begin))
     return 0
 
 
+def _kind(overrides: list[str]) -> tuple[str, list[str]]:
+    """What `demo=` asks for, and the other arguments."""
+    named = [argument.removeprefix("demo=") for argument in overrides if argument.startswith("demo=")]
+    kind = named[-1] if named else SAME
+    if kind not in (SAME, *KINDS):
+        raise UserError(f"demo={kind}: there are {', '.join((SAME, *KINDS))}")
+    return kind, [argument for argument in overrides if not argument.startswith("demo=")]
+
+
 def _new_folder(given: Config, overrides: list[str]) -> Path:
+    folder = Path(given.train.run_dir)
     if any(override.startswith("train.run_dir=") for override in overrides):
-        return Path(given.train.run_dir)
-    return Path(given.train.run_dir).with_name(f"demo-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        return folder
+    return folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+
+
+def make_unlike(pair: Path, kind: str, seed: int) -> None:
+    """Two models that only a bridge can compare, in Hugging Face format."""
+    if (pair / "validation.jsonl").exists():
+        return  # an interrupted run goes on with its pair
+    print("making the teacher-student pair", flush=True)
+    try:
+        make_bridge_pair(kind, pair, seed, steps=2000)
+    except TargetMissed as error:
+        raise UserError(f"the pair could not be made ({error}); use another train.seed") from None
 
 
 def make_and_convert(pair: Path, seed: int) -> None:
@@ -78,10 +115,10 @@ def make_and_convert(pair: Path, seed: int) -> None:
             raise UserError(f"the conversion of {pair / name} ended with exit code {code}")
 
 
-def _accuracy(model: Path, temperature: float, arguments: list[str]) -> float:
+def _accuracy(recipe: Path, model: Path, temperature: float, arguments: list[str]) -> float:
     """Exact-match accuracy on the held-out additions, sampled by the embedded engine in the run's layout."""
     settings = [f"student.path={model}", f"evaluation.temperature={temperature}", "evaluation.top_p=1.0"]
-    samples, _ = evaluate_model(load_config(RECIPE, [*arguments, *settings]))
+    samples, _ = evaluate_model(load_config(recipe, [*arguments, *settings]))
     return score(samples, 1)["avg@1"]
 
 

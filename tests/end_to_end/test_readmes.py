@@ -11,20 +11,31 @@ from pathlib import Path
 
 import pytest
 
+from examples.demo.make_bridge_pair import KINDS, parts_of
+from examples.demo.task import split_additions, write_rows
+from tests.helpers.bridges import save_random_bridge
+from tests.helpers.models import save
 from tests.helpers.runs import prompt_run
 
 ROOT = Path(__file__).parents[2]
 COMMAND = re.compile(r"^ {4}((?:bash|python|torchrun) .*?)(?: +#.*)?$", re.MULTILINE)
 FILES = ["README.md", "CONTRIBUTING.md", *(f"{d}/README.md" for d in ("examples", "ci", "benchmarks"))]
-FILES.append("tools/checkpoint_convert/README.md")
+FILES += ["tools/checkpoint_convert/README.md", "docs/bridge.md"]
 
 TINY = "train.steps=2 rollout.max_new_tokens=6 rollout.prompts_per_step=2 checkpoint.every=0 precision.dtype=fp32"
 PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompts=[{models}/prompts.jsonl]"
 RECIPE = f"{PATHS} {TINY} train.run_dir={{out}}"
 SHORT_DEMO = "train.steps=1 evaluation.every=0 checkpoint.every=0 train.run_dir={out}"
 
+# A demo of unlike models: the fit of a bridge on two steps of answers, and a step against it.
+UNLIKE_DEMO = f"{SHORT_DEMO} rollout.prompts_per_step=32 bridge.prompts=64 bridge.ranks=[4,8] health.every=0"
+FIT = f"{PATHS} {TINY} bridge.prompts=4 bridge.ranks=[2] bridge.held_out_fraction=0.5 train.run_dir={{out}}"
+
 OBJECTIVES = "--work {out}/work --output {out} --seeds 0 --steps 1 --learning-rates 1e-3 --objectives oprd full_kl"
+BRIDGES = "--work {out}/work --output {out} --seeds 0 --steps 1 --learning-rates 1e-3 --methods bridge full_kl "
+BRIDGES += "--kinds cross_architecture"
 PAIRS = {SHORT_DEMO: "pair", OBJECTIVES: "work/pair-0"}  # arguments -> where the command looks for its pair
+UNLIKE = {f"demo={kind}": kind for kind in KINDS}  # the last word of a command -> the kind of its pair
 
 EXAMPLE = "examples/run_oprd_qwen.sh"
 MODELS = "student.path=DIR teacher.path=DIR data.prompts=[FILE]"
@@ -44,6 +55,10 @@ RUNS = {
     f"torchrun --nproc-per-node 2 {EXAMPLE} parallel.pipeline=2 parallel.virtual_pipeline=2": SHORT_DEMO,
     f"torchrun --nproc-per-node 4 {EXAMPLE} parallel.tensor=2 parallel.pipeline=2": SHORT_DEMO,
     f"torchrun --no-python --nproc-per-node 2 {EXAMPLE}": SHORT_DEMO,
+    **{f"bash {EXAMPLE} {word}": UNLIKE_DEMO for word in UNLIKE},
+    "torchrun --nproc-per-node 8 -m megatron_oprd.bridge.fit --config examples/cross_architecture.yaml": FIT,
+    "torchrun --nproc-per-node 8 -m megatron_oprd.train --config examples/cross_architecture.yaml": f"{RECIPE} "
+    "loss.representation.bridge={models}/bridge health.every=0",
     f"torchrun --nproc-per-node 8 {EXAMPLE} {MODELS} parallel.tensor=2": RECIPE,
     f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}": RECIPE,
     "python -m megatron_oprd.train --config examples/qwen_same_family.yaml --dry-run": PATHS,
@@ -56,6 +71,7 @@ RUNS = {
     "python benchmarks/cost.py": "--methods 'OPRD, all tokens' --layers 1 --tokens 512 --sequences 1 --repeats 1 "
     f"--workload '{UPDATE}' --json {{out}}.json --markdown {{out}}.md",
     "python benchmarks/objectives.py": OBJECTIVES,
+    "python benchmarks/bridge.py": BRIDGES,
     "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",
     f"{TOOLS}/hf_to_megatron.py --hf {HF} --megatron {MEGATRON}": "",
     f"{TOOLS}/verify.py --hf {HF} --megatron {MEGATRON} --tensor 2": "",
@@ -66,7 +82,9 @@ RUNS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readmes")
-    prompt_run(folder / "models", steps=2, max_position_embeddings=4096)
+    models = folder / "models"
+    prompt_run(models, steps=2, max_position_embeddings=4096)
+    save_random_bridge(models / "bridge", models / "student", models / "teacher", rank=2)
     (folder / "models" / "Qwen3-0.6B").symlink_to("student")
     return folder
 
@@ -76,10 +94,23 @@ def test_every_command_of_a_readme_is_run():
     assert found == set(RUNS)
 
 
+def save_untrained_pair(kind, folder):
+    """What `make_bridge_pair` writes, of models that have learnt nothing."""
+    splits = split_additions(0)
+    for name, part in zip(("student", "teacher"), parts_of(kind), strict=True):
+        part.tokenizer.save_pretrained(save(part.build(0), folder / name))
+    for name, problems in (("train", splits.prompts), ("heldout", splits.heldout[:20]), ("validation", splits.heldout)):
+        write_rows(folder / f"{name}.jsonl", problems)
+
+
 @pytest.mark.parametrize("command", [command for command, arguments in RUNS.items() if arguments is not None])
 def test_a_command_of_a_readme_works(command, folder, demo, tmp_path):
     if RUNS[command] in PAIRS:  # a pair takes a minute to make, and is there already
         shutil.copytree(demo.folder / "pair", tmp_path / "run" / PAIRS[RUNS[command]])
+    if command.split()[-1] in UNLIKE:
+        save_untrained_pair(UNLIKE[command.split()[-1]], tmp_path / "run" / "pair")
+    if RUNS[command] == BRIDGES:
+        save_untrained_pair("cross_architecture", tmp_path / "run" / "work" / "cross_architecture-0" / "pair")
     added = RUNS[command].format(models=folder / "models", out=tmp_path / "run")
     words = [w for w in shlex.split(command) if "=DIR" not in w and "=[FILE]" not in w]
     words = [str(folder / word) if word.startswith("models/") else word for word in words]
