@@ -1,4 +1,4 @@
-"""Two byte-level tokenizers that cut additions in different ways: what the pair of unlike tokenizers reads and writes.
+"""Two byte-level tokenizers that cut answers in different ways: what the pair of unlike tokenizers reads and writes.
 
 Only tokens whose bytes are known can be aligned with those of another tokenizer; those of the demo's own are not.
 """
@@ -13,11 +13,10 @@ from examples.demo.tokenizer import EOS_TOKEN, PAD_TOKEN, SYMBOLS, UNKNOWN_TOKEN
 ANSWER_WIDTH = len("   1998")  # wider than the demo's, for a token of three spaces
 DIGITS, SPACE = "0123456789", "Ġ"  # Ġ: how the byte-level alphabet writes a space
 END_OF_TEXT, END_OF_TURN, USER, ASSISTANT = "<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>"
-# What may become one token: three spaces, and the last two digits of an answer. The other digits stay alone.
-GROUPS = r"\d(?=\d*[+=]|\d\d)| {3}|\d\d(?!\d)"
-# Two digits by a fifth of what they can be: were the state that chooses the last digit always in the middle of one of
-# the teacher's tokens, the student would never be told about it.
-MERGES = ((SPACE, SPACE), (2 * SPACE, SPACE), *((tens, ones) for tens in DIGITS for ones in "05"))
+# Three spaces are one token, whatever follows. Digits stay alone: to say two at once, a model has to find the second
+# before it has written the first, which a tiny one hardly learns; and its student would not be told about the second.
+GROUPS = r" {3}"
+MERGES = ((SPACE, SPACE), (2 * SPACE, SPACE))
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -32,7 +31,7 @@ def build_student_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_teacher_tokenizer() -> PreTrainedTokenizerFast:
-    """Operands by the digit; in answers, two digits, or a space and a digit, may be one token.
+    """One token a symbol, but for two and three spaces.
 
     Its chat template ends a turn with another token than its EOS, as Phi-4-mini's does.
     """
@@ -46,9 +45,9 @@ def build_teacher_tokenizer() -> PreTrainedTokenizerFast:
 
 def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    operand = pre_tokenizers.Split(Regex(GROUPS), behavior="isolated")
+    groups = pre_tokenizers.Split(Regex(GROUPS), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [operand, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [groups, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])

@@ -1,8 +1,8 @@
 """Make a pair of unlike models, with their prompts: `python -m examples.demo.make_bridge_pair --kind KIND --out DIR`.
 
 The student is made as the demo's: a Qwen3 of 4 layers and width 96 that stops half-way. The teacher starts from weights
-of its own: a deeper and wider Qwen3 with the student's tokenizer (`cross_architecture`), or a wider Phi-3 of less depth
-with a tokenizer and a chat template of its own (`cross_tokenizer`). Only a bridge can compare their states.
+of its own: a deeper and wider Qwen3 with the student's tokenizer (`cross_architecture`), or a Phi-3 as deep and as wide
+as that with a tokenizer and a chat template of its own (`cross_tokenizer`). Only a bridge can compare their states.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_oprd.data.alignment import Alignment, end_of_turn_id, make_aligner
 from megatron_oprd.data.prompts import encode as encode_texts
 from megatron_oprd.data.prompts import render_text
 
-TEACHER_ACCURACY = 0.995
+TEACHER_ACCURACY = 0.992  # on 1000 additions: on others it is hardly less than 99 %
 KINDS = ("cross_architecture", "cross_tokenizer")
 
 
@@ -42,19 +42,17 @@ class Part:
 
     @property
     def response_length(self) -> int:
-        """Columns of a response in `encode`: an answer with one token a symbol, and what ends it."""
-        return self.answer_width + 1
+        """Tokens of an answer, the same for all of them, and of what ends it."""
+        return len(self.tokenizer("1998".rjust(self.answer_width))["input_ids"]) + 1
 
     def encode(self, problems: Sequence[Addition]) -> torch.Tensor:
         """Prompts by the tokenizer's chat template, with their answers: token ids [problems, prompt + response_length]
-        int64. An answer of fewer tokens is filled up with more of the token that ends it."""
+        int64."""
         end = end_of_turn_id(self.tokenizer)
-        prompts = encode_texts(
-            [render_text(problem.prompt, self.tokenizer, {}) for problem in problems], self.tokenizer
-        )
+        prompts = [render_text(problem.prompt, self.tokenizer, {}) for problem in problems]
         answers = self.tokenizer([problem.answer.rjust(self.answer_width) for problem in problems])["input_ids"]
-        fill = [[end] * (self.response_length - len(answer)) for answer in answers]
-        return torch.tensor([[*p, *a, *f] for p, a, f in zip(prompts, answers, fill, strict=True)])
+        rows = zip(encode_texts(prompts, self.tokenizer), answers, strict=True)
+        return torch.tensor([[*prompt, *answer, end] for prompt, answer in rows])
 
     def exact_match(self, model: PreTrainedModel, problems: Sequence[Addition]) -> float:
         """Share of problems that greedy decoding answers exactly, in the model's own tokens."""
@@ -73,19 +71,19 @@ def parts_of(kind: str) -> tuple[Part, Part]:
     tokenizer, teacher_tokenizer = byte_level.build_student_tokenizer(), byte_level.build_teacher_tokenizer()
     return (
         Part(build_model, tokenizer, train_student, BATCH_SIZE, byte_level.ANSWER_WIDTH),
-        Part(build_phi, teacher_tokenizer, train_teacher, BATCH_SIZE, byte_level.ANSWER_WIDTH),
+        Part(build_phi, teacher_tokenizer, train_teacher, BATCH_SIZE // 2, byte_level.ANSWER_WIDTH),
     )
 
 
 def build_phi(seed: int) -> Phi3ForCausalLM:
-    """A random Phi-3 of 0.5 million parameters in fp32, wider than the student and less deep."""
+    """A random Phi-3 of 0.9 million parameters in fp32, deeper and wider than the student."""
     torch.manual_seed(seed)
     tokenizer = byte_level.build_teacher_tokenizer()
     config = Phi3Config(
         vocab_size=len(tokenizer) + len(tokenizer) % 2,  # as models pad it
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=3,
+        num_hidden_layers=6,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -112,14 +110,14 @@ def train_teacher(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     accuracy, decay_from = 0.0, steps
     for step in range(1, steps + 1):
-        decay = max(0.03, 1 - max(0, step - decay_from) / 300)
+        decay = max(0.1, 1 - max(0, step - decay_from) / 300)
         train_step(model, optimizer, next(batches), 3e-3 * min(1.0, step / 50) * decay, response_length)
         if step % 25 == 0:
             accuracy = exact_match(model, validation, response_length)
             print(f"teacher: step {step:4d}  accuracy {accuracy:6.1%}", flush=True)
-            if accuracy >= 0.8:  # from here on, smaller steps do more than further ones of the same size
+            if accuracy >= 0.3:  # it has found how to carry: from here on, smaller steps do more
                 decay_from = min(decay_from, step)
-            if accuracy >= TEACHER_ACCURACY and decay <= 0.2:
+            if accuracy >= TEACHER_ACCURACY and decay <= 0.2:  # before, one good measurement may be luck
                 return model
     raise TargetMissed(f"the teacher did not reach {TEACHER_ACCURACY:.1%} in {steps} steps (last {accuracy:.1%})")
 

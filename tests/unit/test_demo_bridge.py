@@ -57,8 +57,7 @@ def test_a_saved_tokenizer_gives_every_answer_back(parts, tmp_path):
         tokenizer = AutoTokenizer.from_pretrained(tmp_path)
         for problem, row in zip(PROBLEMS, part.encode(PROBLEMS).tolist(), strict=True):
             response = row[-part.response_length :]
-            end = response.index(end_of_turn_id(tokenizer))
-            assert set(response[end:]) == {end_of_turn_id(tokenizer)}
+            assert response.index(end_of_turn_id(tokenizer)) == len(response) - 1
             text = tokenizer.decode(response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             assert is_correct(text, problem.answer, "exact").correct
             assert problem.prompt in tokenizer.decode(row[: -part.response_length], skip_special_tokens=True)
@@ -104,19 +103,17 @@ def test_two_tokenizers_are_compared_at_some_tokens_but_at_every_choice(unlike_t
     """Of a right answer: the third space chooses between a space and a 1, each token after it the next digit."""
     student, teacher = unlike_tokenizers
     alignments = align(student, teacher, answers_of(PROBLEMS, student))
-    coverages = [alignment.coverage for alignment in alignments]
-    assert 0.4 < min(coverages) < max(coverages) < 0.8
-    often = {t: sum(t in a.student_positions for a in alignments) / len(alignments) for t in range(8)}
-    assert often[0] == often[1] == 0
-    assert all(often[t] == 1 for t in (2, 3, 4, 6, 7))
-    assert 0.7 < often[5] < 0.9
+    for alignment in alignments:
+        assert alignment.student_positions == (2, 3, 4, 5, 6, 7)
+        assert alignment.teacher_positions == (0, 1, 2, 3, 4, 5)
+        assert alignment.coverage == 0.75
 
 
 def test_the_teacher_reads_a_right_answer_as_it_learned_it(unlike_tokenizers):
     student, teacher = unlike_tokenizers
     rows = teacher.encode(PROBLEMS)[:, -teacher.response_length :].tolist()
     for row, alignment in zip(rows, align(student, teacher, answers_of(PROBLEMS, student)), strict=True):
-        assert row[: len(alignment.teacher_ids)] == list(alignment.teacher_ids)
+        assert row == list(alignment.teacher_ids)
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "579", "    57", "   19988", "=+ 1", "    579    10", "123+456=  5"])
