@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import runpy
@@ -27,7 +28,7 @@ class Outcome:
 
 
 def run(folder: Path, command: str, *arguments: str, **options: Any) -> Outcome:
-    """`command` is train, evaluate or one of the tools by its file name; its output passes through files in `folder`.
+    """`command` is train, evaluate, bridge.fit or a tool by its file name; its output passes through files in `folder`.
 
     `options`: those of `run_ranks`.
     """
@@ -82,10 +83,9 @@ def _main(
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [command, *arguments]
-    if command in ("train", "evaluate"):
-        from megatron_oprd import evaluate, train
+    if command in ("train", "evaluate", "bridge.fit"):
         from megatron_oprd.cli import run_command
 
-        run_command({"train": train.main, "evaluate": evaluate.main}[command])
+        run_command(importlib.import_module(f"megatron_oprd.{command}").main)
     sys.path.insert(0, str(TOOLS))
     runpy.run_path(str(TOOLS / command), run_name="__main__")

@@ -17,7 +17,13 @@ from typing import Any
 _context = multiprocessing.get_context("forkserver")
 # Ranks are forked from a server that has imported the slow things: about a second a test instead of ten.
 _context.set_forkserver_preload(
-    ["torch.utils.tensorboard", "megatron_oprd.train", "megatron_oprd.evaluate", "tests.helpers.models"]
+    [
+        "torch.utils.tensorboard",
+        "megatron_oprd.train",
+        "megatron_oprd.evaluate",
+        "megatron_oprd.bridge.fit",
+        "tests.helpers.models",
+    ]
 )
 
 

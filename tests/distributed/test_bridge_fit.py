@@ -1,0 +1,237 @@
+"""A bridge is fitted on the states that Hugging Face's models have, and comes out the same in every layout."""
+
+import pytest
+import torch
+
+from megatron_oprd.bridge.adamw import initial_map
+from megatron_oprd.types import LayerPair
+from tests.helpers.fits import RecordedFit, layer_map, recorded_fit, reference_states, write_replay
+from tests.helpers.models import random_hf_model, save
+
+# Of 12 prompts, two answers each. Those with the numbers 3, 7 and 11 judge: every other step has none of them, one has
+# nothing but empty ones, one a single token.
+LENGTHS = (9, 14, 1, 7, 12, 10, 0, 0, 13, 8, 11, 0, 14, 9, 0, 1, 6, 13, 12, 1, 9, 10, 14, 11)
+HELD_OUT = {6, 7, 14, 15, 22, 23}
+K = 8
+RANKS = (2, 5)
+RIDGE = 1e-2
+SEED = 3
+LAYOUTS = {
+    "one": (1, ()),
+    "data": (2, ()),
+    "tensor": (2, ("parallel.tensor=2",)),
+    "tensor and sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "pipeline": (2, ("parallel.pipeline=2",)),
+    "virtual pipeline": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
+    "context": (2, ("parallel.context=2",)),
+    "data, the teacher's own": (2, ("teacher.parallel={tensor: 2, pipeline: 1}",)),
+    "tensor and pipeline, the teacher's own": (
+        4,
+        ("parallel.tensor=2", "parallel.pipeline=2", "teacher.parallel={tensor: 1, pipeline: 2}"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A student, a deeper and wider teacher, and rollouts."""
+    folder = tmp_path_factory.mktemp("fits")
+    sizes = {"num_key_value_heads": 4, "intermediate_size": 64}
+    save(random_hf_model("Qwen3", 0, num_hidden_layers=4, hidden_size=32, **sizes), folder / "student")
+    save(random_hf_model("Qwen2", 1, num_hidden_layers=6, hidden_size=48, **sizes), folder / "teacher")
+    write_replay(folder / "replay.jsonl", LENGTHS, 131)
+    return folder
+
+
+def arguments(folder, run_dir, *overrides):
+    return [
+        f"student.path={folder / 'student'}",
+        f"teacher.path={folder / 'teacher'}",
+        f"train.run_dir={run_dir}",
+        f"train.seed={SEED}",
+        "precision.dtype=fp32",
+        "rollout.engine=replay",
+        f"rollout.path={folder / 'replay.jsonl'}",
+        "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
+        f"loss.representation.k={K}",
+        "batch.max_tokens_per_micro_batch=24",
+        "bridge.prompts=12",
+        f"bridge.ranks={list(RANKS)}",
+        f"bridge.ridges=[{RIDGE}]",
+        "bridge.held_out_fraction=0.25",
+        "bridge.save_every=4",
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="module")
+def fitted(folder):
+    """The fit of each layout, made once."""
+    made: dict[str, RecordedFit] = {}
+
+    def fit(layout):
+        if layout not in made:
+            world, overrides = LAYOUTS[layout]
+            made[layout] = recorded_fit(world, arguments(folder, folder / layout.replace(" ", "_"), *overrides))
+        return made[layout]
+
+    return fit
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    rows = write_replay(folder / "replay.jsonl", LENGTHS, 131)
+    return reference_states(folder / "student", folder / "teacher", rows, layer_map(4, 6), k=K, held_out=HELD_OUT)
+
+
+def relative(actual, wanted):
+    return ((actual - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_moments_are_those_of_all_states_that_the_ranks_saw(fitted, layout):
+    found = fitted(layout)
+    assert found.moments.keys() == found.states.keys()
+    for pair, (student, teacher, held_out) in found.states.items():
+        for part, chosen in (("train", ~held_out), ("held_out", held_out)):
+            x, y, moments = student[chosen].double(), teacher[chosen].double(), found.moments[pair][part]
+            assert moments.tokens == len(x) > max(RANKS)
+            assert relative(moments.student_mean, x.mean(0)) < 1e-9
+            assert relative(moments.teacher_mean, y.mean(0)) < 1e-9
+            x, y = x - x.mean(0), y - y.mean(0)
+            assert relative(moments.student_scatter, x.T @ x) < 1e-9
+            assert relative(moments.teacher_scatter, y.T @ y) < 1e-9
+            assert relative(moments.cross_scatter, x.T @ y) < 1e-9
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_states_are_those_of_transformers(fitted, expected, layout):
+    """Of the right layers, of both models at the same tokens, each token once, on the right side of the split."""
+    found = fitted(layout).states
+    assert found.keys() == expected.keys()
+    for pair, (student, teacher, held_out) in found.items():
+        of_student, of_teacher, judged = expected[pair]
+        order = torch.cdist(student.double(), of_student).argmin(dim=1)
+        assert sorted(order.tolist()) == list(range(len(of_student)))
+        assert relative(student, of_student[order]) < 1e-5
+        assert relative(teacher, of_teacher[order]) < 1e-5
+        assert torch.equal(held_out, judged[order])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_bridge_does_not_depend_on_the_layout(fitted, layout):
+    """But for how float32 rounds states, which is 1e-6 of them; the maps of a real ridge do not blow that up."""
+    found, one = fitted(layout), fitted("one")
+    assert found.told().keys() == one.told().keys()
+    for key, row in found.told().items():
+        for name in ("error", "total", "explained_variance", "cosine_before", "cosine_after"):
+            assert row[name] == pytest.approx(one.told()[key][name], rel=1e-4, abs=1e-5), (key, name)
+        assert row["ridge"] == RIDGE
+    for rank in RANKS:
+        for pair, maps in found.maps(rank).items():
+            wanted = one.maps(rank)[pair]
+            for name in ("student_map", "teacher_map", "teacher_mean"):
+                assert relative(getattr(maps, name), getattr(wanted, name)) < 1e-4, (pair, name)
+
+
+@pytest.mark.parametrize("layout", ["one", "tensor and sequence", "pipeline"])
+def test_the_cosines_are_those_of_the_maps_on_held_out_states(fitted, layout):
+    found = fitted(layout)
+    for (pair, rank), row in found.told().items():
+        (student, teacher, held_out), maps = found.states[pair], found.maps(rank)[pair]
+        x, y = student[held_out].double(), teacher[held_out].double()
+        target = (y - maps.teacher_mean.double()) @ maps.teacher_map.double().T
+        before = initial_map(rank, x.shape[1], SEED, pair.student, pair.teacher)
+        for name, student_map in (("cosine_before", before), ("cosine_after", maps.student_map)):
+            z = x @ student_map.double().T
+            cosines = [float(a @ b / (a.norm() * b.norm())) for a, b in zip(z, target, strict=True)]
+            assert row[name] == pytest.approx(sum(cosines) / len(cosines), abs=1e-6)
+        error = ((x @ maps.student_map.double().T - target) ** 2).sum(1).mean()
+        assert row["error"] == pytest.approx(float(error), rel=1e-6)
+        assert row["total"] == pytest.approx(float((target**2).sum(1).mean()), rel=1e-6)
+
+
+def test_without_a_ridge_it_is_least_squares(folder, fitted):
+    """On the disk are the moments of the first fit: nothing but other maps is made of them."""
+    seen = fitted("one").states
+    again = recorded_fit(1, arguments(folder, folder / "one", "bridge.ridges=[0.0]", "bridge.ranks=[5]"))
+    assert not again.states
+    for pair, maps in again.maps(5).items():
+        student, teacher, held_out = seen[pair]
+        x, y = student[~held_out].double(), teacher[~held_out].double()
+        assert len(x) > 2 * x.shape[1]
+        targets = (y - y.mean(0)) @ maps.teacher_map.double().T
+        solution = torch.linalg.lstsq(x, targets).solution.T
+        assert relative(maps.student_map.double(), solution) < 1e-5
+        directions = torch.linalg.svd(y - y.mean(0), full_matrices=False).Vh[:5]
+        assert relative((directions @ maps.teacher_map.double().T).abs(), torch.eye(5).double()) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def related(folder):
+    """The arguments of a fit between models that have something in common, the embedding but for a rotation, on many
+    more tokens than a map has columns. (Of random models the best map is next to none, and so is that of whoever
+    stops early.)"""
+    shared = {}
+    for seed, (name, width) in enumerate({"student": 32, "teacher": 48}.items()):
+        model = random_hf_model("Qwen3", seed, num_hidden_layers=3 + seed, hidden_size=width, num_key_value_heads=4)
+        with torch.no_grad():
+            for block in model.model.layers:
+                for projection in (block.self_attn.o_proj, block.mlp.down_proj):
+                    projection.weight *= 0.3
+            embedding = model.model.embed_tokens.weight
+            shared[name] = embedding.copy_(embedding if seed == 0 else shared["student"] @ torch.randn(32, 48))
+        save(model, folder / f"related_{name}")
+    write_replay(folder / "many.jsonl", [40] * 60, 131)
+    return [
+        f"student.path={folder / 'related_student'}",
+        f"teacher.path={folder / 'related_teacher'}",
+        f"rollout.path={folder / 'many.jsonl'}",
+        "rollout.prompts_per_step=10",
+        "rollout.samples_per_prompt=1",
+        "loss.representation.positions=all",
+        "batch.max_tokens_per_micro_batch=512",
+        "bridge.prompts=60",
+        "bridge.held_out_fraction=0.3",
+        "bridge.ridges=[0.0,1e-6,1e-5,1e-4,1e-3,1e-2,1e-1,1.0]",
+    ]
+
+
+def test_the_closed_form_is_no_worse_than_adamw(folder, related):
+    run = arguments(folder, folder / "both", *related)
+    closed = recorded_fit(1, run).told()
+    adamw = recorded_fit(1, [*run, "bridge.method=adamw", "bridge.epochs=20", "bridge.lr=3e-3"]).told()
+    assert closed.keys() == adamw.keys() == {(pair, rank) for pair in layer_map(3, 4) for rank in RANKS}
+    for key, row in closed.items():
+        assert row["error"] <= adamw[key]["error"] < 0.95 * row["total"], key  # both have found something
+        assert adamw[key]["ridge"] is None and row["cosine_after"] > row["cosine_before"] + 0.1
+
+
+ADAMW = ("bridge.method=adamw", "bridge.epochs=3", "bridge.lr=1e-2")
+
+
+@pytest.fixture(scope="module")
+def by_adamw(folder):
+    """AdamW's bridge in one process."""
+    return recorded_fit(1, arguments(folder, folder / "adamw", *ADAMW))
+
+
+@pytest.mark.parametrize("layout", ["data", "tensor and sequence", "pipeline", "context"])
+def test_the_bridge_of_adamw_does_not_depend_on_the_layout(folder, by_adamw, layout):
+    world, overrides = LAYOUTS[layout]
+    run = arguments(folder, folder / f"adamw_{layout.replace(' ', '_')}", *overrides, *ADAMW)
+    found = recorded_fit(world, run)
+    for pair, maps in found.maps(5).items():
+        assert relative(maps.student_map, by_adamw.maps(5)[pair].student_map) < 1e-4
+        assert torch.equal(found.maps(2)[pair].teacher_map, maps.teacher_map[:2])
+    for key, row in found.told().items():
+        assert row["error"] == pytest.approx(by_adamw.told()[key]["error"], rel=1e-4)
+
+
+def test_pairs_that_share_a_teacher_layer_share_its_map(folder):
+    run = arguments(folder, folder / "shared", "loss.representation.pairs=[[1,3],[2,3],[4,6]]")
+    found = recorded_fit(2, [*run, "parallel.pipeline=2"])
+    first, second, _ = found.maps(5).values()
+    assert list(found.maps(5)) == [LayerPair(1, 3), LayerPair(2, 3), LayerPair(4, 6)]
+    assert torch.equal(first.teacher_map, second.teacher_map) and torch.equal(first.teacher_mean, second.teacher_mean)
