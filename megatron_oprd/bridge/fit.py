@@ -37,6 +37,7 @@ from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
 from megatron_oprd.types import LayerPair, PairBridge, Rollout, UserError
 
 BEING_FITTED = "(being fitted)"  # in the place of the bridge: whatever needs one may run
+WHICH_STATES = {"layers", "pairs", "positions", "k", "shift", "final_norm"}  # keys of loss.representation
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -167,7 +168,7 @@ def open_folder(fitting: Fitting) -> Origin:
         "teacher": [origin.teacher.hash, origin.teacher.tokenizer],
         "data": config.data.model_dump(mode="json"),
         "rollout": config.rollout.model_dump(mode="json"),
-        "loss.representation": config.loss.representation.model_dump(mode="json"),
+        "loss.representation": config.loss.representation.model_dump(mode="json", include=WHICH_STATES),
         "precision": config.precision.model_dump(mode="json"),
         "bridge": config.bridge.model_dump(mode="json", include={"prompts", "held_out_fraction", "save_every"}),
         "train.seed": config.train.seed,
