@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_oprd import health_watch, platform
 from megatron_oprd.assemble import Run, build_run
+from megatron_oprd.bridge.store import unchecked
 from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import dump_config, load_config
 from megatron_oprd.data.prompts import PromptState, take
@@ -179,7 +180,7 @@ def find_checkpoint(run: Run) -> Path | None:
 
 
 def describe(run: Run) -> None:
-    """Write down, and print in two lines, what runs where."""
+    """Write down, and print in a few lines, what runs where."""
     inputs, topology = run.inputs, run.topology
     environment = describe_environment(str(topology.device), topology.world_size, describe_layout(topology))
     own = {
@@ -196,6 +197,9 @@ def describe(run: Run) -> None:
     print(one_line(environment), flush=True)
     if inputs.prompts is not None:
         print(f"prompts: {inputs.prompts.summary()}", flush=True)
+    if inputs.bridge is not None and (not_told := unchecked(inputs.bridge)):
+        path = inputs.config.loss.representation.bridge
+        print(f"{path} does not say, and nothing checks, {', '.join(not_told)} that it was fitted on", flush=True)
 
 
 def describe_layout(topology: Topology) -> dict[str, int]:
