@@ -10,6 +10,7 @@ the converter reads it. Any layout reads what another wrote.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -91,7 +92,7 @@ def load(
 ) -> TrainState:
     """Put student, optimizer and schedule where the checkpoint left them. Collective over the world.
 
-    Raises UserError for a checkpoint made with another teacher or layer map, or one that is damaged.
+    Raises UserError for a checkpoint made with another teacher, layer map or bridge, or one that is damaged.
     """
     values = read_json(checkpoint / "state.json")
     with _explain_damage(checkpoint / "state.json"):
@@ -103,6 +104,7 @@ def load(
             for name, one in values["teachers"].items()
         }
     _check_teachers(checkpoint, saved, teachers)
+    _check_maps(checkpoint, student)
     load_model(student.stage, checkpoint / "model", spec, topology)
 
     def read_optimizer() -> None:
@@ -191,6 +193,16 @@ def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], asked: Mapp
                 f"{checkpoint} was made {_with(saved[name].bridge)}, loss.representation.bridge asks for a run "
                 f"{_with(one.bridge)}; go on as it was or name a new train.run_dir"
             )
+
+
+def _check_maps(checkpoint: Path, student: Student) -> None:
+    trained = (checkpoint / MAPS).exists()
+    if trained != (student.map_optimizer is not None):
+        then, now = (json.dumps(one) for one in (trained, not trained))
+        raise UserError(
+            f"{checkpoint} was made with loss.representation.train_bridge={then}, the configuration has {now}; go on "
+            "as it was or name a new train.run_dir"
+        )
 
 
 def _short(pairs: tuple[tuple[int, int], ...]) -> str:
