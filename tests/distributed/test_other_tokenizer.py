@@ -10,6 +10,7 @@ from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_al
 from megatron_oprd.data.tokenizer import load_tokenizer
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.types import Rollout
+from tests.helpers.bridges import save_random_bridge
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_update
@@ -90,6 +91,27 @@ def test_the_update_is_that_of_the_states_that_have_read_the_same(models, case, 
     assert_same_update(update, expected)
     assert 0 < update.metrics["align/coverage"] < 1
     assert (update.metrics["align/teacher_tokens_cut"] > 0) == (case == "more tokens")
+
+
+@pytest.fixture(scope="module")
+def bridged(models):
+    """Folders of a student, of a deeper and wider teacher with another tokenizer, and of a bridge between them."""
+    teacher, tokenizer = models / "wide", llama_3_tokenizer()
+    sizes = {"num_hidden_layers": 6, "hidden_size": 96, "vocab_size": len(tokenizer)}
+    tokenizer.save_pretrained(save(random_hf_model("Qwen2", 5, **sizes, eos_token_id=258), teacher))
+    return models / "bytes", teacher, save_random_bridge(models / "bridge", models / "bytes", teacher, rank=4)
+
+
+@pytest.mark.parametrize("layout", ["one", "tensor and sequence", "pipeline", "a teacher cut otherwise"])
+def test_a_bridge_joins_what_has_read_the_same(bridged, layout):
+    student, teacher, bridge = bridged
+    world, overrides = {**LAYOUTS, "a teacher cut otherwise": (2, ("teacher.parallel={tensor: 2}",))}[layout]
+    overrides = (*overrides, f"loss.representation.bridge={bridge}", f"batch.max_tokens_per_micro_batch={ROOM}")
+    rollouts = spoken(student, teacher)
+    update = run_distributed(world, _update, student, teacher, overrides, rollouts)[0]
+    aligned = align_rollouts(aligner_of(student, teacher), rollouts, ROOM)
+    assert_same_update(update, reference_update(student, teacher, *overrides, rollouts=aligned))
+    assert 0 < update.metrics["align/coverage"] < 1
 
 
 def test_it_matters_which_tokens_are_compared(models):

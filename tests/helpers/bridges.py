@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -32,14 +33,31 @@ def random_maps(student: ModelSpec, teacher: ModelSpec, rank: int, seed: int = 3
     }
 
 
-def save_random_bridge(folder: Path, student: Path, teacher: Path, rank: int) -> Path:
-    """A bridge between two models on disk, for the default positions."""
+DEFAULT = Positions("last_k", 2000, 0, final_norm=True)
+
+
+def save_random_bridge(
+    folder: Path, student: Path, teacher: Path, rank: int, positions: Positions | None = DEFAULT
+) -> Path:
+    """A bridge between two models on disk; without `positions` it serves any."""
     specs = read_model_spec(student), read_model_spec(teacher)
+    return save_bridge(folder, student, teacher, random_maps(*specs, rank), positions)
+
+
+def save_bridge(
+    folder: Path,
+    student: Path,
+    teacher: Path,
+    maps: Mapping[LayerPair, PairBridge],
+    positions: Positions | None = DEFAULT,
+) -> Path:
+    """The same with maps that are given."""
+    specs = read_model_spec(student), read_model_spec(teacher)
+    rank = len(next(iter(maps.values())).student_map)
     models = [
         ModelOrigin(str(path), content_hash(path), spec.num_layers, spec.hidden_size, None)
         for path, spec in zip((student, teacher), specs, strict=True)
     ]
-    positions = Positions("last_k", 2000, 0, final_norm=True)
     origin = Origin(*models, positions, None, method="closed_form", coverage=None, seed=None, version=None)
-    write_bridge(folder, Bridge(rank, random_maps(*specs, rank), {}, origin))
+    write_bridge(folder, Bridge(rank, maps, {}, origin))
     return folder

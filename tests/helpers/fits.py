@@ -65,6 +65,16 @@ def recorded_fit(world_size: int, arguments: Sequence[str]) -> RecordedFit:
     return run_distributed(world_size, _recorded_fit, list(arguments))[0]
 
 
+def fit_quietly(arguments: Sequence[str]) -> fit_module.Fitting:
+    """What the command does, but for what it prints. Collective over the world."""
+    inputs = read_inputs(fit_module.fitting_config(load_config(None, list(arguments))), fitting=True)
+    fit_module.check(inputs)
+    fitting = fit_module.Fitting(inputs, build_models(inputs))
+    with contextlib.redirect_stdout(io.StringIO()):
+        fit_module.fit(fitting)
+    return fitting
+
+
 def _recorded_fit(rank: int, arguments: list[str]) -> RecordedFit | None:
     mine, kept = defaultdict(list), {}
     visit, gather_moments = StreamedMoments.visit, fit_module.gather_moments
@@ -77,15 +87,11 @@ def _recorded_fit(rank: int, arguments: list[str]) -> RecordedFit | None:
         kept["moments"] = gather_moments(*given)
         return kept["moments"]
 
-    inputs = read_inputs(fit_module.fitting_config(load_config(None, arguments)), fitting=True)
-    fit_module.check(inputs)
-    fitting = fit_module.Fitting(inputs, build_models(inputs))
     with (
         mock.patch.object(StreamedMoments, "visit", recording_visit),
         mock.patch.object(fit_module, "gather_moments", keeping_gather),
-        contextlib.redirect_stdout(io.StringIO()),
     ):
-        fit_module.fit(fitting)
+        fitting = fit_quietly(arguments)
     topology = fitting.models.topology
     if topology.tensor_rank and not topology.sequence_parallel:
         mine.clear()  # it has seen what the first one has

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,32 @@ def reference_metrics(
     return {f"output/{name}": sum(values[name] for values in every) / len(every) for name in every[0]}
 
 
+def reference_map_gradients(
+    student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None
+) -> dict[int, torch.Tensor]:
+    """The gradient of the loss on hidden states for the student's side of the bridge, P_S, by student layer."""
+    config = make_config(student, teacher, *overrides)
+    bridge = read_bridge(config.loss.representation.bridge)
+    maps = {
+        pair: dataclasses.replace(one, student_map=one.student_map.double().requires_grad_())
+        for pair, one in bridge.maps.items()
+    }
+    plan, sequences, _ = _read(_open_model(student), config, rollouts, dataclasses.replace(bridge, maps=maps))
+    _representation_loss(config, plan.student_layers, sequences).backward()
+    return {pair.student: maps[pair].student_map.grad for pair in plan.pairs}
+
+
 def _read(
-    student: transformers.PreTrainedModel, config: Config, rollouts: Sequence[Rollout] | None
+    student: transformers.PreTrainedModel,
+    config: Config,
+    rollouts: Sequence[Rollout] | None,
+    bridge: Bridge | None = None,
 ) -> tuple[LayerPlan, list, list]:
     """What student and teachers make of each rollout: for the loss on hidden states, and for that on distributions the
-    logits of both at the response tokens, up to the end of the shortest vocabulary."""
+    logits of both at the response tokens, up to the end of the shortest vocabulary. `bridge`: in the place of the one
+    that the configuration names."""
+    if bridge is None and config.loss.representation.bridge:
+        bridge = read_bridge(config.loss.representation.bridge)
     named = config.named_teachers
     teachers = {name: _open_model(of.path, student.dtype) for name, of in named.items()}
     vocab_size = min(model.config.vocab_size for model in (student, *teachers.values()))
@@ -80,8 +102,8 @@ def _read(
             targets, of_teacher = _states(teachers[name], prompt_ids + read, len(prompt_ids), config)
         plan = plans[name]
         targets = {pair.student: targets[pair.teacher] for pair in plan.pairs}
-        if config.loss.representation.bridge:
-            states, targets = _bridged(states, targets, plan, read_bridge(config.loss.representation.bridge))
+        if bridge is not None:
+            states, targets = _bridged(states, targets, plan, bridge)
         mask = rollout.response_mask
         if rollout.alignment is not None:
             states, targets, mask = _where_they_meet(rollout, states, targets, config)
