@@ -6,13 +6,14 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_oprd.bridge.moments import Moments
 from megatron_oprd.bridge.reading import Readers
 from megatron_oprd.files import commit_partial, explain_os_errors, partial_of, prepare_partial
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
-from megatron_oprd.types import LayerPair
+from megatron_oprd.types import LayerPair, UserError
 
 PARTS = ("train", "held_out")
 PairMoments = dict[str, Moments]  # by PARTS
@@ -61,16 +62,25 @@ class StreamedMoments:
         on_rank_zero(lambda: self._commit(target))
 
     def resume(self) -> int:
-        """Take up the sums on the disk; returns of how many steps they are. Collective over the world."""
+        """Take up the sums on the disk; returns of how many steps they are. Collective over the world. Raises UserError
+        for a damaged file."""
         saved = on_rank_zero(lambda: sorted(path.name for path in self.folder.glob("step_???????")))
         if not saved:
             return 0
+        on_every_rank(lambda: self._load(self.folder / saved[-1]))
+        return int(saved[-1].removeprefix("step_"))
+
+    def _load(self, saved: Path) -> None:
         for pair in self.total:
-            tensors = load_file(self.folder / saved[-1] / _name(pair), device=str(self.readers.topology.device))
+            try:
+                tensors = load_file(saved / _name(pair), device=str(self.readers.topology.device))
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{saved / _name(pair)} is missing or corrupt: {error}; remove {self.folder} to sum anew"
+                ) from None
             for part in PARTS:
                 named = {n.removeprefix(f"{part}."): t for n, t in tensors.items() if n.startswith(f"{part}.")}
                 self.total[pair][part] = Moments.from_tensors(named)
-        return int(saved[-1].removeprefix("step_"))
 
     def _commit(self, target: Path) -> None:
         commit_partial(target)

@@ -6,6 +6,7 @@ torchrun -m megatron_oprd.bridge.fit --config F [a.b=1 ...]
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,7 @@ def open_folder(fitting: Fitting) -> Origin:
         "teacher": [origin.teacher.hash, origin.teacher.tokenizer],
         "data": config.data.model_dump(mode="json"),
         "rollout": config.rollout.model_dump(mode="json"),
+        "content of rollout.path": _digest(config.rollout.path) if config.rollout.engine == "replay" else None,
         "loss.representation": config.loss.representation.model_dump(mode="json", include=WHICH_STATES),
         "precision": config.precision.model_dump(mode="json"),
         "bridge": config.bridge.model_dump(mode="json", include={"prompts", "held_out_fraction", "save_every"}),
@@ -182,6 +184,11 @@ def open_folder(fitting: Fitting) -> Origin:
         if before.get(key) != value:
             raise UserError(f"{folder} holds a fit with another {key}; go on with that one or name a new train.run_dir")
     return origin
+
+
+def _digest(path: str | None) -> str:
+    assert path is not None  # the configuration requires it
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def generate(fitting: Fitting, stored: StoredRollouts) -> None:
