@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from megatron_oprd.bridge.adamw import initial_map
+from megatron_oprd.bridge.fit import with_one_teacher_map
+from megatron_oprd.bridge.moments import Moments
+from megatron_oprd.bridge.solve import fit_pair
 from megatron_oprd.types import LayerPair
 from tests.helpers.fits import RecordedFit, layer_map, recorded_fit, reference_states, write_replay
+from tests.helpers.killable import Command, DieBefore
 from tests.helpers.models import random_hf_model, save
 
 # Of 12 prompts, two answers each. Those with the numbers 3, 7 and 11 judge: every other step has none of them, one has
@@ -208,6 +212,20 @@ def test_the_closed_form_is_no_worse_than_adamw(folder, related):
         assert adamw[key]["ridge"] is None and row["cosine_after"] > row["cosine_before"] + 0.1
 
 
+def test_data_parallel_ranks_that_died_leave_the_same_bytes(folder, fitted):
+    """With steps that hold nothing out, an answer of one token and empty ones, one of them alone on its rank."""
+    expected = fitted("data").folder
+    actual = folder / "died" / "bridge"
+    for number, point in enumerate((r"/step_0000004\.partial$", r"/step_0000006\.partial$", None)):
+        die = DieBefore("os.rename", point) if point else None
+        log = folder / f"{number}.log"
+        run = Command(arguments(folder, folder / "died"), log, module="bridge.fit", world_size=2, die=die)
+        assert (run.wait() == 0) == (point is None), log.read_text()
+    names = ["fit.json", *(f"rank_{rank}/bridge.{end}" for rank in RANKS for end in ("json", "safetensors"))]
+    for name in names:
+        assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
+
+
 ADAMW = ("bridge.method=adamw", "bridge.epochs=3", "bridge.lr=1e-2")
 
 
@@ -229,9 +247,20 @@ def test_the_bridge_of_adamw_does_not_depend_on_the_layout(folder, by_adamw, lay
         assert row["error"] == pytest.approx(by_adamw.told()[key]["error"], rel=1e-4)
 
 
-def test_pairs_that_share_a_teacher_layer_share_its_map(folder):
-    run = arguments(folder, folder / "shared", "loss.representation.pairs=[[1,3],[2,3],[4,6]]")
-    found = recorded_fit(2, [*run, "parallel.pipeline=2"])
-    first, second, _ = found.maps(5).values()
-    assert list(found.maps(5)) == [LayerPair(1, 3), LayerPair(2, 3), LayerPair(4, 6)]
-    assert torch.equal(first.teacher_map, second.teacher_map) and torch.equal(first.teacher_mean, second.teacher_mean)
+def test_pairs_that_share_a_teacher_layer_share_its_map():
+    """Also where it was found on two machines, which round in two ways."""
+    generator = torch.Generator().manual_seed(0)
+    moments = [Moments.empty(6, 8) for _ in range(3)]
+    for one in moments:
+        one.add(torch.randn(40, 6, generator=generator), torch.randn(40, 8, generator=generator))
+    pairs = LayerPair(1, 3), LayerPair(2, 3), LayerPair(4, 6)
+    fits = {pair: fit_pair(one, one, (2, 3), (0.0,)) for pair, one in zip(pairs, moments, strict=True)}
+    agreed = with_one_teacher_map(fits)
+    for rank in (2, 3):
+        first, second, other = (agreed[pair][rank].bridge for pair in pairs)
+        assert torch.equal(first.teacher_map, second.teacher_map)
+        assert torch.equal(first.teacher_mean, second.teacher_mean)
+        assert first is not second and torch.equal(second.student_map, fits[pairs[1]][rank].bridge.student_map)
+        assert torch.equal(first.teacher_map, fits[pairs[0]][rank].bridge.teacher_map)
+        assert torch.equal(other.teacher_map, fits[pairs[2]][rank].bridge.teacher_map)
+        assert not torch.equal(other.teacher_map, first.teacher_map)
