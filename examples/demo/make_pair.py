@@ -31,7 +31,9 @@ class TargetMissed(Exception):
     """A phase used up its steps before it reached its accuracy."""
 
 
-def build_model(seed: int, *, num_layers: int = 4, hidden_size: int = 96) -> Qwen3ForCausalLM:
+def build_model(
+    seed: int, *, num_layers: int = 4, hidden_size: int = 96, rope_theta: float = 100.0
+) -> Qwen3ForCausalLM:
     """A random Qwen3 in fp32, of 0.5 million parameters unless told; heads, layers and vocabulary all divide by two."""
     torch.manual_seed(seed)
     config = Qwen3Config(
@@ -43,7 +45,10 @@ def build_model(seed: int, *, num_layers: int = 4, hidden_size: int = 96) -> Qwe
         num_key_value_heads=2,
         head_dim=hidden_size // 4,
         max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # sequences of 14 tokens need short wavelengths
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": rope_theta,
+        },  # sequences of 14 tokens need short wavelengths
         tie_word_embeddings=False,
         initializer_range=0.1,  # about 1/sqrt(hidden_size): the default of 0.02 is meant for far wider models
         attention_dropout=0.0,
