@@ -105,7 +105,9 @@ def values(part: dict[str, Any], method: str, rate: float, metric: str) -> list[
 
 
 def best_rate(part: dict[str, Any], method: str, rates: Sequence[float]) -> float:
-    return max(rates, key=lambda rate: statistics.mean(values(part, method, rate, "validation")))
+    """The rate of the best mean accuracy on validation problems, of those that the method was tried at."""
+    tried = [rate for rate in rates if values(part, method, rate, "validation")]
+    return max(tried, key=lambda rate: statistics.mean(values(part, method, rate, "validation")))
 
 
 def _methods(record: dict[str, Any], part: dict[str, Any]) -> list[str]:
@@ -120,7 +122,8 @@ def _methods(record: dict[str, Any], part: dict[str, Any]) -> list[str]:
             for run in part["runs"]
             if (run["method"], run["learning_rate"]) == (method, best) and run["cosines"]
         ]
-        means = [f"{statistics.mean(values(part, method, rate, 'validation')):.1f}" for rate in rates]
+        at_rates = [values(part, method, rate, "validation") for rate in rates]
+        means = [f"{statistics.mean(found_at):.1f}" if found_at else "" for found_at in at_rates]
         rows.append([NAMES[method], f"{best:g}", *found, f"{statistics.mean(ends):.3f}" if ends else "", *means])
     head = [
         "method",
