@@ -225,7 +225,9 @@ class BridgeConfig(_Section):
     ranks: list[Annotated[int, Field(ge=1)]] = Field([8], min_length=1)
     held_out_fraction: float = Field(0.1, gt=0.0, lt=1.0)
     method: Literal["closed_form", "adamw"] = "closed_form"
-    ridges: list[Annotated[float, Field(ge=0.0)]] = Field([0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0], min_length=1)
+    ridges: list[Annotated[float, Field(ge=0.0)]] = Field(
+        [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0], min_length=1
+    )
     epochs: int = Field(20, ge=1)  # of adamw
     lr: float = Field(1.0e-4, gt=0.0)  # of adamw
     save_every: int = Field(10, ge=1)

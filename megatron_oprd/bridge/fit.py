@@ -5,37 +5,34 @@ torchrun -m megatron_oprd.bridge.fit --config F [a.b=1 ...]
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from rich.progress import track
-
-from megatron_oprd.assemble import Models, build_models
-from megatron_oprd.bridge.accumulate import StreamedMoments
-from megatron_oprd.bridge.adamw import AdamWFit
-from megatron_oprd.bridge.cosines import SubspaceCosines
-from megatron_oprd.bridge.reading import Readers
+from megatron_oprd.assemble import build_models
+from megatron_oprd.bridge.fitting import (
+    Fitting,
+    fit_adamw,
+    fit_closed_form,
+    gather_moments,
+    generate,
+    is_held_out,
+    measure,
+    merged,
+    per_step,
+    with_one_teacher_map,
+)
 from megatron_oprd.bridge.record import Origin
-from megatron_oprd.bridge.results import Fits, Tally, print_results, write_results
+from megatron_oprd.bridge.results import print_results, write_results
 from megatron_oprd.bridge.rollouts import StoredRollouts
-from megatron_oprd.bridge.solve import PairFit, check_ranks, check_tokens, fit_pair, teacher_directions
+from megatron_oprd.bridge.solve import check_ranks
 from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import Config, HealthConfig, OutputConfig, load_config
-from megatron_oprd.data.prompts import PromptState, take
-from megatron_oprd.data.sharding import split
 from megatron_oprd.files import explain_os_errors, write_json
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.inputs import Inputs, read_inputs
-from megatron_oprd.parallel.collectives import gather_objects
-from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
-from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
-from megatron_oprd.types import LayerPair, PairBridge, Rollout, UserError
+from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.types import UserError
 
 BEING_FITTED = "(being fitted)"  # in the place of the bridge: whatever needs one may run
 WHICH_STATES = {"layers", "pairs", "positions", "k", "shift", "final_norm"}  # keys of loss.representation
@@ -53,40 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
     check(inputs)
     fit(Fitting(inputs, build_models(inputs)))
     return 0
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """A fit under way."""
-
-    inputs: Inputs
-    models: Models
-
-    @property
-    def config(self) -> Config:
-        return self.inputs.config
-
-    @property
-    def folder(self) -> Path:
-        return self.inputs.run_dir / "bridge"
-
-    @property
-    def readers(self) -> Readers:
-        (planned,), (teacher,) = self.inputs.teachers.values(), self.models.teachers
-        return Readers(
-            self.config,
-            self.inputs.student,
-            planned.spec,
-            planned.plan,
-            self.models.topology,
-            self.models.stage,
-            teacher,
-        )
-
-    def steps(self, doing: str, start: int = 0) -> Iterator[int]:
-        """The steps from `start`, with a progress bar on the first rank."""
-        total, silent = self.config.train.steps, self.models.topology.rank != 0
-        yield from track(range(start, total), doing, total=total, completed=start, disable=silent)
 
 
 def fitting_config(config: Config) -> Config:
@@ -127,12 +90,6 @@ def check(inputs: Inputs) -> None:
         )
 
 
-def is_held_out(prompt: int, fraction: float) -> bool:
-    """Whether the prompt with this number, in the order in which they are taken, only judges: one in 1 / `fraction`,
-    evenly spaced. All answers to a prompt are on one side."""
-    return math.floor((prompt + 1) * fraction) > math.floor(prompt * fraction)
-
-
 def fit(fitting: Fitting) -> None:
     """All of stage 1, going on where a process that died left it. Collective over the world."""
     folder, readers = fitting.folder, fitting.readers
@@ -151,11 +108,6 @@ def fit(fitting: Fitting) -> None:
         print_results(folder, fits, cosines)
 
     on_rank_zero(write)
-
-
-def per_step(config: Config) -> int:
-    """Rollouts of a step."""
-    return config.rollout.prompts_per_step * config.rollout.samples_per_prompt
 
 
 def open_folder(fitting: Fitting) -> Origin:
@@ -189,133 +141,6 @@ def open_folder(fitting: Fitting) -> Origin:
 def _digest(path: str | None) -> str:
     assert path is not None  # the configuration requires it
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def generate(fitting: Fitting, stored: StoredRollouts) -> None:
-    """The student's answers to all prompts, on the disk. Collective over the world."""
-    inputs, topology, config = fitting.inputs, fitting.models.topology, fitting.config
-    assert inputs.prompts is not None  # the embedded engine has prompts
-    start, count = on_rank_zero(stored.open), config.rollout.prompts_per_step
-    for step in fitting.steps("answers of the student", start):
-        position = PromptState(0, step * count)
-        prompts, _ = take(inputs.prompts.prompts, position, count, seed=config.train.seed, shuffle=config.data.shuffle)
-        mine = split(prompts, topology.replica_rank, topology.num_replicas)
-        rollouts = share_rollouts(fitting.models.engine.generate(mine, step), topology)
-        on_rank_zero(lambda rollouts=rollouts: stored.append(rollouts))
-
-
-def read_step(fitting: Fitting, stored: StoredRollouts, step: int) -> tuple[list[Rollout], list[bool]]:
-    """The rollouts of a step on every rank, as both models read them, and which are held out. Collective."""
-    inputs, topology, config = fitting.inputs, fitting.models.topology, fitting.config
-    if config.rollout.engine == "replay":
-        mine = fitting.models.engine.generate([], step)
-    else:
-        mine = split(on_rank_zero(lambda: stored.read(step)), topology.replica_rank, topology.num_replicas)
-    rollouts = share_rollouts(inputs.aligned(mine), topology)
-    prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
-    numbers = (step * prompts + place // samples for place in range(len(rollouts)))
-    return rollouts, [is_held_out(number, config.bridge.held_out_fraction) for number in numbers]
-
-
-def global_batch(fitting: Fitting, rollouts: Sequence[Rollout]) -> GlobalBatch:
-    return GlobalBatch(tuple(rollouts), (0,) * len(rollouts), fitting.config.loss)
-
-
-def gather_moments(fitting: Fitting, stored: StoredRollouts, readers: Readers) -> StreamedMoments:
-    """The moments of all pairs on this rank, over all ranks. Collective over the world."""
-    every, steps = fitting.config.bridge.save_every, fitting.config.train.steps
-    moments = StreamedMoments(readers, fitting.folder / "moments")
-    for step in fitting.steps("moments of the states", moments.resume()):
-        rollouts, held_out = read_step(fitting, stored, step)
-        readers.read(global_batch(fitting, rollouts), torch.tensor(held_out), moments.visit)
-        if (step + 1) % every == 0 or step + 1 == steps:
-            moments.fold()
-            moments.save(step + 1)
-    return moments
-
-
-def fit_closed_form(fitting: Fitting, readers: Readers, moments: StreamedMoments) -> Fits:
-    """This rank's share of the pairs of its stage. Collective over the world."""
-    config, topology = fitting.config.bridge, readers.topology
-    place = topology.replica_rank * topology.tensor_size + topology.tensor_rank
-    share = readers.pairs[place :: topology.num_replicas * topology.tensor_size]
-
-    def solve() -> Fits:
-        return {
-            pair: fit_pair(moments.total[pair]["train"], moments.total[pair]["held_out"], config.ranks, config.ridges)
-            for pair in share
-        }
-
-    return on_every_rank(solve)
-
-
-def fit_adamw(fitting: Fitting, stored: StoredRollouts, readers: Readers, moments: StreamedMoments) -> Fits:
-    """The pairs of this rank's stage by the paper's fit: every epoch, both models read all rollouts once more.
-    Collective over the world."""
-    config = fitting.config.bridge
-
-    def begin() -> AdamWFit | None:
-        for parts in moments.total.values():
-            check_tokens(parts["train"], parts["held_out"], config.ranks)
-        directions = {pair: teacher_directions(p["train"], max(config.ranks)) for pair, p in moments.total.items()}
-        width, seed, pairs = fitting.inputs.student.hidden_size, fitting.config.train.seed, len(readers.plan.pairs)
-        if not directions:
-            return None  # a stage may own no compared layer
-        return AdamWFit(directions, width, config.ranks, lr=config.lr, seed=seed, num_pairs=pairs)
-
-    found = on_every_rank(begin)
-
-    def visit(pair: LayerPair, student: torch.Tensor, teacher: torch.Tensor, held_out: torch.Tensor) -> None:
-        if found is not None:
-            found.add(pair, student[~held_out], teacher[~held_out])
-
-    for epoch in range(config.epochs):
-        for step in fitting.steps(f"AdamW, epoch {epoch + 1} of {config.epochs}"):
-            rollouts, held_out = read_step(fitting, stored, step)
-            readers.read(global_batch(fitting, rollouts), torch.tensor(held_out), visit)
-            if found is not None:
-                found.step(readers.groups)
-        if found is not None:
-            found.snapshot({pair: parts["held_out"] for pair, parts in moments.total.items()})
-    return found.best if found is not None else {}
-
-
-def measure(
-    fitting: Fitting, stored: StoredRollouts, readers: Readers, fits: Fits
-) -> tuple[dict[LayerPair, dict[int, tuple[float, float]]], Tally]:
-    """The cosines (before, after) of every pair and rank on held-out tokens, and what was read in all. Collective over
-    the world."""
-    seed, tally = fitting.config.train.seed, Tally()
-    mine = {pair: fits[pair] for pair in readers.pairs}
-    cosines = SubspaceCosines(mine, seed, readers.topology.device)
-    for step in fitting.steps("cosines on held-out answers"):
-        rollouts, held_out = read_step(fitting, stored, step)
-        judges = [rollout for rollout, held in zip(rollouts, held_out, strict=True) if held]
-        tally = tally.with_step(global_batch(fitting, rollouts), global_batch(fitting, judges))
-        if judges:
-            readers.read(global_batch(fitting, judges), torch.ones(len(judges), dtype=torch.bool), cosines.visit)
-    return merged(cosines.means(readers.groups)), tally
-
-
-def merged(mine: Mapping[LayerPair, dict]) -> dict:
-    """What all ranks have, by pair, in the order of the layers. Collective over the world."""
-    found: dict[LayerPair, dict] = {}
-    for part in gather_objects(dict(mine), dist.group.WORLD):
-        found |= part
-    return dict(sorted(found.items(), key=lambda item: item[0].student))
-
-
-def with_one_teacher_map(fits: Fits) -> Fits:
-    """Pairs that share a teacher layer have the same directions, but for rounding where they were found on two
-    machines: all take those of the first."""
-    first: dict[tuple[int, int], PairBridge] = {}
-
-    def agreed(pair: LayerPair, rank: int, one: PairFit) -> PairFit:
-        of_layer = first.setdefault((pair.teacher, rank), one.bridge)
-        maps = PairBridge(one.bridge.student_map, of_layer.teacher_map, of_layer.teacher_mean)
-        return dataclasses.replace(one, bridge=maps)
-
-    return {pair: {rank: agreed(pair, rank, one) for rank, one in by_rank.items()} for pair, by_rank in fits.items()}
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def save(
         on_rank_zero(lambda: _make(partial / "optimizer"))
         with explain_os_errors(partial):
             save_optimizer(student, topology, partial / "optimizer")
-            if student.map_optimizer is not None:
-                student.map_optimizer.save(partial)
+        if student.map_optimizer is not None:
+            student.map_optimizer.save(partial)
         on_rank_zero(lambda: _finish(target, partial, state, teachers))
     except BaseException:
         if topology.rank == 0:

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_oprd.config import OptimizerConfig
+from megatron_oprd.files import explain_os_errors
 from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.parallel.collectives import gather_objects
+from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import UserError
 
@@ -53,15 +55,20 @@ class MapOptimizer:
             one.gradient.zero_()
 
     def save(self, folder: Path) -> None:
-        """Write the maps of all stages and their moments. Communicates over the pipeline-parallel group; the first rank
-        of the world writes."""
+        """Write the maps of all stages and their moments. Collective over the world; its first rank writes. Raises
+        UserError on every rank for a disk that does not take it."""
         mine = {}
         for layer, one in self.maps.items():
             state = self.optimizer.state[one.weight] if self.optimizer is not None else {}
             mine |= {f"layer_{layer}.{name}": value.cpu() for name, value in {"map": one.weight, **state}.items()}
         stages = gather_objects(mine, self.topology.groups.pp)
-        if self.topology.rank == 0:
-            save_file({name: tensor for stage in stages for name, tensor in stage.items()}, folder / FILE)
+        tensors = {name: tensor for stage in stages for name, tensor in stage.items()}
+
+        def write() -> None:
+            with explain_os_errors(folder / FILE):
+                save_file(tensors, folder / FILE)
+
+        on_rank_zero(write)
 
     def load(self, folder: Path) -> None:
         """Put the maps and moments back that `save` wrote. No communication. Raises UserError for a layer or a shape

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_oprd.bridge.adamw import initial_map
-from megatron_oprd.bridge.fit import with_one_teacher_map
+from megatron_oprd.bridge.fitting import with_one_teacher_map
 from megatron_oprd.bridge.moments import Moments
 from megatron_oprd.bridge.solve import fit_pair
 from megatron_oprd.types import LayerPair

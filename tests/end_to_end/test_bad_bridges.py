@@ -15,7 +15,7 @@ from tests.helpers.commands import run, run_ranks
 from tests.helpers.killable import finish
 from tests.helpers.scene import Scene, assert_refused, make_scene, refuse, save_model
 
-HOW_TO_FIT = "python -m megatron_oprd.bridge.fit"
+MAKE_A_BRIDGE = "-m megatron_oprd.bridge.fit"
 FIT = ("bridge.prompts=4", "bridge.ranks=[2]", "bridge.held_out_fraction=0.5", "bridge.ridges=[1e-2]")
 
 
@@ -76,8 +76,8 @@ def no_bank(scene: Scene) -> None:
 
 nothing: Callable[[Scene], None] = lambda scene: None  # noqa: E731
 BRIDGES: dict[str, tuple[Callable[[Scene], object], str, list[str], tuple[str, ...]]] = {
-    "not there": (nothing, "nowhere", [], ("no bridge at", "nowhere", HOW_TO_FIT)),
-    "the folder above": (nothing, "of_all/bridge", [], ("no bridge at", "bridge.json is missing", HOW_TO_FIT)),
+    "not there": (nothing, "nowhere", [], ("no bridge at", "nowhere", MAKE_A_BRIDGE)),
+    "the folder above": (nothing, "of_all/bridge", [], ("no bridge at", "bridge.json is missing", MAKE_A_BRIDGE)),
     "half there": (
         lambda s: (s.of_all / "bridge" / "rank_2" / "bridge.safetensors").unlink(),
         "of_all/bridge/rank_2",
@@ -88,7 +88,7 @@ BRIDGES: dict[str, tuple[Callable[[Scene], object], str, list[str], tuple[str, .
         nothing,
         "of_one/bridge/rank_2",
         [],
-        ("of_one/bridge/rank_2 has no maps for student layer 2 and teacher layer 3", HOW_TO_FIT),
+        ("of_one/bridge/rank_2 has no maps for student layer 2 and teacher layer 3", MAKE_A_BRIDGE),
     ),
     "no bank": (no_bank, "other.pt", [], ("other.pt has no tensors by name in state_dict: it is no ps_bank",)),
     "no tensors": (
@@ -108,9 +108,9 @@ def test_bridges(case, scene):
 
 
 RUNS: dict[str, tuple[Callable[[Scene], object], list[str], tuple[str, ...]]] = {
-    "other student": (scale("student"), [], ("was fitted for another student", "hash sha256:", HOW_TO_FIT)),
-    "other teacher": (scale("unlike"), [], ("was fitted for another teacher", "hash sha256:", HOW_TO_FIT)),
-    "other tokenizer": (other_ids, [], ("was fitted for another teacher", "tokenizer sha256:", HOW_TO_FIT)),
+    "other student": (scale("student"), [], ("was fitted for another student", "hash sha256:", MAKE_A_BRIDGE)),
+    "other teacher": (scale("unlike"), [], ("was fitted for another teacher", "hash sha256:", MAKE_A_BRIDGE)),
+    "other tokenizer": (other_ids, [], ("was fitted for another teacher", "tokenizer sha256:", MAKE_A_BRIDGE)),
     "another width": (
         lambda s: save_model(s.unlike, 5, "Qwen2", num_hidden_layers=3, hidden_size=64),
         [],

@@ -19,6 +19,7 @@ import transformers
 from megatron_oprd.assemble import build_models
 from megatron_oprd.bridge import fit as fit_module
 from megatron_oprd.bridge.accumulate import StreamedMoments
+from megatron_oprd.bridge.fitting import Fitting
 from megatron_oprd.bridge.moments import Moments
 from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.config import load_config
@@ -65,11 +66,11 @@ def recorded_fit(world_size: int, arguments: Sequence[str]) -> RecordedFit:
     return run_distributed(world_size, _recorded_fit, list(arguments))[0]
 
 
-def fit_quietly(arguments: Sequence[str]) -> fit_module.Fitting:
+def fit_quietly(arguments: Sequence[str]) -> Fitting:
     """What the command does, but for what it prints. Collective over the world."""
     inputs = read_inputs(fit_module.fitting_config(load_config(None, list(arguments))), fitting=True)
     fit_module.check(inputs)
-    fitting = fit_module.Fitting(inputs, build_models(inputs))
+    fitting = Fitting(inputs, build_models(inputs))
     with contextlib.redirect_stdout(io.StringIO()):
         fit_module.fit(fitting)
     return fitting

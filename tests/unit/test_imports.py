@@ -20,6 +20,7 @@ LEVELS = [
     {"inputs"},
     {"assemble"},
     {"health_watch"},
+    {"bridge.fitting"},
     {"train", "evaluate", "bridge.fit"},
 ]
 MEGATRON_ALLOWED = ("platform.py", "parallel/", "hf/", "models/", "rollout/megatron", "training/")
