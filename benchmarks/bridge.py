@@ -27,14 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bridge_drift import what_moved
 from benchmarks.bridge_page import cosine_plot, put_figures
-from benchmarks.objectives import alone, once
+from benchmarks.objectives import accuracies, alone, once
 from examples.demo.make_bridge_pair import parts_of
 from examples.demo.run import make_unlike
 from megatron_oprd import train
 from megatron_oprd.bridge import fit
-from megatron_oprd.config import load_config
-from megatron_oprd.evaluate import evaluate_model
-from megatron_oprd.evaluation.sample import score
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "megatron-core", "transformers")
@@ -56,9 +53,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "both_mu1": (FULL_KL, "loss.representation.weight=1"),
     "both": (FULL_KL, "loss.representation.weight=10"),
 }
-SMALL_RATES = {"bridge": (3e-4,), "bridge_trained": (3e-4,)}  # tried beside the others'
+# Rates beside the others: a bridge alone may want a smaller one, and together with an objective bear a larger one.
+MORE_RATES = {
+    **dict.fromkeys(("bridge", "bridge_trained"), (3e-4,)),
+    **dict.fromkeys(("full_kl", "both_mu1", "both"), (1e-2,)),
+}
 ACROSS_TOKENIZERS = ("bridge_mu1", "bridge", "bridge_mu100", "bridge_trained")
-COLLAPSE_RATE = 1e-2
+# What ruins a student slowly: two directions a layer, a rate that stays high.
+COLLAPSE_RANK, COLLAPSE_STEPS, COLLAPSE_RATE = 2, 120, 3e-3
+COLLAPSE = ("optimizer.schedule=constant", "optimizer.warmup_fraction=0.3")
 
 
 @dataclass(frozen=True)
@@ -109,11 +112,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for kind in options.kinds
         for method in options.methods
         if kind == "cross_architecture" or method in ACROSS_TOKENIZERS
-        for rate in sorted({*SMALL_RATES.get(method, ()), *options.learning_rates})
+        for rate in sorted({*MORE_RATES.get(method, ()), *options.learning_rates})
     ]
     prepared = [prepare(options.work, *pair) for pair in pairs]
     runs = [run_trial(options.work, trial) for trial in trials]
-    collapses = [collapse(options.work, *pair, options.steps) for pair in pairs]
+    collapses = [collapse(options.work, *pair, min(COLLAPSE_STEPS, 2 * options.steps)) for pair in pairs]
     return {
         "versions": {package: version(package) for package in PACKAGES},
         "steps": options.steps,
@@ -139,7 +142,7 @@ def prepare(work: Path, kind: str, seed: int) -> dict[str, Any]:
         alone(work, make_unlike, folder / "pair", kind, seed)
         alone(work, fit.main, arguments(work, kind, seed))
         found = json.loads((folder / "bridge" / "fit.json").read_text())
-        return {"seed": seed, "student": accuracies(work, kind, seed, folder / "pair" / "student"), "fit": found}
+        return {"seed": seed, "student": accuracies_of(work, kind, seed, folder / "pair" / "student"), "fit": found}
 
     return once(work / f"{folder.name}.json", make)
 
@@ -154,7 +157,7 @@ def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
             "method": trial.method,
             "learning_rate": trial.learning_rate,
             "seed": trial.seed,
-            **accuracies(work, trial.kind, trial.seed, run_dir / "hf"),
+            **accuracies_of(work, trial.kind, trial.seed, run_dir / "hf"),
             "cosines": [line["rep/cosine"] for line in started if "rep/cosine" in line][:: max(trial.steps // 10, 1)],
         }
         if trial.method.startswith("bridge"):
@@ -167,19 +170,17 @@ def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
     return once(work / f"{trial.name}.json", run)
 
 
-def collapse(work: Path, kind: str, seed: int, steps: int) -> dict[str, Any]:
-    """A bridge alone at a rate that ruins the student: accuracy, cosine and what the watch says, every fifth step."""
+def collapse(work: Path, kind: str, seed: int, steps: int = COLLAPSE_STEPS) -> dict[str, Any]:
+    """A narrow bridge alone that ruins the student: accuracy, cosine and what the watch says, every fifth step."""
     trial = Trial(kind, "collapse", COLLAPSE_RATE, seed, steps)
     run_dir = work / trial.name
 
     def run() -> dict[str, Any]:
-        often = (
-            "evaluation.every=5",
-            "health.every=5",
-            "health.max_new_tokens=8",
-            f"evaluation.data=[{folder_of(work, kind, seed)}/pair/validation.jsonl]",
-        )
-        lines = train_student(work, trial, run_dir, *METHODS["bridge"], *often)
+        folder = folder_of(work, kind, seed)
+        narrow = f"loss.representation.bridge={folder / 'bridge' / f'rank_{COLLAPSE_RANK}'}"
+        often = ("evaluation.every=5", "health.every=5", "health.max_new_tokens=8")
+        data = f"evaluation.data=[{folder / 'pair' / 'validation.jsonl'}]"
+        lines = train_student(work, trial, run_dir, narrow, *COLLAPSE, *often, data)
         evaluations, checks, warnings = (
             [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
             for file in (
@@ -228,25 +229,8 @@ def arguments(work: Path, kind: str, seed: int) -> list[str]:
     return ["--config", str(recipe), *chosen, f"train.seed={seed}", "train.device=cpu"]
 
 
-def accuracies(work: Path, kind: str, seed: int, model: Path) -> dict[str, float]:
-    """Exact match of a Hugging Face folder: validation greedy, held-out greedy and held-out at temperature 0.7."""
-    found = {}
-    for name, data, temperature in (
-        ("validation", "validation", 0.0),
-        ("greedy", "heldout", 0.0),
-        ("sampled", "heldout", 0.7),
-    ):
-        file = folder_of(work, kind, seed) / "pair" / f"{data}.jsonl"
-        settings = [f"student.path={model}", f"evaluation.data=[{file}]", f"evaluation.temperature={temperature}"]
-        found[name] = alone(work, accuracy, [*arguments(work, kind, seed), *settings, "evaluation.top_p=1.0"])
-    return found
-
-
-def accuracy(command: list[str]) -> float:
-    """Of the model at `student.path`, one answer to each problem."""
-    _, recipe, *overrides = command
-    samples, _ = evaluate_model(load_config(recipe, overrides))
-    return score(samples, 1)["avg@1"]
+def accuracies_of(work: Path, kind: str, seed: int, model: Path) -> dict[str, float]:
+    return accuracies(work, folder_of(work, kind, seed) / "pair", model, arguments(work, kind, seed))
 
 
 def folder_of(work: Path, kind: str, seed: int) -> Path:

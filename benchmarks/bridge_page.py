@@ -183,7 +183,7 @@ def _collapse(part: dict[str, Any]) -> list[str]:
     for one in part["collapses"]:
         start = one["accuracy"][0][1]
         halved = next((step for step, accuracy in one["accuracy"] if accuracy < start / 2), None)
-        first = one["warnings"][0] if one["warnings"] else None
+        told = ", ".join(f"{warning['step']} ({warning['kind']})" for warning in one["warnings"])
         cosine = [value for _, value in one["cosine"]]
         rows.append(
             [
@@ -191,7 +191,7 @@ def _collapse(part: dict[str, Any]) -> list[str]:
                 f"{100 * start:.1f} -> {100 * one['accuracy'][-1][1]:.1f}",
                 f"{cosine[0]:.3f} -> {cosine[-1]:.3f}",
                 f"{one['perplexity'][0][1]:.2f} -> {one['perplexity'][-1][1]:.3g}",
-                first["step"] if first else "none",
+                told or "none",
                 halved if halved is not None else "never",
             ]
         )
@@ -201,11 +201,12 @@ def _collapse(part: dict[str, Any]) -> list[str]:
         "greedy accuracy, %",
         "cosine",
         "perplexity of its own start answers",
-        "first warning at step",
+        "warnings at step",
         "accuracy halved by step",
     ]
     return [
-        f"A collapse on purpose: a bridge alone at a learning rate of {rate:g}, looked at every fifth step.",
+        f"A collapse on purpose: a bridge of rank 2 alone, at a constant learning rate of {rate:g} after a long "
+        "warm-up, looked at every fifth step. The cosine rises while accuracy falls.",
         "",
         *table_lines(head, rows),
         "",

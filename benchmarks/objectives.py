@@ -144,7 +144,7 @@ def make_inputs(work: Path, seed: int) -> dict[str, dict[str, float]]:
     write_rows(pair / "validation.jsonl", split_additions(seed).validation)
 
     def evaluate() -> dict[str, dict[str, float]]:
-        return {name: accuracies(pair, pair / name, seed) for name in ("student", "teacher")}
+        return {name: accuracies(work, pair, pair / name, evaluation(pair, seed)) for name in ("student", "teacher")}
 
     return once(work / f"pair-{seed}.json", evaluate)
 
@@ -155,7 +155,7 @@ def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
 
     def run() -> dict[str, Any]:
         train_student(pair, folder, trial, export=True)
-        result = asdict(trial) | accuracies(pair, folder / "hf", trial.seed)
+        result = asdict(trial) | accuracies(work, pair, folder / "hf", evaluation(pair, trial.seed))
         shutil.rmtree(folder)
         return result
 
@@ -198,29 +198,35 @@ def train_student(pair: Path, folder: Path, trial: Trial, *, export: bool) -> No
     alone(pair.parent, train.main, ["--config", str(RECIPE), *overrides])
 
 
-def accuracies(pair: Path, model: Path, seed: int) -> dict[str, float]:
-    """Exact match of a Hugging Face folder: validation greedy, held-out greedy and held-out at temperature 0.7."""
+def accuracies(work: Path, pair: Path, model: Path, arguments: Sequence[str]) -> dict[str, float]:
+    """Exact match of a Hugging Face folder: validation greedy, held-out greedy and held-out at temperature 0.7.
+    `arguments`: of `evaluate`, with the recipe."""
     found = {}
     for name, data, temperature in (
         ("validation", "validation", 0.0),
         ("greedy", "heldout", 0.0),
         ("sampled", "heldout", 0.7),
     ):
-        overrides = [
-            *shared_settings(pair, pair, seed),
+        settings = [
             f"student.path={model}",
             f"evaluation.data=[{pair / data}.jsonl]",
             f"evaluation.temperature={temperature}",
             "evaluation.top_p=1.0",
         ]
-        found[name] = alone(pair.parent, accuracy, overrides)
+        found[name] = alone(work, accuracy, [*arguments, *settings])
     return found
 
 
-def accuracy(overrides: list[str]) -> float:
+def accuracy(arguments: Sequence[str]) -> float:
     """Of the model at `student.path`, one answer to each problem."""
-    samples, _ = evaluate_model(load_config(RECIPE, overrides))
+    _, recipe, *overrides = arguments
+    samples, _ = evaluate_model(load_config(recipe, overrides))
     return score(samples, 1)["avg@1"]
+
+
+def evaluation(pair: Path, seed: int) -> list[str]:
+    """Arguments of `evaluate` on a pair of this benchmark."""
+    return ["--config", str(RECIPE), *shared_settings(pair, pair, seed)]
 
 
 def shared_settings(pair: Path, folder: Path, seed: int) -> list[str]:

@@ -208,7 +208,7 @@ class HealthConfig(_Section):
     every: int = Field(0, ge=0)
     prompts: int = Field(64, ge=1)
     max_new_tokens: int = Field(256, ge=1)
-    perplexity_ratio: float = Field(2.0, gt=1.0)
+    perplexity_ratio: float = Field(1.25, gt=1.0)
     stop: bool = False  # whether a warning ends the training
 
     @model_validator(mode="after")

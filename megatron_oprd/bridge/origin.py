@@ -10,7 +10,7 @@ from megatron_oprd.bridge.store import check_bridge, read_bridge
 from megatron_oprd.config import Config
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.weights import content_hash
-from megatron_oprd.types import ModelSpec
+from megatron_oprd.types import ModelSpec, UserError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,13 @@ class Ends:
         checked: see `check_hashes`. Raises UserError; no communication."""
         path = self.config.loss.representation.bridge
         assert path is not None  # whoever reads one names it
-        return self._check(read_bridge(path), path, *self._models(with_hashes=False))
+        bridge = self._check(read_bridge(path), path, *self._models(with_hashes=False))
+        if bridge.rank == 1 and self.config.loss.representation.normalize == "l2":
+            raise UserError(
+                f"{path} has rank 1, and loss.representation.normalize=l2 leaves of one number its sign alone, without "
+                "a gradient; use a bridge of a higher rank, or normalize=none"
+            )
+        return bridge
 
     def check_hashes(self, bridge: Bridge) -> None:
         """Raise UserError for a bridge of other weights. Reads all weights: let one rank call it."""

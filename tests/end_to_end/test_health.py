@@ -107,7 +107,7 @@ def test_a_collapse_is_said_once_in_a_line(tmp_path):
     warnings = read_lines(tmp_path / "run" / "health" / "warnings.jsonl")
     (found,) = [warning for warning in warnings if warning["kind"] == "perplexity"]
     assert found["message"].startswith(f"step {found['step']}: the objective fell from ")
-    assert "(health.perplexity_ratio=2): the student may be collapsing; lower optimizer.lr or " in found["message"]
+    assert "(health.perplexity_ratio=1.25): the student may be collapsing; lower optimizer.lr or " in found["message"]
     assert log.count(f"warning: {found['message']}\n") == 1
     counts = [row["health/warnings"] for row in metrics(tmp_path / "run") if "health/warnings" in row]
     assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == len(warnings)
