@@ -206,7 +206,7 @@ def _collapse(part: dict[str, Any]) -> list[str]:
     ]
     return [
         f"A collapse on purpose: a bridge of rank 2 alone, at a constant learning rate of {rate:g} after a long "
-        "warm-up, looked at every fifth step. The cosine rises while accuracy falls.",
+        "warm-up, looked at every fifth step.",
         "",
         *table_lines(head, rows),
         "",
