@@ -142,6 +142,10 @@ def prepare(work: Path, kind: str, seed: int) -> dict[str, Any]:
         alone(work, make_unlike, folder / "pair", kind, seed)
         alone(work, fit.main, arguments(work, kind, seed))
         found = json.loads((folder / "bridge" / "fit.json").read_text())
+        for one in found["fits"]:
+            del one["eigenvalues"]  # long, and in the bridges themselves
+        for model in ("student", "teacher"):
+            found["origin"][model]["path"] = f"pair/{model}"
         return {"seed": seed, "student": accuracies_of(work, kind, seed, folder / "pair" / "student"), "fit": found}
 
     return once(work / f"{folder.name}.json", make)
