@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -109,7 +110,7 @@ def held_out_error(bridge: PairBridge, moments: Moments) -> float:
 def describe(
     student_map: torch.Tensor, teacher: TeacherDirections, held_out: Moments, ridge: float | None = None
 ) -> PairFit:
-    """What is stored of a fitted map [r, d_S]: the bridge in float32, on the device of the moments, and its error."""
+    """What is stored of a fitted map [r, d_S]: the bridge in float32, on the CPU, and its error."""
     rank = len(student_map)
     bridge = PairBridge(
         student_map.float().contiguous(), teacher.directions[:rank].float().contiguous(), teacher.mean.float()
@@ -117,7 +118,7 @@ def describe(
     nothing = PairBridge(torch.zeros_like(bridge.student_map), bridge.teacher_map, bridge.teacher_mean)
     eigenvalues = teacher.eigenvalues[:rank].cpu()
     return PairFit(
-        bridge=bridge,
+        bridge=PairBridge(*(getattr(bridge, field.name).cpu() for field in dataclasses.fields(bridge))),
         ridge=ridge,
         error=held_out_error(bridge, held_out),
         total=held_out_error(nothing, held_out),

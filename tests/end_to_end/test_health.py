@@ -185,7 +185,8 @@ def test_a_run_cannot_go_on_without_its_answers(tmp_path):
     arguments = replay_run(tmp_path, 2, *WATCH, num_hidden_layers=1)
     assert run(tmp_path, "train", *arguments).code == 0
     answers = tmp_path / "run" / "health" / "answers.jsonl"
-    assert json.loads(answers.read_text().splitlines()[0]).keys() == {"prompt_ids", "response_ids", "data_source"}
+    first = json.loads(answers.read_text().splitlines()[0])
+    assert first.keys() == {"prompt_ids", "response_ids", "response_mask", "data_source"}
     answers.unlink()
     refused = run(tmp_path, "train", *arguments)
     assert refused.code == 2
