@@ -40,7 +40,7 @@ class StreamedMoments:
         """Bring the sums up to date. Communicates over the ranks that hold other tokens of the same layers."""
         for pair, parts in self._since.items():
             for part, moments in parts.items():
-                for group in self.readers.groups:
+                for group in self.readers.topology.token_groups:
                     moments.reduce(group)
                 self.total[pair][part].merge(moments)
             self._since[pair] = self._empty()

@@ -19,7 +19,7 @@ from megatron_oprd.bridge.cosines import SubspaceCosines
 from megatron_oprd.bridge.reading import Readers
 from megatron_oprd.bridge.results import Fits, Tally
 from megatron_oprd.bridge.rollouts import StoredRollouts
-from megatron_oprd.bridge.solve import PairFit, check_tokens, fit_pair, teacher_directions
+from megatron_oprd.bridge.solve import PairFit, TeacherDirections, check_tokens, fit_pair, teacher_directions
 from megatron_oprd.config import Config
 from megatron_oprd.data.prompts import PromptState, take
 from megatron_oprd.data.sharding import split
@@ -118,6 +118,20 @@ def gather_moments(fitting: Fitting, stored: StoredRollouts, readers: Readers) -
     return moments
 
 
+def directions_of(
+    moments: StreamedMoments, pairs: Sequence[LayerPair], ranks: Sequence[int]
+) -> dict[LayerPair, TeacherDirections]:
+    """The teacher's directions of each pair, found once for pairs that share its layer. Raises UserError for too few
+    tokens. No communication."""
+    of_layers: dict[int, TeacherDirections] = {}
+    for pair in pairs:
+        parts = moments.total[pair]
+        check_tokens(parts["train"], parts["held_out"], ranks)
+        if pair.teacher not in of_layers:
+            of_layers[pair.teacher] = teacher_directions(parts["train"], max(ranks))
+    return {pair: of_layers[pair.teacher] for pair in pairs}
+
+
 def fit_closed_form(fitting: Fitting, readers: Readers, moments: StreamedMoments) -> Fits:
     """This rank's share of the pairs of its stage. Collective over the world."""
     config, topology = fitting.config.bridge, readers.topology
@@ -126,8 +140,10 @@ def fit_closed_form(fitting: Fitting, readers: Readers, moments: StreamedMoments
 
     def solve() -> Fits:
         return {
-            pair: fit_pair(moments.total[pair]["train"], moments.total[pair]["held_out"], config.ranks, config.ridges)
-            for pair in share
+            pair: fit_pair(
+                moments.total[pair]["train"], moments.total[pair]["held_out"], config.ranks, config.ridges, directions
+            )
+            for pair, directions in directions_of(moments, share, config.ranks).items()
         }
 
     return on_every_rank(solve)
@@ -139,9 +155,7 @@ def fit_adamw(fitting: Fitting, stored: StoredRollouts, readers: Readers, moment
     config = fitting.config.bridge
 
     def begin() -> AdamWFit | None:
-        for parts in moments.total.values():
-            check_tokens(parts["train"], parts["held_out"], config.ranks)
-        directions = {pair: teacher_directions(p["train"], max(config.ranks)) for pair, p in moments.total.items()}
+        directions = directions_of(moments, readers.pairs, config.ranks)
         width, seed, pairs = fitting.inputs.student.hidden_size, fitting.config.train.seed, len(readers.plan.pairs)
         if not directions:
             return None  # a stage may own no compared layer
@@ -158,7 +172,7 @@ def fit_adamw(fitting: Fitting, stored: StoredRollouts, readers: Readers, moment
             rollouts, held_out = read_step(fitting, stored, step)
             readers.read(global_batch(fitting, rollouts), torch.tensor(held_out), visit)
             if found is not None:
-                found.step(readers.groups)
+                found.step(readers.topology.token_groups)
         if found is not None:
             found.snapshot({pair: parts["held_out"] for pair, parts in moments.total.items()})
     return found.best if found is not None else {}
@@ -178,7 +192,7 @@ def measure(
         tally = tally.with_step(global_batch(fitting, rollouts), global_batch(fitting, judges))
         if judges:
             readers.read(global_batch(fitting, judges), torch.ones(len(judges), dtype=torch.bool), cosines.visit)
-    return merged(cosines.means(readers.groups)), tally
+    return merged(cosines.means(readers.topology.token_groups)), tally
 
 
 def merged(mine: Mapping[LayerPair, dict]) -> dict:

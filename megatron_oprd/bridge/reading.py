@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 
 from megatron_oprd.config import Config
 from megatron_oprd.models.layer_plan import LayerPlan
@@ -41,12 +40,6 @@ class Readers:
         """The pairs whose student layer lives on this rank."""
         stages = self.topology.stages
         return tuple(pair for pair in self.plan.pairs if self.plan.student_stage(pair.student) in stages)
-
-    @property
-    def groups(self) -> list[dist.ProcessGroup]:
-        """The ranks that hold other tokens of the same layers."""
-        groups = [self.topology.groups.dp_cp]
-        return [*groups, self.topology.groups.tp] if self.topology.sequence_parallel else groups
 
     def read(self, whole: GlobalBatch, held_out: torch.Tensor, visit: Visit) -> None:
         """Show `visit` the states of this rank's layers at this rank's share of the selected tokens.

@@ -72,6 +72,13 @@ class Topology:
     def num_replicas(self) -> int:
         return self.data_size * self.context_size
 
+    @property
+    def token_groups(self) -> list[dist.ProcessGroup]:
+        """The groups of ranks that hold other tokens of the same layers: what is summed over tokens adds up over them.
+        Without sequence parallelism each tensor-parallel rank has every row."""
+        groups = [self.groups.dp_cp]
+        return [*groups, self.groups.tp] if self.sequence_parallel else groups
+
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Put this layout in force inside the block. Megatron-Core reads its module's globals in many places, when a

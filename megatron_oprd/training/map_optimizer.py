@@ -29,9 +29,6 @@ class MapOptimizer:
     def __init__(self, maps: Mapping[int, StudentMap], config: OptimizerConfig, topology: Topology) -> None:
         self.maps = dict(sorted(maps.items()))
         self.topology = topology
-        self.groups = [topology.groups.dp_cp]
-        if topology.sequence_parallel:
-            self.groups.append(topology.groups.tp)  # else each of its ranks has seen every row
         weights = [one.weight for one in self.maps.values()]
         self.optimizer: torch.optim.Optimizer | None = None  # a stage may own no compared layer
         if weights and config.name == "adamw":
@@ -45,7 +42,7 @@ class MapOptimizer:
         if self.optimizer is None:
             return
         for one in self.maps.values():
-            for group in self.groups:
+            for group in self.topology.token_groups:
                 dist.all_reduce(one.gradient, group=group)
             one.weight.grad = one.gradient
         self.optimizer.param_groups[0]["lr"] = learning_rate

@@ -118,10 +118,7 @@ def _layer_sums(taps: Sequence[StageLoss], topology: Topology, plan: LayerPlan) 
     for tap in taps:
         for layer, sums in tap.sums.items():
             local[layers.index(layer)] += sums
-    groups = [topology.groups.dp_cp, topology.groups.pp]
-    if topology.sequence_parallel:
-        groups.append(topology.groups.tp)  # else each of its ranks holds every row
-    values = _sum_over_all(local, groups, topology)
+    values = _sum_over_all(local, [*topology.token_groups, topology.groups.pp], topology)
     return {layer: values[4 * i : 4 * i + 4] for i, layer in enumerate(layers)}
 
 
