@@ -10,6 +10,7 @@ from megatron_oprd.bridge.solve import fit_pair
 from megatron_oprd.types import LayerPair
 from tests.helpers.fits import RecordedFit, layer_map, recorded_fit, reference_states, write_replay
 from tests.helpers.killable import Command, DieBefore
+from tests.helpers.layouts import FEW_LAYOUTS
 from tests.helpers.models import random_hf_model, save
 
 # Of 12 prompts, two answers each. Those with the numbers 3, 7 and 11 judge: every other step has none of them, one has
@@ -21,13 +22,9 @@ RANKS = (2, 5)
 RIDGE = 1e-2
 SEED = 3
 LAYOUTS = {
-    "one": (1, ()),
-    "data": (2, ()),
+    **FEW_LAYOUTS,
     "tensor": (2, ("parallel.tensor=2",)),
-    "tensor and sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
-    "pipeline": (2, ("parallel.pipeline=2",)),
     "virtual pipeline": (2, ("parallel.pipeline=2", "parallel.virtual_pipeline=2")),
-    "context": (2, ("parallel.context=2",)),
     "data, the teacher's own": (2, ("teacher.parallel={tensor: 2, pipeline: 1}",)),
     "tensor and pipeline, the teacher's own": (
         4,

@@ -12,6 +12,7 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.types import Rollout
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import FEW_LAYOUTS
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_update
 from tests.helpers.responses import random_text
@@ -21,11 +22,7 @@ from tests.helpers.vocabularies import llama_3_tokenizer
 
 ROOM = 32
 LAYOUTS = {
-    "one": (1, ()),
-    "data": (2, ()),
-    "tensor and sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
-    "pipeline": (2, ("parallel.pipeline=2",)),
-    "context": (2, ("parallel.context=2",)),
+    **FEW_LAYOUTS,
     "the teacher's own": (2, ("teacher.parallel={tensor: 2, pipeline: 1}", "loss.representation.pairs=[[1,3],[4,2]]")),
     "the student's own": (2, ("parallel.tensor=2", "parallel.sequence=true", "teacher.parallel={tensor: 1}")),
 }

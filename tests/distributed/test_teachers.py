@@ -5,18 +5,12 @@ import dataclasses
 import pytest
 
 from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import FEW_LAYOUTS
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_update
 from tests.helpers.training import assert_same_update, difference, megatron_update, some_rollouts
 
 OBJECTIVE = ("loss.output.objective=full_kl", "loss.output.chunk_tokens=3")
-LAYOUTS = {
-    "one": (1, ()),
-    "data": (2, ()),
-    "tensor and sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
-    "pipeline": (2, ("parallel.pipeline=2",)),
-    "context": (2, ("parallel.context=2",)),
-}
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +49,9 @@ def _update(rank, student, teachers, overrides, rollouts):
     return megatron_update(rank, student, teachers, *overrides, rollouts=rollouts)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FEW_LAYOUTS)
 def test_every_rollout_has_its_own_teacher(models, layout):
-    world, overrides = LAYOUTS[layout]
+    world, overrides = FEW_LAYOUTS[layout]
     student, math, code = models
     teachers = {"math": math, "code": code}
     expected = reference_update(student, teachers, *OBJECTIVE, rollouts=taught())
@@ -68,9 +62,9 @@ def test_every_rollout_has_its_own_teacher(models, layout):
     assert difference(swapped, expected).gradient > 0.1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", FEW_LAYOUTS)
 def test_a_teacher_reads_its_own_prompts(models, layout):
-    world, overrides = LAYOUTS[layout]
+    world, overrides = FEW_LAYOUTS[layout]
     student, teacher, _ = models
     expected = reference_update(student, teacher, *OBJECTIVE, rollouts=with_hints())
     assert_same_update(update(world, student, teacher, (*OBJECTIVE, *overrides), with_hints()), expected)

@@ -67,6 +67,15 @@ OBJECTIVES = {
 WIDTHS = {"bridge": 64, "bridge-wide": 96, "bridge-narrow": 48}
 SETTINGS |= {word: ("loss.representation.bridge=unused",) for word in WIDTHS}
 SETTINGS |= {word: tuple(f"loss.output.{key}" for key in keys) for word, keys in OBJECTIVES.items()}
+# One process and each way to cut the tokens or the layers of a dense model over two, for tests of other things:
+# processes and settings.
+FEW_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "one": (1, ()),
+    "data": (2, ()),
+    "tensor and sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "pipeline": (2, ("parallel.pipeline=2",)),
+    "context": (2, ("parallel.context=2",)),
+}
 TEACHERS = ("TP4", "TP2", "DP4", "PP4", "TP2xPP2")  # layouts of its own that a teacher has in some case
 
 

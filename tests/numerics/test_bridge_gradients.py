@@ -13,6 +13,7 @@ from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import PairBridge
 from tests.helpers.bridges import random_maps, save_bridge, save_random_bridge
 from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import FEW_LAYOUTS
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_map_gradients, reference_update
 from tests.helpers.training import LEARNING_RATE, assert_same_update, make_run, megatron_update
@@ -98,12 +99,8 @@ def test_a_student_that_is_its_teacher_through_one_map_has_loss_zero(folder, tmp
 
 
 LAYOUTS = {
-    "one": (1, ()),
-    "data": (2, ()),
+    **FEW_LAYOUTS,
     "tensor": (2, ("parallel.tensor=2",)),
-    "tensor and sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
-    "pipeline": (2, ("parallel.pipeline=2",)),
-    "context": (2, ("parallel.context=2",)),
     "all at once": (
         4,
         ("parallel.tensor=2", "parallel.sequence=true", "recompute.granularity=full", "teacher.parallel={tensor: 1}"),
