@@ -1,0 +1,153 @@
+"""The configuration read from YAML and dotted overrides (`a.b=1`), and what is wrong with it in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from megatron_oprd.config.root import Config
+from megatron_oprd.types import UserError
+
+
+def load_config(path: str | Path | None, overrides: list[str]) -> Config:
+    """The configuration from a YAML file (or none) and overrides like `parallel.tensor=2`, the last one winning.
+
+    Raises UserError, one line naming the key, its value and what would work. No communication.
+    """
+    try:
+        tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
+    except (OmegaConfBaseException, RecursionError) as error:  # a date, which YAML makes of 2024-01-31; a loop
+        key = getattr(error, "full_key", None)
+        raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {_first_line(error)}") from None
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"override {override!r} is not of the form key=value")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            raise UserError(f"override {override!r}: {_first_line(error)}") from None
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    return parse_config(values)
+
+
+def parse_config(values: Any) -> Config:
+    """The validated configuration of a plain mapping; raises UserError with every offending key on one line."""
+    try:
+        return Config.model_validate(_tuples(values))
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(item) for item in _without_alternatives(error.errors()))) from None
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `load_config` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the configuration {path} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"the configuration {path} must be a mapping of sections, not a {type(values).__name__}")
+    return values
+
+
+def _tuples(values: Any) -> Any:
+    """YAML has no tuples and strict pydantic takes no list for one: convert the two places that want them."""
+    if not isinstance(values, dict):
+        return values
+    values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, dict) and isinstance(optimizer.get("betas"), list):
+        optimizer["betas"] = tuple(optimizer["betas"])
+    loss = values.get("loss")
+    if isinstance(loss, dict) and isinstance(loss.get("representation"), dict):
+        representation = dict(loss["representation"])
+        if isinstance(representation.get("pairs"), list):
+            representation["pairs"] = [tuple(p) if isinstance(p, list) else p for p in representation["pairs"]]
+        values["loss"] = {**loss, "representation": representation}
+    return values
+
+
+def _annotation(location: tuple[Any, ...]) -> Any:
+    """The type of what stands at a location of the configuration; None where nothing does."""
+    found: Any = Config
+    for part in location:
+        model, mapping = _model(found), get_origin(found) is dict
+        field = model.model_fields.get(part) if model else None
+        found = get_args(found)[1] if mapping else field.annotation if field else None
+    return found
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    candidates = [annotation, *get_args(annotation)] if get_origin(annotation) is not dict else []
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    model = _model(_annotation(location))
+    return list(model.model_fields) if model is not None else []
+
+
+def _without_alternatives(errors: Iterable[Any]) -> list[Mapping[str, Any]]:
+    """One error a value. Of a value that may be of several types, pydantic tells one for each: those that found it
+    wrong inside speak alone, the others together."""
+    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for error in errors:
+        location = tuple(error["loc"])
+        place = next((location[:end] for end in range(len(location)) if _has_alternatives(location[:end])), location)
+        grouped.setdefault(place, []).append({**error, "loc": place + location[len(place) + 1 :]})
+    merged = []
+    for place, items in grouped.items():
+        inside = [item for item in items if len(item["loc"]) > len(place)]
+        first, *others = items
+        more = (item["msg"].removeprefix("Input should be ") for item in others)
+        merged += inside or [{**first, "msg": " or ".join([first["msg"], *more])}]
+    return merged
+
+
+def _has_alternatives(location: tuple[Any, ...]) -> bool:
+    annotation = _annotation(location)
+    types = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return get_origin(annotation) in (Union, UnionType) and len(types) > 1
+
+
+def _explain(item: Any) -> str:
+    location = tuple(item["loc"])
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
+        return f"unknown key {key}" + (
+            f" (did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?)" if near else ""
+        )
+    if location[-1:] == ("[key]",):
+        return f"{'.'.join(map(str, location[:-2]))}: the name {item['input']!r} is no text; put it in quotes"
+    if item["type"] == "missing":
+        return f"{key} is required"
+    if item["type"] == "model_type":
+        return f"{key}={item['input']!r} must be a section with {', '.join(_known_keys(location))}"
+    message = item["msg"].removeprefix("Value error, ")
+    return message if not key or message.startswith(key) else f"{key}={item['input']!r}: {message}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
