@@ -1,0 +1,181 @@
+"""What tests/numerics/test_te_stand_in.py asks, run as processes of their own: Megatron-Core looks for Transformer
+Engine when it is imported.
+
+usage: python -m tests.helpers.te_cases RANK WORLD_SIZE FOLDER, with tests/helpers/te_on_cpu first on PYTHONPATH.
+Rank 0 writes {case: figures} to FOLDER/figures.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformer_engine.pytorch as te
+from megatron.core import parallel_state, tensor_parallel
+from transformer_engine import on_cpu
+
+from megatron_oprd import platform
+from tests.helpers.te_models import EXPERTS, build, compare, gradients, load, relative, run
+
+FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+
+
+def set_layout(tensor: int) -> None:
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
+    with platform.cpu_devices():
+        tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+
+
+def dense(local: Any, weights: dict, logits: torch.Tensor, **settings: Any) -> dict[str, float]:
+    model = load(build("te", **settings), weights)
+    return {"logits": relative(run(model), logits), "gradients": compare(model, local)}
+
+
+def fp8(weights: dict, logits: torch.Tensor) -> dict[str, Any]:
+    """The contexts of one pass, how far FP8 moves logits and gradients, and the same with every layer recomputed."""
+    plain = load(build("te"), weights)
+    run(plain)
+    model = load(build("te", **FP8, first_last_layers_bf16=True), weights)
+    on_cpu.entered.clear()
+    moved = relative(run(model), logits)
+    contexts = [[e.kind, e.enabled, type(e.recipe).__name__, e.recipe.fp8_format.name] for e in on_cpu.entered]
+    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    again = load(build("te", **FP8, first_last_layers_bf16=True, **recompute), weights)
+    result = {"contexts": contexts, "logits": moved, "gradients": relative_gradients(model, plain)}
+    return {**result, "recomputed": relative(run(again), run(model)), "again": relative_gradients(again, model)}
+
+
+def relative_gradients(model: torch.nn.Module, other: torch.nn.Module) -> float:
+    ours, theirs = gradients(model), gradients(other)
+    return max(relative(ours[name], theirs[name]) for name in theirs)
+
+
+def stale(weights: dict) -> dict[str, float]:
+    """An optimizer step without `set_is_first_microbatch`, and with it."""
+    model = load(build("te", **FP8), weights)
+    with torch.no_grad():
+        before = run(model)
+        for layer in model.decoder.layers:
+            layer.mlp.linear_fc2.weight.mul_(2)
+        cached = run(model)
+        model.set_is_first_microbatch()
+        fresh = run(model)
+    return {"cached": relative(cached, before), "fresh": relative(fresh, before)}
+
+
+@torch.no_grad()
+def fp8_weights(weights: dict, logits: torch.Tensor) -> dict[str, Any]:
+    """A frozen model whose weights are FP8, as a teacher's."""
+    on_cpu.entered.clear()
+    model = load(build("te", **FP8, fp8_param=True), weights)
+    weight = model.decoder.layers[0].mlp.linear_fc2.weight
+    moved = relative(run(model), logits)
+    return {
+        "contexts": [[e.kind, e.grad_enabled, e.preserve_high_precision_init_val] for e in on_cpu.entered],
+        "held": sorted({name.split(".")[-2] for name, p in model.named_parameters() if isinstance(p, te.Float8Tensor)}),
+        "bytes": weight._data.element_size(),
+        "rounding": relative(weight.dequantize(), weights["decoder.layers.0.mlp.linear_fc2.weight"]),
+        "logits": moved,
+    }
+
+
+def experts() -> dict[str, float]:
+    """TEGroupedMLP beside SequentialMLP, and in FP8, where groups are padded to whole tiles."""
+    one_by_one = build("te", **EXPERTS)
+    parameters = dict(one_by_one.named_parameters())
+    logits, expected = run(one_by_one), gradients(one_by_one)
+    figures = {}
+    for name, settings in {"grouped": {}, "fp8": FP8}.items():
+        grouped = build("te", **EXPERTS, moe_grouped_gemm=True, **settings)
+        with torch.no_grad():
+            for target, parameter in grouped.named_parameters():
+                parameter.copy_(parameters[_one_by_one(target)])
+        figures[name] = relative(run(grouped), logits)
+        actual = gradients(grouped)
+        figures[f"{name}_gradients"] = max(relative(actual[n], expected[_one_by_one(n)]) for n in actual)
+    return figures
+
+
+def _one_by_one(name: str) -> str:
+    """mlp.experts.linear_fc1.weight2 -> mlp.experts.local_experts.2.linear_fc1.weight"""
+    if ".experts." not in name:
+        return name
+    head, number = name.split(".weight")
+    return head.replace(".experts.", f".experts.local_experts.{number}.") + ".weight"
+
+
+def context_parallel(rank: int, size: int) -> dict[str, float]:
+    """Attention over packed sequences with gaps between them, on all ranks and on one; grouped queries."""
+    torch.manual_seed(0)
+    used, padded = (torch.tensor(bounds, dtype=torch.int32) for bounds in ([0, 7, 11, 22], [0, 8, 12, 24]))
+    query, key, value, probe = (torch.randn(24, heads, 16) for heads in (4, 2, 2, 4))
+    chunks = [torch.arange(24)[start:end].chunk(2 * size) for start, end in ((0, 8), (8, 12), (12, 24))]
+    own = torch.cat([torch.cat((parts[rank], parts[-1 - rank])) for parts in chunks])
+    found = {}
+    for name, group, rows in (("one", None, torch.arange(24)), ("all", dist.group.WORLD, own)):
+        attention = te.DotProductAttention(4, 16, num_gqa_groups=2, attn_mask_type="padding_causal", cp_group=group)
+        inputs = [tensor[rows].requires_grad_() for tensor in (query, key, value)]
+        kwargs = {"cu_seqlens_q": used, "cu_seqlens_kv": used, "cu_seqlens_q_padded": padded}
+        out = attention(*inputs, qkv_format="thd", **kwargs)
+        (out * probe[rows].flatten(-2)).sum().backward()
+        found[name] = [out.detach(), *[tensor.grad for tensor in inputs]]
+    errors = [relative(part, whole[own]) for part, whole in zip(found["all"], found["one"], strict=True)]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *[x[12:23].transpose(0, 1) for x in (query, key, value)], is_causal=True, enable_gqa=True
+    )
+    single = relative(found["one"][0][12:23], expected.transpose(0, 1).flatten(-2))
+    return {"all_ranks": max(errors), "one_rank": single, "gap": found["one"][0][[7, 23]].abs().max().item()}
+
+
+def optimizer() -> dict[str, float]:
+    """Five steps of FusedAdam and of torch's Adam, with either way to decay."""
+    figures = {}
+    for decoupled, reference in ((True, torch.optim.AdamW), (False, torch.optim.Adam)):
+        torch.manual_seed(0)
+        ours = torch.nn.Parameter(torch.randn(8, 8))
+        theirs = torch.nn.Parameter(ours.detach().clone())
+        settings: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+        fused = te.optimizers.FusedAdam([ours], adam_w_mode=decoupled, **settings)
+        plain = reference([theirs], **settings)
+        for _ in range(5):
+            ours.grad = torch.randn(8, 8)
+            theirs.grad = ours.grad.clone()
+            fused.step()
+            plain.step()
+        figures[reference.__name__] = relative(ours.detach(), theirs.detach())
+    return figures
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    platform.install_cpu_stand_ins()
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)
+    set_layout(1)
+    local = build("local")
+    weights = {name: parameter.detach().clone() for name, parameter in local.named_parameters()}
+    logits = run(local, packed=False)
+    figures: dict[str, Any] = {
+        "one_rank": dense(local, weights, logits),
+        "fp8": fp8(weights, logits),
+        "stale": stale(weights),
+        "fp8_weights": fp8_weights(weights, logits),
+        "experts": experts(),
+        "context_parallel": context_parallel(rank, size),
+        "optimizer": optimizer(),
+    }
+    set_layout(size)
+    figures["tensor_parallel"] = dense(local, weights, logits)
+    figures["sequence_parallel"] = dense(local, weights, logits, sequence_parallel=True)
+    if rank == 0:
+        (folder / "figures.json").write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,3 @@
+from .tensor import Float8Tensor
+
+__all__ = ["Float8Tensor"]

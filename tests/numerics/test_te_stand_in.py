@@ -1,0 +1,87 @@
+"""Megatron-Core's own Transformer Engine modules run on the CPU stand-in and give what its local ones give; FP8 shows
+where it is on. tests/unit/test_te_contract.py holds the stand-in to the real package's names."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STAND_IN = Path(__file__).resolve().parents[1] / "helpers" / "te_on_cpu"
+ROUNDING_FP32 = 1e-5
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """What the cases of tests/helpers/te_cases.py found, on two ranks."""
+    folder = tmp_path_factory.mktemp("te")
+    command = [sys.executable, "-m", "tests.helpers.te_cases"]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(folder)],
+            cwd=STAND_IN.parents[2],  # the repository: found after the stand-in
+            env={**os.environ, "PYTHONPATH": str(STAND_IN), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(output[-4000:] for output in outputs)
+    return json.loads((folder / "figures.json").read_text())
+
+
+@pytest.mark.parametrize("layout", ["one_rank", "tensor_parallel", "sequence_parallel"])
+def test_te_layers_equal_the_local_ones(figures, layout):
+    assert figures[layout]["logits"] < ROUNDING_FP32
+    assert figures[layout]["gradients"] < ROUNDING_FP32
+
+
+def test_fp8_is_on_in_the_layers_between(figures):
+    middle_layers = 2
+    assert figures["fp8"]["contexts"] == [["autocast", True, "Float8CurrentScaling", "HYBRID"]] * middle_layers
+    assert 1e-3 < figures["fp8"]["logits"] < 0.1
+    assert figures["fp8"]["gradients"] > 1e-2
+
+
+def test_recomputed_layers_compute_in_fp8_too(figures):
+    assert figures["fp8"]["recomputed"] == figures["fp8"]["again"] == 0
+
+
+def test_fp8_weights_are_those_of_the_last_first_micro_batch(figures):
+    assert figures["stale"]["cached"] == 0
+    assert figures["stale"]["fresh"] > 0.1
+
+
+def test_a_frozen_model_holds_fp8_weights(figures):
+    teacher = figures["fp8_weights"]
+    layers = 4
+    assert teacher["contexts"] == [["model_init", False, False]] * layers + [["autocast", False, False]] * layers
+    assert teacher["held"] == ["linear_fc1", "linear_fc2", "linear_proj", "linear_qkv"]
+    assert teacher["bytes"] == 1
+    assert 1e-3 < teacher["rounding"] < 0.05  # three bits after the leading one
+    assert 1e-3 < teacher["logits"] < 0.2
+
+
+def test_grouped_experts_equal_one_by_one(figures):
+    assert figures["experts"]["grouped"] < ROUNDING_FP32
+    assert figures["experts"]["grouped_gradients"] < ROUNDING_FP32
+    assert 1e-3 < figures["experts"]["fp8"] < 0.3
+
+
+def test_attention_over_context_parallel_ranks(figures):
+    assert figures["context_parallel"]["all_ranks"] < ROUNDING_FP32
+    assert figures["context_parallel"]["one_rank"] < ROUNDING_FP32
+    assert figures["context_parallel"]["gap"] == 0
+
+
+def test_fused_adam_steps_as_torch(figures):
+    assert figures["optimizer"]["AdamW"] < ROUNDING_FP32
+    assert figures["optimizer"]["Adam"] < ROUNDING_FP32
