@@ -12,7 +12,9 @@ from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads
+from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.projection import StudentMap, identify, student_maps, teacher_maps
+from megatron_oprd.models.scaled_linear import quantize_weights
 from megatron_oprd.models.weights import content_hash, load_lm_head, load_weights
 from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
@@ -81,7 +83,8 @@ def build_models(inputs: Inputs) -> Models:
     ]
     topology = start_topology(config, config.parallel)  # the last one stays in force
     on_rank_zero(partial(_check_bridge, inputs))
-    stage = build_and_load(config, inputs.student, topology, inputs.plan.student_stages)
+    stages, precision = inputs.plan.student_stages, inputs.precision.student
+    stage = build_and_load(config, inputs.student, topology, stages, precision)
     teachers = []
     for teacher in planned:
         own = next((own for layout, own in own_topologies if layout == teacher.layout), topology)
@@ -129,10 +132,14 @@ def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -
     Collective over the world."""
     config = inputs.config
 
+    precision = inputs.precision.teacher
+
     def load() -> Stage:
-        stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype])
+        stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype], precision)
         with topology.active():
             load_weights(stage, teacher.config.path, teacher.spec, topology)
+            if precision.scaled_weights:
+                quantize_weights(stage, precision.keep_bf16)
         stage.eval().requires_grad_(False)
         return stage
 
@@ -164,9 +171,16 @@ def load_heads(inputs: Inputs, stage: Stage, topology: Topology) -> Heads | None
     return on_every_rank(read)
 
 
-def build_and_load(config: Config, spec: ModelSpec, topology: Topology, stages: tuple[int, ...]) -> Stage:
+def build_and_load(
+    config: Config,
+    spec: ModelSpec,
+    topology: Topology,
+    stages: tuple[int, ...],
+    precision: ModelPrecision = PLAIN,
+) -> Stage:
     """This rank's chunks of the student with their weights. Collective over the world."""
-    stage = build_model(spec, topology, DTYPES[config.precision.dtype], stages=stages, recompute=config.recompute)
+    dtype = DTYPES[config.precision.dtype]
+    stage = build_model(spec, topology, dtype, stages=stages, recompute=config.recompute, precision=precision)
     load_weights(stage, config.student.path, spec, topology)
     return stage
 

@@ -230,6 +230,7 @@ def _measure(run: Run, watch: HealthWatch, step: int) -> Check:
         inputs.config.batch,
         teacher=teacher,
         heads=heads,
+        pad_tokens=inputs.precision.pad_tokens,
     )
     return Check(step, **dataclasses.asdict(reading))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -17,11 +17,13 @@ from megatron_oprd.data.alignment import Aligner, align_rollouts, end_of_turn_id
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import check_tokenizer, has_tokenizer, load_tokenizer, same_vocabulary, tokenizer_hash
+from megatron_oprd.environment import find_machine
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.layouts import plan_teacher, world_size
+from megatron_oprd.layouts import check_precision, plan_teacher, world_size
 from megatron_oprd.lengths import check_lengths, check_replayed_lengths, check_room, longest_prompt, teacher_room
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.models.precision import Precision, plan_precision
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.rollout.replay import check_enough, load_replay
@@ -44,6 +46,7 @@ class Inputs:
     aligner: Aligner | None = None  # for a teacher with another tokenizer, the only one; None: all read the same ids
     bridge: Bridge | None = None  # None: states are compared as they are
     ends: Ends | None = None  # what the bridge joins, or is to join
+    precision: Precision = field(default_factory=Precision)
 
     @property
     def plan(self) -> LayerPlan:
@@ -83,6 +86,12 @@ class Inputs:
     def run_dir(self) -> Path:
         return Path(self.config.train.run_dir)
 
+    def with_teachers(self, rollouts: Sequence[Rollout]) -> tuple[tuple[Rollout, ...], tuple[int, ...]]:
+        """The rollouts, and the number of the teacher of each: by data_source, where there are several."""
+        names = list(self.teachers)
+        numbers = [names.index(rollout.data_source) if len(names) > 1 else 0 for rollout in rollouts]
+        return tuple(rollouts), tuple(numbers)
+
     def aligned(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with what a teacher with another tokenizer reads of them; else as they are. No communication."""
         if self.aligner is None:
@@ -97,9 +106,11 @@ def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
     platform.choose_device(config.train.device)
     check_writable(config.train.run_dir)
     check_layout(config.parallel, world_size())
+    precision = plan_precision(config.precision, config.parallel, find_machine())
     student = read_model_spec(config.student.path)
     specs = {name: read_model_spec(teacher.path) for name, teacher in config.named_teachers.items()}
     teachers = {name: plan_teacher(config, student, spec, name) for name, spec in specs.items()}
+    check_precision(config, precision, student, teachers)
     check_weights(config.student.path, student)
     for teacher in teachers.values():
         check_weights(teacher.config.path, teacher.spec)
@@ -128,7 +139,9 @@ def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
     check_replayed_lengths(config, student, teachers, replayed, other_tokenizer=other is not None)
     ends = _ends(config, student, teachers, tokenizer, other) if with_bridge else None
     bridge = ends.read() if ends is not None and not fitting else None
-    return Inputs(config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed, aligner, bridge, ends)
+    return Inputs(
+        config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed, aligner, bridge, ends, precision
+    )
 
 
 def _ends(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
+from megatron_oprd.models.precision import Precision, check_dimensions, check_head_exchange
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -67,6 +68,29 @@ def check_student_layout(
             f"parallel.tensor={parallel.tensor} with a student of {student.num_experts} experts needs "
             "parallel.sequence=true: Megatron-Core trains experts on divided tokens only"
         )
+
+
+def check_precision(
+    config: Config, precision: Precision, student: ModelSpec, teachers: Mapping[str, PlannedTeacher]
+) -> None:
+    """Raise UserError, naming what would work, for models whose sizes in these layouts do not suit the precision."""
+    recipe, parallel = config.precision.recipe, config.parallel
+    stages = next(iter(teachers.values())).plan.student_stages
+    check_dimensions(
+        precision.student, recipe, student, parallel.tensor, _ranks(stages, parallel), "student", "parallel"
+    )
+    check_head_exchange(precision.student, student, parallel, "student")
+    for name, teacher in teachers.items():
+        layout, key = teacher.layout or parallel, f"{teacher_section(name)}.parallel" if teacher.layout else "parallel"
+        of_ranks = _ranks(teacher.plan.teacher_stages, layout)
+        title = teacher_title(name)
+        check_dimensions(precision.teacher, recipe, teacher.spec, layout.tensor, of_ranks, title, key)
+        check_head_exchange(precision.teacher, teacher.spec, layout, title)
+
+
+def _ranks(stages: Sequence[int], parallel: ParallelConfig) -> list[int]:
+    """Blocks of each pipeline rank, of stages that are more under virtual pipelining."""
+    return [sum(stages[rank :: parallel.pipeline]) for rank in range(parallel.pipeline)]
 
 
 def check_experts(expert: int, specs: Sequence[ModelSpec], key: str = "parallel") -> None:

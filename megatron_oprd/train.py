@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -98,7 +98,8 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     with watch("rollout"):
         mine = run.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), state.step)
         mine = inputs.aligned(mine)
-    whole = GlobalBatch(*with_teachers(inputs, share_rollouts(mine, topology)), config.loss)
+    rollouts, taught_by = inputs.with_teachers(share_rollouts(mine, topology))
+    whole = GlobalBatch(rollouts, taught_by, config.loss, inputs.precision.pad_tokens)
     pack = partial(whole.micro_batches, config.batch, inputs.student)
     batches = pack(topology)
 
@@ -116,13 +117,6 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     metrics |= {"teacher/moved_bytes": teacher_report.moved_bytes, "teacher/target_bytes": targets.most_bytes}
     metrics |= step_seconds(watch, teacher_report)
     return state, metrics | {"memory/peak_bytes": platform.peak_memory_bytes(topology.device)}, list(whole.rollouts)
-
-
-def with_teachers(inputs: Inputs, rollouts: Sequence[Rollout]) -> tuple[tuple[Rollout, ...], tuple[int, ...]]:
-    """The rollouts, and the number of the teacher of each: by data_source, where there are several."""
-    names = list(inputs.teachers)
-    numbers = [names.index(rollout.data_source) if len(names) > 1 else 0 for rollout in rollouts]
-    return tuple(rollouts), tuple(numbers)
 
 
 def output_loss(run: Run, *, with_metrics: bool) -> OutputLoss | None:
@@ -182,7 +176,8 @@ def find_checkpoint(run: Run) -> Path | None:
 def describe(run: Run) -> None:
     """Write down, and print in a few lines, what runs where."""
     inputs, topology = run.inputs, run.topology
-    environment = describe_environment(str(topology.device), topology.world_size, describe_layout(topology))
+    layout, attention = describe_layout(topology), inputs.precision.attention
+    environment = describe_environment(str(topology.device), topology.world_size, layout, attention)
     own = {
         name: describe_layout(teacher.topology)
         for name, teacher in zip(inputs.teachers, run.teachers, strict=True)

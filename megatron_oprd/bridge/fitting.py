@@ -102,7 +102,8 @@ def read_step(fitting: Fitting, stored: StoredRollouts, step: int) -> tuple[list
 
 
 def global_batch(fitting: Fitting, rollouts: Sequence[Rollout]) -> GlobalBatch:
-    return GlobalBatch(tuple(rollouts), (0,) * len(rollouts), fitting.config.loss)
+    pad_tokens = fitting.inputs.precision.pad_tokens
+    return GlobalBatch(tuple(rollouts), (0,) * len(rollouts), fitting.config.loss, pad_tokens)
 
 
 def gather_moments(fitting: Fitting, stored: StoredRollouts, readers: Readers) -> StreamedMoments:

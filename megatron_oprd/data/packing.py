@@ -104,7 +104,8 @@ def pack(
     `rollouts` and the positions of the terms are those of the model that runs. `numbers`: which rollout of the global
     batch each is; `teachers`: the teacher of each, by default the first. Each sequence is padded at its end to a
     multiple of `sequence_multiple` (context parallelism), the whole by a sequence of padding to one of `batch_multiple`
-    (sequence parallelism), itself a multiple of `sequence_multiple`.
+    (sequence parallelism, FP8), itself a multiple of `sequence_multiple`. It reads as the micro-batch begins: states
+    like those that are there already change no scale that FP8 finds over all of them.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -126,7 +127,7 @@ def pack(
         bounds.append(len(tokens))
     padding = -len(tokens) % batch_multiple if tokens else batch_multiple
     if padding:
-        tokens += [pad_id] * padding
+        tokens += list(itertools.islice(itertools.cycle(tokens or [pad_id]), padding))
         positions += range(padding)
         response += [False] * padding
         sequence_ids += [len(rollouts)] * padding

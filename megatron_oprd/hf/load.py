@@ -7,7 +7,7 @@ import re
 import torch
 
 from megatron_oprd.hf.convert import shard, to_megatron
-from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, Entry, entries
+from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, Entry, entries, own_name
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.types import ModelSpec
 
@@ -16,8 +16,8 @@ _EXPERT = re.compile(r"(?<=\.mlp\.experts\.local_experts\.)\d+")
 
 
 def global_name(name: str, first_layer: int, first_expert: int) -> str:
-    """A chunk's parameter name with its layer and its expert numbered from 0 over the whole model."""
-    name = _LAYER.sub(lambda number: str(int(number[0]) + first_layer), name)
+    """A chunk's parameter name as the tables have it, its layer and its expert numbered from 0 over the whole model."""
+    name = _LAYER.sub(lambda number: str(int(number[0]) + first_layer), own_name(name))
     return _EXPERT.sub(lambda number: str(int(number[0]) + first_expert), name)
 
 

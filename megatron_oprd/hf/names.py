@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,8 +81,21 @@ EXPERT = (
     ),
 )
 EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")
+# How Transformer Engine's fused modules call what the tables know by the names of our own.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
 FINAL_NORM = Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "copy")
 LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), "vocabulary")
+
+
+def own_name(name: str) -> str:
+    """A parameter of a model on Transformer Engine by the name that it has in our own layer spec; others stay."""
+    for fused, own in FUSED_NORMS.items():
+        name = name.replace(fused, own)
+    return _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", name)
 
 
 def entries(spec: ModelSpec) -> tuple[Entry, ...]:

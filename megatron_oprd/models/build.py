@@ -17,6 +17,7 @@ from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.model import HiddenStateModel, Stage
+from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.models.specs import block_spec
 from megatron_oprd.parallel.topology import Topology
@@ -26,7 +27,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(
-    spec: ModelSpec, topology: Topology, dtype: torch.dtype, stages: Sequence[int], recompute: RecomputeConfig
+    spec: ModelSpec,
+    topology: Topology,
+    dtype: torch.dtype,
+    stages: Sequence[int],
+    recompute: RecomputeConfig,
+    precision: ModelPrecision,
 ) -> TransformerConfig:
     """Megatron's configuration of a model with `stages[i]` blocks on stage i. Raises UserError for a layout that does
     not divide the model."""
@@ -48,13 +54,14 @@ def transformer_config(
         # Megatron's defaults are 0.1: distillation compares two deterministic models.
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Fused kernels need CUDA extensions that are not there without Transformer Engine.
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        # Without Transformer Engine these are our own modules, digit for digit Hugging Face's.
+        bias_activation_fusion=precision.transformer_engine,
+        bias_dropout_fusion=precision.transformer_engine,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=False,  # the core attention rotates
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # the LM head's wants a CUDA extension of apex
+        **precision.arguments,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -68,7 +75,7 @@ def transformer_config(
         batch_p2p_comm=topology.virtual_size == 1,
         context_parallel_size=topology.context_size,
         sequence_parallel=topology.sequence_parallel,
-        **_expert_arguments(spec, topology, sum(stages)),
+        **_expert_arguments(spec, topology, sum(stages), grouped=precision.transformer_engine),
         **_recompute_arguments(recompute),
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=False,
@@ -88,16 +95,18 @@ def build_model(
     lm_head: bool = True,
     final_norm: bool = True,
     recompute: RecomputeConfig | None = None,
+    precision: ModelPrecision = PLAIN,
 ) -> Stage:
     """This rank's chunks of the model, weights not yet loaded. `stages`: blocks on each stage, from the lowest; fewer
     in all than the model has cut it above them. Default: all of them, divided evenly. The layout must be in force.
+    `precision`: on which modules, and what of it in FP8.
 
     Raises UserError for a layout that does not divide the model. Communicates over the embedding group when a tied
     model has several pipeline stages.
     """
     stages = stages or even_stages(spec.num_layers, topology.pipeline_size, topology.virtual_size)
     check_recompute(recompute, stages)
-    config = transformer_config(spec, topology, dtype, stages, recompute or RecomputeConfig())
+    config = transformer_config(spec, topology, dtype, stages, recompute or RecomputeConfig(), precision)
     chunks = []
     for chunk, number in enumerate(topology.stages):
         first_layer = sum(stages[:number])
@@ -105,7 +114,7 @@ def build_model(
         with platform.cpu_devices():
             model = HiddenStateModel(
                 config,
-                block_spec(sparse, spec.qk_norm),
+                block_spec(sparse, spec.qk_norm, transformer_engine=precision.transformer_engine),
                 vocab_size=padded_vocab_size(spec, topology.tensor_size),
                 max_positions=spec.max_position_embeddings,
                 rotary=Rotary(spec),
@@ -174,7 +183,7 @@ def _recompute_arguments(recompute: RecomputeConfig) -> dict[str, Any]:
     return {"recompute_granularity": "selective"} if recompute.granularity == "selective" else {}
 
 
-def _expert_arguments(spec: ModelSpec, topology: Topology, num_layers: int) -> dict[str, Any]:
+def _expert_arguments(spec: ModelSpec, topology: Topology, num_layers: int, *, grouped: bool) -> dict[str, Any]:
     if not spec.num_experts:
         return {}
     return {
@@ -185,7 +194,7 @@ def _expert_arguments(spec: ModelSpec, topology: Topology, num_layers: int) -> d
         "moe_router_pre_softmax": not spec.norm_topk_prob,
         "moe_router_load_balancing_type": "none",  # the student follows the teacher's states, not a balance
         "moe_layer_freq": [int(layer in spec.sparse_layers) for layer in range(num_layers)],
-        "moe_grouped_gemm": False,
+        "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": topology.expert_size,
         "expert_tensor_parallel_size": 1,
     }

@@ -43,6 +43,7 @@ class MicroBatch(PackedSeqParams):
     bounds: tuple[int, ...]  # cumulative lengths of the packed sequences, whole under context parallelism too
     context: ContextPart | None = None  # None: this rank holds whole sequences
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, rotary_dim], by the model
+    fused_packing: PackedSeqParams | None = None  # the packing for Transformer Engine, by its first layer
     tap: Tap | None = None
     last_layer: int | None = None  # blocks above it (1-based) are skipped; None: all run
     normed_layer: int | None = None  # the layer that is tapped after the final norm (L); None: before it

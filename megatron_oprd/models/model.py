@@ -11,7 +11,6 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_oprd.models import micro_batch
-from megatron_oprd.models.norm import RMSNorm
 from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.types import OUTPUT
 
@@ -61,7 +60,7 @@ class HiddenStateModel(GPTModel):
         if last_stage and not lm_head:
             self.decoder.post_process = True
             self.decoder.final_layernorm = (
-                RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if final_norm else None
+                block.layer_norm(config, config.hidden_size, config.layernorm_epsilon) if final_norm else None
             )
 
     def run(self, tokens: torch.Tensor, batch: micro_batch.MicroBatch) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Layer specs: which module stands where in mcore's GPTModel. Without Transformer Engine they are our own."""
+"""Layer specs: which module stands where in mcore's GPTModel. Without Transformer Engine they are our own; those on
+it are in `te_spec.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -20,19 +20,24 @@ from megatron_oprd.models.attention import PackedAttention
 from megatron_oprd.models.layer import TappedTransformerLayer
 from megatron_oprd.models.norm import RMSNorm
 
-__all__ = ["HAVE_TE", "block_spec"]
 
-
-def block_spec(sparse: Sequence[bool], qk_norm: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    sparse: Sequence[bool], qk_norm: bool, *, transformer_engine: bool = False
+) -> TransformerBlockSubmodules:
     """The spec of one chunk of the model: a layer for each entry of `sparse`, with experts where it is true.
 
     The final norm is named too: given a bare layer spec, mcore takes Transformer Engine's norm once that is installed.
     """
-    layers = {is_sparse: _layer_spec(is_sparse, qk_norm) for is_sparse in set(sparse)}
-    return TransformerBlockSubmodules(layer_specs=[layers[is_sparse] for is_sparse in sparse], layer_norm=RMSNorm)
+    norm, layer_spec = RMSNorm, _own_layer_spec
+    if transformer_engine:
+        from megatron_oprd.models import te_spec
+
+        norm, layer_spec = te_spec.Norm, te_spec.layer_spec
+    layers = {is_sparse: layer_spec(is_sparse, qk_norm) for is_sparse in set(sparse)}
+    return TransformerBlockSubmodules(layer_specs=[layers[is_sparse] for is_sparse in sparse], layer_norm=norm)
 
 
-def _layer_spec(sparse: bool, qk_norm: bool) -> ModuleSpec:
+def _own_layer_spec(sparse: bool, qk_norm: bool) -> ModuleSpec:
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -18,7 +18,7 @@ from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import max_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
-from megatron_oprd.rollout.megatron_inference import plain_linears, whole_tokens
+from megatron_oprd.rollout.megatron_inference import plain_linears, whole_tokens, without_fp8
 from megatron_oprd.rollout.read_again import read_again
 from megatron_oprd.rollout.sampling import sample
 from megatron_oprd.rollout.slots import Request, Slots
@@ -76,6 +76,7 @@ class MegatronEngine:
             with (
                 torch.inference_mode(),
                 whole_tokens(self.stage),
+                without_fp8(self.stage),
                 plain_linears(self.stage),
                 _progress(len(requests), self.progress) as advance,
             ):

@@ -27,6 +27,18 @@ def whole_tokens(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_fp8(stage: Stage) -> Iterator[None]:
+    """Compute in the weights' own dtype inside the block: FP8 takes no products of a few rows. Megatron-Core asks the
+    configuration, one object for all chunks, at each forward."""
+    before = stage.config.fp8
+    stage.config.fp8 = None
+    try:
+        yield
+    finally:
+        stage.config.fp8 = before
+
+
+@contextlib.contextmanager
 def plain_linears(stage: Stage) -> Iterator[None]:
     """Multiply without Megatron's autograd functions inside the block. They prepare a backward that does not come and
     run in Python: a fifth of the time of a small model. The reduction over the tensor-parallel group stays."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,12 +36,14 @@ def share_rollouts(mine: Sequence[Rollout], topology: Topology) -> list[Rollout]
 class GlobalBatch:
     """The rollouts of a step, the same on every rank, and what the loss reads of them.
 
-    `teachers`: for each rollout the number of the teacher that it is compared with.
+    `teachers`: for each rollout the number of the teacher that it is compared with. `pad_tokens`: what the tokens of a
+    rank in a micro-batch are padded to a multiple of, as FP8 wants.
     """
 
     rollouts: tuple[Rollout, ...]
     teachers: tuple[int, ...]
     loss: LossConfig
+    pad_tokens: int = 1
 
     @cached_property
     def representation(self) -> Term:
@@ -91,7 +94,7 @@ class GlobalBatch:
             *terms,
             teachers=[self.teachers[number] for number in numbers],
             sequence_multiple=sequence_multiple,
-            batch_multiple=sequence_multiple * sequence_size,
+            batch_multiple=math.lcm(sequence_multiple, topology.context_size * self.pad_tokens) * sequence_size,
         )
         part = cut(
             whole,

@@ -56,14 +56,16 @@ def read_answers(
     *,
     teacher: Teacher | None = None,
     heads: Heads | None = None,
+    pad_tokens: int = 1,
 ) -> Reading:
     """Read `answers`, the same on every rank, with the student; the result is the same on every rank.
 
-    `teacher`: the one to compare with, and then on the student's last stage the `heads` of both. Log-softmax in float32
+    `teacher`: the one to compare with, and then on the student's last stage the `heads` of both. `pad_tokens`: as of a
+    `GlobalBatch`. Log-softmax in float32
     over the vocabulary without padding; where both models are compared, over what both know. Weights, gradients and
     random numbers stay as they are. Communicates over all groups.
     """
-    whole = GlobalBatch(tuple(answers), (0,) * len(answers), EVERY_TOKEN)
+    whole = GlobalBatch(tuple(answers), (0,) * len(answers), EVERY_TOKEN, pad_tokens)
     batches = whole.micro_batches(batch, spec, topology)
     sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
     is_last = topology.num_stages - 1 in topology.stages

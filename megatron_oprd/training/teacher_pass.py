@@ -11,6 +11,7 @@ import torch
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.model import Stage
+from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.projection import TeacherMap
 from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import States, TeacherTargets
@@ -54,10 +55,13 @@ class Teacher:
         return self.states_stay(student_topology) and self.topology.pipeline_size == 1
 
 
-def build_frozen(teacher: PlannedTeacher, topology: Topology, dtype: torch.dtype) -> Stage:
+def build_frozen(
+    teacher: PlannedTeacher, topology: Topology, dtype: torch.dtype, precision: ModelPrecision = PLAIN
+) -> Stage:
     """This rank's chunks of a teacher up to its highest compared layer, without LM head and without weights yet.
-    Collective over the world."""
-    with topology.active():
+    Built without gradients: Transformer Engine then makes no second, transposed copy of FP8 weights. Collective over
+    the world."""
+    with topology.active(), torch.no_grad():
         return build_model(
             teacher.spec,
             topology,
@@ -65,6 +69,7 @@ def build_frozen(teacher: PlannedTeacher, topology: Topology, dtype: torch.dtype
             stages=teacher.plan.teacher_stages,
             lm_head=False,
             final_norm=teacher.plan.teacher_final_norm,
+            precision=precision,
         )
 
 

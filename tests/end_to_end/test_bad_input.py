@@ -66,7 +66,15 @@ OVERRIDES = {
     "missing interpolation": (["train.run_dir=${oc.env:NO_SUCH_VARIABLE}"], ("NO_SUCH_VARIABLE",)),
     "index into a mapping": (["train[0]=1"], ("unknown key train.0", "did you mean")),
     "broken value": (["data.prompts=[a"], ("data.prompts=[a",)),
-    "fp8": (["precision.fp8=hybrid"], ("precision.fp8='hybrid'", "not supported yet", "null")),
+    "fp8 beside fp32": (
+        ["precision.fp8=hybrid", "precision.dtype=fp32"],
+        ("precision.fp8=hybrid", "precision.dtype=bf16"),
+    ),
+    "fp8 without its library": (
+        ["precision.fp8=hybrid", "precision.dtype=bf16"],
+        ("precision.fp8=hybrid needs Transformer Engine", "precision.fp8=null"),
+    ),
+    "attention": (["precision.attention=te"], ("Transformer Engine is not installed", "precision.attention=auto")),
     "no prompts": (["rollout.engine=megatron"], ("data.prompts", "name at least one prompt file")),
     "no replay file": (["rollout.path=null"], ("rollout.path", "JSONL file")),
     "output objective": (["loss.output.objective=kl"], ("loss.output.objective='kl'", "'none'")),

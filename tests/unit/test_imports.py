@@ -21,7 +21,7 @@ LEVELS = [
     {"assemble"},
     {"health_watch"},
     {"bridge.fitting"},
-    {"train", "evaluate", "bridge.fit"},
+    {"train", "evaluate", "fp8_error", "bridge.fit"},
 ]
 MEGATRON_ALLOWED = ("platform.py", "parallel/", "hf/", "models/", "rollout/megatron", "training/")
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

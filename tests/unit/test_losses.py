@@ -136,7 +136,7 @@ def every_rank(rollouts, config, data, context, sequence, limit):
 
 
 def whole_states(whole, states, side, layer):
-    """The states of every row of the whole micro-batch, with zeros where there is padding."""
+    """The states of every row of the whole micro-batch; a sequence of padding begins like the first one."""
     bounds = whole.cu_seqlens.tolist()
     result = torch.zeros(bounds[-1], 6).double()
     first_tokens = {}
@@ -144,7 +144,7 @@ def whole_states(whole, states, side, layer):
         if token >= 100:
             first_tokens[sequence] = token  # a prompt's tokens are all alike
     for sequence, token in first_tokens.items():
-        rows = states[token][side][layer]
+        rows = states[token][side][layer][: bounds[sequence + 1] - bounds[sequence]]
         result[bounds[sequence] : bounds[sequence] + len(rows)] = rows
     return result
 

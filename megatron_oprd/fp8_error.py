@@ -1,0 +1,106 @@
+"""What FP8 does to a teacher: its hidden states' error by layer on the student's own answers, and the loss it leaves.
+
+torchrun -m megatron_oprd.fp8_error --config F [a.b=1 ...]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_oprd.assemble import build_models, build_teacher
+from megatron_oprd.cli import ArgumentParser, run_command
+from megatron_oprd.config import Config, load_config
+from megatron_oprd.data.prompts import PromptState, take
+from megatron_oprd.data.sharding import split
+from megatron_oprd.files import explain_os_errors, write_json
+from megatron_oprd.inputs import Inputs, read_inputs
+from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.training.fp8_error import LayerError, measure_error
+from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
+from megatron_oprd.training.teacher_pass import batches_of_teachers
+from megatron_oprd.types import UserError
+
+FILE = "fp8_error.json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command: rollouts of a first step, the teacher's states on them at both precisions, a table and a file."""
+    parser = ArgumentParser(
+        prog="megatron_oprd.fp8_error", description="Measure what precision.teacher_fp8 does to a teacher's states."
+    )
+    parser.add_argument("--config", help="YAML file of a training run whose teacher is in FP8")
+    parser.add_argument(
+        "overrides", nargs="*", help="dotted keys that win over the file, like rollout.prompts_per_step=4"
+    )
+    options = parser.parse_args(arguments)
+    inputs = read_inputs(measuring_config(load_config(options.config, options.overrides)))
+    errors = measure(inputs)
+
+    def write() -> None:
+        rows = [{"student_layer": layer, **dataclasses.asdict(error)} for layer, error in errors.items()]
+        total = sum(error.floor for error in errors.values())
+        with explain_os_errors(inputs.run_dir):
+            inputs.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(inputs.run_dir / FILE, {"layers": rows, "loss_floor": total})
+        _print(errors, total)
+        print(f"written: {inputs.run_dir / FILE}", flush=True)
+
+    on_rank_zero(write)
+    return 0
+
+
+def measuring_config(config: Config) -> Config:
+    """The configuration of a training run as the measurement needs it: one step, each precision in memory for itself.
+    Raises UserError where nothing is in FP8 or no states are compared."""
+    if config.precision.teacher_fp8 == "off":
+        raise UserError("precision.teacher_fp8=off: there is nothing to measure; set it to compute or weights")
+    if not config.loss.reads_layers:
+        raise UserError("loss.representation.weight=0 compares no hidden states; there is no error of them to measure")
+    changes = {
+        "train": config.train.model_copy(update={"steps": 1}),
+        "evaluation": config.evaluation.model_copy(update={"every": 0}),
+        "teachers_in_memory": "one",
+    }
+    return config.model_copy(update=changes)
+
+
+def measure(inputs: Inputs) -> dict[int, LayerError]:
+    """The error of each compared layer, by student layer. Collective over the world."""
+    config, models = inputs.config, build_models(inputs)
+    topology = models.topology
+    prompts = []
+    if inputs.prompts is not None:
+        count, shuffle = config.rollout.prompts_per_step, config.data.shuffle
+        prompts, _ = take(inputs.prompts.prompts, PromptState(), count, seed=config.train.seed, shuffle=shuffle)
+    mine = models.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), 0)
+    rollouts, taught_by = inputs.with_teachers(share_rollouts(inputs.aligned(mine), topology))
+    whole = GlobalBatch(rollouts, taught_by, config.loss, inputs.precision.pad_tokens)
+    pack = partial(whole.micro_batches, config.batch, inputs.student)
+    batches = pack(topology)
+    precision = dataclasses.replace(inputs.precision, teacher=inputs.precision.exact_teacher)
+    exact = dataclasses.replace(inputs, precision=precision)
+    of_exact = [
+        build_teacher(exact, planned, teacher.topology)
+        for planned, teacher in zip(inputs.teachers.values(), models.teachers, strict=True)
+    ]
+    read_by = batches_of_teachers(models.teachers, topology, batches, pack)
+    return measure_error(of_exact, models.teachers, topology, batches, read_by, config.loss)
+
+
+def _print(errors: dict[int, LayerError], total: float) -> None:
+    columns = ("student layer", "teacher layer", "relative error", "loss floor")
+    table = Table(*columns, title="The teacher in FP8 against itself in full", box=box.SIMPLE)
+    for layer, error in errors.items():
+        table.add_row(str(layer), str(error.teacher_layer), f"{error.relative:.4f}", f"{error.floor:.3e}")
+    console = Console()
+    console.print(table)
+    console.print(f"loss of a student whose states equal the teacher's in full: {total:.3e}", highlight=False)
+
+
+if __name__ == "__main__":
+    run_command(main)

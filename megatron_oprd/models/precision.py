@@ -1,0 +1,264 @@
+"""From `precision:` to Megatron's arguments, or to why not: Megatron ignores silently what it cannot do. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_oprd.config import ParallelConfig, PrecisionConfig
+from megatron_oprd.environment import Machine
+from megatron_oprd.types import ModelSpec, UserError
+
+# What the dimensions of an FP8 product, and the tokens of a rank, must be multiples of.
+MULTIPLE = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
+_OLDEST_TE = (2, 9)  # of what Megatron-Core 0.16.1 accepts
+
+
+@dataclass(frozen=True)
+class ModelPrecision:
+    """How one model computes: which modules stand in it, and what Megatron's TransformerConfig is told."""
+
+    transformer_engine: bool = False
+    scaled_weights: bool = False  # FP8 weights without Transformer Engine (`models/scaled_linear.py`)
+    keep_bf16: tuple[int, int] = (0, 0)  # the lowest and the highest blocks that stay out of FP8
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def in_fp8(self) -> bool:
+        return self.scaled_weights or "fp8" in self.arguments
+
+
+PLAIN = ModelPrecision()  # our own modules, in the dtype of the weights
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a run computes."""
+
+    student: ModelPrecision = PLAIN
+    teacher: ModelPrecision = PLAIN
+    pad_tokens: int = 1  # a rank's tokens of a micro-batch are a multiple of it
+
+    @property
+    def exact_teacher(self) -> ModelPrecision:
+        """The teacher on the same modules without FP8."""
+        exchange = {name: value for name, value in self.teacher.arguments.items() if name == "cp_comm_type"}
+        return ModelPrecision(self.teacher.transformer_engine, arguments=exchange)
+
+    @property
+    def attention(self) -> str:
+        """The core attention, in words."""
+        return "Transformer Engine" if self.student.transformer_engine else "torch scaled_dot_product_attention"
+
+
+def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: Machine) -> Precision:
+    """What `config` means on `machine`, in the student's layout `parallel`. Raises UserError, naming the key and what
+    would work, for what the machine or Megatron-Core would not do as asked (docs/precision.md has the table)."""
+    te = _takes_transformer_engine(config, machine)
+    if not te and parallel.cp_comm_type in ("p2p", "a2a"):
+        raise UserError(
+            f"parallel.cp_comm_type={parallel.cp_comm_type} needs Transformer Engine's attention (precision.attention="
+            "te); without it keys and values are gathered: use parallel.cp_comm_type=auto"
+        )
+    teacher_in_fp8 = config.teacher_fp8 != "off"
+    _check_consistent(config)
+    scaled = config.teacher_fp8 == "weights" and not te
+    if config.fp8 or (teacher_in_fp8 and not scaled):
+        _check_fp8(config, machine, te=te)
+    if scaled:
+        _check_scaled(config, machine)
+    first, last = config.keep_bf16.first, config.keep_bf16.last
+    shared = {
+        "fp8_recipe": config.recipe,
+        "first_last_layers_bf16": first + last > 0,
+        "num_layers_at_start_in_bf16": first,
+        "num_layers_at_end_in_bf16": last,
+    }
+    plain = {"cp_comm_type": _exchange(parallel, te=te)} if te else {}
+    of_student = {"fp8": config.fp8, **shared} if config.fp8 else {}
+    # A frozen model has no gradients to want the range of E5M2.
+    of_teacher = (
+        {"fp8": "e4m3", **shared, "fp8_param": config.teacher_fp8 == "weights"} if teacher_in_fp8 and te else {}
+    )
+    return Precision(
+        ModelPrecision(te, False, (first, last) if config.fp8 else (0, 0), plain | of_student),
+        ModelPrecision(te, scaled, (first, last) if teacher_in_fp8 else (0, 0), plain | of_teacher),
+        _pad_tokens(config, in_te=bool(of_student or of_teacher)),
+    )
+
+
+def check_dimensions(
+    precision: ModelPrecision, recipe: str, spec: ModelSpec, tensor: int, stages: Sequence[int], model: str, key: str
+) -> None:
+    """Raise UserError when the model's products cannot be in FP8, cut over `tensor` ranks and over pipeline stages of
+    `stages` blocks. `model`: what to call it; `key`: the section of its layout."""
+    if not precision.in_fp8:
+        return
+    multiple = MULTIPLE[recipe]
+    for name, size in _product_sizes(spec, tensor).items():
+        if size % multiple:
+            raise UserError(
+                f"the {model}'s {name} is {size} on each rank with {key}.tensor={tensor}; FP8 with precision.recipe="
+                f"{recipe} needs a multiple of {multiple}: lower {key}.tensor or leave FP8 out"
+            )
+    most = sum(stages) // len(stages)  # of a pipeline rank
+    for name, kept in zip(("first", "last"), precision.keep_bf16, strict=True):
+        if kept > most and not precision.scaled_weights:
+            raise UserError(
+                f"precision.keep_bf16.{name}={kept} is more than Megatron-Core takes of the {model}, whose pipeline "
+                f"stages have {most} blocks on average; use at most {most}"
+            )
+
+
+def check_head_exchange(precision: ModelPrecision, spec: ModelSpec, parallel: ParallelConfig, model: str) -> None:
+    """Raise UserError where the heads of a rank are too few for context parallelism all to all."""
+    if precision.arguments.get("cp_comm_type") != "a2a" or parallel.context == 1:
+        return
+    for name, heads in (("attention heads", spec.num_attention_heads), ("key-value heads", spec.num_query_groups)):
+        if heads // parallel.tensor % parallel.context:
+            raise UserError(
+                f"parallel.cp_comm_type=a2a divides heads over parallel.context={parallel.context}, and the {model} "
+                f"has {heads // parallel.tensor} {name} on each rank; use parallel.cp_comm_type=p2p"
+            )
+
+
+def _product_sizes(spec: ModelSpec, tensor: int) -> dict[str, int]:
+    sizes = {
+        "hidden size": spec.hidden_size,
+        "width of query, key and value": (spec.num_attention_heads + 2 * spec.num_query_groups)
+        * spec.head_dim
+        // tensor,
+        "width of the heads": spec.num_attention_heads * spec.head_dim // tensor,
+    }
+    if len(spec.sparse_layers) < spec.num_layers:
+        sizes["intermediate size"] = spec.ffn_hidden_size // tensor
+    if spec.num_experts:
+        sizes["experts' intermediate size"] = spec.moe_ffn_hidden_size  # experts are never cut
+    return sizes
+
+
+def _takes_transformer_engine(config: PrecisionConfig, machine: Machine) -> bool:
+    usable = machine.transformer_engine is not None and machine.capability is not None and config.dtype == "bf16"
+    if config.attention != "te":
+        return usable and config.attention == "auto"
+    asked = "precision.attention=te"
+    if machine.transformer_engine is None:
+        raise UserError(f"{asked}: Transformer Engine is not installed; install it or use precision.attention=auto")
+    if machine.capability is None:
+        raise UserError(f"{asked}: Transformer Engine needs a CUDA device; use precision.attention=auto or sdpa")
+    if config.dtype != "bf16":
+        raise UserError(
+            f"{asked} with precision.dtype={config.dtype}: Transformer Engine's fused attention takes bf16; use "
+            "precision.dtype=bf16 or precision.attention=sdpa"
+        )
+    return True
+
+
+def _exchange(parallel: ParallelConfig, *, te: bool) -> str:
+    """How context-parallel ranks bring keys and values together."""
+    asked = parallel.cp_comm_type
+    if te and asked == "all_gather" and parallel.context > 1:
+        raise UserError(
+            "parallel.cp_comm_type=all_gather: Transformer Engine does not gather keys and values of packed sequences; "
+            "use p2p or a2a, or precision.attention=sdpa"
+        )
+    return "p2p" if asked in ("auto", "all_gather") else asked
+
+
+def _check_consistent(config: PrecisionConfig) -> None:
+    """What is wrong on every machine."""
+    in_fp8 = config.fp8 is not None or config.teacher_fp8 != "off"
+    if not in_fp8 and config.recipe != "tensorwise":
+        raise UserError(
+            f"precision.recipe={config.recipe}: nothing computes in FP8; set precision.fp8 or precision.teacher_fp8"
+        )
+    if config.recipe != "delayed":
+        return
+    if config.teacher_fp8 != "off":
+        raise UserError(
+            f"precision.recipe=delayed with precision.teacher_fp8={config.teacher_fp8}: a frozen model has no history "
+            "of its own to scale by; use precision.recipe=tensorwise or blockwise, or precision.teacher_fp8=off"
+        )
+    if config.keep_bf16.first or config.keep_bf16.last:
+        raise UserError(
+            "precision.recipe=delayed cannot keep blocks in bf16; set precision.keep_bf16.first=0 and "
+            "precision.keep_bf16.last=0, or use precision.recipe=tensorwise"
+        )
+
+
+def _check_fp8(config: PrecisionConfig, machine: Machine, *, te: bool) -> None:
+    asked, instead = f"precision.fp8={config.fp8}", "precision.fp8=null"
+    if not config.fp8:
+        asked, instead = (
+            f"precision.teacher_fp8={config.teacher_fp8}",
+            "precision.teacher_fp8=weights, which needs none",
+        )
+    if config.dtype != "bf16":
+        raise UserError(
+            f"{asked} with precision.dtype={config.dtype}: FP8 stands beside bf16; use precision.dtype=bf16"
+        )
+    if machine.transformer_engine is None:
+        raise UserError(
+            f"{asked} needs Transformer Engine, which is not installed: Megatron-Core would ignore it; use {instead}"
+        )
+    if not te and machine.capability is None:
+        raise UserError(f"{asked} needs a CUDA device; use {instead}")
+    if not te:
+        raise UserError(
+            f"{asked} with precision.attention=sdpa: Megatron-Core's own linear layers ignore FP8; use "
+            "precision.attention=auto or te"
+        )
+    version = tuple(int(part) for part in str(machine.transformer_engine).split(".")[:2])
+    if version < _OLDEST_TE:
+        raise UserError(f"{asked} needs Transformer Engine 2.9 or newer, not {machine.transformer_engine}")
+    _check_device(asked, config.recipe, machine)
+
+
+def _check_device(asked: str, recipe: str, machine: Machine) -> None:
+    """What each recipe wants of the device (Transformer Engine's own conditions)."""
+    capability, cuda = machine.capability or (0, 0), machine.cuda or (0, 0)
+    device = f"this device has compute capability {capability[0]}.{capability[1]}"
+    if capability < (8, 9):
+        raise UserError(
+            f"{asked} needs compute capability 8.9 or above; {device}; use precision.fp8=null and precision."
+            "teacher_fp8=off"
+        )
+    if recipe == "blockwise" and capability < (9, 0):
+        raise UserError(
+            f"precision.recipe=blockwise needs compute capability 9.0; {device}; use precision.recipe=tensorwise"
+        )
+    if recipe == "blockwise" and cuda < (12, 9):
+        raise UserError(
+            f"precision.recipe=blockwise needs CUDA 12.9 or newer, not {cuda[0]}.{cuda[1]}; use precision.recipe="
+            "tensorwise"
+        )
+    if recipe == "mxfp8" and capability[0] != 10:
+        raise UserError(
+            f"precision.recipe=mxfp8 needs compute capability 10.x (Blackwell); {device}; use precision.recipe="
+            "tensorwise or blockwise"
+        )
+
+
+def _check_scaled(config: PrecisionConfig, machine: Machine) -> None:
+    """FP8 weights of a teacher without Transformer Engine."""
+    asked = "precision.teacher_fp8=weights"
+    if config.recipe != "tensorwise":
+        raise UserError(
+            f"{asked} with precision.recipe={config.recipe} needs Transformer Engine on a CUDA device with "
+            "precision.attention=auto or te; without it use precision.recipe=tensorwise"
+        )
+    if machine.capability is not None:
+        _check_device(asked, config.recipe, machine)
+
+
+def _pad_tokens(config: PrecisionConfig, *, in_te: bool) -> int:
+    needed = MULTIPLE[config.recipe] if in_te else 1
+    if config.pad_tokens == "auto":
+        return needed
+    if config.pad_tokens % needed:
+        raise UserError(
+            f"precision.pad_tokens={config.pad_tokens}: FP8 with precision.recipe={config.recipe} needs a multiple of "
+            f"{needed}; use that or auto"
+        )
+    return config.pad_tokens
