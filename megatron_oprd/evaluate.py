@@ -15,6 +15,7 @@ from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer
+from megatron_oprd.environment import find_machine
 from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import Sample, score_by_source, write_samples
 from megatron_oprd.files import check_writable, write_json
@@ -23,6 +24,7 @@ from megatron_oprd.inputs import read_evaluation_prompts
 from megatron_oprd.layouts import check_student_layout, world_size
 from megatron_oprd.models.build import check_recompute
 from megatron_oprd.models.layer_plan import even_stages
+from megatron_oprd.models.precision import plan_precision
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.parallel.topology import check_layout
@@ -64,8 +66,9 @@ def evaluate_model(config: Config) -> tuple[list[Sample], PromptSet]:
     tokenizer = load_tokenizer(config.student.path)
     check_tokenizer(tokenizer, spec)
     prompts = read_evaluation_prompts(config, tokenizer)
+    precision = plan_precision(config.precision, config.parallel, find_machine()).student
     topology = start_topology(config, config.parallel)
-    engine = make_evaluator(config, build_and_load(config, spec, topology, stages), spec, topology)
+    engine = make_evaluator(config, build_and_load(config, spec, topology, stages, precision), spec, topology)
     return evaluate_over_ranks(engine, prompts.prompts, tokenizer, topology), prompts
 
 

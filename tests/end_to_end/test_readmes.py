@@ -20,7 +20,7 @@ from tests.helpers.runs import prompt_run
 ROOT = Path(__file__).parents[2]
 COMMAND = re.compile(r"^ {4}((?:bash|python|torchrun) .*?)(?: +#.*)?$", re.MULTILINE)
 FILES = ["README.md", "CONTRIBUTING.md", *(f"{d}/README.md" for d in ("examples", "ci", "benchmarks"))]
-FILES += ["tools/checkpoint_convert/README.md", "docs/bridge.md"]
+FILES += ["tools/checkpoint_convert/README.md", "docs/bridge.md", "docs/precision.md"]
 
 TINY = "train.steps=2 rollout.max_new_tokens=6 rollout.prompts_per_step=2 checkpoint.every=0 precision.dtype=fp32"
 PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompts=[{models}/prompts.jsonl]"
@@ -60,6 +60,9 @@ RUNS = {
     "torchrun --nproc-per-node 8 -m megatron_oprd.train --config examples/cross_architecture.yaml": f"{RECIPE} "
     "loss.representation.bridge={models}/bridge health.every=0",
     f"torchrun --nproc-per-node 8 {EXAMPLE} {MODELS} parallel.tensor=2": RECIPE,
+    f"bash {EXAMPLE} precision.teacher_fp8=weights": SHORT_DEMO,
+    "torchrun --nproc-per-node 8 -m megatron_oprd.fp8_error --config examples/qwen_same_family.yaml "
+    "precision.teacher_fp8=weights": RECIPE,
     f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}": RECIPE,
     "python -m megatron_oprd.train --config examples/qwen_same_family.yaml --dry-run": PATHS,
     "torchrun --nproc-per-node 8 -m megatron_oprd.train --config examples/qwen_same_family.yaml": RECIPE,

@@ -1,7 +1,12 @@
-"""What a Hugging Face config says, without one: a tiny dense Qwen3, with anything else given by name."""
+"""What a Hugging Face config says, without one, and where ranks stand, without processes."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec
 
 TINY: dict[str, Any] = {
@@ -24,4 +29,14 @@ TINY: dict[str, Any] = {
 
 
 def tiny_spec(**fields: Any) -> ModelSpec:
+    """A tiny dense Qwen3, with anything else given by name."""
     return ModelSpec(**{**TINY, **fields})
+
+
+def ranks(data: int, context: int, sequence: int) -> Iterator[Topology]:
+    """The topology of every rank of a layout; packing asks for no group."""
+    sizes = dict(pipeline_size=1, pipeline_rank=0, expert_size=1, expert_rank=0, virtual_size=1)
+    sizes |= dict(tensor_size=sequence, context_size=context, data_size=data, sequence_parallel=sequence > 1)
+    for d, c, s in itertools.product(range(data), range(context), range(sequence)):
+        place = dict(data_rank=d, context_rank=c, tensor_rank=s, rank=0, world_size=data * context * sequence)
+        yield Topology(**sizes, **place, device=torch.device("cpu"), groups=None, megatron_state={})

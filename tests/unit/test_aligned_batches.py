@@ -11,12 +11,11 @@ import torch
 
 from megatron_oprd.config import BatchConfig, LossConfig, RepresentationConfig
 from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
-from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch, as_the_teacher_reads, longest_reading
 from megatron_oprd.types import Rollout
 from tests.helpers.reference import selected_indices
 from tests.helpers.responses import Speller, brute_force, random_response, tokenizer_named
-from tests.helpers.specs import tiny_spec
+from tests.helpers.specs import ranks, tiny_spec
 
 PAIRS = [("bytes", name) for name in ("qwen", "llama_3", "llama_2", "gemma")]
 PAIRS += [("phi_4_mini", "bytes"), ("llama_2", "phi_4_mini")]
@@ -56,15 +55,6 @@ class Pair:
 def pair_of(tmp_path_factory):
     folders = functools.cache(tmp_path_factory.mktemp)
     return functools.cache(lambda names: Pair(names, folders))
-
-
-def ranks(data, context, sequence):
-    """The topology of every rank of a layout; packing asks for no group."""
-    sizes = dict(pipeline_size=1, pipeline_rank=0, expert_size=1, expert_rank=0, virtual_size=1)
-    sizes |= dict(tensor_size=sequence, context_size=context, data_size=data, sequence_parallel=sequence > 1)
-    for d, c, s in itertools.product(range(data), range(context), range(sequence)):
-        place = dict(data_rank=d, context_rank=c, tensor_rank=s, rank=0, world_size=data * context * sequence)
-        yield Topology(**sizes, **place, device=torch.device("cpu"), groups=None, megatron_state={})
 
 
 def batches_of(whole, topology, teacher=None):
