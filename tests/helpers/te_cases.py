@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformer_engine.pytorch as te
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from transformer_engine import on_cpu
 
 from megatron_oprd import platform
@@ -37,17 +39,30 @@ def dense(local: Any, weights: dict, logits: torch.Tensor, **settings: Any) -> d
 
 
 def fp8(weights: dict, logits: torch.Tensor) -> dict[str, Any]:
-    """The contexts of one pass, how far FP8 moves logits and gradients, and the same with every layer recomputed."""
+    """The contexts of one pass, and how far FP8 moves logits and gradients."""
     plain = load(build("te"), weights)
     run(plain)
     model = load(build("te", **FP8, first_last_layers_bf16=True), weights)
     on_cpu.entered.clear()
     moved = relative(run(model), logits)
-    contexts = [[e.kind, e.enabled, type(e.recipe).__name__, e.recipe.fp8_format.name] for e in on_cpu.entered]
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    again = load(build("te", **FP8, first_last_layers_bf16=True, **recompute), weights)
-    result = {"contexts": contexts, "logits": moved, "gradients": relative_gradients(model, plain)}
-    return {**result, "recomputed": relative(run(again), run(model)), "again": relative_gradients(again, model)}
+    return {"contexts": contexts(), "logits": moved, "gradients": relative_gradients(model, plain)}
+
+
+def contexts() -> list[list]:
+    return [[e.kind, e.enabled, type(e.recipe).__name__, e.recipe.fp8_format.name] for e in on_cpu.entered]
+
+
+def recomputed(weights: dict) -> dict[str, Any]:
+    """Every layer recomputed in backward, after the context around all of them (the delayed recipe's) has ended."""
+    settings = {"fp8": "e4m3", "fp8_recipe": "delayed"}
+    kept = load(build("te", **settings), weights)
+    again = load(
+        build("te", **settings, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        weights,
+    )
+    on_cpu.entered.clear()
+    moved = relative(run(again), run(kept))
+    return {"contexts": contexts(), "logits": moved, "gradients": relative_gradients(again, kept)}
 
 
 def relative_gradients(model: torch.nn.Module, other: torch.nn.Module) -> float:
@@ -151,6 +166,60 @@ def optimizer() -> dict[str, float]:
     return figures
 
 
+def training(weights: dict, folder: Path) -> dict[str, float]:
+    """Two steps in FP8 of two data-parallel ranks with the distributed optimizer, resumed from a checkpoint after the
+    first: how far the parameters move in each, and how far those of the resumed run are away at the end."""
+    (folder / "saved").mkdir(exist_ok=True)
+    dist.barrier()
+    model, trainer = trained(weights)
+    start = weights_of(model)
+    step(model, trainer)
+    first = weights_of(model)
+    dist_checkpointing.save(sharded_state(model, trainer), str(folder / "saved"))
+    step(model, trainer)
+    resumed, resumed_trainer = trained({name: torch.zeros_like(weight) for name, weight in weights.items()})
+    state = dist_checkpointing.load(sharded_state(resumed, resumed_trainer, is_loading=True), str(folder / "saved"))
+    resumed.module.load_state_dict(state["model"])
+    with torch.no_grad():  # parameters in float32 are their own main parameters
+        resumed_trainer.load_state_dict(state["optimizer"])
+    step(resumed, resumed_trainer)
+    last = weights_of(model)
+    moved = {"first": relative(first, start), "second": relative(last, first)}
+    return {**moved, "resumed": relative(weights_of(resumed), last)}
+
+
+def trained(weights: dict) -> tuple[Any, Any]:
+    model = load(build("te", **FP8), weights)
+    with platform.cpu_devices():
+        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+        ddp = DistributedDataParallel(model.config, settings, model)
+        config = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True)
+        return ddp, get_megatron_optimizer(config, [ddp])
+
+
+def step(model: Any, trainer: Any) -> None:
+    model.zero_grad_buffer()
+    model.module.set_is_first_microbatch()
+    run(model)
+    finalize_model_grads([model])
+    with platform.cpu_devices():
+        trainer.step()
+
+
+def weights_of(model: Any) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def sharded_state(model: Any, trainer: Any, is_loading: bool = False) -> dict[str, Any]:
+    metadata = {
+        "distrib_optim_sharding_type": "dp_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(),
+    }
+    weights = model.module.sharded_state_dict(metadata=metadata)
+    state = trainer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return {"model": weights, "optimizer": state}
+
+
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     platform.install_cpu_stand_ins()
@@ -162,11 +231,13 @@ def main(rank: int, size: int, folder: Path) -> None:
     figures: dict[str, Any] = {
         "one_rank": dense(local, weights, logits),
         "fp8": fp8(weights, logits),
+        "recomputed": recomputed(weights),
         "stale": stale(weights),
         "fp8_weights": fp8_weights(weights, logits),
         "experts": experts(),
         "context_parallel": context_parallel(rank, size),
         "optimizer": optimizer(),
+        "training": training(weights, folder),
     }
     set_layout(size)
     figures["tensor_parallel"] = dense(local, weights, logits)

@@ -59,16 +59,15 @@ def check_fp8_shape(*tensors: torch.Tensor) -> None:
 class Gemm(torch.autograd.Function):
     """inp [..., in], weight [out, in] -> inp @ weight.T [..., out]; both gradients come from the rounded operands.
 
-    `grad_dtype`, the FP8 type of the incoming gradient, is None outside FP8. With `accumulate` the weight's gradient
-    goes to `weight.main_grad`, as from TE's fused kernel; `weight.grad` then only carries the news of it.
+    `grad_dtype`, the FP8 type of the incoming gradient, is None outside FP8.
     """
 
     @staticmethod
-    def forward(ctx, inp, weight, rounded_weight, grad_dtype, accumulate):
+    def forward(ctx, inp, weight, rounded_weight, grad_dtype):
         if grad_dtype is not None:
             inp = fake_quantize(inp)
         ctx.save_for_backward(inp, rounded_weight)
-        ctx.weight, ctx.grad_dtype, ctx.accumulate = weight, grad_dtype, accumulate
+        ctx.grad_dtype = grad_dtype
         return torch.nn.functional.linear(inp, rounded_weight)
 
     @staticmethod
@@ -77,14 +76,8 @@ class Gemm(torch.autograd.Function):
         if ctx.grad_dtype is not None:
             grad = fake_quantize(grad, ctx.grad_dtype)
         inp_grad = grad @ rounded_weight if ctx.needs_input_grad[0] else None
-        weight_grad = None
-        if ctx.needs_input_grad[1]:
-            weight_grad = grad.flatten(0, -2).T @ inp.flatten(0, -2)
-            if ctx.accumulate:
-                ctx.weight.main_grad.add_(weight_grad)
-                ctx.weight.grad_added_to_main_grad = True
-                weight_grad = torch.zeros_like(weight_grad)
-        return inp_grad, weight_grad, None, None, None
+        weight_grad = grad.flatten(0, -2).T @ inp.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return inp_grad, weight_grad, None, None
 
 
 class Exchange(torch.autograd.Function):

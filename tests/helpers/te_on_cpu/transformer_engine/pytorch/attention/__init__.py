@@ -43,6 +43,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         self.num_heads, self.num_groups = num_attention_heads // tp_size, (num_gqa_groups or num_attention_heads)
         self.num_groups //= tp_size
         self.set_context_parallel_group(cp_group, cp_global_ranks, cp_stream, cp_comm_type)
+        self.register_load_state_dict_post_hook(_forgive_extra_state)
 
     def set_context_parallel_group(self, cp_group, cp_global_ranks, cp_stream, cp_comm_type: str = "p2p") -> None:
         if isinstance(cp_group, list):
@@ -110,6 +111,12 @@ class DotProductAttention(TransformerEngineBaseModule):
             return torch.nn.functional.scaled_dot_product_attention(
                 query, key, value, seen, dropout, scale=self.softmax_scale, enable_gqa=True
             )
+
+
+def _forgive_extra_state(module: torch.nn.Module, incompatible_keys: Any) -> None:
+    """Megatron-Core does not save the attention's."""
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if "core_attention._extra_state" not in key]
 
 
 def _zigzag(starts: list[int], size: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-from .base import TransformerEngineBaseModule, initialize_ub
+from .base import initialize_ub
 from .fp8_padding import Fp8Padding
 from .fp8_unpadding import Fp8Unpadding
 from .grouped_linear import GroupedLinear
@@ -15,6 +15,5 @@ __all__ = [
     "LayerNormLinear",
     "Linear",
     "RMSNorm",
-    "TransformerEngineBaseModule",
     "initialize_ub",
 ]

@@ -54,10 +54,12 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def backward_dw(self) -> None:
         raise NotImplementedError("delay_wgrad_compute")
 
-    def _set_parallel(self, mode: str | None, group: Any, size: int, sequence_parallel: bool) -> None:
+    def _set_parallel(self, mode: Any, group: Any, size: int, sequence_parallel: bool, fuse_wgrad_accumulation: bool):
         self.parallel_mode, self.tp_group = mode, group
         self.tp_size = size if group is None else torch.distributed.get_world_size(group)
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
+        if fuse_wgrad_accumulation:
+            raise NotImplementedError("fuse_wgrad_accumulation: Megatron-Core's own layers need apex for it")
 
     def _add_weight(self, name: str, shape: tuple[int, int], dtype: Any, init_method: Any, tracker: Any, rng: Any):
         """A weight from `init_method` under the tracker's state; held in FP8 inside `quantized_model_init`."""
@@ -88,14 +90,13 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def _gemm(self, inp: torch.Tensor, name: str, is_first_microbatch: bool | None) -> torch.Tensor:
         """inp [..., in] -> [..., out], in the precision of the context that is on."""
         weight = getattr(self, name)
-        accumulate = self.fuse_wgrad_accumulation and weight.requires_grad
         if not FP8GlobalStateManager.is_fp8_enabled():
             rounded = fake_quantize(weight) if hasattr(weight, "_scale_inv") else weight
-            return Gemm.apply(inp, weight, rounded.detach(), None, accumulate)
+            return Gemm.apply(inp, weight, rounded.detach(), None)
         check_fp8_shape(inp, weight)
         is_hybrid = FP8GlobalStateManager.get_fp8_recipe().fp8_format is Format.HYBRID
         grad_dtype = torch.float8_e5m2 if is_hybrid else torch.float8_e4m3fn
-        return Gemm.apply(inp, weight, self._rounded(weight, name, is_first_microbatch), grad_dtype, accumulate)
+        return Gemm.apply(inp, weight, self._rounded(weight, name, is_first_microbatch), grad_dtype)
 
     def _rounded(self, weight: torch.Tensor, name: str, is_first_microbatch: bool | None) -> torch.Tensor:
         """The FP8 weight: of the last first micro-batch, whatever became of the weight since, as TE caches it."""

@@ -31,11 +31,11 @@ class GroupedLinear(TransformerEngineBaseModule):
         save_original_input: bool = False,
     ):
         super().__init__()
-        self._set_parallel(parallel_mode, tp_group, tp_size, sequence_parallel)
+        self._set_parallel(parallel_mode, tp_group, tp_size, sequence_parallel, fuse_wgrad_accumulation)
         if self.tp_size > 1:
             raise NotImplementedError("Megatron-Core's token dispatcher does the experts' tensor parallelism")
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
-        self.fuse_wgrad_accumulation, self.save_original_input = fuse_wgrad_accumulation, save_original_input
+        self.save_original_input = save_original_input
         self.use_bias, self.return_bias = bias, return_bias
         for i in range(num_gemms):
             shape = (out_features, in_features)

@@ -39,11 +39,10 @@ class LayerNormLinear(TransformerEngineBaseModule):
         super().__init__()
         if return_layernorm_output or parallel_mode not in (None, "column"):
             raise NotImplementedError(f"{return_layernorm_output=}, {parallel_mode=}")
-        self._set_parallel(parallel_mode, tp_group, tp_size, sequence_parallel)
+        self._set_parallel(parallel_mode, tp_group, tp_size, sequence_parallel, fuse_wgrad_accumulation)
         self.in_features = in_features
         self.out_features = out_features // (self.tp_size if parallel_mode == "column" else 1)
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
-        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.use_bias, self.return_bias, self.ub_name = bias, return_bias, ub_name
         start = torch.zeros if zero_centered_gamma else torch.ones
         self.layer_norm_weight = torch.nn.Parameter(start(in_features, dtype=params_dtype))

@@ -32,13 +32,13 @@ class Linear(TransformerEngineBaseModule):
         save_original_input: bool = False,
     ):
         super().__init__()
-        self._set_parallel(parallel_mode, tp_group, tp_size, sequence_parallel)
+        self._set_parallel(parallel_mode, tp_group, tp_size, sequence_parallel, fuse_wgrad_accumulation)
         self.in_features, self.out_features = in_features, out_features
         if parallel_mode == "column":
             self.out_features //= self.tp_size
         elif parallel_mode == "row":
             self.in_features //= self.tp_size
-        self.fuse_wgrad_accumulation, self.save_original_input = fuse_wgrad_accumulation, save_original_input
+        self.save_original_input = save_original_input
         self.use_bias, self.return_bias, self.ub_name = bias, return_bias, ub_name
         shape = (self.out_features, self.in_features)
         self._add_weight("weight", shape, params_dtype, init_method, get_rng_state_tracker, rng_tracker_name)
