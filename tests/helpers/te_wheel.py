@@ -29,7 +29,7 @@ def download(version: str, folder: Path) -> Path:
             command += ["--disable-pip-version-check", "--timeout=10", "--retries=1", "--dest", part]
             done = subprocess.run([*command, f"{PACKAGE}=={version}"], capture_output=True, text=True, timeout=300)
             if not Path(part, wheel.name).is_file():
-                raise OSError(f"pip gave no {wheel.name}: {done.stderr.strip()[-300:]}")
+                raise OSError(f"pip gave no {wheel.name}: {done.stderr.strip().splitlines()[-1:]}")
             Path(part, wheel.name).replace(wheel)
     return wheel
 

@@ -4,7 +4,9 @@ source; and the CPU stand-in of the tests has none that it lacks. Needs pip to f
 import ast
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -51,17 +53,24 @@ OURS = (
 )
 
 
-def source(version):
+# The table is of one Megatron-Core; a newer one asks for more, mostly in a try.
+of_this_megatron = pytest.mark.skipif(
+    importlib.metadata.version("megatron-core") != "0.16.1", reason="the known gaps are those of Megatron-Core 0.16.1"
+)
+
+
+@functools.cache
+def opened(version):
+    """The wheel's source, or why there is none."""
     try:
         return Source(download(version, CACHE))
-    except OSError as error:
-        pytest.skip(f"no wheel of Transformer Engine {version}: {error}")
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"no wheel of Transformer Engine {version}: {error}"
 
 
-@pytest.fixture(scope="module")
-def sources():
-    opened = {}
-    return lambda version: opened.get(version) or opened.setdefault(version, source(version))
+def source(version):
+    found = opened(version)
+    return pytest.skip(found) if isinstance(found, str) else found
 
 
 @functools.cache
@@ -84,11 +93,12 @@ def _under(path, folders):
     return path.as_posix().startswith(folders)
 
 
+@of_this_megatron
 @pytest.mark.parametrize("version", SUPPORTED)
-def test_transformer_engine_has_all_that_is_asked_of_it(sources, version):
+def test_transformer_engine_has_all_that_is_asked_of_it(version):
     lacking = defaultdict(list)
     for use in asked(version):
-        for lack in lacks(use, sources(version)):
+        for lack in lacks(use, source(version)):
             lacking[lack].append(use.where)
     new = {lack: where for lack, where in lacking.items() if lack not in KNOWN_LACKS}
     assert not new, f"Transformer Engine {version} lacks what is asked at these lines: {new}"
@@ -97,19 +107,21 @@ def test_transformer_engine_has_all_that_is_asked_of_it(sources, version):
     )
 
 
+@of_this_megatron
 @pytest.mark.parametrize("version", SUPPORTED)
-def test_transformer_engine_has_what_only_runs_ask(sources, version):
+def test_transformer_engine_has_what_only_runs_ask(version):
     """Names without a call in Megatron-Core, and the packed sequence's fields, which it passes by name at run time."""
-    wheel = sources(version)
+    wheel = source(version)
     assert [name for name in OURS if wheel.find(name) is None] == []
     attention = wheel.find("transformer_engine.pytorch.DotProductAttention.forward")
     fields = {field.name for field in dataclasses.fields(PackedSeqParams)} - {"cp_group", "local_cp_size"}
     assert [field for field in sorted(fields) if not wheel.accepts(attention, field)] == []
 
 
+@of_this_megatron
 @pytest.mark.parametrize("version", SUPPORTED)
-def test_recipes_take_what_megatron_passes(sources, version, tmp_path):
-    file = sources(version).extract("transformer_engine.common.recipe", tmp_path)
+def test_recipes_take_what_megatron_passes(version, tmp_path):
+    file = source(version).extract("transformer_engine.common.recipe", tmp_path)
     spec = importlib.util.spec_from_file_location("te_recipe", file)
     recipe = importlib.util.module_from_spec(spec)
     sys.modules["te_recipe"] = recipe  # where pydantic looks for the types
@@ -127,6 +139,7 @@ def test_recipes_take_what_megatron_passes(sources, version, tmp_path):
         del sys.modules["te_recipe"]
 
 
+@of_this_megatron
 def test_the_reader_sees_what_megatron_passes():
     found = defaultdict(set)
     for use in asked("2.11.0"):
@@ -187,8 +200,8 @@ def test_what_is_lacking_is_found(tmp_path, code):
     assert sorted(lacking) == [f"transformer_engine.pytorch.{name}" for name in CASES[code]]
 
 
-def test_the_stand_in_has_only_what_the_package_has(sources):
-    real, ours = sources(STAND_IN_VERSION), Source(STAND_IN)
+def test_the_stand_in_has_only_what_the_package_has():
+    real, ours = source(STAND_IN_VERSION), Source(STAND_IN)
     wrong = []
     for module in ours.modules():
         if module == "transformer_engine.on_cpu":
