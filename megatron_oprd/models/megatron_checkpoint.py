@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
+from megatron.core.fp8_utils import is_float8tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -142,8 +143,9 @@ def load_model(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, 
     loaded = on_every_rank(read)  # not every version of mcore tells all ranks what one of them met
     with torch.no_grad():
         for name, parameter in named_parameters(stage).items():
-            # mcore reads into the parameter itself, except where it lays a parameter together from pieces.
-            if loaded[name].data_ptr() != parameter.data_ptr():
+            # mcore reads into the parameter itself, except where it lays a parameter together from pieces, and never in
+            # FP8: that is made of what was read.
+            if is_float8tensor(parameter) or loaded[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(loaded[name])
 
 

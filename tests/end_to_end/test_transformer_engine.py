@@ -9,7 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from tests.helpers.distributed import run_distributed
+from tests.helpers.models import to_megatron
 from tests.helpers.runs import prompt_run
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +71,8 @@ def runs(tmp_path_factory):
     """The arguments of a run, and the run itself in FP8."""
     folder = tmp_path_factory.mktemp("runs")
     arguments = prompt_run(folder, STEPS, *SETTINGS, **SIZES)
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.bfloat16)
+    model.save_pretrained(folder / "teacher")  # in the dtype of the run: FP8 is made of the same numbers wherever from
     return folder, arguments, train(arguments, folder / "fp8", *IN_FP8)
 
 
@@ -98,3 +104,12 @@ def test_a_checkpoint_goes_on_without_transformer_engine(runs):
     assert own[:2] == metrics[:2] and own[2] != metrics[2]
     assert own[2]["loss"] == pytest.approx(metrics[2]["loss"], rel=0.1)
     assert own[2]["grad_norm"] == pytest.approx(metrics[2]["grad_norm"], rel=0.15)
+
+
+def test_fp8_weights_are_the_same_from_either_kind_of_folder(runs):
+    folder, arguments, (metrics, _) = runs
+    run_distributed(1, to_megatron, folder / "teacher", folder / "megatron-teacher", 1, torch.bfloat16)
+    first, _ = train(
+        arguments, folder / "other", *IN_FP8, f"teacher.path={folder / 'megatron-teacher'}", "train.steps=1"
+    )
+    assert first == metrics[:1]

@@ -98,13 +98,13 @@ def save(model: torch.nn.Module, folder: Path, **kwargs) -> Path:
     return folder
 
 
-def to_megatron(rank: int, folder: Path, target: Path, tensor: int = 1) -> None:
-    """Write a Hugging Face folder of float32 as a Megatron checkpoint, as `tools/checkpoint_convert` does. Collective
+def to_megatron(rank: int, folder: Path, target: Path, tensor: int = 1, dtype: torch.dtype = torch.float32) -> None:
+    """Write a Hugging Face folder as a Megatron checkpoint in `dtype`, as `tools/checkpoint_convert` does. Collective
     over the world."""
     device = choose_device("auto")
     start_process(device)
     topology = build_topology(ParallelConfig(tensor=tensor), device, seed=0)
     spec = read_model_spec(folder)
-    stage = build_model(spec, topology, torch.float32)
+    stage = build_model(spec, topology, dtype)
     load_weights(stage, folder, spec, topology)
     save_model(stage, target, spec, topology, source=folder)
