@@ -12,6 +12,9 @@ from megatron_oprd.models.precision import Precision, check_dimensions, check_he
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.types import ModelSpec, UserError
 
+# Keys of the student's section `parallel` that place nothing: what a teacher has no part in.
+ONLY_IN_TRAINING = ("distributed_optimizer", "world_size", "overlap_grad_reduce", "overlap_param_gather")
+
 
 def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: str = "") -> PlannedTeacher:
     """Which layers are compared with the teacher called `name` (the only one has no name), and on which stages of both
@@ -50,8 +53,8 @@ def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:
     if own is None:
         return None
     layout = ParallelConfig(tensor=own.tensor, pipeline=own.pipeline, expert=own.expert)
-    same = layout.model_copy(update={"distributed_optimizer": student.distributed_optimizer}) == student
-    return None if same else layout
+    of_training = {name: getattr(student, name) for name in ONLY_IN_TRAINING}
+    return None if layout.model_copy(update=of_training) == student else layout
 
 
 def check_student_layout(

@@ -33,7 +33,9 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.dry_run import describe_run
 from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
+from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.run_log import RunLog
+from megatron_oprd.training.saver import Saver
 from megatron_oprd.training.state import TrainState, due
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import PassReport, batches_of_teachers, teacher_pass
@@ -72,18 +74,21 @@ def fit(run: Run) -> str | None:
     world."""
     config = run.inputs.config
     state, log, health = start(run)
+    saver = Saver(asynchronous=config.checkpoint.asynchronous)
 
     def last_step() -> int:
         return state.step if health_watch.reason_to_stop(config, health) else config.train.steps
 
     while state.step < last_step():
         state, metrics, rollouts = one_step(run, state)
+        saver.at_step()
         health, measured = health_watch.after_step(run, log, health, state.step, metrics)
         on_rank_zero(partial(write_step, run, log, metrics | measured, rollouts))
         if due(state.step, config.evaluation.every, last_step()):
             health = evaluate_student(run, log, state, health)
         if due(state.step, config.checkpoint.every, last_step()):
-            save_checkpoint(run, state)
+            save_checkpoint(run, state, saver)
+    saver.wait()
     on_rank_zero(log.close)
     return health_watch.reason_to_stop(config, health)
 
@@ -215,6 +220,7 @@ def finish(run: Run) -> None:
     if run.inputs.config.checkpoint.export_hf:
         fresh, target = run_dir / "hf.new", run_dir / "hf"
         on_rank_zero(lambda: shutil.rmtree(fresh, ignore_errors=True))
+        wait_for_gather(run.student.ddp)
         export_hf(run.student.stage, run.inputs.student, run.topology, run.inputs.config.student.path, fresh)
 
         def replace_export() -> None:
@@ -248,10 +254,10 @@ def write_step(run: Run, log: RunLog, metrics: dict[str, float], rollouts: list[
     log.rollouts(int(metrics["step"]), rollouts, run.inputs.tokenizer)
 
 
-def save_checkpoint(run: Run, state: TrainState) -> None:
-    """Write a training checkpoint and drop the oldest. Collective over the world."""
+def save_checkpoint(run: Run, state: TrainState, saver: Saver) -> None:
+    """Write a training checkpoint, or begin to, and drop the oldest. Collective over the world."""
     config = run.inputs.config
-    checkpoint.save(
+    saver.save(
         run.inputs.run_dir / "checkpoints",
         run.student,
         run.inputs.student,

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import torch as mcore_torch
 from megatron.core.fp8_utils import is_float8tensor
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_oprd.files import commit_partial, discard_partial, explain_os_errors, prepare_partial, write_json
@@ -26,31 +25,13 @@ from megatron_oprd.hf.config import read_json
 from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
 from megatron_oprd.hf.stream import config_with_dtype, copy_companions
+from megatron_oprd.models.sharded_write import PlannedWrite, plan_write
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec, UserError
 
 MANIFEST = "megatron_oprd.json"
 FORMAT_VERSION = 1
-
-
-class SaveStrategy(mcore_torch.TorchDistSaveShardedStrategy):
-    """mcore's `torch_dist` format, written by this process: one fsynced file a rank.
-
-    mcore's own writer forks a process for every file and keeps a spawned manager for the results: seconds for a tiny
-    model, and impossible in a daemonic process or in a script without a `__main__` guard.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1, thread_count=1)
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        grouped, _, _ = mcore_torch._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        checkpoint.save(
-            mcore_torch.mcore_to_pyt_state_dict(grouped, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, thread_count=1, sync_files=True),
-            planner=mcore_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
 
 
 def sharded_weights(stage: torch.nn.ModuleList, topology: Topology) -> dict[str, Any]:
@@ -79,18 +60,33 @@ def save_model(
     partial = on_rank_zero(lambda: prepare_partial(folder))
     try:
         with explain_os_errors(partial):
-            dist_checkpointing.save(sharded_weights(stage, topology), str(partial), sharded_strategy=SaveStrategy())
-        dtype = next(stage.parameters()).dtype
-        on_rank_zero(lambda: _finish(folder, partial, spec, topology, Path(source), dtype))
+            weights = plan_model(stage, partial, topology)
+            weights.write()
+            weights.finish()
+
+        def commit() -> None:
+            describe_model(stage, partial, spec, topology, source)
+            commit_partial(folder)
+
+        on_rank_zero(commit)
     except BaseException:
         if topology.rank == 0:
             discard_partial(folder)
         raise
 
 
-def _finish(
-    folder: str | Path, partial: Path, spec: ModelSpec, topology: Topology, source: Path, dtype: torch.dtype
+def plan_model(stage: torch.nn.ModuleList, folder: str | Path, topology: Topology) -> PlannedWrite:
+    """Plan to write the weights of all ranks into the empty `folder`. Collective over the world; raises what mcore,
+    torch and the disk raise."""
+    return plan_write(sharded_weights(stage, topology), folder)
+
+
+def describe_model(
+    stage: torch.nn.ModuleList, folder: Path, spec: ModelSpec, topology: Topology, source: str | Path
 ) -> None:
+    """Put beside the weights what says whose they are: the companions of `source`, config.json, the manifest. One rank
+    calls it. Raises UserError for a disk that does not take it."""
+    dtype = next(stage.parameters()).dtype
     manifest = {
         "format_version": FORMAT_VERSION,
         "dtype": str(dtype).removeprefix("torch."),
@@ -99,11 +95,10 @@ def _finish(
         "vocabulary": spec.vocab_size,
         "padded_vocabulary": padded_vocab_size(spec, topology.tensor_size),
     }
-    with explain_os_errors(partial):
-        copy_companions(source, partial)
-    write_json(partial / "config.json", config_with_dtype(spec.hf_config, dtype))
-    write_json(partial / MANIFEST, manifest)
-    commit_partial(folder)
+    with explain_os_errors(folder):
+        copy_companions(Path(source), folder)
+    write_json(folder / "config.json", config_with_dtype(spec.hf_config, dtype))
+    write_json(folder / MANIFEST, manifest)
 
 
 def is_megatron_checkpoint(folder: str | Path) -> bool:

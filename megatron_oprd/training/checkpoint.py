@@ -21,24 +21,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_oprd.config import teacher_section
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.files import (
-    commit_partial,
-    discard_partial,
     explain_os_errors,
     prepare_partial,
-    write_json,
-    write_text,
 )
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.models.megatron_checkpoint import (
     check_files,
     describe_damage,
     load_model,
-    save_model,
 )
-from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
+from megatron_oprd.parallel.together import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.map_optimizer import FILE as MAPS
-from megatron_oprd.training.optimizer_state import load_optimizer, save_optimizer
+from megatron_oprd.training.optimizer_state import load_optimizer
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.student import Student
 from megatron_oprd.types import ModelSpec, UserError
@@ -47,44 +42,35 @@ MARK = "complete"
 _NAME = re.compile(r"step_\d{7}")
 
 
-def save(
-    folder: Path,
-    student: Student,
-    spec: ModelSpec,
-    topology: Topology,
-    state: TrainState,
-    teachers: Mapping[str, Identity],
-    *,
-    source: str,
-    keep: int,
-) -> Path:
-    """Write `folder/step_<step>` and remove all but the newest `keep` complete ones. Collective over the world.
-
-    `source`: where the tokenizer and config files come from. Raises UserError on every rank for a disk that does not
-    take it; earlier checkpoints are untouched.
-    """
-    target = folder / f"step_{state.step:07d}"
-    partial = on_rank_zero(lambda: _prepare(target))
-    try:
-        save_model(student.stage, partial / "model", spec, topology, source)
-        on_rank_zero(lambda: _make(partial / "optimizer"))
-        with explain_os_errors(partial):
-            save_optimizer(student, topology, partial / "optimizer")
-        if student.map_optimizer is not None:
-            student.map_optimizer.save(partial)
-        on_rank_zero(lambda: _finish(target, partial, state, teachers))
-    except BaseException:
-        if topology.rank == 0:
-            discard_partial(target)
-        raise
-    on_rank_zero(lambda: _prune(folder, keep))
-    return target
-
-
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
     complete = _complete(folder)
     return complete[-1] if complete else None
+
+
+def prepare(target: Path) -> Path:
+    """Fresh folders to write a checkpoint into, beside `target`. One rank calls it; raises UserError for a disk that
+    does not take them."""
+    if target.exists() and not (target / MARK).exists():
+        with explain_os_errors(target):
+            shutil.rmtree(target)  # renamed, but the process died before marking it
+    partial = prepare_partial(target)
+    with explain_os_errors(partial):
+        for part in ("model", "optimizer"):
+            (partial / part).mkdir()
+    return partial
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints. One rank calls it; raises UserError for a disk that does
+    not let go of one."""
+    kept = _complete(folder)[-keep:]
+    for path in folder.glob("step_*"):
+        # Older, or left half-written or half-removed by a process that was killed.
+        if path not in kept and _NAME.fullmatch(path.name.removesuffix(".partial")):
+            with explain_os_errors(path):
+                (path / MARK).unlink(missing_ok=True)  # first: a half-removed folder must not look complete
+                shutil.rmtree(path)
 
 
 def load(
@@ -124,49 +110,6 @@ def load(
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / MARK).exists())
-
-
-def _prepare(target: Path) -> Path:
-    if target.exists() and not (target / MARK).exists():
-        with explain_os_errors(target):
-            shutil.rmtree(target)  # renamed, but the process died before marking it
-    return prepare_partial(target)
-
-
-def _make(folder: Path) -> None:
-    with explain_os_errors(folder):
-        folder.mkdir()
-
-
-def _finish(target: Path, partial: Path, state: TrainState, teachers: Mapping[str, Identity]) -> None:
-    write_json(
-        partial / "state.json",
-        {
-            "step": state.step,
-            "prompts": state.prompts.to_dict(),
-            "teachers": {
-                name: {
-                    "path": one.path,
-                    "hash": one.hash,
-                    "pairs": [list(pair) for pair in one.pairs],
-                    "bridge": one.bridge,
-                }
-                for name, one in teachers.items()
-            },
-        },
-    )
-    commit_partial(target)
-    write_text(target / MARK, "")
-
-
-def _prune(folder: Path, keep: int) -> None:
-    kept = _complete(folder)[-keep:]
-    for path in folder.glob("step_*"):
-        # Older, or left half-written or half-removed by a process that was killed.
-        if path not in kept and _NAME.fullmatch(path.name.removesuffix(".partial")):
-            with explain_os_errors(path):
-                (path / MARK).unlink(missing_ok=True)  # first: a half-removed folder must not look complete
-                shutil.rmtree(path)
 
 
 def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], asked: Mapping[str, Identity]) -> None:

@@ -15,20 +15,27 @@ from megatron.core import dist_checkpointing
 from megatron.core.optimizer import DistributedOptimizer
 
 from megatron_oprd import platform
-from megatron_oprd.models.megatron_checkpoint import SaveStrategy, sharded_weights
+from megatron_oprd.models.megatron_checkpoint import sharded_weights
+from megatron_oprd.models.sharded_write import PlannedWrite, plan_write
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.student import Student
 
 
-def save_optimizer(student: Student, topology: Topology, folder: Path) -> None:
-    """Write the state of all ranks into the empty `folder`. Collective over the world."""
+def plan_optimizer(student: Student, topology: Topology, folder: Path) -> PlannedWrite:
+    """Plan to write the state of all ranks into the empty `folder`. Collective over the world; raises what mcore, torch
+    and the disk raise."""
     with platform.cpu_devices():
-        state = _sharded_state(student, topology, is_loading=False)
-        dist_checkpointing.save(state, str(folder), sharded_strategy=SaveStrategy())
+        return plan_write(_sharded_state(student, topology, is_loading=False), folder)
+
+
+def state_is_a_copy(student: Student) -> bool:
+    """Whether what `plan_optimizer` writes is in CPU memory and the optimizer's no more: a distributed optimizer's is
+    gathered there."""
+    return all(isinstance(one, DistributedOptimizer) for one in student.optimizer.chained_optimizers)
 
 
 def load_optimizer(student: Student, topology: Topology, folder: Path) -> None:
-    """Put the optimizer where `save_optimizer` left it, in this layout. Collective over the world; raises what mcore
+    """Put the optimizer where a checkpoint left it, in this layout. Collective over the world; raises what mcore
     and torch raise for damaged files."""
     with platform.cpu_devices():
         _make_loadable(student)

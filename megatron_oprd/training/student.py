@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -21,6 +21,7 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.map_optimizer import MapOptimizer
+from megatron_oprd.training.overlap import wrap
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,11 @@ def build_student(
     freeze_unreached(stage, config, plan)
     distributed = config.parallel.distributed_optimizer and config.optimizer.name == "adamw"  # SGD has no state to cut
     with platform.cpu_devices():
-        settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=distributed)
-        ddp = [DistributedDataParallel(stage.config, settings, chunk) for chunk in stage]
+        ddp = wrap(stage, config.parallel, distributed=distributed)
         optimizer = get_megatron_optimizer(
             _optimizer_config(config.optimizer, bf16=config.precision.dtype == "bf16", distributed=distributed), ddp
         )
     stage.config.finalize_model_grads_func = _finalize_without_division
-    no_sync = [chunk.no_sync for chunk in ddp]
-    stage.config.no_sync_func = no_sync if len(ddp) > 1 else no_sync[0]
     mine = {layer: one for layer, one in (maps or {}).items() if plan.student_stage(layer) in topology.stages}
     trained = config.loss.representation.train_bridge
     return Student(

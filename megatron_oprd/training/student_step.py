@@ -20,6 +20,7 @@ from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
+from megatron_oprd.training.overlap import start_gather
 from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.student import Student
 from megatron_oprd.types import PackedBatch, StepReport
@@ -56,6 +57,7 @@ def student_step(
     learning_rate = student.scheduler.get_lr({})
     with platform.cpu_devices():
         _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
+    start_gather(student.ddp)
     if student.map_optimizer is not None:
         student.map_optimizer.step(learning_rate)
     student.scheduler.step(increment=1)

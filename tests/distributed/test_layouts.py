@@ -1,5 +1,5 @@
-"""Loss, norm and every gradient are the one-process reference's in every layout of the covering part of the matrix, and
-for every objective however its vocabulary or its tokens are cut.
+"""Loss, norm and every gradient are the one-process reference's in every layout of the covering part of the matrix, for
+every objective however its vocabulary or its tokens are cut, and where communication overlaps with computation.
 
 `benchmarks/parity.py` runs the whole matrix.
 """
@@ -8,7 +8,7 @@ import functools
 
 import pytest
 
-from tests.helpers.layouts import OBJECTIVE_CASES, covering
+from tests.helpers.layouts import OBJECTIVE_CASES, OVERLAP_CASES, covering
 from tests.helpers.run_layouts import References, run_cases
 
 
@@ -27,7 +27,7 @@ def outcome_of(request, tmp_path_factory):
     return lambda case: of_world(case.world)[case.name]
 
 
-@pytest.mark.parametrize("case", [*covering(), *OBJECTIVE_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*covering(), *OBJECTIVE_CASES, *OVERLAP_CASES], ids=lambda case: case.name)
 def test_the_update_does_not_depend_on_the_layout(case, outcome_of):
     outcome = outcome_of(case)
     assert outcome.failure is None, f"{outcome.failure}\n{outcome.details}"

@@ -22,8 +22,7 @@ from megatron_oprd.losses.reduction import count
 from megatron_oprd.models import taps, targets
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.output_loss import OutputLoss
-from megatron_oprd.training import global_batch
-from megatron_oprd.training import student as student_module
+from megatron_oprd.training import global_batch, overlap
 from megatron_oprd.types import PackedBatch, Selection
 from tests.helpers.layouts import Case
 from tests.helpers.run_layouts import rollouts_of
@@ -150,7 +149,7 @@ def target_of_another_micro_batch() -> Iterator[None]:
 @contextlib.contextmanager
 def gradient_divided_by_data_ranks() -> Iterator[None]:
     """mcore's own scaling is left on: its DDP averages over data- and context-parallel ranks instead of summing."""
-    ddp = student_module.DistributedDataParallel
+    ddp = overlap.DistributedDataParallel
 
     def averaging(config: Any, *args: Any, **kwargs: Any) -> Any:
         config.calculate_per_token_loss = False
@@ -158,7 +157,7 @@ def gradient_divided_by_data_ranks() -> Iterator[None]:
         config.calculate_per_token_loss = True
         return wrapped
 
-    with mock.patch.object(student_module, "DistributedDataParallel", averaging):
+    with mock.patch.object(overlap, "DistributedDataParallel", averaging):
         yield
 
 

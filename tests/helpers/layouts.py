@@ -27,6 +27,8 @@ SETTINGS = {
     **{f"cp{size}": (f"parallel.context={size}",) for size in (2, 4)},
     **{f"ep{size}": (f"parallel.expert={size}",) for size in (2, 4)},
     "distopt": ADAMW,
+    "overlap": ("parallel.overlap_grad_reduce=true",),
+    "gather": (*ADAMW, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"),
     "selective": ("recompute.granularity=selective",),
     "uniform1": ("recompute.granularity=full",),
     "uniform2": ("recompute.granularity=full", "recompute.num_layers=2"),
@@ -292,6 +294,13 @@ CUTS = (
     *("2 qwen2 pp2 tied last3", "2 qwen3 cp2 headless unchunked"),
 )
 OBJECTIVE_CASES = tuple(parse(f"{cut} {objective}") for cut in CUTS for objective in OBJECTIVES)
+# Where gradients are reduced, and parameters gathered, while other work goes on: each way to place layers and tokens, a
+# tied head on one stage and on two, and a head whose gradient autograd does not bring.
+OVERLAPS = (
+    *("2 qwen3 gather tied reverse many", "4 moe cp2 ep2 overlap", "4 qwen3 tp2 sp gather reverse"),
+    *("4 qwen2 pp2 overlap tied many", "4 qwen2 pp2 vp2 gather 4of4 many topk"),
+)
+OVERLAP_CASES = tuple(map(parse, OVERLAPS))
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
 FEATURES = tuple(_features(MATRIX[0]))
 

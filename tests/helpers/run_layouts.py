@@ -29,7 +29,16 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import ROLLOUTS, Case
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_update
-from tests.helpers.training import Difference, Update, difference, make_run, some_rollouts, update_of
+from tests.helpers.training import (
+    Difference,
+    Update,
+    difference,
+    make_run,
+    small_buckets,
+    some_rollouts,
+    undone_step,
+    update_of,
+)
 
 VOCABULARY = 131  # of `random_hf_model`
 BRIDGE_RANK = 6
@@ -158,8 +167,12 @@ def _run_jobs(rank: int, jobs: Sequence[Job], folder: Path, defect: Defect) -> N
 
 def _run_job(case: Case, student: Path, teacher: Path, overrides: tuple[str, ...]) -> Result:
     begin = time.perf_counter()
-    run = make_run(student, teacher, *overrides, rollouts=rollouts_of(case.rollouts))
+    overlaps = case.config.parallel.overlap_grad_reduce
+    with small_buckets() if overlaps else nullcontext():
+        run = make_run(student, teacher, *overrides, rollouts=rollouts_of(case.rollouts))
     fewest = _fewest_bytes(run)
+    if overlaps:
+        undone_step(run)  # only now does mcore know when a bucket is full: it overlaps from the second step on
     return Result(update_of(run), fewest, time.perf_counter() - begin)
 
 

@@ -22,13 +22,16 @@ from megatron_oprd.inputs import Inputs
 from megatron_oprd.layouts import plan_teacher
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.train import one_step
+from megatron_oprd.training import overlap
 from megatron_oprd.training import student as student_module
+from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import Rollout
 
 # A rate at which one step moves the weights by far more than a float32 rounding of them: the change is the gradient.
 LEARNING_RATE = 1e4
 LOSS_TOLERANCE = 1e-6
+BUCKET_PARAMETERS = 4_000  # most matrices of the tiny models have one each
 SETTINGS = (
     "train.run_dir=unused",
     "rollout.engine=replay",
@@ -128,12 +131,33 @@ def update_of(run: Run) -> Update:
     parameters = named_parameters(run.student.stage)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     _, metrics, _ = one_step(run, TrainState())
+    wait_for_gather(run.student.ddp)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_((before[name] - parameter) / LEARNING_RATE)
     assert_copies_agree(parameters, run)
     changes = dict(gather_hf_tensors(run.student.stage, run.inputs.student, run.topology))
     return Update(metrics["loss"], metrics["grad_norm"], metrics, changes)
+
+
+def undone_step(run: Run) -> None:
+    """A step whose change of the weights is taken back. Collective over the world."""
+    parameters = named_parameters(run.student.stage)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    one_step(run, TrainState())
+    wait_for_gather(run.student.ddp)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(before[name])
+
+
+@contextlib.contextmanager
+def small_buckets() -> Iterator[None]:
+    """DDP built inside cuts gradients into buckets that tiny models fill too."""
+    original = overlap.DistributedDataParallelConfig
+    patched = functools.partial(original, bucket_size=BUCKET_PARAMETERS)
+    with mock.patch.object(overlap, "DistributedDataParallelConfig", patched):
+        yield
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from megatron_oprd.inputs import read_inputs
 from megatron_oprd.train import find_checkpoint, one_step, save_checkpoint
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.run_log import RunLog
+from megatron_oprd.training.saver import Saver
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.types import UserError
 from tests.helpers.distributed import run_distributed
@@ -43,7 +44,7 @@ def test_pruning_keeps_the_newest_and_clears_what_a_killed_process_left(tmp_path
     marked(tmp_path, 3, mark=False)
     marked(tmp_path, 5, mark=False).rename(tmp_path / "step_0000005.partial")
     mine = marked(tmp_path, 1).rename(tmp_path / "step_of_my_own")
-    checkpoint._prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "step_0000004", tmp_path / "step_0000006", mine]
 
 
@@ -56,7 +57,7 @@ def test_what_is_removed_stops_looking_complete_first(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint._prune(tmp_path, 1)
+        checkpoint.prune(tmp_path, 1)
     assert (old / "model" / "weights").exists()
     assert checkpoint.latest(tmp_path) == tmp_path / "step_0000004"
 
@@ -67,7 +68,7 @@ def load_and_refuse(rank, arguments):
     folder, student, spec = run.inputs.run_dir / "checkpoints", run.student, run.inputs.student
     state, _, _ = one_step(run, TrainState())
     marked(folder, 1, mark=False)  # what a process left that died between the rename and the mark
-    save_checkpoint(run, state)
+    save_checkpoint(run, state, Saver(asynchronous=False))
     found = find_checkpoint(run)
     own, said = run.identities[""], {}
     cases = {

@@ -1,0 +1,108 @@
+"""What overlaps with other work is there when it is read. (That gradients are right: `test_layouts.py`.)
+
+Gathers of parameters are made as late as they can be: they do nothing until someone waits for them, so that whoever
+reads parameters without waiting reads those of the step before.
+"""
+
+import contextlib
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
+
+from megatron_oprd.assemble import build_run
+from megatron_oprd.config import load_config
+from megatron_oprd.hf.load import named_parameters
+from megatron_oprd.inputs import read_inputs
+from megatron_oprd.train import finish, fit, one_step
+from megatron_oprd.training.overlap import wait_for_gather
+from megatron_oprd.training.state import TrainState
+from tests.helpers.distributed import run_distributed
+from tests.helpers.layouts import parse
+from tests.helpers.run_layouts import References, rollouts_of
+from tests.helpers.runs import assert_same_export, in_folder, metrics, prompt_run
+from tests.helpers.training import make_run, small_buckets
+
+OVERLAP = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+ADAMW = ("optimizer.name=adamw", "optimizer.lr=0.01", "optimizer.clip_grad=0")
+
+
+class LateGather:
+    """A handle whose communication happens in `wait`."""
+
+    def __init__(self, group, gather):
+        self.group, self.gather = group, gather
+
+    def wait(self):
+        self.group.param_gather_handle = None
+        self.gather(self.group, force_sync=True)
+
+
+@contextlib.contextmanager
+def late_gathers():
+    gather = BucketGroup.start_param_sync
+
+    def start(group, force_sync=False):
+        if force_sync or not group.ddp_config.overlap_param_gather:
+            return gather(group, force_sync)
+        assert group.param_gather_handle is None
+        group.param_gather_handle, group.param_gather_dispatched = LateGather(group, gather), True
+
+    with mock.patch.object(BucketGroup, "start_param_sync", start):
+        yield
+
+
+def parameters_after_steps(rank, case, student, teacher, overlap):
+    """Losses of two steps and the weights of this rank after them."""
+    rollouts = rollouts_of(case.rollouts)
+    with small_buckets(), late_gathers():
+        run = make_run(student, teacher, *case.overrides, *ADAMW, *overlap, rollouts=rollouts)
+        losses = [one_step(run, TrainState())[1]["loss"] for _ in range(3)]
+    wait_for_gather(run.student.ddp)
+    held = {name: parameter.detach().numpy() for name, parameter in named_parameters(run.student.stage).items()}
+    return losses, held
+
+
+@pytest.mark.parametrize("line", ["4 qwen3 tp2 sp reverse", "4 qwen2 pp2 vp2 tied 4of4 many"])
+def test_adamw_with_overlap_takes_the_steps_of_one_without(line, tmp_path):
+    case = parse(line)
+    models = References(tmp_path).models(case)
+    expected = run_distributed(case.world, parameters_after_steps, case, *models, ())
+    actual = run_distributed(case.world, parameters_after_steps, case, *models, OVERLAP)
+    for (losses, weights), (their_losses, their_weights) in zip(actual, expected, strict=True):
+        assert losses == their_losses
+        for name, weight in weights.items():
+            assert torch.equal(torch.from_numpy(weight), torch.from_numpy(their_weights[name])), name
+
+
+def train(rank, arguments):
+    with small_buckets(), late_gathers():
+        run = build_run(read_inputs(load_config(None, arguments)))
+        fit(run)
+        finish(run)
+
+
+# Who reads first after a step: of three steps the checkpoint, the evaluation and the health watch; then the export.
+READERS = {
+    "all": ("checkpoint.every=1", "evaluation.every=2", "health.every=3", "health.prompts=2", "checkpoint.keep=9"),
+    "export": ("checkpoint.every=0",),
+}
+
+
+@pytest.mark.parametrize("readers", READERS)
+def test_whoever_reads_the_student_sees_what_the_optimizer_has_updated(readers, tmp_path):
+    arguments = prompt_run(tmp_path, 3, *ADAMW, *READERS[readers], num_hidden_layers=2)
+    plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
+    run_distributed(2, train, in_folder(arguments, plain))
+    run_distributed(2, train, [*in_folder(arguments, overlapped), *OVERLAP])
+
+    for actual, expected in zip(metrics(overlapped), metrics(plain), strict=True):
+        # A norm is summed bucket by bucket: in another order.
+        assert actual.pop("grad_norm") == pytest.approx(expected.pop("grad_norm"), rel=1e-6)
+        assert actual == expected
+    assert_same_export(overlapped, plain)
+    written = [*plain.glob("checkpoints/*/*/*.distcp"), *plain.glob("rollouts/*"), *plain.glob("evaluations/*")]
+    assert len(written) == {"all": 2 * 2 * 3 + 3 + 3, "export": 3}[readers]
+    for file in written:
+        assert (overlapped / file.relative_to(plain)).read_bytes() == file.read_bytes(), file
