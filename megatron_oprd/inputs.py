@@ -20,7 +20,7 @@ from megatron_oprd.data.tokenizer import check_tokenizer, has_tokenizer, load_to
 from megatron_oprd.environment import find_machine
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.layouts import check_precision, plan_teacher, world_size
+from megatron_oprd.layouts import check_optimizer, check_precision, plan_teacher, world_size
 from megatron_oprd.lengths import check_lengths, check_replayed_lengths, check_room, longest_prompt, teacher_room
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.precision import Precision, plan_precision
@@ -106,7 +106,10 @@ def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
     platform.choose_device(config.train.device)
     check_writable(config.train.run_dir)
     check_layout(config.parallel, world_size())
-    precision = plan_precision(config.precision, config.parallel, find_machine())
+    machine = find_machine()
+    precision = plan_precision(config.precision, config.parallel, machine)
+    if not fitting:
+        check_optimizer(config, machine)
     student = read_model_spec(config.student.path)
     specs = {name: read_model_spec(teacher.path) for name, teacher in config.named_teachers.items()}
     teachers = {name: plan_teacher(config, student, spec, name) for name, spec in specs.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
+from megatron_oprd import platform
 from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
@@ -13,7 +14,13 @@ from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.types import ModelSpec, UserError
 
 # Keys of the student's section `parallel` that place nothing: what a teacher has no part in.
-ONLY_IN_TRAINING = ("distributed_optimizer", "world_size", "overlap_grad_reduce", "overlap_param_gather")
+ONLY_IN_TRAINING = (
+    "distributed_optimizer",
+    "world_size",
+    "cp_comm_type",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+)
 
 
 def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: str = "") -> PlannedTeacher:
@@ -55,6 +62,51 @@ def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:
     layout = ParallelConfig(tensor=own.tensor, pipeline=own.pipeline, expert=own.expert)
     of_training = {name: getattr(student, name) for name in ONLY_IN_TRAINING}
     return None if layout.model_copy(update=of_training) == student else layout
+
+
+def check_optimizer(config: Config) -> None:
+    """Raise UserError, naming what would work, for an optimizer, or communication beside computation, that the other
+    settings or this machine do not allow."""
+    parallel, optimizer = config.parallel, config.optimizer
+    if parallel.overlap_param_gather and optimizer.name != "adamw":
+        raise UserError(
+            "parallel.overlap_param_gather=true gathers what a distributed optimizer updates, and "
+            f"optimizer.name={optimizer.name} is none; use adamw or parallel.overlap_param_gather=false"
+        )
+    if parallel.tp_comm_overlap:
+        _check_te("parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", config)
+        if config.precision.pad_tokens == "auto":  # its buffers take what fills them
+            raise UserError(
+                "parallel.tp_comm_overlap=true needs micro-batches of one length; set precision.pad_tokens to the "
+                "tokens of a rank in the fullest one"
+            )
+    if optimizer.precision_aware and optimizer.cpu_offload:
+        raise UserError(
+            f"optimizer.precision_aware=true and optimizer.cpu_offload={optimizer.cpu_offload}: a state in CPU memory "
+            "is float32; use one of them"
+        )
+    if optimizer.precision_aware:
+        _check_lean_state("optimizer.precision_aware=true", "optimizer.precision_aware=false", config)
+    if optimizer.cpu_offload:
+        _check_lean_state(f"optimizer.cpu_offload={optimizer.cpu_offload}", "optimizer.cpu_offload=0", config)
+
+
+def _check_lean_state(setting: str, otherwise: str, config: Config) -> None:
+    """What mcore's optimizers with less state on the GPU ask for."""
+    if config.optimizer.name != "adamw" or not config.parallel.distributed_optimizer:
+        raise UserError(
+            f"{setting} needs optimizer.name=adamw and parallel.distributed_optimizer=true; set both or {otherwise}"
+        )
+    if config.precision.dtype != "bf16":
+        raise UserError(f"{setting} needs precision.dtype=bf16; set it or {otherwise}")
+    _check_te(setting, otherwise, config)
+
+
+def _check_te(setting: str, otherwise: str, config: Config) -> None:
+    on_gpu = platform.choose_device(config.train.device).type == "cuda"
+    if not (HAVE_TE and on_gpu):
+        missing = "Transformer Engine, which is not installed" if on_gpu else "a CUDA device, and this process has none"
+        raise UserError(f"{setting} needs {missing}; use {otherwise}")
 
 
 def check_student_layout(

@@ -91,7 +91,6 @@ def load(
         }
     _check_teachers(checkpoint, saved, teachers)
     _check_maps(checkpoint, student)
-    load_model(student.stage, checkpoint / "model", spec, topology)
 
     def read_optimizer() -> None:
         with _explain_damage(checkpoint / "optimizer"):
@@ -102,6 +101,8 @@ def load(
                 student.map_optimizer.load(checkpoint)
 
     on_every_rank(read_optimizer)
+    # The weights last: mcore makes the state of an optimizer in CPU memory with a step on random gradients.
+    load_model(student.stage, checkpoint / "model", spec, topology)
     # The rate is a function of the step and the configuration alone.
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=state.step)

@@ -25,7 +25,12 @@ def plan_optimizer(student: Student, topology: Topology, folder: Path) -> Planne
     """Plan to write the state of all ranks into the empty `folder`. Collective over the world; raises what mcore, torch
     and the disk raise."""
     with platform.cpu_devices():
-        return plan_write(_sharded_state(student, topology, is_loading=False), folder)
+        state = _sharded_state(student, topology, is_loading=False)
+        chained = len(student.optimizer.chained_optimizers) > 1
+        for one in state["optimizer"].values() if chained else [state["optimizer"]]:
+            if one.get("param_state") == {}:  # mcore would warn that not all ranks have the same nothing
+                del one["param_state"]
+        return plan_write(state, folder)
 
 
 def state_is_a_copy(student: Student) -> bool:
@@ -55,8 +60,19 @@ def _sharded_state(student: Student, topology: Topology, *, is_loading: bool) ->
     for optimizer in student.optimizer.chained_optimizers:
         if isinstance(optimizer, DistributedOptimizer):
             optimizer.get_parameter_state_dp_zero = partial(_state_of_buffers, optimizer)
+            trains = any(group["params"] for group in optimizer.optimizer.param_groups)
+            if isinstance(optimizer.optimizer, torch.optim.AdamW) and not trains:
+                optimizer.state_dict = partial(_groups, optimizer, step=float(student.scheduler.num_steps))
     weights = sharded_weights(student.stage, topology)
     return {"optimizer": student.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)}
+
+
+def _groups(optimizer: DistributedOptimizer, *, step: float) -> dict[str, Any]:
+    """The parameter groups of a rank that has nothing to train: a pipeline stage above the highest compared layer.
+    mcore would read the step off a parameter's state."""
+    groups = optimizer.optimizer.state_dict()["param_groups"]
+    named = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    return {"optimizer": {"param_groups": [{**group, "step": step} for group in named]}}
 
 
 def _state_of_buffers(optimizer: DistributedOptimizer, **options: Any) -> dict[Any, Any]:

@@ -21,6 +21,7 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.map_optimizer import MapOptimizer
+from megatron_oprd.training.optimizer_arguments import optimizer_arguments
 from megatron_oprd.training.overlap import wrap
 
 
@@ -49,9 +50,9 @@ def build_student(
     distributed = config.parallel.distributed_optimizer and config.optimizer.name == "adamw"  # SGD has no state to cut
     with platform.cpu_devices():
         ddp = wrap(stage, config.parallel, distributed=distributed)
-        optimizer = get_megatron_optimizer(
-            _optimizer_config(config.optimizer, bf16=config.precision.dtype == "bf16", distributed=distributed), ddp
-        )
+        bf16 = config.precision.dtype == "bf16"
+        arguments = optimizer_arguments(config.optimizer, bf16=bf16, distributed=distributed)
+        optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**arguments), ddp)
     stage.config.finalize_model_grads_func = _finalize_without_division
     mine = {layer: one for layer, one in (maps or {}).items() if plan.student_stage(layer) in topology.stages}
     trained = config.loss.representation.train_bridge
@@ -85,23 +86,6 @@ def freeze_unreached(stage: Stage, config: Config, plan: LayerPlan) -> None:
         else:  # an untied LM head: hidden states do not see it
             reached = plan.output and "lm_head" not in frozen
         parameter.requires_grad_(reached)
-
-
-def _optimizer_config(config: OptimizerConfig, *, bf16: bool, distributed: bool) -> MegatronOptimizerConfig:
-    adamw = config.name == "adamw"
-    return MegatronOptimizerConfig(
-        optimizer="adam" if adamw else "sgd",
-        lr=config.lr,
-        min_lr=0.0,
-        weight_decay=config.weight_decay if adamw else 0.0,
-        adam_beta1=config.betas[0],
-        adam_beta2=config.betas[1],
-        sgd_momentum=0.0,
-        clip_grad=config.clip_grad,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        use_distributed_optimizer=distributed,
-    )
 
 
 def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:

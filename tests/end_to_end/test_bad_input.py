@@ -98,6 +98,10 @@ OVERRIDES = {
         ("unknown key teacher.parallel.sequence",),
     ),
     "too few processes": (["parallel.tensor=2"], ("parallel.tensor=2", "multiple of 2", "--nproc-per-node 2")),
+    "an optimizer for GPUs": (
+        ["optimizer.precision_aware=true", "precision.dtype=bf16"],
+        ("optimizer.precision_aware=true", "needs a CUDA device", "use optimizer.precision_aware=false"),
+    ),
     "layer out of range": (["loss.representation.layers=[3]"], ("layer 3 does not exist", "from 1 to 2")),
     "layer zero": (["loss.representation.layers=[0]"], ("layer 0 does not exist",)),
     "layer twice": (["loss.representation.layers=[1,1]"], ("named twice", "[1, 1]")),

@@ -187,6 +187,31 @@ def test_no_crash_point_does_harm(tmp_path):
     assert_same_run(actual, expected)
 
 
+# The same of a checkpoint that a thread writes: one that is begun first finishes the one before.
+CRASHES_OF_THE_THREAD = [
+    (
+        DieBefore("open", r"/step_0000004\.partial/optimizer/__0_0\.distcp$"),
+        [2],
+        "the model written, its optimizer not",
+    ),
+    (DieBefore("os.rename", r"/step_0000006\.partial/model/\.metadata\.tmp$"), [4], "the index not there yet"),
+    (DieBefore("open", r"/step_0000006/complete\."), [4], "a checkpoint renamed but not marked"),
+]
+
+
+def test_no_crash_point_does_harm_while_a_thread_writes(tmp_path):
+    arguments = replay_run(tmp_path, 6, "checkpoint.keep=1", num_hidden_layers=1)
+    expected, actual = tmp_path / "expected", tmp_path / "actual"
+    finish(in_folder(arguments, expected), tmp_path / "log")
+    arguments = [*in_folder(arguments, actual), "checkpoint.asynchronous=true"]
+    for number, (die, complete, what) in enumerate(CRASHES_OF_THE_THREAD):
+        command = Command(arguments, tmp_path / f"{number}.log", die=die)
+        assert command.wait() == -signal.SIGKILL, (what, command.log.read_text())
+        assert complete_steps(actual) == complete, what
+    finish(arguments, tmp_path / "last.log")
+    assert_same_run(actual, expected)
+
+
 FULL_KL = ("loss.output.objective=full_kl", "loss.output.metrics_every=3")
 SETTINGS = {
     "tensor 2": (2, {}, "parallel.tensor=2"),
@@ -198,6 +223,16 @@ SETTINGS = {
     "part of the student frozen": (1, {}, "loss.representation.layers=[1]", "student.freeze=[embedding]"),
     "hidden states and distributions": (1, {}, *FULL_KL),
     "distributions, head cut": (2, {}, *FULL_KL, "loss.representation.weight=0", "parallel.tensor=2"),
+    "a stage with nothing to train": (2, {}, "parallel.pipeline=2", "loss.representation.layers=[1]"),
+    "the same, all that overlaps, data 2": (
+        4,
+        {"tie_word_embeddings": True},
+        "parallel.pipeline=2",
+        "loss.representation.layers=[1]",
+        "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true",
+        "checkpoint.asynchronous=true",
+    ),
     "two teachers, one at a time": (1, {"sources": SOURCES}, *FULL_KL, "teachers_in_memory=one"),
 }
 

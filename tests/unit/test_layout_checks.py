@@ -3,9 +3,18 @@
 import dataclasses
 
 import pytest
+import torch
 
+from megatron_oprd import layouts
 from megatron_oprd.config import ParallelConfig, RecomputeConfig, load_config
-from megatron_oprd.layouts import check_experts, check_student_layout, plan_teacher, teacher_layout, world_size
+from megatron_oprd.layouts import (
+    check_experts,
+    check_optimizer,
+    check_student_layout,
+    plan_teacher,
+    teacher_layout,
+    world_size,
+)
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import check_layout
@@ -306,6 +315,7 @@ def test_plans_that_can_be(world, student, teacher, overrides, monkeypatch):
         ("{tensor: 2}", ["parallel.tensor=2"]),
         ("{pipeline: 2, expert: 2}", ["parallel.pipeline=2", "parallel.expert=2"]),
         ("{tensor: 2}", ["parallel.tensor=2", "parallel.distributed_optimizer=false"]),
+        ("{}", ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.world_size=2"]),
     ],
 )
 def test_a_teacher_in_the_students_layout_has_none_of_its_own(own, student):
@@ -326,3 +336,70 @@ def test_a_teacher_in_the_students_layout_has_none_of_its_own(own, student):
 def test_a_teacher_in_another_layout_has_its_own(own, student):
     layout = teacher_layout(config(f"teacher.parallel={own}", *student))
     assert layout is not None and not layout.sequence and (layout.context, layout.virtual_pipeline) == (1, None)
+
+
+GATHER = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
+TP_OVERLAP = ("parallel.tensor=2", "parallel.sequence=true", "parallel.tp_comm_overlap=true")
+AWARE, OFFLOAD = "optimizer.precision_aware=true", "optimizer.cpu_offload=0.5"
+# Settings, whether a GPU and Transformer Engine are there, what is said.
+OPTIMIZERS = {
+    "gather of sgd": (
+        [*GATHER, "optimizer.name=sgd"],
+        (True, True),
+        "use adamw or parallel.overlap_param_gather=false",
+    ),
+    "tensor overlap on a CPU": (TP_OVERLAP, (False, True), "needs a CUDA device, and this process has none; use"),
+    "tensor overlap": (
+        TP_OVERLAP,
+        (True, False),
+        "needs Transformer Engine, which is not installed; use parallel.tp_c",
+    ),
+    "tensor overlap of any length": (TP_OVERLAP, (True, True), "micro-batches of one length; set precision.pad_tokens"),
+    "both": (
+        [AWARE, OFFLOAD],
+        (True, True),
+        "optimizer.precision_aware=true and optimizer.cpu_offload=0.5: a state in",
+    ),
+    "aware of sgd": ([AWARE, "optimizer.name=sgd"], (True, True), "true needs optimizer.name=adamw and parallel.dist"),
+    "aware of float32": ([AWARE, "precision.dtype=fp32"], (True, True), "needs precision.dtype=bf16; set it or optim"),
+    "aware without": (
+        [AWARE],
+        (True, False),
+        f"{AWARE} needs Transformer Engine, which is not installed; use optimizer",
+    ),
+    "aware on a CPU": (
+        [AWARE],
+        (False, True),
+        f"{AWARE} needs a CUDA device, and this process has none; use optimizer",
+    ),
+    "offload, whole state": ([OFFLOAD, "parallel.distributed_optimizer=false"], (True, True), f"{OFFLOAD} needs optim"),
+    "offload on a CPU": ([OFFLOAD], (False, True), "none; use optimizer.cpu_offload=0"),
+}
+
+
+def on_machine(monkeypatch, gpu, te):
+    monkeypatch.setattr(layouts.platform, "choose_device", lambda requested: torch.device("cuda" if gpu else "cpu"))
+    monkeypatch.setattr(layouts, "HAVE_TE", te)
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_optimizers_that_cannot_be(case, monkeypatch):
+    settings, machine, words = OPTIMIZERS[case]
+    on_machine(monkeypatch, *machine)
+    assert words in message(check_optimizer, config(*settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine"),
+    [
+        ([], (False, False)),
+        (["optimizer.name=sgd", "parallel.overlap_grad_reduce=true"], (False, False)),
+        (GATHER, (False, False)),
+        ([AWARE], (True, True)),
+        ([OFFLOAD], (True, True)),
+        ([*TP_OVERLAP, "precision.pad_tokens=4096"], (True, True)),
+    ],
+)
+def test_optimizers_that_can_be(settings, machine, monkeypatch):
+    on_machine(monkeypatch, *machine)
+    check_optimizer(config(*settings))

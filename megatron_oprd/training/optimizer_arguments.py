@@ -1,0 +1,53 @@
+"""What the configuration asks of the optimizer, in mcore's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_oprd.config import OptimizerConfig
+
+
+def optimizer_arguments(config: OptimizerConfig, *, bf16: bool, distributed: bool) -> dict[str, Any]:
+    """The arguments of mcore's OptimizerConfig. `bf16`: whether the weights are; `distributed`: whether the state is
+    cut over the data-parallel ranks."""
+    adamw = config.name == "adamw"
+    return {
+        "optimizer": "adam" if adamw else "sgd",
+        "lr": config.lr,
+        "min_lr": 0.0,
+        "weight_decay": config.weight_decay if adamw else 0.0,
+        "adam_beta1": config.betas[0],
+        "adam_beta2": config.betas[1],
+        "sgd_momentum": 0.0,
+        "clip_grad": config.clip_grad,
+        "bf16": bf16,
+        "params_dtype": torch.bfloat16 if bf16 else torch.float32,
+        "use_distributed_optimizer": distributed,
+        **(_precision_aware() if config.precision_aware else {}),
+        **(_cpu_offload(config.cpu_offload) if config.cpu_offload else {}),
+    }
+
+
+def _precision_aware() -> dict[str, Any]:
+    """Moments in bf16, gradients in float32, and of the float32 weights the 16 bits that the bf16 ones do not have: a
+    state of 6 bytes a parameter and not 12, as Megatron-LM has it for its largest models."""
+    return {
+        "use_precision_aware_optimizer": True,
+        "main_grads_dtype": torch.float32,
+        "main_params_dtype": torch.float32,
+        "store_param_remainders": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+    }
+
+
+def _cpu_offload(fraction: float) -> dict[str, Any]:
+    """A share of the float32 weights and moments in CPU memory, where they are updated too, while others travel."""
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": fraction,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        "use_precision_aware_optimizer": True,  # whose paths mcore's offloading takes
+    }
