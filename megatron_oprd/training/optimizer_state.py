@@ -30,6 +30,9 @@ def plan_optimizer(student: Student, topology: Topology, folder: Path) -> Planne
         for one in state["optimizer"].values() if chained else [state["optimizer"]]:
             if one.get("param_state") == {}:  # mcore would warn that not all ranks have the same nothing
                 del one["param_state"]
+            for group in one.get("optimizer", one)["param_groups"]:  # an offloaded state names classes: no plain data
+                for key in [key for key, value in group.items() if isinstance(value, type)]:
+                    del group[key]
         return plan_write(state, folder)
 
 
