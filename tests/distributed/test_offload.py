@@ -86,6 +86,7 @@ def three_steps(rank, student, teacher, folder, *settings):
         )
         losses.append(one_step(run, TrainState())[1]["loss"])
         weights = weights_of(run)
+        run = make_run(student, teacher, *SETTINGS, *settings, rollouts=rollouts_of("some"))
         found = checkpoint.latest(folder)
         checkpoint.load(found, run.student, run.inputs.student, run.topology, run.identities)
         again = one_step(run, TrainState())[1]["loss"]
