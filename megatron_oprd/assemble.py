@@ -15,6 +15,7 @@ from megatron_oprd.models.output_loss import Heads
 from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.projection import StudentMap, identify, student_maps, teacher_maps
 from megatron_oprd.models.scaled_linear import quantize_weights
+from megatron_oprd.models.tp_overlap import start_tp_overlap
 from megatron_oprd.models.weights import content_hash, load_lm_head, load_weights
 from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
@@ -82,6 +83,9 @@ def build_models(inputs: Inputs) -> Models:
         (layout, start_topology(config, layout)) for layout in _distinct([teacher.layout for teacher in planned])
     ]
     topology = start_topology(config, config.parallel)  # the last one stays in force
+    if config.parallel.tp_comm_overlap:
+        tokens = inputs.precision.pad_tokens * topology.tensor_size
+        start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=inputs.student.hidden_size)
     on_rank_zero(partial(_check_bridge, inputs))
     stages, precision = inputs.plan.student_stages, inputs.precision.student
     stage = build_and_load(config, inputs.student, topology, stages, precision)

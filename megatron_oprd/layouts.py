@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from megatron_oprd import platform
 from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
+from megatron_oprd.environment import Machine
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
 from megatron_oprd.models.precision import Precision, check_dimensions, check_head_exchange
@@ -64,7 +64,7 @@ def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:
     return None if layout.model_copy(update=of_training) == student else layout
 
 
-def check_optimizer(config: Config) -> None:
+def check_optimizer(config: Config, machine: Machine) -> None:
     """Raise UserError, naming what would work, for an optimizer, or communication beside computation, that the other
     settings or this machine do not allow."""
     parallel, optimizer = config.parallel, config.optimizer
@@ -74,11 +74,18 @@ def check_optimizer(config: Config) -> None:
             f"optimizer.name={optimizer.name} is none; use adamw or parallel.overlap_param_gather=false"
         )
     if parallel.tp_comm_overlap:
-        _check_te("parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", config)
+        _check_te("parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", machine)
         if config.precision.pad_tokens == "auto":  # its buffers take what fills them
             raise UserError(
                 "parallel.tp_comm_overlap=true needs micro-batches of one length; set precision.pad_tokens to the "
                 "tokens of a rank in the fullest one"
+            )
+        fullest = -(-config.batch.max_tokens_per_micro_batch // (parallel.tensor * parallel.context))
+        if config.precision.pad_tokens < fullest:
+            raise UserError(
+                f"parallel.tp_comm_overlap=true needs micro-batches of one length, and precision.pad_tokens="
+                f"{config.precision.pad_tokens} is less than a rank has of the fullest one; set it to {fullest} or "
+                "lower batch.max_tokens_per_micro_batch"
             )
     if optimizer.precision_aware and optimizer.cpu_offload:
         raise UserError(
@@ -86,12 +93,12 @@ def check_optimizer(config: Config) -> None:
             "is float32; use one of them"
         )
     if optimizer.precision_aware:
-        _check_lean_state("optimizer.precision_aware=true", "optimizer.precision_aware=false", config)
+        _check_lean_state("optimizer.precision_aware=true", "optimizer.precision_aware=false", config, machine)
     if optimizer.cpu_offload:
-        _check_lean_state(f"optimizer.cpu_offload={optimizer.cpu_offload}", "optimizer.cpu_offload=0", config)
+        _check_lean_state(f"optimizer.cpu_offload={optimizer.cpu_offload}", "optimizer.cpu_offload=0", config, machine)
 
 
-def _check_lean_state(setting: str, otherwise: str, config: Config) -> None:
+def _check_lean_state(setting: str, otherwise: str, config: Config, machine: Machine) -> None:
     """What mcore's optimizers with less state on the GPU ask for."""
     if config.optimizer.name != "adamw" or not config.parallel.distributed_optimizer:
         raise UserError(
@@ -99,12 +106,12 @@ def _check_lean_state(setting: str, otherwise: str, config: Config) -> None:
         )
     if config.precision.dtype != "bf16":
         raise UserError(f"{setting} needs precision.dtype=bf16; set it or {otherwise}")
-    _check_te(setting, otherwise, config)
+    _check_te(setting, otherwise, machine)
 
 
-def _check_te(setting: str, otherwise: str, config: Config) -> None:
-    on_gpu = platform.choose_device(config.train.device).type == "cuda"
-    if not (HAVE_TE and on_gpu):
+def _check_te(setting: str, otherwise: str, machine: Machine) -> None:
+    on_gpu = machine.capability is not None
+    if not (machine.transformer_engine and on_gpu):
         missing = "Transformer Engine, which is not installed" if on_gpu else "a CUDA device, and this process has none"
         raise UserError(f"{setting} needs {missing}; use {otherwise}")
 

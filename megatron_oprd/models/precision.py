@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_oprd.config import ParallelConfig, PrecisionConfig
 from megatron_oprd.environment import Machine
+from megatron_oprd.models.tp_overlap import tp_overlap_arguments
 from megatron_oprd.types import ModelSpec, UserError
 
 # What the dimensions of an FP8 product, and the tokens of a rank, must be multiples of.
@@ -82,7 +83,12 @@ def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: M
         {"fp8": "e4m3", **shared, "fp8_param": config.teacher_fp8 == "weights"} if teacher_in_fp8 and te else {}
     )
     return Precision(
-        ModelPrecision(te, False, (first, last) if config.fp8 else (0, 0), plain | of_student),
+        ModelPrecision(
+            te,
+            False,
+            (first, last) if config.fp8 else (0, 0),
+            plain | of_student | tp_overlap_arguments(parallel),
+        ),
         ModelPrecision(te, scaled, (first, last) if teacher_in_fp8 else (0, 0), plain | of_teacher),
         _pad_tokens(config, in_te=bool(of_student or of_teacher)),
     )

@@ -13,8 +13,10 @@ from megatron_oprd.models.model import Stage
 
 @contextlib.contextmanager
 def whole_tokens(stage: Stage) -> Iterator[None]:
-    """Switch sequence parallelism off inside the block: a few tokens a step do not divide over the ranks."""
+    """Switch sequence parallelism off inside the block, and with it what overlaps: a few tokens a step do not divide
+    over the ranks."""
     names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    names += ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop")  # of Transformer Engine's modules
     holders = [stage.config, *stage.modules()] if stage.config.sequence_parallel else []
     switched = [(holder, name) for holder in holders for name in names if getattr(holder, name, False) is True]
     try:
