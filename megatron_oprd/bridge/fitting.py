@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from rich.progress import track
 
+from megatron_oprd import progress
 from megatron_oprd.assemble import Models
 from megatron_oprd.bridge.accumulate import StreamedMoments
 from megatron_oprd.bridge.adamw import AdamWFit
@@ -61,7 +62,10 @@ class Fitting:
     def steps(self, doing: str, start: int = 0) -> Iterator[int]:
         """The steps from `start`, with a progress bar on the first rank."""
         total, silent = self.config.train.steps, self.models.topology.rank != 0
-        yield from track(range(start, total), doing, total=total, completed=start, disable=silent)
+        for step in track(range(start, total), doing, total=total, completed=start, disable=silent):
+            progress.enter(doing, step + 1)
+            yield step
+        progress.enter(f"after {doing}")
 
 
 def is_held_out(prompt: int, fraction: float) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from megatron_oprd import progress
 from megatron_oprd.evaluation.math_answer import is_correct
 from megatron_oprd.files import explain_os_errors, write_text
 from megatron_oprd.types import FinishReason, Prompt, Rollout
@@ -40,6 +41,7 @@ def evaluate(
     by_index = {prompt.index: prompt for prompt in prompts}
     samples = []
     for rollout in generate(prompts, step):
+        progress.beat()
         if rollout.prompt_index not in by_index:
             raise ValueError(f"a rollout belongs to prompt {rollout.prompt_index}, which was not asked for")
         samples.append(grade(by_index[rollout.prompt_index], rollout, tokenizer))

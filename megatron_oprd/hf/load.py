@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from megatron_oprd import progress
 from megatron_oprd.hf.convert import shard, to_megatron
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, Entry, entries, own_name
 from megatron_oprd.hf.stream import HFReader
@@ -56,6 +57,7 @@ def load_hf(
     """
     table = parameter_table(spec)
     for name, parameter in named_parameters(stage).items():
+        progress.beat()
         entry = table[name]
         whole = to_megatron(entry, [reader.read(hf_name) for hf_name in entry.hf], spec)
         parameter.copy_(shard(entry, whole, tensor_rank, tensor_size))

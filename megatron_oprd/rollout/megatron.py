@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_oprd import progress
 from megatron_oprd.models.kv_cache import CachedStep, KeyValueCache
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
@@ -113,6 +114,7 @@ class MegatronEngine:
         slots = Slots(min(self.max_batch, len(requests)), longest_answer, self.spec.eos_token_ids, device)
         cache = self._cache(slots.size)
         while self._anyone_works(bool(waiting or slots.count)):
+            progress.beat()
             if not (waiting or slots.count):
                 pass_through(self.stage, self.topology, *_idle_micro_batch(device))
                 continue

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_oprd import progress
 from megatron_oprd.models.micro_batch import ContextPart, MicroBatch, Tap
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import PackedBatch
@@ -32,6 +33,7 @@ def run_schedule(
     """
 
     def forward_step(work: Iterator[tuple[PackedBatch, Tap]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        progress.beat()
         batch, tap = next(work)
         micro_batch = MicroBatch(
             position_ids=batch.position_ids,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megatron_oprd import progress
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.model import Stage
@@ -122,7 +123,8 @@ def teacher_pass(
 
         def produce(number: int) -> States:
             begin = time.perf_counter()
-            (states,) = _capture(stage, first, own_batches[number : number + 1])
+            with progress.stage("teacher"):
+                (states,) = _capture(stage, first, own_batches[number : number + 1])
             report.seconds += time.perf_counter() - begin
             return _by_student_layer(first.plan, student_topology, states)
 
