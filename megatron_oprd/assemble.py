@@ -19,7 +19,7 @@ from megatron_oprd.models.tp_overlap import start_tp_overlap
 from megatron_oprd.models.weights import content_hash, load_lm_head, load_weights
 from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
-from megatron_oprd.parallel.topology import Topology, build_topology, start_process
+from megatron_oprd.parallel.topology import Topology, build_topology, collective_timeout, start_process
 from megatron_oprd.rollout.engine import RolloutEngine, Sampling
 from megatron_oprd.rollout.megatron import MegatronEngine
 from megatron_oprd.rollout.replay import ReplayEngine
@@ -127,8 +127,9 @@ def _student_maps(inputs: Inputs, topology: Topology) -> dict[int, StudentMap]:
 def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
     """Join the process group, make Megatron's groups for a layout and put it in force. Collective over the world."""
     device = platform.choose_device(config.train.device)
-    start_process(device)
-    return build_topology(parallel, device, config.train.seed)
+    timeout_seconds = collective_timeout(config.watchdog)
+    start_process(device, timeout_seconds)
+    return build_topology(parallel, device, config.train.seed, timeout_seconds)
 
 
 def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -> Teacher:

@@ -19,8 +19,13 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+class RankFailed(Exception):
+    """One rank of several has failed, which is said and on record: its process ends at once. Python's own end would
+    wait for process groups that wait for a rank that is gone."""
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with what `main` returns (None is 0), or with 130 when interrupted.
+    """Exit with what `main` returns (None is 0), with 130 when interrupted, with 1 for RankFailed.
 
     A UserError and a disk error (full, read-only, forbidden) become one `error: ...` line on stderr, printed by rank 0
     only in a group of processes, and exit code 2.
@@ -29,6 +34,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
     except UserError as error:
         code = _report(str(error))
+    except RankFailed:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

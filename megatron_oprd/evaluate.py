@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_oprd import progress
 from megatron_oprd.assemble import build_and_load, make_evaluator, start_topology
 from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import Config, load_config
@@ -28,6 +29,7 @@ from megatron_oprd.models.precision import plan_precision
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.parallel.topology import check_layout
+from megatron_oprd.resilience.guard import guarded
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,18 +40,24 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     config = load_config(options.config, options.overrides)
     check_writable(config.train.run_dir)
+    run_dir = Path(config.train.run_dir)
+    with guarded(config.watchdog, run_dir):
+        evaluate_and_write(config, run_dir / "evaluation")
+    return 0
+
+
+def evaluate_and_write(config: Config, folder: Path) -> None:
+    """The work of the command. Collective over the world."""
     samples, prompts = evaluate_model(config)
     scores = score_by_source(samples, config.evaluation.samples)
 
     def write() -> None:
-        folder = Path(config.train.run_dir) / "evaluation"
         write_samples(folder / "samples.jsonl", 0, samples)
         write_json(folder / "scores.json", {"student": config.student.path, "data": scores})
         _print(scores, prompts.summary())
         print(f"samples: {folder / 'samples.jsonl'}", flush=True)
 
     on_rank_zero(write)
-    return 0
 
 
 def evaluate_model(config: Config) -> tuple[list[Sample], PromptSet]:
@@ -67,8 +75,10 @@ def evaluate_model(config: Config) -> tuple[list[Sample], PromptSet]:
     check_tokenizer(tokenizer, spec)
     prompts = read_evaluation_prompts(config, tokenizer)
     precision = plan_precision(config.precision, config.parallel, find_machine()).student
+    progress.enter("loading")
     topology = start_topology(config, config.parallel)
     engine = make_evaluator(config, build_and_load(config, spec, topology, stages, precision), spec, topology)
+    progress.enter("evaluation")
     return evaluate_over_ranks(engine, prompts.prompts, tokenizer, topology), prompts
 
 

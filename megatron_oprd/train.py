@@ -6,30 +6,28 @@ torchrun -m megatron_oprd.train --config F [a.b=1 ...]
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_oprd import health_watch, platform
+from megatron_oprd import health_watch, platform, progress
 from megatron_oprd.assemble import Run, build_run
-from megatron_oprd.bridge.store import unchecked
 from megatron_oprd.cli import ArgumentParser, run_command
-from megatron_oprd.config import dump_config, load_config
+from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.prompts import PromptState, take
 from megatron_oprd.data.sharding import split
-from megatron_oprd.environment import describe_environment, one_line
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import score_by_source, write_samples
-from megatron_oprd.files import explain_os_errors, write_json, write_text
+from megatron_oprd.files import explain_os_errors
 from megatron_oprd.health_watch import HealthWatch
 from megatron_oprd.hf.export import export_hf
 from megatron_oprd.inputs import Inputs, read_inputs
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.parallel.together import on_rank_zero
-from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.resilience import signals, straggler
+from megatron_oprd.resilience.guard import guarded
+from megatron_oprd.run_folder import describe, find_checkpoint
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.dry_run import describe_run
 from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
@@ -39,9 +37,18 @@ from megatron_oprd.training.saver import Saver
 from megatron_oprd.training.state import TrainState, due
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import PassReport, batches_of_teachers, teacher_pass
-from megatron_oprd.types import Prompt, Rollout, UserError
+from megatron_oprd.types import Prompt, Rollout
 
 STOPPED = 3  # the exit code of a run that the health watch ended
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why training ended before its last step."""
+
+    message: str
+    exit_code: int
+    is_end: bool  # of the run, which is exported and reported on; else the same command goes on
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(
         prog="megatron_oprd.train",
         description="On-policy representation distillation (OPRD).",
-        epilog=f"Exit code: 0, 2 for a mistake in what was given, {STOPPED} where health.stop=true ended the training.",
+        epilog=f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1) ended it and the same command goes on, 1 for a "
+        f"failure, 2 for a mistake in what was given, {STOPPED} where health.stop=true ended the training.",
     )
     parser.add_argument("--config", help="YAML file; the README lists the keys")
     parser.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, then stop")
@@ -59,45 +67,62 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         bridge_rank = inputs.bridge.rank if inputs.bridge else None
         describe_run(inputs.config, inputs.student, inputs.teachers, inputs.lengths, bridge_rank)
-    else:
+        return 0
+    with signals.noting(), guarded(inputs.config.watchdog, inputs.run_dir):
+        progress.enter("loading")
         run = build_run(inputs)
-        stopped = fit(run)
-        finish(run)
-        if stopped is not None:
-            on_rank_zero(lambda: print(stopped, flush=True))
-            return STOPPED
-    return 0
+        stop = fit(run)
+        if stop is None or stop.is_end:
+            finish(run)
+        if stop is not None:
+            on_rank_zero(lambda: print(stop.message, flush=True))
+    return stop.exit_code if stop is not None else 0
 
 
-def fit(run: Run) -> str | None:
+def fit(run: Run) -> Stop | None:
     """Train to `train.steps`, going on from the newest checkpoint; why it ended earlier, or None. Collective over the
     world."""
     config = run.inputs.config
     state, log, health = start(run)
     saver = Saver(asynchronous=config.checkpoint.asynchronous)
+    signal: str | None = None
 
     def last_step() -> int:
         return state.step if health_watch.reason_to_stop(config, health) else config.train.steps
 
-    while state.step < last_step():
+    while state.step < last_step() and signal is None:
         state, metrics, rollouts = one_step(run, state)
         saver.at_step()
+        progress.enter("health", state.step)
         health, measured = health_watch.after_step(run, log, health, state.step, metrics)
+        progress.enter("log", state.step)
+        measured |= straggler.after_step(config.watchdog, run.topology, state.step)
         on_rank_zero(partial(write_step, run, log, metrics | measured, rollouts))
         if due(state.step, config.evaluation.every, last_step()):
             health = evaluate_student(run, log, state, health)
-        if due(state.step, config.checkpoint.every, last_step()):
-            save_checkpoint(run, state, saver)
+        signal = signals.noted_by_any(run.topology)
+        if signal is not None or due(state.step, config.checkpoint.every, last_step()):
+            saved = save_checkpoint(run, state, saver)
+    progress.enter("checkpoint", state.step)
     saver.wait()
     on_rank_zero(log.close)
-    return health_watch.reason_to_stop(config, health)
+    if signal is not None:
+        return Stop(f"{signal}: step {state.step} saved in {saved}; {how_to_go_on(config)}", 0, is_end=False)
+    reason = health_watch.reason_to_stop(config, health)
+    return None if reason is None else Stop(reason, STOPPED, is_end=True)
+
+
+def how_to_go_on(config: Config) -> str:
+    """What to do after a signal."""
+    return "the same command goes on" if config.checkpoint.resume == "auto" else "checkpoint.resume=auto goes on"
 
 
 def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float], list[Rollout]]:
     """Prompts, rollouts, the teachers' states, one update of the student. Collective over the world."""
     inputs, topology = run.inputs, run.topology
     config, plan = inputs.config, inputs.plan
-    watch = Stopwatch()
+    watch = progress.Stopwatch()
+    progress.enter("batch", state.step + 1)
     platform.reset_peak_memory(topology.device)
     prompts, position = take_prompts(inputs, state)
     with watch("rollout"):
@@ -109,7 +134,8 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     batches = pack(topology)
 
     read_by = batches_of_teachers(run.teachers, topology, batches, pack)
-    targets, teacher_report = teacher_pass(run.teachers, topology, batches, read_by)
+    with progress.stage("teacher"):
+        targets, teacher_report = teacher_pass(run.teachers, topology, batches, read_by)
     with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps)
     output = output_loss(run, with_metrics=with_metrics)
     with watch("student"):
@@ -138,7 +164,7 @@ def output_loss(run: Run, *, with_metrics: bool) -> OutputLoss | None:
     )
 
 
-def step_seconds(watch: Stopwatch, teacher: PassReport) -> dict[str, float]:
+def step_seconds(watch: progress.Stopwatch, teacher: PassReport) -> dict[str, float]:
     """`time/rollout`, `time/teacher`, `time/student`, `time/step`; a streamed teacher ran while the student did."""
     seconds = watch.seconds()
     if teacher.streamed:
@@ -160,63 +186,15 @@ def start(run: Run) -> tuple[TrainState, RunLog, HealthWatch]:
     on_rank_zero(lambda: log.open(state.step))
     if state.step > 0:
         return state, log, health_watch.go_on(run)
+    progress.enter("health", state.step)
     health = evaluate_student(run, log, state, health_watch.begin(run, log))
     return state, log, health
-
-
-def find_checkpoint(run: Run) -> Path | None:
-    """Make the run folder; the checkpoint to go on from, if there is one. Raises UserError for a run that is there and
-    may not go on."""
-    run_dir = run.inputs.run_dir
-    with explain_os_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-    found = checkpoint.latest(run_dir / "checkpoints")
-    if run.inputs.config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
-        raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set checkpoint.resume=auto")
-    if found is not None:
-        health_watch.check_can_go_on(run.inputs)
-    return found
-
-
-def describe(run: Run) -> None:
-    """Write down, and print in a few lines, what runs where."""
-    inputs, topology = run.inputs, run.topology
-    layout, attention = describe_layout(topology), inputs.precision.attention
-    environment = describe_environment(str(topology.device), topology.world_size, layout, attention)
-    own = {
-        name: describe_layout(teacher.topology)
-        for name, teacher in zip(inputs.teachers, run.teachers, strict=True)
-        if teacher.topology is not topology
-    }
-    if own:
-        environment["teacher_layout"] = own.get("", own)
-    write_text(inputs.run_dir / "config.yaml", dump_config(inputs.config))
-    write_json(inputs.run_dir / "environment.json", environment)
-    plans = {name: teacher.plan.as_json() for name, teacher in inputs.teachers.items()}
-    write_json(inputs.run_dir / "plan.json", plans.get("", {"teachers": plans}))
-    print(one_line(environment), flush=True)
-    if inputs.prompts is not None:
-        print(f"prompts: {inputs.prompts.summary()}", flush=True)
-    if inputs.bridge is not None and (not_told := unchecked(inputs.bridge)):
-        path = inputs.config.loss.representation.bridge
-        print(f"{path} does not say, and nothing checks, {', '.join(not_told)} that it was fitted on", flush=True)
-
-
-def describe_layout(topology: Topology) -> dict[str, int]:
-    """The sizes of a layout by name: tensor, pipeline and data parallelism always, the others where they are on."""
-    sizes = {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}
-    others = {
-        "virtual pipeline": topology.virtual_size,
-        "context": topology.context_size,
-        "expert": topology.expert_size,
-        "sequence": topology.tensor_size if topology.sequence_parallel else 1,
-    }
-    return sizes | {name: size for name, size in others.items() if size > 1}
 
 
 def finish(run: Run) -> None:
     """Export the student to Hugging Face format and write the report; its path is the last line of the run."""
     run_dir = run.inputs.run_dir
+    progress.enter("export")
     if run.inputs.config.checkpoint.export_hf:
         fresh, target = run_dir / "hf.new", run_dir / "hf"
         on_rank_zero(lambda: shutil.rmtree(fresh, ignore_errors=True))
@@ -229,6 +207,7 @@ def finish(run: Run) -> None:
                 fresh.rename(target)
 
         on_rank_zero(replace_export)
+    progress.enter("report")
     report = on_rank_zero(lambda: write_report(run_dir))
     if run.topology.rank == 0:
         print(f"report: {report}", flush=True)
@@ -254,10 +233,11 @@ def write_step(run: Run, log: RunLog, metrics: dict[str, float], rollouts: list[
     log.rollouts(int(metrics["step"]), rollouts, run.inputs.tokenizer)
 
 
-def save_checkpoint(run: Run, state: TrainState, saver: Saver) -> None:
-    """Write a training checkpoint, or begin to, and drop the oldest. Collective over the world."""
+def save_checkpoint(run: Run, state: TrainState, saver: Saver) -> Path:
+    """Write a training checkpoint, or begin to, and drop the oldest; where it is. Collective over the world."""
     config = run.inputs.config
-    saver.save(
+    progress.enter("checkpoint", state.step)
+    return saver.save(
         run.inputs.run_dir / "checkpoints",
         run.student,
         run.inputs.student,
@@ -275,6 +255,7 @@ def evaluate_student(run: Run, log: RunLog, state: TrainState, health: HealthWat
     inputs = run.inputs
     if run.evaluator is None or inputs.evaluation_prompts is None or inputs.tokenizer is None:
         return health
+    progress.enter("evaluation", state.step)
     samples = evaluate_over_ranks(run.evaluator, inputs.evaluation_prompts.prompts, inputs.tokenizer, run.topology)
     steps = inputs.config.train.steps
     name = {0: "before", steps: "after"}.get(state.step, f"step {state.step}")
@@ -286,25 +267,6 @@ def evaluate_student(run: Run, log: RunLog, state: TrainState, health: HealthWat
         return scores
 
     return health_watch.after_evaluation(run, log, health, state.step, on_rank_zero(write))
-
-
-class Stopwatch:
-    """Seconds of the named parts of a step and of the whole."""
-
-    def __init__(self) -> None:
-        self._begin = time.perf_counter()
-        self._parts: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self._parts[part] = time.perf_counter() - begin
-
-    def seconds(self) -> dict[str, float]:
-        """`time/<part>` for each part, and `time/step`."""
-        parts = {f"time/{part}": seconds for part, seconds in self._parts.items()}
-        return parts | {"time/step": time.perf_counter() - self._begin}
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ FinishReason = Literal["eos", "length", "replay"]
 class UserError(Exception):
     """A mistake in what the user gave us. Commands print its one line and exit with code 2."""
 
+    everywhere = False  # whether all ranks are known to raise it
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -9,6 +9,7 @@ import hashlib
 import math
 from pathlib import Path
 
+from megatron_oprd import progress
 from megatron_oprd.assemble import build_models
 from megatron_oprd.bridge.fitting import (
     Fitting,
@@ -32,6 +33,7 @@ from megatron_oprd.files import explain_os_errors, write_json
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.inputs import Inputs, read_inputs
 from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.types import UserError
 
 BEING_FITTED = "(being fitted)"  # in the place of the bridge: whatever needs one may run
@@ -48,7 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     inputs = read_inputs(fitting_config(load_config(options.config, options.overrides)), fitting=True)
     check(inputs)
-    fit(Fitting(inputs, build_models(inputs)))
+    with guarded(inputs.config.watchdog, inputs.run_dir):
+        progress.enter("loading")
+        fit(Fitting(inputs, build_models(inputs)))
     return 0
 
 

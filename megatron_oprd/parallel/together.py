@@ -12,10 +12,14 @@ from megatron_oprd.types import UserError
 Result = TypeVar("Result")
 
 
+class RankZeroFailed(RuntimeError):
+    """What the other ranks raise when rank 0 fails at its work for all."""
+
+
 def on_rank_zero(function: Callable[[], Result]) -> Result:
     """`function()` of rank 0, on every rank: its (picklable) result, or what it raised. Collective over the world.
 
-    A UserError is raised as such everywhere, any other exception as itself on rank 0 and as a RuntimeError on the
+    A UserError is raised as such everywhere, any other exception as itself on rank 0 and as RankZeroFailed on the
     others: nobody waits for a rank that has failed.
     """
     failure: Exception | None = None
@@ -29,11 +33,13 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
     dist.broadcast_object_list(message, src=0)
     kind, value = message[0]
     if failure is not None:
+        if isinstance(failure, UserError):
+            failure.everywhere = True
         raise failure
     if kind == "user":
-        raise UserError(str(value))
+        raise _of_all(str(value))
     if kind == "error":
-        raise RuntimeError(f"rank 0 failed: {value}")
+        raise RankZeroFailed(f"rank 0 failed: {value}")
     return value  # type: ignore[return-value]
 
 
@@ -48,5 +54,11 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
     dist.all_gather_object(failures, failure)
     for message in failures:
         if message is not None:
-            raise UserError(message)
+            raise _of_all(message)
     return result
+
+
+def _of_all(message: str) -> UserError:
+    error = UserError(message)
+    error.everywhere = True
+    return error

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_oprd import platform
-from megatron_oprd.config import ParallelConfig
+from megatron_oprd.config import ParallelConfig, WatchdogConfig
 from megatron_oprd.types import UserError
 
-# How long ranks wait for each other. Data-parallel ranks end their rollouts at different times.
-TIMEOUT_SECONDS = 1800
+# How long ranks wait for each other, if nothing else is said. Data-parallel ranks end their rollouts at other times.
+TIMEOUT_SECONDS = 1800.0
 
 # Layouts of this process's group: Megatron lets go of no group, and those of gloo have threads that wake all the time.
 _made: dict[tuple[Any, ParallelConfig, torch.device], Topology] = {}
@@ -91,7 +92,13 @@ class Topology:
             _set_megatron_state(before)
 
 
-def start_process(device: torch.device, timeout_seconds: int = TIMEOUT_SECONDS) -> None:
+def collective_timeout(watchdog: WatchdogConfig) -> float:
+    """Seconds that ranks wait for each other. With heartbeats twice the watchdog's own time-out: it knows who is merely
+    slow and who hangs, and is to speak first."""
+    return watchdog.timeout_seconds * (2 if watchdog.heartbeat_seconds else 1)
+
+
+def start_process(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     """Join torch.distributed as torchrun describes it, or alone without torchrun. A time-out turns a dead rank into
     an error on the others instead of a wait without end."""
     platform.install_cpu_stand_ins()
@@ -99,14 +106,34 @@ def start_process(device: torch.device, timeout_seconds: int = TIMEOUT_SECONDS) 
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # An error or a time-out of NCCL ends the process, without waiting for communicators that may hang.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     timeout = datetime.timedelta(seconds=timeout_seconds)
     backend = platform.distributed_backend(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        dist.init_process_group(backend, store=_of_attempt(store), rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if backend == "gloo":
         atexit.register(_leave)
+
+
+def _of_attempt(store: dist.Store) -> dist.Store:
+    """torchrun's processes share a store that outlives them: those that it starts again must not read in it where the
+    dead ones were to be reached. The torchruns of several machines do not count attempts alike; see the message."""
+    machines, restarts = (int(os.environ.get(name, "0")) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not restarts:
+        return store
+    if machines > 1 and os.environ["RANK"] == "0":
+        print(
+            "warning: torchrun --max-restarts on several machines starts no second attempt without "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment",
+            flush=True,
+        )
+    return store if machines > 1 else dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _leave() -> None:
@@ -117,7 +144,9 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) -> Topology:
+def build_topology(
+    parallel: ParallelConfig, device: torch.device, seed: int, timeout_seconds: float = TIMEOUT_SECONDS
+) -> Topology:
     """Make Megatron's process groups for a layout, seed its generators and put it in force. Collective over the world.
 
     An earlier layout of this process stays usable: its `active` puts it back, and asked for again it is that one.
@@ -127,7 +156,7 @@ def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) ->
     world, layout = dist.group.WORLD, parallel.model_copy(update={"distributed_optimizer": True})
     if any(key[0] is not world for key in _made):  # the process has joined another group since
         _made.clear()
-    topology = _made.get((world, layout, device)) or _make(layout, device)
+    topology = _made.get((world, layout, device)) or _make(layout, device, timeout_seconds)
     _made[world, layout, device] = topology
     _set_megatron_state(topology.megatron_state)
     with platform.cpu_devices():
@@ -135,7 +164,7 @@ def build_topology(parallel: ParallelConfig, device: torch.device, seed: int) ->
     return topology
 
 
-def _make(parallel: ParallelConfig, device: torch.device) -> Topology:
+def _make(parallel: ParallelConfig, device: torch.device, timeout_seconds: float) -> Topology:
     """A layout with groups of its own, in force."""
     _set_megatron_state(_NO_LAYOUT)
     with platform.cpu_devices():
@@ -146,7 +175,7 @@ def _make(parallel: ParallelConfig, device: torch.device) -> Topology:
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1,
-            distributed_timeout_minutes=TIMEOUT_SECONDS // 60,
+            distributed_timeout_minutes=timeout_seconds / 60,
         )
     return Topology(
         world_size=dist.get_world_size(),

@@ -123,13 +123,15 @@ class Saver:
         self.asynchronous = asynchronous
         self._in_flight: Saving | None = None
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """Begin a checkpoint (the arguments of `Saving`), after the one before has been finished. Collective over the
-        world; raises UserError on every rank for a disk that does not take this one or that one."""
+    def save(self, *args: Any, **kwargs: Any) -> Path:
+        """Begin a checkpoint (the arguments of `Saving`), after the one before has been finished; where it is, or will
+        be. Collective over the world; raises UserError on every rank for a disk that does not take this one or that
+        one."""
         self.wait()
-        self._in_flight = Saving(*args, **kwargs, asynchronous=self.asynchronous)
+        self._in_flight = saving = Saving(*args, **kwargs, asynchronous=self.asynchronous)
         if not self.asynchronous:
             self.wait()
+        return saving.target
 
     def at_step(self) -> None:
         """Finish what all ranks have written. Collective over the world, one number, while something is in flight;

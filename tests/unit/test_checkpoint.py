@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_oprd.assemble import build_run
 from megatron_oprd.config import load_config
 from megatron_oprd.inputs import read_inputs
-from megatron_oprd.train import find_checkpoint, one_step, save_checkpoint
+from megatron_oprd.run_folder import find_checkpoint
+from megatron_oprd.train import one_step, save_checkpoint
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.saver import Saver

@@ -8,18 +8,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_oprd"
 LEVELS = [
-    {"types", "config", "platform", "files", "cli", "environment"},
+    {"types", "config", "platform", "files", "cli", "environment", "progress"},
     {"losses", "data"},
     {"parallel"},
     {"hf"},
     {"models"},
     {"rollout"},
-    {"training", "evaluation"},
+    {"training", "evaluation", "resilience"},
     {"bridge"},
     {"layouts", "lengths"},
     {"inputs"},
     {"assemble"},
     {"health_watch"},
+    {"run_folder"},
     {"bridge.fitting"},
     {"train", "evaluate", "fp8_error", "bridge.fit"},
 ]
