@@ -1,0 +1,158 @@
+"""Long runs on a cluster: signals, ranks that are killed, hang, stop or fail. Real torchrun, four ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.killable import finish
+from tests.helpers.runs import assert_same_export, complete_steps, in_folder, last_step, metrics, prompt_run, read_lines
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+TIMEOUT_SECONDS = 12  # of the watchdog, where a rank hangs
+
+
+class Torchrun:
+    """A training on four ranks under torchrun. Its output goes to `log`."""
+
+    def __init__(self, arguments: list[str], log: Path, *, restarts: int = 0, script: str = "") -> None:
+        self.log = log
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+        command += [f"--max-restarts={restarts}", *([script] if script else ["-m", "megatron_oprd.train"]), *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WOUNDED": str(log.parent)}
+        with log.open("w") as file:
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+    def wait_until(self, reached: Callable[[], bool]) -> None:
+        while not reached():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+
+    def wait(self) -> int:
+        """Its exit code."""
+        return self.process.wait(timeout=300)
+
+
+@contextlib.contextmanager
+def torchrun(*args, **options) -> Iterator[Torchrun]:
+    """All its processes end with the block."""
+    run = Torchrun(*args, **options)
+    try:
+        yield run
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+
+
+def pid_of(run_dir: Path, rank: int) -> int:
+    """Of the rank's last sign of life."""
+    return json.loads((run_dir / "heartbeats" / f"rank_{rank:05d}.json").read_text())["pid"]
+
+
+def records(run_dir: Path, attempt: int) -> dict[int, dict]:
+    """What the ranks left that failed in an attempt."""
+    found = (json.loads(path.read_text()) for path in (run_dir / "failures").glob(f"attempt_{attempt}_rank_*.json"))
+    return {one["rank"]: one for one in found}
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    settings = ("evaluation.every=3", "parallel.tensor=2", "watchdog.heartbeat_seconds=0.5")
+    return prompt_run(tmp_path_factory.mktemp("inputs"), STEPS, *settings, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def expected(arguments, tmp_path_factory) -> Path:
+    """The run folder of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("expected")
+    finish(in_folder(arguments, folder / "run"), folder / "log", world_size=4)
+    return folder / "run"
+
+
+def assert_as_expected(actual: Path, expected: Path) -> None:
+    assert metrics(actual) == metrics(expected)
+    assert read_lines(actual / "evaluations.jsonl") == read_lines(expected / "evaluations.jsonl")
+    assert_same_export(actual, expected)
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all_and_the_same_command_goes_on(arguments, expected, tmp_path):
+    actual = tmp_path / "run"
+    command = [*in_folder(arguments, actual), "checkpoint.every=0"]
+    with torchrun(command, tmp_path / "log") as run:
+        run.wait_until(lambda: last_step(actual) >= 1)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(pid_of(actual, 2), number)
+        assert run.wait() == 0, run.log.read_text()
+    told = re.search(r"^SIG\w+: step (\d+) saved in (.*); the same command goes on$", run.log.read_text(), re.MULTILINE)
+    assert told, run.log.read_text()
+    step = int(told[1])
+    assert complete_steps(actual) == [step] and last_step(actual) == step < STEPS
+    assert told[2] == str(actual / "checkpoints" / f"step_{step:07d}")
+    left = {path.name for path in actual.iterdir()}
+    assert not left & {"hf", "report.html", "heartbeats", "failures"}
+    finish(command, tmp_path / "log", world_size=4)
+    assert_as_expected(actual, expected)
+
+
+def test_a_killed_rank_is_named_and_torchrun_starts_all_again(arguments, expected, tmp_path):
+    actual = tmp_path / "run"
+    with torchrun(in_folder(arguments, actual), tmp_path / "log", restarts=3) as run:
+        run.wait_until(lambda: last_step(actual) >= 3)
+        os.kill(pid_of(actual, 3), signal.SIGKILL)
+        assert run.wait() == 0, run.log.read_text()
+    log = run.log.read_text()
+    for rank in (0, 1, 2):
+        assert re.search(rf"^error: rank {rank} ends, as rank 3 on \S+ was killed, last seen in ", log, re.MULTILINE), (
+            log
+        )
+    assert sorted(records(actual, 0)) == [0, 1, 2] and not records(actual, 1)
+    assert len(re.findall("^going on from", log, re.MULTILINE)) == 1
+    assert_as_expected(actual, expected)
+
+
+def test_the_rank_that_hangs_raises_or_stops_is_named(arguments, tmp_path):
+    """Three attempts of one run: rank 1 sleeps, then rank 3 raises, then rank 2 is stopped from outside."""
+    actual = tmp_path / "run"
+    settings = ("checkpoint.every=1", "train.steps=1000", f"watchdog.timeout_seconds={TIMEOUT_SECONDS}")
+    command = [*in_folder(arguments, actual), *settings]
+    script = str(ROOT / "tests" / "helpers" / "wounded.py")
+    with torchrun(command, tmp_path / "log", restarts=2, script=script) as run:
+        run.wait_until(lambda: last_step(actual) >= 3)
+        stopped = pid_of(actual, 2)
+        os.kill(stopped, signal.SIGSTOP)
+        run.wait_until(lambda: sorted(records(actual, 2)) == [0, 1, 3])
+        os.kill(stopped, signal.SIGKILL)  # else torchrun waits half a minute before it does
+        assert run.wait() != 0
+    log = run.log.read_text()
+    asleep, raised, silent = (records(actual, attempt) for attempt in range(3))
+
+    assert re.fullmatch(
+        r"rank 1 on \S+ hangs in student of step 2: no progress for \d+ s at \S+wounded.py:\d+ in fall_asleep",
+        asleep[1]["line"],
+    )
+    assert "in fall_asleep\n" in "".join(asleep[1]["trace"])
+    assert f"error: {asleep[1]['line']}\n" in log
+
+    assert (raised[3]["stage"], raised[3]["step"]) == ("rollout", 2)
+    assert raised[3]["line"].endswith("failed first, in rollout of step 2: ValueError: no more of this")
+    assert f"error: {raised[3]['line']}\n" in log
+    assert log.count("Traceback (most recent call last):\n") == 2  # the other is torchrun's own
+    for rank in (0, 1, 2):
+        assert f"error: rank {rank} ends, as {raised[3]['line']}\n" in log
+
+    for rank in (0, 1, 3):
+        assert silent[rank]["first"] in (2, None)
+    told = re.findall(r"^error: rank (\d) ends, as rank 2 on \S+ gives no sign of life for \d+ s, last seen", log, re.M)
+    assert sorted(told) == ["0", "1", "3"], log
