@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +31,10 @@ from megatron_oprd.models.targets import States
 from megatron_oprd.parallel.reshard import Shard
 from megatron_oprd.parallel.topology import Topology, build_topology
 from megatron_oprd.training import teacher_pass as passes
+from megatron_oprd.training.balanced_experts import balanced_experts
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.live_bytes import LiveBytes
+from megatron_oprd.training.on_device import BYTES, as_traced, linear_bytes, linear_parameters, state_bytes
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
 from megatron_oprd.training.teacher_pass import Row, Teacher, build_frozen
@@ -72,27 +75,28 @@ def trace_update(
 
     `rollouts` fill one micro-batch, of which every replica has `micro_batches` in a step. `bridge_rank`: r of a bridge
     between the models, if there is one. Communicates with no one, in
-    a process group of its own. Raises NotImplementedError for experts, and RuntimeError inside of a process group or
+    a process group of its own. Experts get as many tokens as each other. Raises RuntimeError inside of a process group or
     with a CUDA device.
     """
-    if student.num_experts or any(teacher.spec.num_experts for teacher in planned):
-        raise NotImplementedError("experts: how many tokens each of them gets depends on values")
     if torch.cuda.is_available():
         raise RuntimeError("an update is traced on a CPU: hide the CUDA devices (CUDA_VISIBLE_DEVICES='')")
+    asked, config = config, as_traced(config)
     with _alone(rank, world):
         own = [build_topology(t.layout, DEVICE, config.train.seed) if t.layout else None for t in planned]
         topology = build_topology(config.parallel, DEVICE, config.train.seed)  # the last one stays in force
         topologies = [of_teacher or topology for of_teacher in own]
         places = [(topology, _micro_batch(config, student, topology, rollouts))]
         places += [(one, _micro_batch(config, student, one, rollouts, number)) for number, one in enumerate(topologies)]
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, LiveBytes() as live:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, LiveBytes() as live, balanced_experts(live):
             bridge = _bridge(student, planned[0], bridge_rank) if bridge_rank is not None else {}
-            models = _build(config, student, planned, places, bridge, live)
+            models = _build(config, asked, student, planned, places, bridge, live)
             with live.making("activations"):
                 mine, *read = (_without_values(batch, mode) for _, batch in places)
                 live.reset_peak()
                 _update(config, models, mine, read, micro_batches, live)
-        return Footprint(**live.at_peak)
+        footprint = Footprint(**live.at_peak)
+        on_device = footprint.optimizer * state_bytes(asked) / (state_bytes(config) or 1)
+        return dataclasses.replace(footprint, optimizer=math.ceil(on_device))
 
 
 @contextlib.contextmanager
@@ -166,23 +170,25 @@ class _Models:
     topology: Topology
     teachers: list[Teacher]
     output: OutputLoss | None
+    fp8_copies: torch.Tensor  # of the student's weights
 
 
 def _build(
     config: Config,
+    asked: Config,
     spec: ModelSpec,
     planned: Sequence[PlannedTeacher],
     places: Sequence[tuple[Topology, PackedBatch]],
     bridge: Mapping[LayerPair, PairBridge],
     live: LiveBytes,
 ) -> _Models:
-    """All models of this rank as the first update leaves them. `places`: of the student and of each teacher, the layout
-    and a micro-batch."""
+    """All models of this rank as the first update leaves them. `asked`: the configuration with what only a device does.
+    `places`: of the student and of each teacher, the layout and a micro-batch."""
     (topology, batch), *of_teachers = places
     plan = planned[0].plan
     width = max(teacher.spec.hidden_size for teacher in planned)
     teachers = [
-        _teacher(config, teacher, *place, width, bridge, live)
+        _teacher(config, asked, teacher, *place, width, bridge, live)
         for teacher, place in zip(planned, of_teachers, strict=True)
     ]
     with live.making("optimizer"):  # what construction and first step leave, but for what gets another name
@@ -194,6 +200,9 @@ def _build(
             student.optimizer.step()
     buffers = [buffer for chunk in student.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     live.assign("weights", [*stage.parameters(), *(chunk.rotary.inverse_frequencies for chunk in stage)])
+    in_fp8 = sum(weight.numel() for weight in linear_parameters(stage, asked, spec.num_layers))
+    with live.making("weights"):
+        copies = torch.empty(in_fp8 * (linear_bytes(asked, teacher=False) - BYTES[config.precision.dtype]), dtype=torch.uint8)
     live.assign("gradients", [buffer.grad_data for buffer in buffers])
     output = None
     if plan.output and topology.num_stages - 1 in topology.stages:
@@ -202,11 +211,12 @@ def _build(
         objective, temperature = config.loss.output, config.rollout.temperature
         with_metrics = objective.metrics_every > 0
         output = OutputLoss(objective, heads, topology, temperature=temperature, with_metrics=with_metrics)
-    return _Models(student, topology, teachers, output)
+    return _Models(student, topology, teachers, output, copies)
 
 
 def _teacher(
     config: Config,
+    asked: Config,
     planned: PlannedTeacher,
     topology: Topology,
     batch: PackedBatch,
@@ -217,6 +227,8 @@ def _teacher(
     def load() -> Stage:
         with live.making("teacher_weights"):
             stage = build_frozen(planned, topology, DTYPES[config.precision.dtype])
+        for weight in linear_parameters(stage, asked, sum(planned.plan.teacher_stages)):
+            live.resize(weight, weight.numel() * linear_bytes(asked, teacher=True))
         return _with_messages(stage, topology, batch).eval().requires_grad_(False)
 
     kept = load() if config.teachers_in_memory == "all" else None

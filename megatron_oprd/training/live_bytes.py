@@ -26,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts every storage made inside the block, from the operation that makes it until it is freed, by purpose.
 
     Entered above a FakeTensorMode, whose tensors have sizes and no memory. As there are no values either, a number that
-    is read is 1, a flag false, and `nonzero` finds everything.
+    is read is 1, a flag false, `nonzero` finds everything and `masked_select` as much as `finding` says.
     """
 
     def __init__(self) -> None:
@@ -34,6 +34,7 @@ class LiveBytes(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()  # alive now, by purpose
         self.at_peak: Counter[str] = Counter()  # when the most was alive, since `reset_peak`
         self._purpose = ""  # of new storages
+        self._found: int | None = None  # by masked_select
         self._storages: dict[int, tuple[weakref.ref, str, int]] = {}  # by address: itself, its purpose and size
 
     def reset_peak(self) -> None:
@@ -47,6 +48,23 @@ class LiveBytes(TorchDispatchMode):
             yield
         finally:
             self._purpose = before
+
+    @contextlib.contextmanager
+    def finding(self, count: int) -> Iterator[None]:
+        """`masked_select` finds `count` elements inside the block."""
+        self._found = count
+        try:
+            yield
+        finally:
+            self._found = None
+
+    def resize(self, tensor: torch.Tensor, size: int) -> None:
+        """Count `size` bytes for the storage of `tensor` from now on: what another format would take."""
+        self._count(tensor)
+        address = tensor.untyped_storage()._cdata
+        reference, purpose, before = self._storages[address]
+        self._storages[address] = reference, purpose, size
+        self.bytes[purpose] += size - before
 
     def assign(self, purpose: str, tensors: Iterable[torch.Tensor]) -> None:
         """The storages of `tensors` are for `purpose`."""
@@ -72,6 +90,8 @@ class LiveBytes(TorchDispatchMode):
             return FakeWork().boxed()
         if func is _aten.nonzero.default:
             result = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        elif func is _aten.masked_select.default and self._found is not None:
+            result = args[0].new_empty(self._found)
         else:
             result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
