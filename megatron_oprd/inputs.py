@@ -20,7 +20,7 @@ from megatron_oprd.data.tokenizer import check_tokenizer, has_tokenizer, load_to
 from megatron_oprd.environment import find_machine
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.layouts import check_optimizer, check_precision, plan_teacher, world_size
+from megatron_oprd.layouts import check_optimizer, check_precision, plan_teacher, planned_world
 from megatron_oprd.lengths import check_lengths, check_replayed_lengths, check_room, longest_prompt, teacher_room
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.precision import Precision, plan_precision
@@ -28,6 +28,7 @@ from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.rollout.replay import check_enough, load_replay
 from megatron_oprd.training.global_batch import longest_reading
+from megatron_oprd.training.not_there import NotThere, find_missing, longest_prompts
 from megatron_oprd.training.predict import Lengths
 from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 
@@ -47,6 +48,8 @@ class Inputs:
     bridge: Bridge | None = None  # None: states are compared as they are
     ends: Ends | None = None  # what the bridge joins, or is to join
     precision: Precision = field(default_factory=Precision)
+    world: int = 1  # processes of the run
+    not_there: NotThere = NotThere()  # what a dry run did without
 
     @property
     def plan(self) -> LayerPlan:
@@ -71,6 +74,12 @@ class Inputs:
         """Whether teachers may read other prompts than the student."""
         replayed = any(rollout.teacher_prompt_ids is not None for rollout in self.replayed)
         return self.config.data.own_teacher_prompts or self.aligner is not None or replayed
+
+    @property
+    def bridge_rank(self) -> int | None:
+        """r of the bridge; None without one."""
+        planned = self.config.bridge.ranks[0] if self.not_there.bridge else None
+        return self.bridge.rank if self.bridge else planned
 
     @property
     def lengths(self) -> Lengths:
@@ -100,39 +109,44 @@ class Inputs:
         return align_rollouts(self.aligner, rollouts, teacher_room(self.config, teacher))
 
 
-def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
+def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False) -> Inputs:
     """Read and check everything but the weights themselves. Raises UserError, one line, for the first thing wrong.
-    `fitting`: for making the bridge between its models."""
+    `fitting`: for making the bridge between its models. `dry_run`: for telling what would run, of which all but the
+    models' config.json may be yet to come."""
     platform.choose_device(config.train.device)
     check_writable(config.train.run_dir)
-    check_layout(config.parallel, world_size())
+    world = planned_world(config.parallel, dry_run=dry_run)
+    check_layout(config.parallel, world)
     machine = find_machine()
     precision = plan_precision(config.precision, config.parallel, machine)
     if not fitting:
         check_optimizer(config, machine)
     student = read_model_spec(config.student.path)
     specs = {name: read_model_spec(teacher.path) for name, teacher in config.named_teachers.items()}
-    teachers = {name: plan_teacher(config, student, spec, name) for name, spec in specs.items()}
+    teachers = {name: plan_teacher(config, student, spec, name, world) for name, spec in specs.items()}
     check_precision(config, precision, student, teachers)
-    check_weights(config.student.path, student)
-    for teacher in teachers.values():
-        check_weights(teacher.config.path, teacher.spec)
+    not_there = find_missing(config) if dry_run else NotThere()
+    models = [(config.student.path, student), *((teacher.config.path, teacher.spec) for teacher in teachers.values())]
+    for path, spec in models:
+        if path not in not_there.weights:
+            check_weights(path, spec)
     tokenizer = other = aligner = prompts = evaluation_prompts = None
     with_bridge = fitting or (config.loss.reads_layers and config.loss.representation.bridge is not None)
-    folders = [config.student.path, *(teacher.config.path for teacher in teachers.values())]
-    if (
+    if not not_there.tokenizers and (
         config.rollout.engine == "megatron"
         or config.evaluation.every
-        or (with_bridge and any(map(has_tokenizer, folders)))
+        or (with_bridge and any(has_tokenizer(path) for path, _ in models))
     ):
         tokenizer, other = _tokenizers(config, student, teachers, with_bridge=with_bridge)
     if tokenizer is not None and other is not None:
         end = end_of_turn_id(other, config.data.teacher_kwargs)
         aligner = make_aligner(tokenizer, other, student_eos_ids=student.eos_token_ids, teacher_end_of_turn_id=end)
     replayed = _replayed(config, student, teachers, aligner) if config.rollout.engine == "replay" else []
-    if tokenizer is not None and config.rollout.engine == "megatron":
+    if (not_there.tokenizers or not_there.prompts) and config.rollout.engine == "megatron":
+        prompts = longest_prompts(config)
+    elif tokenizer is not None and config.rollout.engine == "megatron":
         prompts = load_prompts(config.data.prompts, tokenizer, config.data, teacher_tokenizer=other)
-    if tokenizer is not None and config.evaluation.every:
+    if tokenizer is not None and config.evaluation.every and not not_there.prompts:
         evaluation_prompts = read_evaluation_prompts(config, tokenizer)
     _check_sources(config, prompts.prompts if prompts else replayed)
     for asked in filter(None, (prompts, evaluation_prompts)):
@@ -141,9 +155,21 @@ def read_inputs(config: Config, *, fitting: bool = False) -> Inputs:
         check_lengths(config, student, teachers, prompts.prompts, other_tokenizer=other is not None)
     check_replayed_lengths(config, student, teachers, replayed, other_tokenizer=other is not None)
     ends = _ends(config, student, teachers, tokenizer, other) if with_bridge else None
-    bridge = ends.read() if ends is not None and not fitting else None
+    bridge = ends.read() if ends is not None and not fitting and not not_there.bridge else None
     return Inputs(
-        config, student, teachers, tokenizer, prompts, evaluation_prompts, replayed, aligner, bridge, ends, precision
+        config,
+        student,
+        teachers,
+        tokenizer,
+        prompts,
+        evaluation_prompts,
+        replayed,
+        aligner,
+        bridge,
+        ends,
+        precision,
+        world=world,
+        not_there=not_there,
     )
 
 

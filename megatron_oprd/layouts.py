@@ -23,9 +23,11 @@ ONLY_IN_TRAINING = (
 )
 
 
-def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: str = "") -> PlannedTeacher:
+def plan_teacher(
+    config: Config, student: ModelSpec, teacher: ModelSpec, name: str = "", world: int | None = None
+) -> PlannedTeacher:
     """Which layers are compared with the teacher called `name` (the only one has no name), and on which stages of both
-    layouts they live. Raises UserError, naming what would work, for layers that do not exist and for layouts that do
+    layouts they live. `world`: processes; None: as many as there are. Raises UserError, naming what would work, for layers that do not exist and for layouts that do
     not suit the models or the processes."""
     of_teacher = config.named_teachers[name]
     own_layout = teacher_layout(config, name)
@@ -42,7 +44,7 @@ def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: s
     check_student_layout(config.parallel, student, None if own_layout else teacher, name)
     if own_layout:
         key = f"{section}.parallel"
-        check_layout(own_layout, world_size(), key=key)
+        check_layout(own_layout, world or world_size(), key=key)
         check_experts(own_layout.expert, [teacher], key=key)
         check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=teacher_title(name))
     check_recompute(config.recompute, plan.student_stages)
@@ -52,6 +54,20 @@ def plan_teacher(config: Config, student: ModelSpec, teacher: ModelSpec, name: s
 def world_size() -> int:
     """How many processes torchrun has started; one without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def planned_world(parallel: ParallelConfig, *, dry_run: bool = False) -> int:
+    """How many processes a run has; of a dry run without torchrun, for how many it is planned. Raises UserError when
+    the configuration is made for another number."""
+    stated, there = parallel.world_size, world_size()
+    if dry_run and "WORLD_SIZE" not in os.environ:
+        return stated or 1
+    if stated and stated != there:
+        raise UserError(
+            f"parallel.world_size={stated}: the layout is made for {stated} processes, and torchrun started {there}; "
+            f"start {stated}, or set parallel.world_size=null to try the layout on {there}"
+        )
+    return there
 
 
 def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:

@@ -29,7 +29,7 @@ from megatron_oprd.resilience import signals, straggler
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.run_folder import describe, find_checkpoint
 from megatron_oprd.training import checkpoint
-from megatron_oprd.training.dry_run import describe_run
+from megatron_oprd.training.dry_run import Plan, describe_run
 from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
 from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.run_log import RunLog
@@ -63,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, then stop")
     parser.add_argument("overrides", nargs="*", help="dotted keys that win over the file, like parallel.tensor=2")
     options = parser.parse_args(arguments)
-    inputs = read_inputs(load_config(options.config, options.overrides))
+    inputs = read_inputs(load_config(options.config, options.overrides), dry_run=options.dry_run)
     if options.dry_run:
-        bridge_rank = inputs.bridge.rank if inputs.bridge else None
-        describe_run(inputs.config, inputs.student, inputs.teachers, inputs.lengths, bridge_rank)
+        plan = Plan(inputs.config, inputs.student, inputs.teachers, inputs.lengths, inputs.world, inputs.bridge_rank)
+        describe_run(plan, inputs.not_there)
         return 0
     with signals.noting(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")

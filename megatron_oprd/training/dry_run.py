@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
@@ -14,38 +15,47 @@ from megatron_oprd.config import Config, dump_config, teacher_title
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.training.fake_step import Footprint
 from megatron_oprd.training.memory import count_parameters, predict_memory
+from megatron_oprd.training.not_there import NotThere
 from megatron_oprd.training.predict import Lengths, NotTraced, predict_peaks
 from megatron_oprd.types import ModelSpec
 
+NOTHING = NotThere()
 COLUMNS = ("weights", "gradients", "optimizer", "teacher", "targets", "activations")  # the parts of a Footprint
 
 
-def describe_run(
-    config: Config,
-    student: ModelSpec,
-    teachers: Mapping[str, PlannedTeacher],
-    lengths: Lengths,
-    bridge_rank: int | None = None,
-) -> None:
-    """Print the resolved configuration, the layer pairs with their pipeline stages, parameters and predicted memory.
-    `bridge_rank`: r of the bridge between the models, if there is one.
+@dataclass(frozen=True)
+class Plan:
+    """What a dry run tells of: the models with their layouts, and how long sequences can be."""
+
+    config: Config
+    student: ModelSpec
+    teachers: Mapping[str, PlannedTeacher]
+    lengths: Lengths
+    world: int  # processes
+    bridge_rank: int | None = None  # r of the bridge between the models, if there is one
+
+
+def describe_run(plan: Plan, not_there: NotThere = NOTHING) -> None:
+    """Print the resolved configuration, the layer pairs with their pipeline stages, parameters, predicted memory and
+    an estimate of a step's time and communication; first, what was not checked as it is `not_there`.
 
     The first of several processes prints. No communication.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config, student, world, planned = plan.config, plan.student, plan.world, list(plan.teachers.values())
     console = Console()
     console.print(dump_config(config), markup=False, highlight=False)
+    for line in not_there.lines(config):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     console.print(f"student: {student.architecture}, {count_parameters(student):,} parameters")
-    for name, teacher in teachers.items():
+    for name, teacher in plan.teachers.items():
         _describe_teacher(console, name, teacher)
-    planned = list(teachers.values())
     try:
-        peaks = predict_peaks(config, student, planned, lengths, world=world, bridge_rank=bridge_rank)
+        peaks = predict_peaks(config, student, planned, plan.lengths, world=world, bridge_rank=plan.bridge_rank)
         _print_peaks(console, peaks, world)
     except NotTraced as reason:
-        _print_estimate(console, predict_memory(config, student, planned, world, bridge_rank), world, str(reason))
+        _print_estimate(console, predict_memory(config, student, planned, world, plan.bridge_rank), world, str(reason))
 
 
 def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int) -> None:

@@ -88,7 +88,8 @@ def trace_update(
         places = [(topology, _micro_batch(config, student, topology, rollouts))]
         places += [(one, _micro_batch(config, student, one, rollouts, number)) for number, one in enumerate(topologies)]
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, LiveBytes() as live, balanced_experts(live):
-            bridge = _bridge(student, planned[0], bridge_rank) if bridge_rank is not None else {}
+            with live.making("weights"):
+                bridge = _bridge(student, planned[0], bridge_rank) if bridge_rank is not None else {}
             models = _build(config, asked, student, planned, places, bridge, live)
             with live.making("activations"):
                 mine, *read = (_without_values(batch, mode) for _, batch in places)
