@@ -1,4 +1,5 @@
-"""Experts without values: every rank's tokens go to all experts alike, where a real router would have to be read."""
+"""Experts without values: every rank's tokens go to all experts alike, where a real router would have to be read, and
+one expert stands for all of a rank: what they keep is counted in tokens, and thousands of small operations are saved."""
 
 from __future__ import annotations
 
@@ -10,9 +11,12 @@ from unittest import mock
 import numpy as np
 import torch
 from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_oprd.training.live_bytes import LiveBytes
+
+_BUILD = SequentialMLP.__init__
 
 
 class _Sizes(list[int]):
@@ -35,6 +39,9 @@ def balanced_experts(live: LiveBytes) -> Iterator[None]:
     with (
         mock.patch.object(MoEAlltoAllTokenDispatcher, "preprocess", _preprocess),
         mock.patch.object(token_dispatcher, "permute", chosen),
+        mock.patch.object(token_dispatcher, "sort_chunks_by_idxs", _one_copy),
+        mock.patch.object(SequentialMLP, "__init__", _one_for_all),
+        mock.patch.object(SequentialMLP, "forward", _all_at_once),
     ):
         yield
 
@@ -43,6 +50,29 @@ def balanced_counts(tokens: int, choices: int, experts: int) -> np.ndarray:
     """Tokens [experts] of one rank that each expert gets; they add up to tokens x choices."""
     share, more = divmod(tokens * choices, experts)
     return np.full(experts, share) + (np.arange(experts) < more)
+
+
+def _one_for_all(experts: Any, count: int, *args: Any, **kwargs: Any) -> None:
+    """`SequentialMLP.__init__`, building the first of `count` experts with as many rows of weights as all have."""
+    _BUILD(experts, 1, *args, **kwargs)
+    experts.num_local_experts = count
+    for linear in (experts.local_experts[0].linear_fc1, experts.local_experts[0].linear_fc2):
+        one, others = linear.weight, vars(linear.weight)
+        linear.weight = torch.nn.Parameter(one.new_empty(count * len(one), one.shape[1]))
+        vars(linear.weight).update(others)
+
+
+def _all_at_once(experts: Any, tokens: torch.Tensor, counts: np.ndarray, probs: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """What `SequentialMLP` keeps of [tokens, hidden], were all its experts one; of several it joins the outputs."""
+    expert, count = experts.local_experts[0], len(counts)
+    weights = {name: weight[: len(weight) // count] for name, weight in expert.named_parameters()}
+    output, _ = torch.func.functional_call(expert, weights, (tokens, probs))
+    return (output if count == 1 else torch.cat([output, output[:0]])), None
+
+
+def _one_copy(tokens: torch.Tensor, *args: Any, probs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    """What `sort_chunks_by_idxs` makes: the same rows, joined in another order."""
+    return tuple(None if one is None else torch.cat([one, one[:0]]) for one in (tokens, probs))
 
 
 def _preprocess(dispatcher: Any, routing_map: torch.Tensor) -> np.ndarray:
@@ -58,8 +88,4 @@ def _preprocess(dispatcher: Any, routing_map: torch.Tensor) -> np.ndarray:
         dispatcher.output_splits = _Sizes([int(mine.sum())] * dispatcher.ep_size)
         dispatcher.output_splits_tp = _Sizes([int(mine.sum()) * dispatcher.ep_size] * dispatcher.tp_size)
     dispatcher.num_global_tokens_per_local_expert = np.tile(mine, (senders, 1))
-    # Where chunks lie is made with the dispatcher, when tensors have no values any more.
-    chunks = np.arange(experts * dispatcher.tp_size)
-    dispatcher.sort_input_by_local_experts = chunks.reshape(-1, local).T.ravel()
-    dispatcher.restore_output_by_local_experts = chunks.reshape(local, -1).T.ravel()
     return mine * senders
