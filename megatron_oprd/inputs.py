@@ -49,7 +49,7 @@ class Inputs:
     ends: Ends | None = None  # what the bridge joins, or is to join
     precision: Precision = field(default_factory=Precision)
     world: int = 1  # processes of the run
-    not_there: NotThere = NotThere()  # what a dry run did without
+    not_there: NotThere = field(default_factory=NotThere)  # what a dry run did without
 
     @property
     def plan(self) -> LayerPlan:

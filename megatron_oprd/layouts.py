@@ -27,8 +27,8 @@ def plan_teacher(
     config: Config, student: ModelSpec, teacher: ModelSpec, name: str = "", world: int | None = None
 ) -> PlannedTeacher:
     """Which layers are compared with the teacher called `name` (the only one has no name), and on which stages of both
-    layouts they live. `world`: processes; None: as many as there are. Raises UserError, naming what would work, for layers that do not exist and for layouts that do
-    not suit the models or the processes."""
+    layouts they live. `world`: processes; None: as many as there are. Raises UserError, naming what would work, for
+    layers that do not exist and for layouts that do not suit the models or the processes."""
     of_teacher = config.named_teachers[name]
     own_layout = teacher_layout(config, name)
     section = teacher_section(name)

@@ -1,5 +1,5 @@
 """Experts without values: every rank's tokens go to all experts alike, where a real router would have to be read, and
-one expert stands for all of a rank: what they keep is counted in tokens, and thousands of small operations are saved."""
+one expert stands for all of a rank, as what they keep goes by tokens: thousands of small operations are saved."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def _one_for_all(experts: Any, count: int, *args: Any, **kwargs: Any) -> None:
         vars(linear.weight).update(others)
 
 
-def _all_at_once(experts: Any, tokens: torch.Tensor, counts: np.ndarray, probs: torch.Tensor) -> tuple[torch.Tensor, None]:
+def _all_at_once(
+    experts: Any, tokens: torch.Tensor, counts: np.ndarray, probs: torch.Tensor
+) -> tuple[torch.Tensor, None]:
     """What `SequentialMLP` keeps of [tokens, hidden], were all its experts one; of several it joins the outputs."""
     expert, count = experts.local_experts[0], len(counts)
     weights = {name: weight[: len(weight) // count] for name, weight in expert.named_parameters()}

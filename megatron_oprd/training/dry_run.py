@@ -17,6 +17,7 @@ from megatron_oprd.training.fake_step import Footprint
 from megatron_oprd.training.memory import count_parameters, predict_memory
 from megatron_oprd.training.not_there import NotThere
 from megatron_oprd.training.predict import Lengths, NotTraced, predict_peaks
+from megatron_oprd.training.scaling import Estimate, estimate_step
 from megatron_oprd.types import ModelSpec
 
 NOTHING = NotThere()
@@ -56,6 +57,34 @@ def describe_run(plan: Plan, not_there: NotThere = NOTHING) -> None:
         _print_peaks(console, peaks, world)
     except NotTraced as reason:
         _print_estimate(console, predict_memory(config, student, planned, world, plan.bridge_rank), world, str(reason))
+    _print_step(
+        console,
+        estimate_step(config, student, planned, plan.lengths, world=world, bridge_rank=plan.bridge_rank),
+    )
+
+
+def _print_step(console: Console, estimate: Estimate) -> None:
+    """The parts of a step, and what was assumed."""
+    hardware = estimate.hardware
+    title = f"A step on {estimate.world} x {hardware.name} (estimated, not measured)"
+    columns = ("part", "PFLOP", "NVLink GB", "network GB", "seconds")
+    table = Table(*columns, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    rows = [(c.name, c.flops, c.nvlink, c.network, c.seconds) for c in estimate.costs]
+    for name, flops, nvlink, network, seconds in [*rows, ("sum", *map(sum, list(zip(*rows, strict=True))[1:]))]:
+        table.add_row(name, f"{flops / 1e15:,.1f}", f"{nvlink / 1e9:.2f}", f"{network / 1e9:.2f}", f"{seconds:.1f}")
+    console.print(table)
+    console.print(
+        "operations of all ranks, bytes that a rank sends; every rollout has the most tokens. Assumed: "
+        f"{hardware.matrix_share:.0%} of {hardware.bf16_flops / 1e12:.0f} TFLOP/s in bf16, "
+        f"{hardware.fp8_share:.0%} of {hardware.fp8_flops / 1e12:.0f} in FP8, "
+        f"{hardware.expert_share:.0%} with experts; {hardware.memory_share:.0%} of {hardware.memory_bytes / 1e12:.2f} "
+        f"TB/s of memory, {hardware.link_share:.0%} of {hardware.nvlink_bytes / 1e9:.0f} GB/s NVLink and of "
+        f"{hardware.network_bytes / 1e9:.0f} GB/s network; pipeline bubble of the student "
+        f"{estimate.student_bubble:.0%}, of the teacher {estimate.teacher_bubble:.0%}. MFU that follows: "
+        f"{estimate.utilisation:.1%}. docs/scaling.md has the formulas.",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int) -> None:
@@ -67,10 +96,12 @@ def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int)
         name = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
         table.add_row(name, *map(_gib, parts))
     console.print(table)
+    most = max(footprint.peak for footprint in peaks.values())
+    console.print(f"fullest rank: {most / 1e9:.2f} GB; of 80 GB that leaves {80 - most / 1e9:.2f} GB", highlight=False)
     console.print(
-        "traced without values on the fullest micro-batch; activations: with the loss and all temporaries; teacher: "
-        "weights, targets: its states. Beside it: the process itself, communication buffers, and during rollouts keys "
-        "and values in a third of what is free."
+        "traced without values on the fullest micro-batch, experts with as many tokens as each other; activations: with "
+        "the loss and all temporaries; teacher: weights, targets: its states. Beside it: the process itself, "
+        "communication buffers, and during rollouts keys and values in a third of what is free."
     )
 
 

@@ -74,9 +74,8 @@ def trace_update(
     finds the optimizer's state there.
 
     `rollouts` fill one micro-batch, of which every replica has `micro_batches` in a step. `bridge_rank`: r of a bridge
-    between the models, if there is one. Communicates with no one, in
-    a process group of its own. Experts get as many tokens as each other. Raises RuntimeError inside of a process group or
-    with a CUDA device.
+    between the models, if there is one. Experts get as many tokens as each other. Communicates with no
+    one, in a process group of its own. Raises RuntimeError inside of a process group or with a CUDA device.
     """
     if torch.cuda.is_available():
         raise RuntimeError("an update is traced on a CPU: hide the CUDA devices (CUDA_VISIBLE_DEVICES='')")
@@ -203,7 +202,9 @@ def _build(
     live.assign("weights", [*stage.parameters(), *(chunk.rotary.inverse_frequencies for chunk in stage)])
     in_fp8 = sum(weight.numel() for weight in linear_parameters(stage, asked, spec.num_layers))
     with live.making("weights"):
-        copies = torch.empty(in_fp8 * (linear_bytes(asked, teacher=False) - BYTES[config.precision.dtype]), dtype=torch.uint8)
+        copies = torch.empty(
+            in_fp8 * (linear_bytes(asked, teacher=False) - BYTES[config.precision.dtype]), dtype=torch.uint8
+        )
     live.assign("gradients", [buffer.grad_data for buffer in buffers])
     output = None
     if plan.output and topology.num_stages - 1 in topology.stages:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_oprd.config import Config, LossConfig, ParallelConfig
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size, shard_shape
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.training.on_device import BYTES, is_linear, linear_bytes, state_bytes
 from megatron_oprd.types import ModelSpec
-
-BYTES = {"bf16": 2, "fp32": 4}
 
 
 def count_parameters(spec: ModelSpec) -> int:
@@ -40,40 +39,62 @@ def predict_memory(
 ) -> dict[str, int]:
     """Bytes on the fullest of `world` ranks, by purpose. `bridge_rank`: r of a bridge between the models.
 
-    Gradients are fp32; AdamW keeps two fp32 moments, and an fp32 copy of bf16 weights, divided over the ranks that hold
-    the same parameters by the distributed optimizer; what is never trained still counts as trained. Activations: 34
-    bytes a token, hidden unit and block in bf16 (Korthikanti et al., arXiv 2205.05198, without the attention scores
-    that SDPA never stores), or block inputs under full recomputation, of every micro-batch that a pipeline keeps.
+    Gradients are fp32; the optimizer's state (`state_bytes`) is divided over the ranks that hold the same parameters by
+    the distributed optimizer; what is never trained still counts as trained. Weights in FP8: `linear_bytes`.
+    Activations: `block_bytes` of every block, or block inputs and one block under full recomputation, of every
+    micro-batch that a pipeline keeps.
     """
     plan = planned[0].plan
     parallel, size = config.parallel, BYTES[config.precision.dtype]
     copies = world // (parallel.tensor * parallel.pipeline)  # of a parameter, over data- and context-parallel ranks
     expert_copies = world // (parallel.expert * parallel.pipeline)  # experts are not divided by tensor parallelism
     of_student = Share(parallel.tensor, parallel.pipeline, parallel.expert, plan.student_stages)
-    students = [_rank_parameters(student, of_student, rank, lm_head=True) for rank in range(parallel.pipeline)]
+    ranks = range(parallel.pipeline)
+    students = [rank_parameters(student, of_student, rank, lm_head=True) for rank in ranks]
     trained = max(map(sum, students))
-    frozen = [_teacher_parameters(teacher, teacher.layout or parallel) for teacher in planned]
+    copies_in_fp8 = (linear_bytes(config, teacher=False) - size) * max(
+        _linear(config, student, of_student, rank) for rank in ranks
+    )
+    frozen = [_teacher_bytes(config, teacher, teacher.layout or parallel) for teacher in planned]
     heads = [padded_vocab_size(student, parallel.tensor) // parallel.tensor * t.spec.hidden_size for t in planned]
     in_memory = sum(frozen) if config.teachers_in_memory == "all" else max(frozen)
-    adamw = config.optimizer.name == "adamw"
-    state = (8 if adamw else 0) + (4 if size == 2 else 0)
-    if parallel.distributed_optimizer and adamw:
+    if parallel.distributed_optimizer and config.optimizer.name == "adamw":
         kept = max(dense // copies + experts // expert_copies for dense, experts in students)
     else:
         kept = trained
     tokens = config.batch.max_tokens_per_micro_batch // parallel.context
     full = config.recompute.granularity == "full"
     row_bytes = 4 * bridge_rank if bridge_rank else planned[0].spec.hidden_size * size
-    cut = parallel.tensor if parallel.sequence or not full else 1  # block inputs are whole without sequence parallelism
     blocks = _blocks_in_flight(config, plan, copies // parallel.context)
+    inputs = student.hidden_size * size / (parallel.tensor if parallel.sequence else 1)
+    a_block = max(block_bytes(student, layer, parallel, size) for layer in {0, *student.sparse_layers[:1]})
     return {
-        "student weights": trained * size,
+        "student weights": trained * size + copies_in_fp8,
         "student gradients": trained * 4,
-        "optimizer state": kept * state,
-        "teacher weights": (in_memory + (sum(heads) if plan.output else 0)) * size,
+        "optimizer state": int(kept * state_bytes(config)),
+        "teacher weights": in_memory + (sum(heads) * size if plan.output else 0),
         "teacher states": (0 if planned[0].config.offload_targets else _target_bytes(config, plan, copies, row_bytes)),
-        "activations": int(tokens * student.hidden_size * blocks * (2 if full else 34) * size / 2 / cut),
+        "activations": int(tokens * (inputs * blocks + a_block if full else a_block * blocks)),
     }
+
+
+def block_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig, size: int) -> float:
+    """Activations of one block (0-based) that a rank keeps for the backward pass, bytes a token.
+
+    In bf16, of the modules without fused kernels: 16 a hidden unit (input, norms, residuals), 8 a unit of the queries
+    and 6 of the keys, with norms of their own 6 more, 10 a unit of a dense MLP; with experts, for each choice of a token 2 a hidden unit and 12 a unit
+    of the expert, and 9 an expert for the router. `tests/unit/test_memory.py` holds it against traced updates. What
+    tensor parallelism divides it divides; the hidden units with sequence parallelism alone.
+    """
+    hidden = spec.hidden_size / (parallel.tensor if parallel.sequence else 1)
+    queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
+    norms = 6 * (queries + keys) if spec.qk_norm else 0
+    total = 16 * hidden + (8 * queries + 6 * keys + norms) / parallel.tensor
+    if layer not in spec.sparse_layers:
+        return (total + 10 * spec.ffn_hidden_size / parallel.tensor) * size / 2
+    rows = 1 / (parallel.tensor if parallel.sequence else 1)
+    choice = 2 * spec.hidden_size + 12 * spec.moe_ffn_hidden_size
+    return (total + rows * (spec.experts_per_token * choice + 9 * spec.num_experts)) * size / 2
 
 
 def most_selected(loss: LossConfig) -> int:
@@ -83,9 +104,19 @@ def most_selected(loss: LossConfig) -> int:
     return max({"last": 1, "all": sys.maxsize}.get(positions, k) for positions, k in terms)
 
 
-def _teacher_parameters(teacher: PlannedTeacher, layout: ParallelConfig) -> int:
-    share = Share(layout.tensor, layout.pipeline, layout.expert, teacher.plan.teacher_stages)
-    return max(sum(_rank_parameters(teacher.spec, share, rank, lm_head=False)) for rank in range(layout.pipeline))
+def _teacher_bytes(config: Config, teacher: PlannedTeacher, layout: ParallelConfig) -> int:
+    share, size = Share(layout.tensor, layout.pipeline, layout.expert, teacher.plan.teacher_stages), 0
+    for rank in range(layout.pipeline):
+        held = sum(rank_parameters(teacher.spec, share, rank, lm_head=False)) * BYTES[config.precision.dtype]
+        saved = BYTES[config.precision.dtype] - linear_bytes(config, teacher=True)
+        size = max(size, held - saved * _linear(config, teacher.spec, share, rank))
+    return size
+
+
+def _linear(config: Config, spec: ModelSpec, share: Share, pipeline_rank: int) -> int:
+    """Parameters of one pipeline rank in linear layers that may compute in FP8."""
+    depth = sum(share.stages)
+    return sum(rank_parameters(spec, share, pipeline_rank, lm_head=False, only=lambda n: is_linear(n, config, depth)))
 
 
 def _blocks_in_flight(config: Config, plan: LayerPlan, data_size: int) -> int:
@@ -97,14 +128,24 @@ def _blocks_in_flight(config: Config, plan: LayerPlan, data_size: int) -> int:
     return max(plan.student_stages) * min(chunks, virtual * most)
 
 
-def _rank_parameters(spec: ModelSpec, share: Share, pipeline_rank: int, *, lm_head: bool) -> tuple[int, int]:
-    """Parameters of one pipeline rank, on each of its tensor- and expert-parallel ranks: those of experts apart."""
+def rank_parameters(
+    spec: ModelSpec,
+    share: Share,
+    pipeline_rank: int,
+    *,
+    lm_head: bool,
+    only: Callable[[str], bool] = lambda name: True,
+) -> tuple[int, int]:
+    """Parameters of one pipeline rank, on each of its tensor- and expert-parallel ranks: those of experts apart.
+    `only`: those whose names it takes."""
     ends = list(itertools.accumulate(share.stages, initial=0))
     mine = range(pipeline_rank, len(share.stages), share.pipeline)
     blocks = {block for stage in mine for block in range(ends[stage], ends[stage + 1])}
     first, last = 0 in mine, len(share.stages) - 1 in mine
 
     def held(name: str) -> bool:
+        if not only(name):
+            return False
         if name.startswith("decoder.layers."):
             return int(name.split(".")[2]) in blocks
         if name.startswith("embedding"):

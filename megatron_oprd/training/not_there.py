@@ -33,7 +33,9 @@ class NotThere:
             longest = f"data.max_prompt_tokens={config.data.max_prompt_tokens}"
             lines.append(f"{', '.join(missing)} yet: the longest prompt is taken to have {longest} tokens")
         if self.bridge:
-            lines.append(f"no bridge at {self.bridge} yet: one of rank bridge.ranks[0]={config.bridge.ranks[0]} is planned")
+            lines.append(
+                f"no bridge at {self.bridge} yet: one of rank bridge.ranks[0]={config.bridge.ranks[0]} is planned"
+            )
         return lines
 
 

@@ -21,7 +21,7 @@ from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.training.fake_step import trace_update
 from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.training.memory import Share, _rank_parameters, count_parameters
+from megatron_oprd.training.memory import Share, count_parameters, rank_parameters
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import Teacher, build_frozen, teacher_pass
@@ -170,7 +170,7 @@ def test_parts_are_those_of_the_arithmetic(layout):
     stages = even_stages(5, parallel.pipeline, parallel.virtual_pipeline or 1)
     share = Share(parallel.tensor, parallel.pipeline, 1, stages)
     pipeline_rank = rank // (world // parallel.pipeline)
-    trained, _ = _rank_parameters(spec, share, pipeline_rank, lm_head=True)
+    trained, _ = rank_parameters(spec, share, pipeline_rank, lm_head=True)
     footprint = traced(config, spec, rollouts_of(256), rank=rank, world=world, micro_batches=3)
     assert footprint.weights == pytest.approx(2 * trained, rel=0.01)
     assert footprint.gradients == pytest.approx(4 * trained, rel=0.01)
