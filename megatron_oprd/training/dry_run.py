@@ -99,8 +99,8 @@ def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int)
     most = max(footprint.peak for footprint in peaks.values())
     console.print(f"fullest rank: {most / 1e9:.2f} GB; of 80 GB that leaves {80 - most / 1e9:.2f} GB", highlight=False)
     console.print(
-        "traced without values on the fullest micro-batch, experts with as many tokens as each other; activations: with "
-        "the loss and all temporaries; teacher: weights, targets: its states. Beside it: the process itself, "
+        "traced without values on the fullest micro-batch, experts with as many tokens as each other; activations: "
+        "with the loss and all temporaries; teacher: weights, targets: its states. Beside it: the process itself, "
         "communication buffers, and during rollouts keys and values in a third of what is free."
     )
 

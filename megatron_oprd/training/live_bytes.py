@@ -12,14 +12,23 @@ import torch
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 _aten = torch.ops.aten
+_VALUES = type({}.values())
 _COALESCED = (
     torch.ops.c10d.allreduce_coalesced_.default,
     torch.ops.c10d.allgather_into_tensor_coalesced_.default,
     torch.ops.c10d.reduce_scatter_tensor_coalesced_.default,
 )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those among values and lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)) or type(value) is _VALUES:
+            yield from _tensors(value)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -79,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
+        given = list(_tensors((args, kwargs.values() if kwargs else ())))
         if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
             with unset_fake_temporarily():  # the states of random generators have values
                 return func(*args, **(kwargs or {}))
@@ -94,9 +103,8 @@ class LiveBytes(TorchDispatchMode):
             result = args[0].new_empty(self._found)
         else:
             result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor)
+        for tensor in _tensors((result,)):
+            self._count(tensor)
         return result
 
     def _count(self, tensor: torch.Tensor) -> None:

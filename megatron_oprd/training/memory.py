@@ -82,9 +82,10 @@ def block_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig, size: int
     """Activations of one block (0-based) that a rank keeps for the backward pass, bytes a token.
 
     In bf16, of the modules without fused kernels: 16 a hidden unit (input, norms, residuals), 8 a unit of the queries
-    and 6 of the keys, with norms of their own 6 more, 10 a unit of a dense MLP; with experts, for each choice of a token 2 a hidden unit and 12 a unit
-    of the expert, and 9 an expert for the router. `tests/unit/test_memory.py` holds it against traced updates. What
-    tensor parallelism divides it divides; the hidden units with sequence parallelism alone.
+    and 6 of the keys, with norms of their own 6 more, 10 a unit of a dense MLP; with experts, for each choice of a
+    token 2 a hidden unit and 12 a unit of the expert, and 9 an expert for the router. `tests/unit/test_memory.py` holds
+    it against traced updates. What tensor parallelism divides it divides; the hidden units with sequence parallelism
+    alone.
     """
     hidden = spec.hidden_size / (parallel.tensor if parallel.sequence else 1)
     queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim

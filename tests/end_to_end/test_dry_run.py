@@ -32,7 +32,7 @@ def test_it_places_a_layout_of_several_processes(tmp_path):
     sizes = ("pipeline=2", "virtual_pipeline=2", "context=2", "expert=2")
     layout = [f"parallel.{size}" for size in sizes] + ["teacher.parallel={tensor: 2}", "checkpoint.every=0"]
     arguments += [f"student.path={student}", *layout, "--dry-run"]
-    outcomes = run_ranks(4, tmp_path, "train", *arguments)
+    outcomes = run_ranks(4, tmp_path, "train", *arguments, timeout_seconds=400)
     assert [(outcome.code, outcome.stderr) for outcome in outcomes] == [(0, "")] * 4
     first, *others = (outcome.stdout for outcome in outcomes)
     assert others == [""] * 3 and not (tmp_path / "run").exists()
@@ -44,11 +44,38 @@ def test_it_places_a_layout_of_several_processes(tmp_path):
         "teacher: Qwen3ForCausalLM",
         "built up to layer 4 of 4",
         "Memory, 4 processes",
-        "not traced: how many tokens an expert gets",
+        "peak of an update",
+        "A step on 4 x H100 SXM (estimated, not measured)",
     ):
         assert words in first
     alone = run_ranks(1, tmp_path, "train", *arguments, environment={"WORLD_SIZE": "4"})[0]
     assert (alone.code, alone.stdout) == (0, first)
+
+
+def test_it_plans_for_what_is_yet_to_come(tmp_path):
+    """With --dry-run a config.json of each model is enough, and without it nothing changes."""
+    arguments = prompt_run(tmp_path, 1, "data.max_prompt_tokens=40", "checkpoint.every=0", num_hidden_layers=1)
+    for model in ("student", "teacher"):
+        for path in (tmp_path / model).iterdir():
+            if path.name != "config.json":
+                path.unlink()
+    (tmp_path / "prompts.jsonl").unlink()
+    outcome = run_ranks(1, tmp_path, "train", *arguments, "--dry-run")[0]
+    assert (outcome.code, outcome.stderr) == (0, "")
+    folder = str(tmp_path)
+    for line in (
+        f"no weights in {folder}/student, {folder}/teacher yet: they were not checked",
+        f"no tokenizer in {folder}/student, no {folder}/prompts.jsonl yet: the longest prompt is taken to have "
+        "data.max_prompt_tokens=40 tokens",
+    ):
+        assert line in outcome.stdout.splitlines()
+    long = run_ranks(1, tmp_path, "train", *arguments, "data.max_prompt_tokens=91", "--dry-run")[0]
+    assert long.code == 2 and "rollout.max_new_tokens=6 (97 tokens)" in long.stderr
+    run = run_ranks(1, tmp_path, "train", *arguments)[0]
+    assert run.code == 2 and "model.safetensors" in run.stderr
+    (tmp_path / "teacher" / "config.json").unlink()
+    broken = run_ranks(1, tmp_path, "train", *arguments, "--dry-run")[0]
+    assert broken.code == 2 and "cannot read" in broken.stderr and "config.json" in broken.stderr
 
 
 def dry_peaks(arguments, folder, world=1):
@@ -56,7 +83,7 @@ def dry_peaks(arguments, folder, world=1):
     outcome = run_ranks(1, folder, "train", *arguments, "--dry-run", environment={"WORLD_SIZE": str(world)})[0]
     assert (outcome.code, outcome.stderr) == (0, "")
     table = outcome.stdout[outcome.stdout.index("Memory, ") :].splitlines()
-    rows = [line.split() for line in table if line.strip()[:1].isdigit()]
+    rows = [line.split() for line in table if line.strip()[:1].isdigit() and line.startswith(" ")]
     return {row[0]: float(row[-1]) for row in rows}
 
 

@@ -20,7 +20,8 @@ from tests.helpers.runs import prompt_run
 ROOT = Path(__file__).parents[2]
 COMMAND = re.compile(r"^ {4}((?:bash|python|torchrun) .*?)(?: +#.*)?$", re.MULTILINE)
 FILES = ["README.md", "CONTRIBUTING.md", *(f"{d}/README.md" for d in ("examples", "ci", "benchmarks"))]
-FILES += ["tools/checkpoint_convert/README.md", "docs/bridge.md", "docs/precision.md"]
+FILES += ["tools/checkpoint_convert/README.md", "examples/slurm/README.md"]
+FILES += [f"docs/{page}.md" for page in ("bridge", "precision", "scaling")]
 
 TINY = "train.steps=2 rollout.max_new_tokens=6 rollout.prompts_per_step=2 checkpoint.every=0 precision.dtype=fp32"
 PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompts=[{models}/prompts.jsonl]"
@@ -66,6 +67,8 @@ RUNS = {
     f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}": RECIPE,
     "python -m megatron_oprd.train --config examples/qwen_same_family.yaml --dry-run": PATHS,
     "torchrun --nproc-per-node 8 -m megatron_oprd.train --config examples/qwen_same_family.yaml": RECIPE,
+    "python -m megatron_oprd.train --config examples/qwen3_32b_to_4b_64xh100.yaml --dry-run": None,  # test_recipes.py
+    "python -m megatron_oprd.train --config examples/qwen3_235b_a22b_to_30b_a3b_512xh100.yaml --dry-run": None,
     "bash ci/run.sh": "--collect-only -q tests/unit",  # this very test is part of it
     "bash ci/run.sh tests/unit -k sharding": "--collect-only -q",
     "bash ci/lint.sh": "",
