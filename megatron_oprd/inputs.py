@@ -17,7 +17,7 @@ from megatron_oprd.data.alignment import Aligner, align_rollouts, end_of_turn_id
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import check_tokenizer, has_tokenizer, load_tokenizer, same_vocabulary, tokenizer_hash
-from megatron_oprd.environment import find_machine
+from megatron_oprd.environment import Machine, find_machine
 from megatron_oprd.files import check_writable
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.layouts import check_optimizer, check_precision, plan_teacher, planned_world
@@ -117,15 +117,12 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     check_writable(config.train.run_dir)
     world = planned_world(config.parallel, dry_run=dry_run)
     check_layout(config.parallel, world)
-    machine = find_machine()
-    precision = plan_precision(config.precision, config.parallel, machine)
-    if not fitting:
-        check_optimizer(config, machine)
+    precision, planned_for = _plan_precision(config, fitting=fitting, dry_run=dry_run)
     student = read_model_spec(config.student.path)
     specs = {name: read_model_spec(teacher.path) for name, teacher in config.named_teachers.items()}
     teachers = {name: plan_teacher(config, student, spec, name, world) for name, spec in specs.items()}
     check_precision(config, precision, student, teachers)
-    not_there = find_missing(config) if dry_run else NotThere()
+    not_there = find_missing(config, planned_for) if dry_run else NotThere()
     models = [(config.student.path, student), *((teacher.config.path, teacher.spec) for teacher in teachers.values())]
     for path, spec in models:
         if path not in not_there.weights:
@@ -171,6 +168,24 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
         world=world,
         not_there=not_there,
     )
+
+
+def _plan_precision(config: Config, *, fitting: bool, dry_run: bool) -> tuple[Precision, str | None]:
+    """How this run computes, and in a dry run what it computes on where this machine could not: the device that the
+    recipes are for."""
+
+    def on(machine: Machine) -> Precision:
+        if not fitting:
+            check_optimizer(config, machine)
+        return plan_precision(config.precision, config.parallel, machine)
+
+    machine = find_machine()
+    try:
+        return on(machine), None
+    except UserError:
+        if not dry_run or machine.capability is not None or config.train.device == "cpu":
+            raise
+    return on(Machine("2.11.0", (9, 0), (13, 0))), "an H100 with Transformer Engine 2.11"
 
 
 def _ends(

@@ -22,6 +22,7 @@ class NotThere:
     tokenizers: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     bridge: str | None = None
+    device: str | None = None  # what is planned for in its place
 
     def lines(self, config: Config) -> list[str]:
         """What is not checked for it, a line each."""
@@ -36,11 +37,14 @@ class NotThere:
             lines.append(
                 f"no bridge at {self.bridge} yet: one of rank bridge.ranks[0]={config.bridge.ranks[0]} is planned"
             )
+        if self.device:
+            lines.append(f"no CUDA device here: precision and optimizer are planned for {self.device}")
         return lines
 
 
-def find_missing(config: Config) -> NotThere:
-    """What a dry run of the configuration has to do without. Its model folders are there."""
+def find_missing(config: Config, planned_for: str | None = None) -> NotThere:
+    """What a dry run of the configuration has to do without. Its model folders are there. `planned_for`: the device in
+    the place of one that it would need."""
     folders = list(dict.fromkeys([config.student.path, *(one.path for one in config.named_teachers.values())]))
     bridge = config.loss.representation.bridge if config.loss.reads_layers else None
     generates = config.rollout.engine == "megatron"
@@ -52,6 +56,7 @@ def find_missing(config: Config) -> NotThere:
         tokenizers=tuple(one for one in readers if not has_tokenizer(one)) if generates or evaluated else (),
         prompts=tuple(path for path in dict.fromkeys(prompts) if not Path(path).exists()),
         bridge=bridge if bridge and not Path(bridge).exists() else None,
+        device=planned_for,
     )
 
 

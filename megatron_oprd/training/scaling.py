@@ -37,6 +37,9 @@ class Hardware:
     block_seconds: float = 1e-4  # to launch the kernels of a block while generating
 
 
+H100 = Hardware()
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a part of a step takes: operations over all ranks, bytes that a rank sends, seconds."""
@@ -75,7 +78,7 @@ def estimate_step(
     *,
     world: int,
     bridge_rank: int | None = None,
-    hardware: Hardware = Hardware(),  # noqa: B008: frozen
+    hardware: Hardware = H100,
 ) -> Estimate:
     """The parts of a step in which every rollout has the most tokens that it can have."""
     parallel, size = config.parallel, BYTES[config.precision.dtype]
