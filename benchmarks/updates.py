@@ -115,8 +115,8 @@ class Workload:
             for row in rows
         ]
 
-    def config(self, method: str) -> Config:
-        """Of a method, with full recomputation and all rollouts in one micro-batch."""
+    def config(self, method: str, *changes: str) -> Config:
+        """Of a method, with full recomputation and all rollouts in one micro-batch; `changes` win."""
         paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
         settings = [
             "rollout.engine=replay",
@@ -127,7 +127,8 @@ class Workload:
             f"loss.output.chunk_tokens={self.chunk}",
             f"batch.max_tokens_per_micro_batch={sum(self.responses) + self.prompt * len(self.responses)}",
         ]
-        return load_config(None, [*paths, *settings, *METHODS["top-16, unchunked" if method == AUTHORED else method]])
+        of_method = METHODS["top-16, unchunked" if method == AUTHORED else method]
+        return load_config(None, [*paths, *settings, *of_method, *changes])
 
 
 def megatron_update(workload: Workload, method: str, device: torch.device) -> Update:
@@ -166,11 +167,13 @@ def _stages(config: Config, spec: ModelSpec, planned: PlannedTeacher, topology: 
     return student, teacher.eval().requires_grad_(False)
 
 
+@torch.no_grad()
 def fill_randomly(*models: torch.nn.Module) -> None:
-    """Weights for models that are built without any."""
+    """Weights for models that are built without any. Copied in: what is held in FP8 takes them in no other way."""
     torch.manual_seed(0)
     for parameter in (parameter for model in models for parameter in model.parameters()):
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
+        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        parameter.copy_(values.normal_(std=0.02) if parameter.ndim > 1 else values.fill_(1))
 
 
 @torch.no_grad()

@@ -76,6 +76,7 @@ RUNS = {
     "python benchmarks/parity.py": "--only 2-qwen3-tp2-sp",
     "python benchmarks/cost.py": "--methods 'OPRD, all tokens' --layers 1 --tokens 512 --sequences 1 --repeats 1 "
     f"--workload '{UPDATE}' --json {{out}}.json --markdown {{out}}.md",
+    "python benchmarks/gpu.py": "--tiny --repeats 1 --parts 'teacher pass'",
     "python benchmarks/objectives.py": OBJECTIVES,
     "python benchmarks/bridge.py": BRIDGES,
     "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",

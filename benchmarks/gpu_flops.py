@@ -1,0 +1,103 @@
+"""How much an update computes, what part of a device's peak that is, and what an H100 or H200 should take. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.updates import Workload
+
+BACKWARD = 2  # times the forward pass: one product for the gradient of the inputs, one for that of the weights
+Modules = Literal["bf16", "own", "tensorwise", "blockwise", "scaled_mm"]
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations; a multiplication and an addition are two."""
+
+    products: float = 0.0  # with the matrices of the blocks
+    attention: float = 0.0  # of queries with keys, and with values
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention
+
+    def times(self, passes: float) -> Flops:
+        return Flops(self.products * passes, self.attention * passes)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What its maker says of it."""
+
+    peak: float  # operations a second in bf16, dense, sums in float32
+    bandwidth: float  # bytes a second of its memory
+
+
+# By what stands in the device's name; the first that fits.
+GPUS = {
+    "H200": Gpu(989.4e12, 4.8e12),
+    "H100 PCIe": Gpu(756e12, 2.0e12),
+    "H100 NVL": Gpu(835e12, 3.9e12),
+    "H100": Gpu(989.4e12, 3.35e12),
+    "A100": Gpu(312e12, 2.0e12),
+}
+
+# Assumed for the predictions: the part of `Gpu.peak` that the products reach (FP8 has twice the peak, and pays for
+# rounding and scales), and causal attention, forward and backward together.
+PRODUCTS: dict[Modules, float] = {"bf16": 0.65, "own": 0.65, "tensorwise": 0.95, "blockwise": 0.85, "scaled_mm": 0.75}
+ATTENTION: dict[Modules, float] = {"bf16": 0.45, "own": 0.35, "tensorwise": 0.45, "blockwise": 0.45, "scaled_mm": 0.35}
+# Bytes to and from memory a token, a block and a pass, outside of the products: norms, rotation, SwiGLU, residuals.
+TRAFFIC = {"hidden": 40, "ffn": 10}
+OPTIMIZER_BYTES = 30  # a parameter: float32 weight, moments and gradient are read, weight and moments written
+
+
+def block_weights(workload: Workload) -> int:
+    """Elements of the matrices of all blocks: N, without embedding, LM head, norms and biases."""
+    width = workload.hidden // workload.heads
+    attention = workload.hidden * width * (2 * workload.heads + 2 * workload.groups)
+    return workload.layers * (attention + 3 * workload.hidden * workload.ffn)
+
+
+def forward_flops(workload: Workload, *, causal: bool = True) -> Flops:
+    """Of one forward pass through the blocks over the workload's rollouts: 2 N a token, and for each sequence of T
+    tokens and each block 4 T^2 d (heads x head width d), of which causal attention needs half."""
+    lengths = sequence_lengths(workload)
+    squares = sum(length**2 for length in lengths)
+    attention = workload.layers * 4 * workload.hidden * squares
+    return Flops(2 * block_weights(workload) * sum(lengths), attention / (2 if causal else 1))
+
+
+def training_flops(workload: Workload, *, causal: bool = True) -> Flops:
+    """Of forward and backward: 6 N a token and three times the attention. What recomputation repeats is not counted."""
+    return forward_flops(workload, causal=causal).times(1 + BACKWARD)
+
+
+def sequence_lengths(workload: Workload) -> list[int]:
+    return [workload.prompt + length for length in workload.responses]
+
+
+def utilization(flops: Flops, seconds: float, device: str) -> float | None:
+    """The part of the device's bf16 peak that `flops` in `seconds` are: MFU, where they are the model's alone. None
+    for a device that GPUS does not know."""
+    gpu = find_gpu(device)
+    return flops.total / seconds / gpu.peak if gpu else None
+
+
+def find_gpu(device: str) -> Gpu | None:
+    return next((gpu for name, gpu in GPUS.items() if all(word in device for word in name.split())), None)
+
+
+def predicted_seconds(
+    workload: Workload, modules: Modules, gpu: Gpu, *, passes: float, trained: int = 0, bf16_blocks: int = 0
+) -> float:
+    """What `passes` forward passes' worth of work should take (1 forward, 3 with backward, 4 with recomputation), with
+    `bf16_blocks` blocks out of FP8, and an optimizer step over `trained` parameters: products, attention and memory
+    traffic one after the other at the assumed rates."""
+    flops = forward_flops(workload).times(passes)
+    outside = bf16_blocks / workload.layers
+    products = flops.products * ((1 - outside) / PRODUCTS[modules] + outside / PRODUCTS["bf16"]) / gpu.peak
+    attention = flops.attention / (ATTENTION[modules] * gpu.peak)
+    a_token = TRAFFIC["hidden"] * workload.hidden + TRAFFIC["ffn"] * workload.ffn
+    traffic = passes * sum(sequence_lengths(workload)) * workload.layers * a_token + OPTIMIZER_BYTES * trained
+    return products + attention + traffic / gpu.bandwidth
