@@ -48,8 +48,9 @@ def test_gradients_keep_their_direction(recipe, folder, gpu):
         assert cosine(found[name], exact[name]) > 0.85, name
 
 
-def test_the_second_update_sees_the_weights_of_the_first(folder, gpu):
+def test_the_second_update_sees_the_weights_of_the_first(gpu, tmp_path):
     """As a model does that is built with those weights, and has no FP8 copies of older ones."""
+    folder = save_model(tmp_path / "small", **SMALL)
     reports, stage = training(gpu, folder, STUDENT)
     first = next(reports)
     weights = {name: parameter.detach().clone() for name, parameter in named_parameters(stage).items()}
