@@ -1,6 +1,6 @@
 """Speed and memory on one GPU, beside what was predicted; docs/gpu.md.
 
-    python benchmarks/gpu.py [--minutes 6 --repeats 5 --parts "teacher pass" cost]
+    python benchmarks/gpu.py [--minutes 5.5 --repeats 5 --parts "teacher pass" cost]
 
 Random models of the paper's shape; nothing is downloaded. Each line is printed when it is known, the tables at the end;
 a section goes to docs/gpu.md and the figures to docs/gpu.json. What does not fit is a result; what fails is reported,
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at tiny sizes, on a CPU too")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=6.0, help="after which no case is begun")
+    parser.add_argument("--minutes", type=float, default=5.5, help="after which no case is begun")
     parser.add_argument("--docs", type=Path, help="folder of gpu.md and gpu.json; docs/, and none with --tiny")
     options = parser.parse_args(arguments)
     device = platform.choose_device("auto")

@@ -92,10 +92,10 @@ def all_cases(model: Workload, blocks: Workload, lengths: Iterable[int]) -> list
     cases += [
         Case("teacher pass", name, model, settings, modules, passes=1) for name, (modules, settings) in TEACHERS.items()
     ]
+    parts: tuple[tuple[Part, int], ...] = (("blocks, forward and backward", 3), ("blocks, forward", 1))
     for name, (modules, settings) in STUDENTS.items():
         kept = ALL_BLOCKS if "FP8" in name else ()
-        for part, passes in (("blocks, forward and backward", 3), ("blocks, forward", 1)):
-            cases.append(Case(part, name, blocks, settings + kept, modules, passes=passes))  # type: ignore[arg-type]
+        cases += [Case(part, name, blocks, settings + kept, modules, passes=passes) for part, passes in parts]
     for length in lengths:
         workload = dataclasses.replace(model, responses=(length - model.prompt,))
         cases += [Case("cost", method, workload) for method in [*METHODS, AUTHORED]]

@@ -30,7 +30,7 @@ TE = ModelPrecision(transformer_engine=True, arguments={"cp_comm_type": "p2p"})
 # Grouped queries, and widths that FP8 in blocks of 128 takes: with real models' heads, and what a CPU is quick at.
 LARGE = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2}
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-LENGTHS = (1, 16, 33, 64, 142)  # 256 in all: what FP8 in blocks wants, and sequences of any length in it
+LENGTHS = (3, 14, 33, 64, 142)  # 256 in all: what FP8 in blocks wants, and sequences of any length in it
 
 
 @dataclass(frozen=True)

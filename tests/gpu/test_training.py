@@ -48,6 +48,8 @@ def test_a_run_and_its_continuation(tmp_path, gpu):
     shutil.copytree(tmp_path / "run", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step_{STEPS:07d}")
     resumed = trained(arguments, tmp_path / "resumed")
+    first, kept = (tmp_path / run / "checkpoints" / "step_0000001" / "complete" for run in ("run", "resumed"))
+    assert first.stat().st_mtime_ns == kept.stat().st_mtime_ns, "it began anew"
     assert resumed[:-1] == whole[:-1]
     # Step 3 again, from the checkpoint of step 2. Backward adds up in no fixed order on a GPU.
     assert resumed[-1][0] == pytest.approx(whole[-1][0], rel=1e-4)
