@@ -40,9 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     config = load_config(options.config, options.overrides)
     check_writable(config.train.run_dir)
-    run_dir = Path(config.train.run_dir)
-    with guarded(config.watchdog, run_dir):
-        evaluate_and_write(config, run_dir / "evaluation")
+    folder = Path(config.train.run_dir) / "evaluation"  # not the run's own: that may be training meanwhile
+    with guarded(config.watchdog, folder):
+        evaluate_and_write(config, folder)
     return 0
 
 

@@ -30,10 +30,12 @@ def as_traced(config: Config) -> Config:
 def state_bytes(config: Config) -> float:
     """Optimizer state on the device, bytes a parameter.
 
-    AdamW keeps two fp32 moments and, beside bf16 weights, an fp32 copy; precision-aware, its 16 lower bits instead. The
-    share `optimizer.cpu_offload` of all of it is in CPU memory.
+    AdamW keeps two fp32 moments and, beside bf16 weights, an fp32 copy; precision-aware, bf16 moments and the 16 lower
+    bits of the copy. The share `optimizer.cpu_offload` of all of it is in CPU memory.
     """
-    master = 0 if config.precision.dtype == "fp32" else 2 if config.optimizer.precision_aware else 4
+    if config.optimizer.precision_aware:
+        return 2 + 2 + 2
+    master = 0 if config.precision.dtype == "fp32" else 4
     moments = 8 if config.optimizer.name == "adamw" else 0
     return (master + moments) * (1 - config.optimizer.cpu_offload)
 

@@ -28,7 +28,8 @@ class Outcome:
 
 
 def run(folder: Path, command: str, *arguments: str, **options: Any) -> Outcome:
-    """`command` is train, evaluate, bridge.fit or a tool by its file name; its output passes through files in `folder`.
+    """`command` is train, evaluate, fp8_error, bridge.fit or a tool by its file name; its output passes through files
+    in `folder`.
 
     `options`: those of `run_ranks`.
     """
@@ -83,7 +84,7 @@ def _main(
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [command, *arguments]
-    if command in ("train", "evaluate", "bridge.fit"):
+    if command in ("train", "evaluate", "fp8_error", "bridge.fit"):
         from megatron_oprd.cli import run_command
 
         run_command(importlib.import_module(f"megatron_oprd.{command}").main)
