@@ -1,5 +1,5 @@
 # The environment of a GPU cluster: NVIDIA's PyTorch image, whose torch, Transformer Engine and NCCL stay as they are.
-# Megatron-Core 0.16.1 takes Transformer Engine 2.9 to 2.11; release 25.12 of the image brings one of these. Not built in CI.
+# It must bring Transformer Engine 2.10 or newer, which is checked at the end. Not built in CI.
 #   docker build -t megatron-oprd .
 ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
@@ -15,6 +15,7 @@ RUN pip list --format=freeze | grep -iE '^(torch|torchvision|triton|pytorch-trit
       > /tmp/constraints.txt \
     && pip install --no-cache-dir --constraint /tmp/constraints.txt "megatron-core==0.16.1" --editable . \
     && rm /tmp/constraints.txt \
-    && python -c "import importlib.metadata as m, megatron.core; print(m.version('torch'), m.version('transformer_engine'))"
+    && python -c "import importlib.metadata as m, megatron.core; from packaging.version import Version as V; \
+te = m.version('transformer_engine'); print(m.version('torch'), te); assert V(te) >= V('2.10'), te"
 
 ENV TOKENIZERS_PARALLELISM=false

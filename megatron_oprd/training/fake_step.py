@@ -74,8 +74,8 @@ def trace_update(
     finds the optimizer's state there.
 
     `rollouts` fill one micro-batch, of which every replica has `micro_batches` in a step. `bridge_rank`: r of a bridge
-    between the models, if there is one. Experts get as many tokens as each other. Communicates with no
-    one, in a process group of its own. Raises RuntimeError inside of a process group or with a CUDA device.
+    between the models, if there is one. Experts get as many tokens as each other. Communicates with no one, in a
+    process group of its own. Raises RuntimeError inside of a process group or with a CUDA device.
     """
     if torch.cuda.is_available():
         raise RuntimeError("an update is traced on a CPU: hide the CUDA devices (CUDA_VISIBLE_DEVICES='')")
