@@ -1,14 +1,16 @@
-"""Layer specs: which module stands where in mcore's GPTModel. Without Transformer Engine they are our own; those on
-it are in `te_spec.py`."""
+"""Layer specs: which module stands where in mcore's GPTModel. Without Transformer Engine they are our own; those on it
+are in `te_spec.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -21,6 +23,29 @@ from megatron_oprd.models.layer import TappedTransformerLayer
 from megatron_oprd.models.norm import RMSNorm
 
 
+@dataclass(frozen=True)
+class Modules:
+    """The classes that a model is built of."""
+
+    norm: type
+    column: type  # a linear layer that is cut by its outputs, after a norm
+    column_holds_norm: bool  # whether that norm is its own
+    row: type  # one that is cut by its inputs
+    core_attention: type
+    experts: ModuleSpec
+    checkpoint_names: Mapping[str, str] = field(default_factory=dict)  # its names -> those in a checkpoint
+
+
+OWN = Modules(
+    RMSNorm,
+    ColumnParallelLinear,
+    False,
+    RowParallelLinear,
+    PackedAttention,
+    ModuleSpec(SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+)
+
+
 def block_spec(
     sparse: Sequence[bool], qk_norm: bool, *, transformer_engine: bool = False
 ) -> TransformerBlockSubmodules:
@@ -28,41 +53,38 @@ def block_spec(
 
     The final norm is named too: given a bare layer spec, mcore takes Transformer Engine's norm once that is installed.
     """
-    norm, layer_spec = RMSNorm, _own_layer_spec
+    modules = OWN
     if transformer_engine:
-        from megatron_oprd.models import te_spec
-
-        norm, layer_spec = te_spec.Norm, te_spec.layer_spec
-    layers = {is_sparse: layer_spec(is_sparse, qk_norm) for is_sparse in set(sparse)}
-    return TransformerBlockSubmodules(layer_specs=[layers[is_sparse] for is_sparse in sparse], layer_norm=norm)
+        from megatron_oprd.models.te_spec import MODULES as modules  # asks for Transformer Engine when it is imported
+    layers = {is_sparse: _layer_spec(modules, is_sparse, qk_norm) for is_sparse in set(sparse)}
+    return TransformerBlockSubmodules([layers[is_sparse] for is_sparse in sparse], layer_norm=modules.norm)
 
 
-def _own_layer_spec(sparse: bool, qk_norm: bool) -> ModuleSpec:
+def _layer_spec(modules: Modules, sparse: bool, qk_norm: bool) -> ModuleSpec:
+    outer_norm = IdentityOp if modules.column_holds_norm else modules.norm
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm if qk_norm else None,
-            k_layernorm=RMSNorm if qk_norm else None,
+            linear_qkv=modules.column,
+            core_attention=modules.core_attention,
+            linear_proj=modules.row,
+            q_layernorm=modules.norm if qk_norm else None,
+            k_layernorm=modules.norm if qk_norm else None,
         ),
     )
-    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=modules.column, linear_fc2=modules.row))
     if sparse:
-        experts = ModuleSpec(module=SequentialMLP, submodules=linears)
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
-    else:
-        mlp = ModuleSpec(module=MLP, submodules=linears)
+        mlp = ModuleSpec(MoELayer, submodules=MoESubmodules(experts=modules.experts))
     return ModuleSpec(
         module=TappedTransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=outer_norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=modules.norm if sparse else outer_norm,  # which a router reads too
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(modules.checkpoint_names),
         ),
     )

@@ -1,5 +1,5 @@
-"""The layer spec on Transformer Engine: fused norm and linear, fused attention, grouped experts. Imported only where
-Transformer Engine is in use; Megatron-Core's classes over it need it."""
+"""What models are built of on Transformer Engine: fused norm and linear, fused attention, grouped experts. Imported
+only where it is in use: Megatron-Core's classes over it need it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,19 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelGroupedLinear,
     TERowParallelLinear,
 )
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from megatron_oprd.hf.names import FUSED_NORMS
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.attention import PackedAttention
-from megatron_oprd.models.layer import TappedTransformerLayer
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.rotary import rotate
-
-Norm = TENorm  # the final norm, and those of queries, keys and of what a router reads
+from megatron_oprd.models.specs import Modules
 
 
 class FusedAttention(PackedAttention):
@@ -85,35 +78,15 @@ def _packing(batch: MicroBatch, device: torch.device) -> PackedSeqParams:
     return batch.fused_packing
 
 
-def layer_spec(sparse: bool, qk_norm: bool) -> ModuleSpec:
-    """A block, with experts where it is `sparse`."""
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=TELayerNormColumnParallelLinear,
-            core_attention=FusedAttention,
-            linear_proj=TERowParallelLinear,
-            q_layernorm=Norm if qk_norm else None,
-            k_layernorm=Norm if qk_norm else None,
-        ),
-    )
-    if sparse:
-        linears = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
-        experts = ModuleSpec(module=TEGroupedMLP, submodules=linears)
-        mlp = ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts))
-    else:
-        linears = MLPSubmodules(linear_fc1=TELayerNormColumnParallelLinear, linear_fc2=TERowParallelLinear)
-        mlp = ModuleSpec(module=MLP, submodules=linears)
-    return ModuleSpec(
-        module=TappedTransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm if sparse else IdentityOp,
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-            # Checkpoints have the names of our own spec whatever stands in a model.
-            sharded_state_dict_keys_map={fused: own for fused, own in FUSED_NORMS.items()},
-        ),
-    )
+MODULES = Modules(
+    norm=TENorm,
+    column=TELayerNormColumnParallelLinear,
+    column_holds_norm=True,
+    row=TERowParallelLinear,
+    core_attention=FusedAttention,
+    experts=ModuleSpec(
+        TEGroupedMLP,
+        submodules=MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear),
+    ),
+    checkpoint_names=FUSED_NORMS,
+)

@@ -32,6 +32,22 @@ def forked_process(function: Callable[..., Any], args: tuple) -> Any:
     return _context.Process(target=function, args=args)
 
 
+def result_of(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)` in a process of its own; EOFError where it failed, whose traceback is on standard error."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = forked_process(_send_result, (function, sender, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    finally:
+        process.join()
+
+
+def _send_result(function: Callable[..., Any], sender: Any, args: tuple) -> None:
+    sender.send(function(*args))
+
+
 def run_distributed(world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: int = 120) -> list[Any]:
     """`function(rank, *args)` on every rank of a gloo world; returns what each returned, in rank order.
 

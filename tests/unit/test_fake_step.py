@@ -4,7 +4,6 @@ called."""
 import dataclasses
 import gc
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import Teacher, build_frozen, teacher_pass
 from megatron_oprd.types import LongRope, ModelSpec, Rollout
-from tests.helpers.distributed import forked_process
+from tests.helpers.distributed import result_of
 from tests.helpers.memory import HONEST
 
 DEVICE = torch.device("cpu")
@@ -111,23 +110,16 @@ def update(tokens, spec, overrides):
 
 def traced(config, spec, rollouts, **where):
     """`trace_update` in a process of its own."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = forked_process(_trace, (sender, config, spec, rollouts, where))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
+    return result_of(_trace, config, spec, rollouts, where)
 
 
-def _trace(sender, config, spec, rollouts, where):
+def _trace(config, spec, rollouts, where):
     os.environ["WORLD_SIZE"] = str(where["world"])
     teacher = plan_teacher(config, spec, spec)
     first, second = (trace_update(config, spec, [teacher], rollouts, **where) for _ in range(2))
     assert first.peak == pytest.approx(second.peak, abs=8)  # a scalar of mcore's class for experts stays
     assert not torch.distributed.is_initialized()
-    sender.send(first)
+    return first
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 in a real update, and the rest is arithmetic that is done by hand here."""
 
 import dataclasses
-import multiprocessing
 import os
 
 import pytest
@@ -19,7 +18,7 @@ from megatron_oprd.training.memory import Share, rank_parameters
 from megatron_oprd.training.predict import Lengths
 from megatron_oprd.training.scaling import Hardware, bubble, decode_seconds, estimate_step
 from megatron_oprd.training.traffic import Traffic, backward_traffic, forward_traffic, reach, update_traffic
-from tests.helpers.distributed import forked_process
+from tests.helpers.distributed import result_of
 from tests.helpers.models import random_hf_model, save
 from tests.unit.test_fake_step import config_of, rollouts_of, spec_of, with_experts
 
@@ -70,22 +69,15 @@ def sent_by(name, args):
 
 
 def sent(config, spec, world, rank):
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = forked_process(_send, (sender, config, spec, world, rank))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
+    return result_of(_sent, config, spec, world, rank)
 
 
-def _send(sender, config, spec, world, rank):
+def _sent(config, spec, world, rank):
     os.environ["WORLD_SIZE"] = str(world)
     fake_step.LiveBytes = _Sent
     planned = plan_teacher(config, spec, spec)
     fake_step.trace_update(config, spec, [planned], rollouts_of(512), rank=rank, world=world, micro_batches=1)
-    sender.send(_Sent.total)
+    return _Sent.total
 
 
 FULL = ("recompute.granularity=full",)
