@@ -15,7 +15,7 @@ class Recorded:
     fails = False
 
     def __init__(self, step, *, asynchronous):
-        self.step = step
+        self.step, self.target = step, f"step_{step}"
         self.events.append(("begin", step, asynchronous))
 
     def is_written(self):
@@ -36,7 +36,7 @@ def saving(monkeypatch):
 
 def test_at_once_means_finished_when_save_returns(saving):
     saver = Saver(asynchronous=False)
-    saver.save(2)
+    assert saver.save(2) == "step_2"
     assert saving.events == [("begin", 2, False), ("finish", 2)]
     saver.at_step()
     saver.wait()
