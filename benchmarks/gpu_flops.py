@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.updates import Workload
+from megatron_oprd.training.flops import attention_flops, linear_flops
 
 BACKWARD = 2  # times the forward pass: one product for the gradient of the inputs, one for that of the weights
 Modules = Literal["bf16", "own", "tensorwise", "blockwise", "scaled_mm"]
@@ -54,18 +55,15 @@ OPTIMIZER_BYTES = 30  # a parameter: float32 weight, moments and gradient are re
 
 def block_weights(workload: Workload) -> int:
     """Elements of the matrices of all blocks: N, without embedding, LM head, norms and biases."""
-    width = workload.hidden // workload.heads
-    attention = workload.hidden * width * (2 * workload.heads + 2 * workload.groups)
-    return workload.layers * (attention + 3 * workload.hidden * workload.ffn)
+    return workload.layers * linear_flops(workload.spec, 0) // 2
 
 
 def forward_flops(workload: Workload, *, causal: bool = True) -> Flops:
     """Of one forward pass through the blocks over the workload's rollouts: 2 N a token, and for each sequence of T
     tokens and each block 4 T^2 d (heads x head width d), of which causal attention needs half."""
     lengths = sequence_lengths(workload)
-    squares = sum(length**2 for length in lengths)
-    attention = workload.layers * 4 * workload.hidden * squares
-    return Flops(2 * block_weights(workload) * sum(lengths), attention / (2 if causal else 1))
+    attention = workload.layers * attention_flops(workload.spec, lengths)
+    return Flops(2 * block_weights(workload) * sum(lengths), attention * (1 if causal else 2))
 
 
 def training_flops(workload: Workload, *, causal: bool = True) -> Flops:

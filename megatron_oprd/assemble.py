@@ -135,9 +135,7 @@ def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
 def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -> Teacher:
     """A frozen teacher up to its highest compared layer. With `teachers_in_memory: one` it is built for each pass.
     Collective over the world."""
-    config = inputs.config
-
-    precision = inputs.precision.teacher
+    config, precision = inputs.config, inputs.precision.teacher
 
     def load() -> Stage:
         stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype], precision)

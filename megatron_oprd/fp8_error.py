@@ -15,13 +15,13 @@ from rich.table import Table
 from megatron_oprd.assemble import build_models, build_teacher
 from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.data.prompts import PromptState, take
+from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
 from megatron_oprd.files import explain_os_errors, write_json
 from megatron_oprd.inputs import Inputs, read_inputs
 from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.training.fp8_error import LayerError, measure_error
-from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
+from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.teacher_pass import batches_of_teachers
 from megatron_oprd.types import UserError
 
@@ -73,13 +73,9 @@ def measure(inputs: Inputs) -> dict[int, LayerError]:
     """The error of each compared layer, by student layer. Collective over the world."""
     config, models = inputs.config, build_models(inputs)
     topology = models.topology
-    prompts = []
-    if inputs.prompts is not None:
-        count, shuffle = config.rollout.prompts_per_step, config.data.shuffle
-        prompts, _ = take(inputs.prompts.prompts, PromptState(), count, seed=config.train.seed, shuffle=shuffle)
+    prompts, _ = inputs.take_prompts(PromptState())
     mine = models.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), 0)
-    rollouts, taught_by = inputs.with_teachers(share_rollouts(inputs.aligned(mine), topology))
-    whole = GlobalBatch(rollouts, taught_by, config.loss, inputs.precision.pad_tokens)
+    whole = inputs.global_batch(share_rollouts(inputs.aligned(mine), topology))
     pack = partial(whole.micro_batches, config.batch, inputs.student)
     batches = pack(topology)
     precision = dataclasses.replace(inputs.precision, teacher=inputs.precision.exact_teacher)

@@ -15,7 +15,7 @@ from megatron_oprd.bridge.record import Bridge
 from megatron_oprd.config import MAKE_A_BRIDGE, Config, teacher_section
 from megatron_oprd.data.alignment import Aligner, align_rollouts, end_of_turn_id, make_aligner
 from megatron_oprd.data.packing import num_tokens
-from megatron_oprd.data.prompts import PromptSet, load_prompts
+from megatron_oprd.data.prompts import PromptSet, PromptState, load_prompts, take
 from megatron_oprd.data.tokenizer import check_tokenizer, has_tokenizer, load_tokenizer, same_vocabulary, tokenizer_hash
 from megatron_oprd.environment import Machine, find_machine
 from megatron_oprd.files import check_writable
@@ -27,7 +27,7 @@ from megatron_oprd.models.precision import Precision, plan_precision
 from megatron_oprd.models.weights import check_weights
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.rollout.replay import check_enough, load_replay
-from megatron_oprd.training.global_batch import longest_reading
+from megatron_oprd.training.global_batch import GlobalBatch, longest_reading
 from megatron_oprd.training.not_there import NotThere, find_missing, longest_prompts
 from megatron_oprd.training.predict import Lengths
 from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
@@ -95,11 +95,18 @@ class Inputs:
     def run_dir(self) -> Path:
         return Path(self.config.train.run_dir)
 
-    def with_teachers(self, rollouts: Sequence[Rollout]) -> tuple[tuple[Rollout, ...], tuple[int, ...]]:
-        """The rollouts, and the number of the teacher of each: by data_source, where there are several."""
+    def take_prompts(self, position: PromptState) -> tuple[list[Prompt], PromptState]:
+        """The prompts of a step and the position after them; none when rollouts are replayed."""
+        if self.prompts is None:
+            return [], position
+        count, seed, shuffle = self.config.rollout.prompts_per_step, self.config.train.seed, self.config.data.shuffle
+        return take(self.prompts.prompts, position, count, seed=seed, shuffle=shuffle)
+
+    def global_batch(self, rollouts: Sequence[Rollout]) -> GlobalBatch:
+        """The rollouts of a step, taught each by the teacher of its data_source, where there are several."""
         names = list(self.teachers)
-        numbers = [names.index(rollout.data_source) if len(names) > 1 else 0 for rollout in rollouts]
-        return tuple(rollouts), tuple(numbers)
+        numbers = (names.index(rollout.data_source) if len(names) > 1 else 0 for rollout in rollouts)
+        return GlobalBatch(tuple(rollouts), tuple(numbers), self.config.loss, self.precision.pad_tokens)
 
     def aligned(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with what a teacher with another tokenizer reads of them; else as they are. No communication."""

@@ -14,7 +14,6 @@ from megatron_oprd import health_watch, platform, progress
 from megatron_oprd.assemble import Run, build_run
 from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.data.prompts import PromptState, take
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.evaluation.run import evaluate_over_ranks
@@ -22,7 +21,7 @@ from megatron_oprd.evaluation.sample import score_by_source, write_samples
 from megatron_oprd.files import explain_os_errors
 from megatron_oprd.health_watch import HealthWatch
 from megatron_oprd.hf.export import export_hf
-from megatron_oprd.inputs import Inputs, read_inputs
+from megatron_oprd.inputs import read_inputs
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.parallel.together import on_rank_zero
 from megatron_oprd.resilience import signals, straggler
@@ -30,14 +29,14 @@ from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.run_folder import describe, find_checkpoint
 from megatron_oprd.training import checkpoint
 from megatron_oprd.training.dry_run import Plan, describe_run
-from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
+from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.saver import Saver
 from megatron_oprd.training.state import TrainState, due
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import PassReport, batches_of_teachers, teacher_pass
-from megatron_oprd.types import Prompt, Rollout
+from megatron_oprd.types import Rollout
 
 STOPPED = 3  # the exit code of a run that the health watch ended
 
@@ -124,12 +123,11 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     watch = progress.Stopwatch()
     progress.enter("batch", state.step + 1)
     platform.reset_peak_memory(topology.device)
-    prompts, position = take_prompts(inputs, state)
+    prompts, position = inputs.take_prompts(state.prompts)
     with watch("rollout"):
         mine = run.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), state.step)
         mine = inputs.aligned(mine)
-    rollouts, taught_by = inputs.with_teachers(share_rollouts(mine, topology))
-    whole = GlobalBatch(rollouts, taught_by, config.loss, inputs.precision.pad_tokens)
+    whole = inputs.global_batch(share_rollouts(mine, topology))
     pack = partial(whole.micro_batches, config.batch, inputs.student)
     batches = pack(topology)
 
@@ -211,20 +209,6 @@ def finish(run: Run) -> None:
     report = on_rank_zero(lambda: write_report(run_dir))
     if run.topology.rank == 0:
         print(f"report: {report}", flush=True)
-
-
-def take_prompts(inputs: Inputs, state: TrainState) -> tuple[list[Prompt], PromptState]:
-    """The prompts of a step and the position after them; none when rollouts are replayed."""
-    if inputs.prompts is None:
-        return [], state.prompts
-    config = inputs.config
-    return take(
-        inputs.prompts.prompts,
-        state.prompts,
-        config.rollout.prompts_per_step,
-        seed=config.train.seed,
-        shuffle=config.data.shuffle,
-    )
 
 
 def write_step(run: Run, log: RunLog, metrics: dict[str, float], rollouts: list[Rollout]) -> None:

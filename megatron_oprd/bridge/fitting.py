@@ -22,12 +22,12 @@ from megatron_oprd.bridge.results import Fits, Tally
 from megatron_oprd.bridge.rollouts import StoredRollouts
 from megatron_oprd.bridge.solve import PairFit, TeacherDirections, check_tokens, fit_pair, teacher_directions
 from megatron_oprd.config import Config
-from megatron_oprd.data.prompts import PromptState, take
+from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
 from megatron_oprd.inputs import Inputs
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.together import on_every_rank, on_rank_zero
-from megatron_oprd.training.global_batch import GlobalBatch, share_rollouts
+from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.types import LayerPair, PairBridge, Rollout
 
 
@@ -81,12 +81,9 @@ def per_step(config: Config) -> int:
 
 def generate(fitting: Fitting, stored: StoredRollouts) -> None:
     """The student's answers to all prompts, on the disk. Collective over the world."""
-    inputs, topology, config = fitting.inputs, fitting.models.topology, fitting.config
-    assert inputs.prompts is not None  # the embedded engine has prompts
-    start, count = on_rank_zero(stored.open), config.rollout.prompts_per_step
-    for step in fitting.steps("answers of the student", start):
-        position = PromptState(0, step * count)
-        prompts, _ = take(inputs.prompts.prompts, position, count, seed=config.train.seed, shuffle=config.data.shuffle)
+    topology, count = fitting.models.topology, fitting.config.rollout.prompts_per_step
+    for step in fitting.steps("answers of the student", on_rank_zero(stored.open)):
+        prompts, _ = fitting.inputs.take_prompts(PromptState(0, step * count))
         mine = split(prompts, topology.replica_rank, topology.num_replicas)
         rollouts = share_rollouts(fitting.models.engine.generate(mine, step), topology)
         on_rank_zero(lambda rollouts=rollouts: stored.append(rollouts))
@@ -105,18 +102,13 @@ def read_step(fitting: Fitting, stored: StoredRollouts, step: int) -> tuple[list
     return rollouts, [is_held_out(number, config.bridge.held_out_fraction) for number in numbers]
 
 
-def global_batch(fitting: Fitting, rollouts: Sequence[Rollout]) -> GlobalBatch:
-    pad_tokens = fitting.inputs.precision.pad_tokens
-    return GlobalBatch(tuple(rollouts), (0,) * len(rollouts), fitting.config.loss, pad_tokens)
-
-
 def gather_moments(fitting: Fitting, stored: StoredRollouts, readers: Readers) -> StreamedMoments:
     """The moments of all pairs on this rank, over all ranks. Collective over the world."""
     every, steps = fitting.config.bridge.save_every, fitting.config.train.steps
     moments = StreamedMoments(readers, fitting.folder / "moments")
     for step in fitting.steps("moments of the states", moments.resume()):
         rollouts, held_out = read_step(fitting, stored, step)
-        readers.read(global_batch(fitting, rollouts), torch.tensor(held_out), moments.visit)
+        readers.read(fitting.inputs.global_batch(rollouts), torch.tensor(held_out), moments.visit)
         if (step + 1) % every == 0 or step + 1 == steps:
             moments.fold()
             moments.save(step + 1)
@@ -175,7 +167,7 @@ def fit_adamw(fitting: Fitting, stored: StoredRollouts, readers: Readers, moment
     for epoch in range(config.epochs):
         for step in fitting.steps(f"AdamW, epoch {epoch + 1} of {config.epochs}"):
             rollouts, held_out = read_step(fitting, stored, step)
-            readers.read(global_batch(fitting, rollouts), torch.tensor(held_out), visit)
+            readers.read(fitting.inputs.global_batch(rollouts), torch.tensor(held_out), visit)
             if found is not None:
                 found.step(readers.topology.token_groups)
         if found is not None:
@@ -194,9 +186,9 @@ def measure(
     for step in fitting.steps("cosines on held-out answers"):
         rollouts, held_out = read_step(fitting, stored, step)
         judges = [rollout for rollout, held in zip(rollouts, held_out, strict=True) if held]
-        tally = tally.with_step(global_batch(fitting, rollouts), global_batch(fitting, judges))
+        tally = tally.with_step(fitting.inputs.global_batch(rollouts), fitting.inputs.global_batch(judges))
         if judges:
-            readers.read(global_batch(fitting, judges), torch.ones(len(judges), dtype=torch.bool), cosines.visit)
+            readers.read(fitting.inputs.global_batch(judges), torch.ones(len(judges), dtype=torch.bool), cosines.visit)
     return merged(cosines.means(readers.topology.token_groups)), tally
 
 

@@ -56,9 +56,8 @@ class PlannedWrite:
                 value = value.detach().to("cpu", copy=True)
             data[item.index] = value
         self._planner = _Staged(data)
-        self._writer.per_thread_copy_ahead = (
-            0  # else the writer would open a CUDA stream, in a thread on another device
-        )
+        # Else the writer would open a CUDA stream, in a thread on another device.
+        self._writer.per_thread_copy_ahead = 0
 
     def write(self) -> None:
         """Write the file and force it to the disk. No communication. Never raises: what went wrong comes out in

@@ -20,16 +20,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_oprd.config import teacher_section
 from megatron_oprd.data.prompts import PromptState
-from megatron_oprd.files import (
-    explain_os_errors,
-    prepare_partial,
-)
+from megatron_oprd.files import explain_os_errors, prepare_partial
 from megatron_oprd.hf.config import read_json
-from megatron_oprd.models.megatron_checkpoint import (
-    check_files,
-    describe_damage,
-    load_model,
-)
+from megatron_oprd.models.megatron_checkpoint import check_files, describe_damage, load_model
 from megatron_oprd.parallel.together import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.map_optimizer import FILE as MAPS

@@ -105,7 +105,8 @@ def estimate_step(
     idle = bubble(parallel, _micro_batches(config, rollouts, lengths, replicas))
     rate = _rate(hardware, student, in_fp8=config.precision.fp8 is not None) / (1 + idle)
     forward = forward_flops(student, blocks, sequences)
-    head = 3 * (head_flops(student, sum(sequences)) + sum(head_flops(t.spec, sum(sequences)) for t in planned) / 3)
+    # Of the student's head the loss makes the gradients at once; of the teachers' there is a forward pass alone.
+    head = 3 * head_flops(student, sum(sequences)) + sum(head_flops(t.spec, sum(sequences)) for t in planned)
     sent = forward_traffic(student, parallel, blocks, sum(sequences) / replicas, size)
     again = backward_traffic(student, parallel, blocks, sum(sequences) / replicas, size)
     flops = forward + (head if plan.output else 0)

@@ -24,14 +24,6 @@ class Traffic:
     data: float = 0.0
     targets: float = 0.0  # rows of a teacher in another layout
 
-    def __add__(self, other: Traffic) -> Traffic:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return Traffic(*(one + more for one, more in pairs))
-
-    def times(self, factor: float) -> Traffic:
-        """All of it, so many times."""
-        return Traffic(*(factor * one for one in dataclasses.astuple(self)))
-
 
 def forward_traffic(spec: ModelSpec, layout: ParallelConfig, blocks: int, tokens: float, size: int) -> Traffic:
     """Of a forward pass over `tokens` of a replica (of all its context-parallel ranks) through `blocks` blocks, on an
