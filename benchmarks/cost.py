@@ -3,7 +3,7 @@
     python benchmarks/cost.py [--parts predicted measured --repeats 7]
 
 `predicted`: memory at the paper's size. The real Megatron model, optimizer and losses run on tensors that have sizes
-and no values (`megatron_oprd/training/fake_step.py`): nothing of that size is allocated, nothing is timed.
+and no values (`megatron_oprd/planning/update_trace.py`): nothing of that size is allocated, nothing is timed.
 `measured`: seconds and memory of updates on this machine (`benchmarks/updates.py`), of a model with the paper's ratio
 of LM head to body, on a GPU of the paper's model; beside the same updates in plain Hugging Face and torch.
 """
@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cost_page import markdown
 from benchmarks.updates import AUTHORED, LOSSES_IN_TORCH, METHODS, Workload
-from megatron_oprd.layouts import plan_teacher
-from megatron_oprd.training.fake_step import Footprint, trace_update
+from megatron_oprd.launch.layouts import plan_teacher
+from megatron_oprd.planning.update_trace import Footprint, trace_update
 from tests.helpers.memory import HONEST
 
 ROOT = Path(__file__).resolve().parents[1]

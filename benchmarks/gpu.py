@@ -32,9 +32,9 @@ from benchmarks.gpu_cases import OPRD, TEACHERS, Case, Part, all_cases, prepare
 from benchmarks.gpu_flops import GPUS, Gpu, block_weights, find_gpu, predicted_seconds, sequence_lengths
 from benchmarks.gpu_page import line, section, tables, with_run
 from benchmarks.updates import AUTHORED, Update, Workload, peak_of, seconds_of
-from megatron_oprd import platform
-from megatron_oprd.cli import run_command
-from megatron_oprd.environment import Machine, find_machine
+from megatron_oprd.runtime import platform
+from megatron_oprd.runtime.cli import run_command
+from megatron_oprd.runtime.environment import Machine, find_machine
 from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

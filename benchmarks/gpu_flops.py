@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.updates import Workload
-from megatron_oprd.training.flops import attention_flops, linear_flops
+from megatron_oprd.planning.flops import attention_flops, linear_flops
 
 BACKWARD = 2  # times the forward pass: one product for the gradient of the inputs, one for that of the weights
 Modules = Literal["bf16", "own", "tensorwise", "blockwise", "scaled_mm"]

@@ -33,14 +33,14 @@ from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
+from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
-from megatron_oprd.rollout.megatron import MegatronEngine
+from megatron_oprd.runtime.platform import choose_device
 from megatron_oprd.types import Prompt
 
 
 class StopAt(transformers.StoppingCriteria):
-    """Ends row i after `limits[i]` new tokens."""
+    """BridgeModels row i after `limits[i]` new tokens."""
 
     def __init__(self, prompt_tokens: int, limits: torch.Tensor) -> None:
         self.prompt_tokens, self.limits = prompt_tokens, limits
@@ -131,7 +131,7 @@ def main() -> None:
         for batch in arguments.batch:
             prompts, limits = workload(name, batch, arguments.vocabulary)
             sampling = Sampling(temperature=0.0, max_new_tokens=max(limits))
-            engine = MegatronEngine(model, spec, topology, sampling, seed=0, max_batch=batch)
+            engine = EmbeddedEngine(model, spec, topology, sampling, seed=0, max_batch=batch)
             sides = {
                 "hf": lambda p=prompts, n=limits, b=batch: hf_generate(hf, p, n, b),
                 "engine": lambda e=engine, p=prompts, n=limits: [r.response_ids for r in e.generate(p, 0, limits=n)],

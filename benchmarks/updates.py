@@ -24,15 +24,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_oprd import platform
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.layouts import plan_teacher
+from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
 from megatron_oprd.parallel.topology import Topology, build_topology, start_process
+from megatron_oprd.runtime import platform
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step

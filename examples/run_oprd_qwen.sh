@@ -43,7 +43,7 @@ def use_the_environment():
 if __name__ == "__main__":
     use_the_environment()
     from megatron_oprd import train
-    from megatron_oprd.cli import run_command
+    from megatron_oprd.runtime.cli import run_command
 
     arguments = sys.argv[1:]
     real = any(argument.startswith(("student.path=", "--config", "--help")) for argument in arguments)

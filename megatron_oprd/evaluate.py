@@ -10,26 +10,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_oprd import progress
-from megatron_oprd.assemble import build_and_load, make_evaluator, start_topology
-from megatron_oprd.cli import ArgumentParser, run_command
+from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer
-from megatron_oprd.environment import find_machine
 from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import Sample, score_by_source, write_samples
-from megatron_oprd.files import check_writable, write_json
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.inputs import read_evaluation_prompts
-from megatron_oprd.layouts import check_student_layout, world_size
+from megatron_oprd.launch.assemble import build_and_load, make_evaluator, start_topology
+from megatron_oprd.launch.inputs import read_evaluation_prompts
+from megatron_oprd.launch.layouts import check_student_layout, world_size
 from megatron_oprd.models.build import check_recompute
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.precision import plan_precision
-from megatron_oprd.models.weights import check_weights
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.resilience.guard import guarded
+from megatron_oprd.runtime import progress
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
+from megatron_oprd.runtime.environment import find_machine
+from megatron_oprd.runtime.files import check_writable, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,14 +12,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_oprd.assemble import build_models, build_teacher
-from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
-from megatron_oprd.files import explain_os_errors, write_json
-from megatron_oprd.inputs import Inputs, read_inputs
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.launch.assemble import build_models, build_teacher
+from megatron_oprd.launch.inputs import Inputs, read_inputs
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
+from megatron_oprd.runtime.files import explain_os_errors, write_json
 from megatron_oprd.training.fp8_error import LayerError, measure_error
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.teacher_pass import batches_of_teachers

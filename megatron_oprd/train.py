@@ -10,29 +10,30 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_oprd import health_watch, platform, progress
-from megatron_oprd.assemble import Run, build_run
-from megatron_oprd.cli import ArgumentParser, run_command
+from megatron_oprd.checkpoint import training_state
+from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.evaluation.run import evaluate_over_ranks
 from megatron_oprd.evaluation.sample import score_by_source, write_samples
-from megatron_oprd.files import explain_os_errors
-from megatron_oprd.health_watch import HealthWatch
+from megatron_oprd.health import watch as health_watch
+from megatron_oprd.health.watch import HealthWatch
 from megatron_oprd.hf.export import export_hf
-from megatron_oprd.inputs import read_inputs
+from megatron_oprd.launch.assemble import Run, build_run
+from megatron_oprd.launch.inputs import read_inputs
+from megatron_oprd.launch.run_folder import describe, find_checkpoint
 from megatron_oprd.models.output_loss import OutputLoss
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.planning.dry_run import Plan, describe_run
 from megatron_oprd.resilience import signals, straggler
 from megatron_oprd.resilience.guard import guarded
-from megatron_oprd.run_folder import describe, find_checkpoint
-from megatron_oprd.training import checkpoint
-from megatron_oprd.training.dry_run import Plan, describe_run
+from megatron_oprd.runtime import platform, progress
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
+from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.run_log import RunLog
-from megatron_oprd.training.saver import Saver
 from megatron_oprd.training.state import TrainState, due
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import PassReport, batches_of_teachers, teacher_pass
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     inputs = read_inputs(load_config(options.config, options.overrides), dry_run=options.dry_run)
     if options.dry_run:
         plan = Plan(inputs.config, inputs.student, inputs.teachers, inputs.lengths, inputs.world, inputs.bridge_rank)
-        describe_run(plan, inputs.not_there)
+        describe_run(plan, inputs.missing)
         return 0
     with signals.noting(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")
@@ -174,9 +175,11 @@ def start(run: Run) -> tuple[TrainState, RunLog, HealthWatch]:
     """The run folder, the state to go on from, the watch, and the first evaluation of a run that begins."""
     topology, run_dir = run.topology, run.inputs.run_dir
     found = on_rank_zero(lambda: find_checkpoint(run))
+    if found is not None:
+        on_rank_zero(lambda: health_watch.check_can_go_on(run.inputs))
     state = TrainState()
     if found is not None:
-        state = checkpoint.load(found, run.student, run.inputs.student, topology, run.identities)
+        state = training_state.load(found, run.student, run.inputs.student, topology, run.identities)
     on_rank_zero(lambda: describe(run))  # only now: a run that may not go on leaves the folder as it was
     if found is not None and topology.rank == 0:
         print(f"going on from {found}", flush=True)

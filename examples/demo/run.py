@@ -17,13 +17,14 @@ from rich.table import Table
 
 from examples.demo.make_bridge_pair import KINDS, make_bridge_pair
 from examples.demo.make_pair import TargetMissed, make_pair
-from megatron_oprd import platform, train
+from megatron_oprd import train
 from megatron_oprd.bridge import fit
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.evaluate import evaluate_model
 from megatron_oprd.evaluation.sample import score
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import start_process
+from megatron_oprd.runtime import platform
 from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,7 @@ import hashlib
 import math
 from pathlib import Path
 
-from megatron_oprd import progress
-from megatron_oprd.assemble import build_models
-from megatron_oprd.bridge.fitting import (
+from megatron_oprd.bridge.fitting.procedure import (
     Fitting,
     fit_adamw,
     fit_closed_form,
@@ -23,17 +21,19 @@ from megatron_oprd.bridge.fitting import (
     per_step,
     with_one_teacher_map,
 )
+from megatron_oprd.bridge.fitting.results import print_results, write_results
+from megatron_oprd.bridge.fitting.rollouts import StoredRollouts
+from megatron_oprd.bridge.fitting.solve import check_ranks
 from megatron_oprd.bridge.record import Origin
-from megatron_oprd.bridge.results import print_results, write_results
-from megatron_oprd.bridge.rollouts import StoredRollouts
-from megatron_oprd.bridge.solve import check_ranks
-from megatron_oprd.cli import ArgumentParser, run_command
 from megatron_oprd.config import Config, HealthConfig, OutputConfig, load_config
-from megatron_oprd.files import explain_os_errors, write_json
 from megatron_oprd.hf.config import read_json
-from megatron_oprd.inputs import Inputs, read_inputs
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.launch.assemble import build_models
+from megatron_oprd.launch.inputs import Inputs, read_inputs
+from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.guard import guarded
+from megatron_oprd.runtime import progress
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
+from megatron_oprd.runtime.files import explain_os_errors, write_json
 from megatron_oprd.types import UserError
 
 BEING_FITTED = "(being fitted)"  # in the place of the bridge: whatever needs one may run

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from megatron_oprd import __version__
 from megatron_oprd.bridge.record import Bridge, Counts, ModelOrigin, Origin, Positions
 from megatron_oprd.bridge.store import check_bridge, read_bridge
+from megatron_oprd.checkpoint.weights import content_hash
 from megatron_oprd.config import Config
 from megatron_oprd.models.layer_plan import PlannedTeacher
-from megatron_oprd.models.weights import content_hash
 from megatron_oprd.types import ModelSpec, UserError
 
 
 @dataclass(frozen=True)
-class Ends:
+class BridgeModels:
     """The two models that a bridge joins, as a run has them. `tokenizers`: hashes of those whose ids student and
     teacher read, None where no folder has one."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_oprd.files import write_folder
+from megatron_oprd.runtime.files import write_folder
 from megatron_oprd.types import LayerPair, PairBridge, UserError
 
 FILE = "ps_bank.pt"

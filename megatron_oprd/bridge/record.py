@@ -14,7 +14,7 @@ class ModelOrigin:
     """One of the two models; what is not known, or does not exist, is None."""
 
     path: str | None
-    hash: str | None  # of the weights, models/weights.py::content_hash
+    hash: str | None  # of the weights, checkpoint/weights.py::content_hash
     num_layers: int | None
     hidden_size: int
     tokenizer: str | None  # data/tokenizer.py::tokenizer_hash; None: the folder has none

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_oprd.bridge.ps_bank import read_ps_bank
 from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, PairStatistics, Positions
 from megatron_oprd.config import MAKE_A_BRIDGE
-from megatron_oprd.files import write_folder, write_json
+from megatron_oprd.runtime.files import write_folder, write_json
 from megatron_oprd.types import LayerPair, PairBridge, UserError
 
 DOCUMENT, TENSORS = "bridge.json", "bridge.safetensors"

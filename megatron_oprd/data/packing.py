@@ -28,7 +28,7 @@ class Term:
     counts: GlobalCounts
     first_rows: tuple[int, ...]  # the number, over all rollouts, of each one's first token
 
-    def as_the_teacher_reads(self) -> Term:
+    def teacher_view(self) -> Term:
         """The same tokens, numbers and weights where a teacher with another tokenizer has them."""
         return dataclasses.replace(self, positions=self.teacher_positions)
 

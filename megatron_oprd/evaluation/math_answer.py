@@ -137,7 +137,7 @@ class _Verifier:
             return reply == "1"
 
     def close(self) -> None:
-        """Ends the helper; the next comparison starts another one."""
+        """BridgeModels the helper; the next comparison starts another one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

@@ -22,7 +22,7 @@ from megatron_oprd.evaluation.records import (
     read_jsonl,
     read_text,
 )
-from megatron_oprd.files import write_text
+from megatron_oprd.runtime.files import write_text
 from megatron_oprd.types import UserError
 
 TIMED_PARTS = ("rollout", "teacher", "student")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd import progress
 from megatron_oprd.evaluation.math_answer import is_correct
-from megatron_oprd.files import explain_os_errors, write_text
+from megatron_oprd.runtime import progress
+from megatron_oprd.runtime.files import explain_os_errors, write_text
 from megatron_oprd.types import FinishReason, Prompt, Rollout
 
 Generate = Callable[[Sequence[Prompt], int], list[Rollout]]  # (prompts, step) -> the rollouts of each prompt

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.files import check_new_folder
 from megatron_oprd.hf.convert import from_megatron, unshard
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.names import Entry, entries, megatron_shapes, shard_shape
 from megatron_oprd.hf.stream import MAX_SHARD_BYTES, HFWriter, config_with_dtype
 from megatron_oprd.parallel.collectives import gather_objects
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime.files import check_new_folder
 from megatron_oprd.types import ModelSpec
 
 

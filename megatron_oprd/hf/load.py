@@ -6,10 +6,10 @@ import re
 
 import torch
 
-from megatron_oprd import progress
 from megatron_oprd.hf.convert import shard, to_megatron
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, Entry, entries, own_name
 from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.runtime import progress
 from megatron_oprd.types import ModelSpec
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")

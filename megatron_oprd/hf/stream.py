@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from megatron_oprd.files import explain_os_errors, write_folder, write_json
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.hf.names import hf_shapes
+from megatron_oprd.runtime.files import explain_os_errors, write_folder, write_json
 from megatron_oprd.types import ModelSpec, UserError
 
 INDEX = "model.safetensors.index.json"

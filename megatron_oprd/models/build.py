@@ -11,7 +11,6 @@ from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 
-from megatron_oprd import platform
 from megatron_oprd.config import RecomputeConfig
 from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.hf.names import padded_vocab_size
@@ -21,6 +20,7 @@ from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.models.specs import block_spec
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime import platform
 from megatron_oprd.types import ModelSpec, UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

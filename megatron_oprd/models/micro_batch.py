@@ -22,7 +22,7 @@ class Tap(Protocol):
 @dataclass(frozen=True)
 class ContextPart:
     """This rank's place among the context-parallel ranks, each of which holds two chunks of every sequence
-    (`data/cutting.py`)."""
+    (`data/context_parallel_slices.py`)."""
 
     group: dist.ProcessGroup
     rank: int

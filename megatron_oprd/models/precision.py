@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_oprd.config import ParallelConfig, PrecisionConfig
-from megatron_oprd.environment import Machine
 from megatron_oprd.models.tp_overlap import tp_overlap_arguments
+from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import ModelSpec, UserError
 
 # What the dimensions of an FP8 product, and the tokens of a rank, must be multiples of.

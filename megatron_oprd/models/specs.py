@@ -3,8 +3,7 @@ are in `te_spec.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -20,23 +19,10 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from megatron_oprd.models.attention import PackedAttention
 from megatron_oprd.models.layer import TappedTransformerLayer
+from megatron_oprd.models.module_set import ModuleSet
 from megatron_oprd.models.norm import RMSNorm
 
-
-@dataclass(frozen=True)
-class Modules:
-    """The classes that a model is built of."""
-
-    norm: type
-    column: type  # a linear layer that is cut by its outputs, after a norm
-    column_holds_norm: bool  # whether that norm is its own
-    row: type  # one that is cut by its inputs
-    core_attention: type
-    experts: ModuleSpec
-    checkpoint_names: Mapping[str, str] = field(default_factory=dict)  # its names -> those in a checkpoint
-
-
-OWN = Modules(
+OWN = ModuleSet(
     RMSNorm,
     ColumnParallelLinear,
     False,
@@ -60,8 +46,8 @@ def block_spec(
     return TransformerBlockSubmodules([layers[is_sparse] for is_sparse in sparse], layer_norm=modules.norm)
 
 
-def _layer_spec(modules: Modules, sparse: bool, qk_norm: bool) -> ModuleSpec:
-    outer_norm = IdentityOp if modules.column_holds_norm else modules.norm
+def _layer_spec(modules: ModuleSet, sparse: bool, qk_norm: bool) -> ModuleSpec:
+    outer_norm = IdentityOp if modules.fused_norm else modules.norm
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

@@ -25,8 +25,8 @@ from megatron_oprd.hf.names import FUSED_NORMS
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.attention import PackedAttention
 from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.models.module_set import ModuleSet
 from megatron_oprd.models.rotary import rotate
-from megatron_oprd.models.specs import Modules
 
 
 class FusedAttention(PackedAttention):
@@ -78,10 +78,10 @@ def _packing(batch: MicroBatch, device: torch.device) -> PackedSeqParams:
     return batch.fused_packing
 
 
-MODULES = Modules(
+MODULES = ModuleSet(
     norm=TENorm,
     column=TELayerNormColumnParallelLinear,
-    column_holds_norm=True,
+    fused_norm=True,
     row=TERowParallelLinear,
     core_attention=FusedAttention,
     experts=ModuleSpec(

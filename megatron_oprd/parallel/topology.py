@@ -17,8 +17,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_oprd import platform
 from megatron_oprd.config import ParallelConfig, WatchdogConfig
+from megatron_oprd.runtime import platform
 from megatron_oprd.types import UserError
 
 # How long ranks wait for each other, if nothing else is said. Data-parallel ranks end their rollouts at other times.

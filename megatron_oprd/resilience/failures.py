@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_oprd.files import write_json
-from megatron_oprd.parallel.together import RankZeroFailed
-from megatron_oprd.progress import Place
-from megatron_oprd.resilience import own_process
+from megatron_oprd.parallel.rank_zero import RankZeroFailed
+from megatron_oprd.resilience import process_info
+from megatron_oprd.runtime.files import write_json
+from megatron_oprd.runtime.progress import Place
 
 FOLDER = "failures"
 # What gloo and NCCL say of a rank that is gone.
@@ -47,11 +47,11 @@ def of_exception(error: BaseException, place: Place, now: float) -> Failure:
     name = type(error).__name__
     told = f"{name}: {' '.join(str(error).split())}" if str(error) else name
     follows = is_of_another_rank(error)
-    rank, host = own_process.rank(), own_process.host()
+    rank, host = process_info.rank(), process_info.host()
     return Failure(
         rank,
         host,
-        own_process.attempt(),
+        process_info.attempt(),
         now,
         place.stage,
         place.step,
@@ -95,7 +95,7 @@ def first_of(failures: Sequence[Failure]) -> Failure | None:
 
 def forget(run_dir: Path) -> None:
     """Remove what this rank left in this attempt or a later one: of an earlier command in the same folder."""
-    for path in (run_dir / FOLDER).glob(f"attempt_*_rank_{own_process.rank():05d}.json"):
+    for path in (run_dir / FOLDER).glob(f"attempt_*_rank_{process_info.rank():05d}.json"):
         number = path.name.split("_")[1]
-        if number.isdigit() and int(number) >= own_process.attempt():
+        if number.isdigit() and int(number) >= process_info.attempt():
             path.unlink(missing_ok=True)

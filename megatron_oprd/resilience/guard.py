@@ -15,14 +15,14 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_oprd import progress
-from megatron_oprd.cli import RankFailed
 from megatron_oprd.config import WatchdogConfig
-from megatron_oprd.files import DISK_ERRORS
-from megatron_oprd.resilience import failures, heartbeat, own_process
+from megatron_oprd.resilience import failures, heartbeat, process_info
 from megatron_oprd.resilience.failures import Failure
 from megatron_oprd.resilience.verdict import Verdict
 from megatron_oprd.resilience.watchdog import Watchdog
+from megatron_oprd.runtime import progress
+from megatron_oprd.runtime.cli import RankFailed
+from megatron_oprd.runtime.files import DISK_ERRORS
 from megatron_oprd.types import UserError
 
 # How long a rank that only lost its connections waits to hear who failed; one that failed itself, whether it was first.
@@ -51,7 +51,7 @@ def guarded(config: WatchdogConfig, run_dir: Path) -> Iterator[None]:
         told = isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
         if told:
             guard.refuse(error)
-        elif own_process.world_size() > 1:
+        elif process_info.world_size() > 1:
             guard.fail(error)
         else:
             failures.write(run_dir, failures.of_exception(error, progress.here(), time.time()))
@@ -73,8 +73,8 @@ class _Guard:
 
     def begin(self) -> None:
         failures.forget(self._run_dir)
-        if own_process.rank() == 0:
-            heartbeat.remove_others(self._run_dir, own_process.world_size())
+        if process_info.rank() == 0:
+            heartbeat.remove_others(self._run_dir, process_info.world_size())
         if self._beats:
             self._watchdog.start()
 
@@ -83,15 +83,15 @@ class _Guard:
         self._decided.acquire()
         if self._beats:
             self._watchdog.stop()
-        heartbeat.remove(self._run_dir, own_process.rank())
+        heartbeat.remove(self._run_dir, process_info.rank())
         for folder in self._new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
     def refuse(self, error: BaseException) -> None:
         """Leave a record where the mistake may be seen by this rank alone; the command says it on rank 0 only."""
-        rank, everywhere = own_process.rank(), getattr(error, "everywhere", False)
-        if everywhere or own_process.world_size() == 1 or not dist.is_initialized():  # till then all check the same
+        rank, everywhere = process_info.rank(), getattr(error, "everywhere", False)
+        if everywhere or process_info.world_size() == 1 or not dist.is_initialized():  # till then all check the same
             return
         failures.write(self._run_dir, failures.of_exception(error, progress.here(), time.time()))
         time.sleep(0 if rank == 0 else COMPARE_SECONDS)
@@ -127,7 +127,7 @@ class _Guard:
 
     def _missing(self, records: list[Failure]) -> str:
         """Where nobody knows, those that could not say anything."""
-        silent = sorted(set(range(own_process.world_size())) - {one.rank for one in records})
+        silent = sorted(set(range(process_info.world_size())) - {one.rank for one in records})
         if not silent:
             return "no rank knows why"
         last = heartbeat.read(self._run_dir, silent[0])
@@ -139,12 +139,12 @@ class _Guard:
         """End this process from the watchdog's thread, wherever its main thread stands."""
         if not self._decided.acquire(blocking=False):
             return
-        place, rank = progress.here(), own_process.rank()
+        place, rank = progress.here(), process_info.rank()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         mine = Failure(
             rank,
-            own_process.host(),
-            own_process.attempt(),
+            process_info.host(),
+            process_info.attempt(),
             time.time(),
             place.stage,
             place.step,

@@ -9,8 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_oprd.progress import Place
-from megatron_oprd.resilience import own_process
+from megatron_oprd.resilience import process_info
+from megatron_oprd.runtime.progress import Place
 
 FOLDER = "heartbeats"
 
@@ -84,28 +84,28 @@ class LocalRanks:
 
     def look(self) -> None:
         """Take note of who is there. A file of a process that this one never saw running is an earlier run's."""
-        for rank in own_process.local_ranks():
-            found = read(self._run_dir, rank) if rank != own_process.rank() else None
-            if found is not None and found.host == own_process.host() and own_process.is_alive(found.pid):
+        for rank in process_info.local_ranks():
+            found = read(self._run_dir, rank) if rank != process_info.rank() else None
+            if found is not None and found.host == process_info.host() and process_info.is_alive(found.pid):
                 self._alive[rank] = found
 
     def gone(self) -> Heartbeat | None:
         """The last heartbeat of a rank whose process ended without removing its file."""
         for rank, last in self._alive.items():
             found = read(self._run_dir, rank)
-            if found is not None and found.pid == last.pid and not own_process.is_alive(found.pid):
+            if found is not None and found.pid == last.pid and not process_info.is_alive(found.pid):
                 return found
         return None
 
 
 def own(thread: int, place: Place, seconds_without_progress: float, now: float) -> Heartbeat:
     """This rank's, of the thread that does the work."""
-    position = own_process.position(thread)
+    position = process_info.position(thread)
     return Heartbeat(
-        rank=own_process.rank(),
-        host=own_process.host(),
+        rank=process_info.rank(),
+        host=process_info.host(),
         pid=os.getpid(),
-        attempt=own_process.attempt(),
+        attempt=process_info.attempt(),
         step=place.step,
         stage=place.stage,
         where=position.where,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_oprd.config import WatchdogConfig
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.resilience import own_process
+from megatron_oprd.resilience import process_info
 
 ATTEMPTS = 3  # the best counts: what disturbs once is no straggler
 PRODUCTS = 8
@@ -32,7 +32,7 @@ def after_step(config: WatchdogConfig, topology: Topology, step: int) -> dict[st
     Collective over the world."""
     if not config.straggler_every or step % config.straggler_every:
         return {}
-    measured = gather_objects((own_process.host(), seconds_of_work(topology.device)), dist.group.WORLD)
+    measured = gather_objects((process_info.host(), seconds_of_work(topology.device)), dist.group.WORLD)
     found = slowest([seconds for _, seconds in measured])
     if found.ratio > config.straggler_ratio and topology.rank == 0:
         print(

@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_oprd import progress
 from megatron_oprd.config import WatchdogConfig
-from megatron_oprd.resilience import failures, heartbeat, own_process
+from megatron_oprd.resilience import failures, heartbeat, process_info
 from megatron_oprd.resilience.heartbeat import Heartbeat, LocalRanks
 from megatron_oprd.resilience.verdict import Sign, Verdict, judge
+from megatron_oprd.runtime import progress
 
 # Between the failure of another rank and this one's end: time to see it itself, with a broken connection.
 GRACE_SECONDS = 5.0
@@ -91,12 +91,12 @@ class Watchdog:
             return None
         self._next_look = now + self._timeout / 6  # seldom: all ranks that wait read the files of all
         records = failures.read(self._run_dir, self._since)
-        ended = {own_process.rank(), *(one.rank for one in records)}
-        others = [self._sign(rank) for rank in range(own_process.world_size()) if rank not in ended]
+        ended = {process_info.rank(), *(one.rank for one in records)}
+        others = [self._sign(rank) for rank in range(process_info.world_size()) if rank not in ended]
         if late < self._timeout or failures.first_of(records) is not None:
             return None
         return judge(
-            [Sign(own_process.rank(), self._beat()), *others],
+            [Sign(process_info.rank(), self._beat()), *others],
             self._timeout,
             max(3 * self._interval, self._timeout / 3),
         )

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from megatron_oprd.config import BatchConfig, LossConfig
 from megatron_oprd.data.balance import assign, sequence_cost
-from megatron_oprd.data.cutting import cut
+from megatron_oprd.data.context_parallel_slices import cut
 from megatron_oprd.data.packing import (
     Term,
     chosen_positions,
@@ -84,8 +84,8 @@ class GlobalBatch:
         rollouts = [self.rollouts[number] for number in numbers]
         terms = [self.representation, self.output]
         if as_teacher:
-            rollouts = [as_the_teacher_reads(rollout) for rollout in rollouts]
-            terms = [term.as_the_teacher_reads() for term in terms]
+            rollouts = [teacher_view(rollout) for rollout in rollouts]
+            terms = [term.teacher_view() for term in terms]
         sequence_multiple = 2 * topology.context_size if topology.context_size > 1 else 1
         sequence_size = topology.tensor_size if topology.sequence_parallel else 1
         whole = pack(
@@ -135,7 +135,7 @@ class GlobalBatch:
         }
 
 
-def as_the_teacher_reads(rollout: Rollout) -> Rollout:
+def teacher_view(rollout: Rollout) -> Rollout:
     """The rollout after the prompt that the teacher reads, in the tokens in which it reads it. Of other tokens than the
     student's none is marked as sampled."""
     if rollout.teacher_prompt_ids is not None:
@@ -149,4 +149,4 @@ def as_the_teacher_reads(rollout: Rollout) -> Rollout:
 def longest_reading(rollout: Rollout) -> int:
     """Tokens of a rollout as student or teacher reads it, whichever is more. Both go by it, so that they put the same
     rollouts into the same micro-batches."""
-    return max(num_tokens(rollout), num_tokens(as_the_teacher_reads(rollout)))
+    return max(num_tokens(rollout), num_tokens(teacher_view(rollout)))

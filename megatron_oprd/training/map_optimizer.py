@@ -10,11 +10,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from megatron_oprd.config import OptimizerConfig
-from megatron_oprd.files import explain_os_errors
 from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.parallel.collectives import gather_objects
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.types import UserError
 
 FILE = "maps.safetensors"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_oprd.files import explain_os_errors, write_text
+from megatron_oprd.runtime.files import explain_os_errors, write_text
 from megatron_oprd.types import Rollout
 
 

@@ -13,13 +13,13 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_oprd import platform
 from megatron_oprd.config import Config, OptimizerConfig
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime import platform
 from megatron_oprd.training.map_optimizer import MapOptimizer
 from megatron_oprd.training.optimizer_arguments import optimizer_arguments
 from megatron_oprd.training.overlap import wrap

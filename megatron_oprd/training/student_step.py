@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_oprd import platform
 from megatron_oprd.config import LossConfig
 from megatron_oprd.losses.output_space import METRICS
 from megatron_oprd.losses.reduction import layer_metrics, output_metrics
@@ -19,6 +18,7 @@ from megatron_oprd.models.taps import StageLoss
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime import platform
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.overlap import start_gather
 from megatron_oprd.training.schedule import run_schedule

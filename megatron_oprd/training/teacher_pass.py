@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_oprd import progress
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.model import Stage
@@ -19,6 +18,7 @@ from megatron_oprd.models.targets import States, TeacherTargets
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.reshard import Shard, exchange, moved_bytes, plan_transfers
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime import progress
 from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.types import OUTPUT, PackedBatch, Selection
 
@@ -41,11 +41,11 @@ class Teacher:
     offload: bool = False
     maps: Mapping[int, TeacherMap] = field(default_factory=dict)
 
-    def reads_alike(self, student_topology: Topology) -> bool:
+    def shares_micro_batches(self, student_topology: Topology) -> bool:
         """Whether it reads the very micro-batches of the student, as a single teacher."""
         return self.topology is student_topology and not self.own_prompts
 
-    def states_stay(self, student_topology: Topology) -> bool:
+    def targets_are_local(self, student_topology: Topology) -> bool:
         """Whether its states are born on the ranks, and in the order, in which the student reads them."""
         cut = student_topology.context_size > 1 or student_topology.sequence_parallel
         return self.plan.aligned and self.topology is student_topology and not (self.own_prompts and cut)
@@ -53,7 +53,7 @@ class Teacher:
     def can_stream(self, student_topology: Topology) -> bool:
         """Whether a micro-batch's states can be made when the student starts it. Between pipeline stages, the teacher's
         activations would have to travel beside the student's: the schedule has no place for them."""
-        return self.states_stay(student_topology) and self.topology.pipeline_size == 1
+        return self.targets_are_local(student_topology) and self.topology.pipeline_size == 1
 
 
 def build_frozen(
@@ -85,7 +85,7 @@ def batches_of_teachers(
 
     def read_by(number: int) -> Sequence[PackedBatch]:
         teacher = teachers[number]
-        if len(teachers) == 1 and teacher.reads_alike(student_topology):
+        if len(teachers) == 1 and teacher.shares_micro_batches(student_topology):
             return batches
         return pack(teacher.topology, teacher=number)
 
@@ -133,7 +133,7 @@ def teacher_pass(
     targets = TeacherTargets(layers, device, offload=first.offload)
     held: list[States] = [{} for _ in batches]
     for number, teacher in enumerate(teachers):
-        stays = len(teachers) == 1 and teacher.states_stay(student_topology)
+        stays = len(teachers) == 1 and teacher.targets_are_local(student_topology)
         report.moved_bytes += _read(teacher, number, stays, student_topology, batches, read_by(number), held)
     while held:
         targets.put(len(held) - 1, held.pop())

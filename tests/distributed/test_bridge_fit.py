@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_oprd.bridge.adamw import initial_map
-from megatron_oprd.bridge.fitting import with_one_teacher_map
-from megatron_oprd.bridge.moments import Moments
-from megatron_oprd.bridge.solve import fit_pair
+from megatron_oprd.bridge.fitting.adamw import initial_map
+from megatron_oprd.bridge.fitting.moments import Moments
+from megatron_oprd.bridge.fitting.procedure import with_one_teacher_map
+from megatron_oprd.bridge.fitting.solve import fit_pair
 from megatron_oprd.types import LayerPair
 from tests.helpers.fits import RecordedFit, layer_map, recorded_fit, reference_states, write_replay
 from tests.helpers.killable import Command, DieBefore

@@ -5,6 +5,8 @@ import errno
 import pytest
 import torch
 
+from megatron_oprd.checkpoint.megatron_format import save_model
+from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf import export
 from megatron_oprd.hf.config import read_model_spec
@@ -12,10 +14,8 @@ from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.compare import compare_states, compare_weights, open_hf_model
-from megatron_oprd.models.megatron_checkpoint import save_model
-from megatron_oprd.models.weights import load_weights
 from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
+from megatron_oprd.runtime.platform import choose_device
 from megatron_oprd.types import UserError
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_oprd.assemble import build_run
+from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.train import fit
 from megatron_oprd.types import Rollout
 from tests.helpers.distributed import run_distributed

@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers
 
-from megatron_oprd.assemble import load_heads
+from megatron_oprd.health.measure import can_be_asked, read_answers
+from megatron_oprd.launch.assemble import load_heads
 from megatron_oprd.train import one_step
-from megatron_oprd.training.read_answers import can_be_asked, read_answers
 from megatron_oprd.training.state import TrainState
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save

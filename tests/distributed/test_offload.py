@@ -8,10 +8,10 @@ import torch
 from megatron.core.optimizer import distrib_optimizer, optimizer_config
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
+from megatron_oprd.checkpoint import training_state
+from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.train import one_step
-from megatron_oprd.training import checkpoint
-from megatron_oprd.training.saver import Saver
 from megatron_oprd.training.state import TrainState
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import parse
@@ -87,8 +87,8 @@ def three_steps(rank, student, teacher, folder, *settings):
         losses.append(one_step(run, TrainState())[1]["loss"])
         weights = weights_of(run)
         run = make_run(student, teacher, *SETTINGS, *settings, rollouts=rollouts_of("some"))
-        found = checkpoint.latest(folder)
-        checkpoint.load(found, run.student, run.inputs.student, run.topology, run.identities)
+        found = training_state.latest(folder)
+        training_state.load(found, run.student, run.inputs.student, run.topology, run.identities)
         again = one_step(run, TrainState())[1]["loss"]
         inner = run.student.optimizer.chained_optimizers[0].optimizer
         offloaded = len(inner.cpu_optimizers) if settings else 0

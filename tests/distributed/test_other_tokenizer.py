@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from megatron_oprd.assemble import build_run
 from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
 from megatron_oprd.data.tokenizer import load_tokenizer
 from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.types import Rollout
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.distributed import run_distributed

@@ -11,10 +11,10 @@ import pytest
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
-from megatron_oprd.assemble import build_run
 from megatron_oprd.config import load_config
 from megatron_oprd.hf.load import named_parameters
-from megatron_oprd.inputs import read_inputs
+from megatron_oprd.launch.assemble import build_run
+from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.train import finish, fit, one_step
 from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.state import TrainState

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_oprd.config import ParallelConfig, WatchdogConfig
-from megatron_oprd.parallel.together import on_rank_zero
+from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.resilience import signals, straggler
 from megatron_oprd.resilience.guard import guarded

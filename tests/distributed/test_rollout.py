@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
+from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.data.sharding import split
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.build import build_model
-from megatron_oprd.models.weights import load_weights
 from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
-from megatron_oprd.rollout.megatron import MegatronEngine
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.types import Prompt
 from tests.helpers.distributed import run_distributed
@@ -42,7 +42,7 @@ def generate(rank, folder, layout):
     for sampling in (GREEDY, SAMPLED):
         for asked in (prompts(), prompts()[:1]):
             mine = split(asked, topology.replica_rank, topology.num_replicas)
-            engine = MegatronEngine(stage, spec, topology, sampling, seed=3, max_batch=5)
+            engine = EmbeddedEngine(stage, spec, topology, sampling, seed=3, max_batch=5)
             rollouts = engine.generate(mine, step=1)
             results.append(share_rollouts(rollouts, topology))
     assert stage.training and stage.config.sequence_parallel == topology.sequence_parallel, "left as it was"

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_oprd.assemble import build_run
+from megatron_oprd.checkpoint import training_state
+from megatron_oprd.checkpoint.saver import Saver
+from megatron_oprd.checkpoint.sharded_write import PlannedWrite
 from megatron_oprd.config import load_config
-from megatron_oprd.inputs import read_inputs
-from megatron_oprd.models.sharded_write import PlannedWrite
+from megatron_oprd.launch.assemble import build_run
+from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.train import one_step
-from megatron_oprd.training import checkpoint
-from megatron_oprd.training.saver import Saver
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import UserError
 from tests.helpers.distributed import run_distributed
@@ -64,7 +64,7 @@ def save_twice(rank, arguments, folder):
                 tensor.add_(1)
         one_step(run, state)
         saver.at_step()
-        incomplete = checkpoint.latest(folder / "meanwhile") is None
+        incomplete = training_state.latest(folder / "meanwhile") is None
         may_write.set()
         saver.wait()
     return incomplete
@@ -126,4 +126,4 @@ def test_a_full_disk_on_one_rank_is_told_to_all_and_loses_nothing_earlier(tmp_pa
     arguments = replay_run(tmp_path, 2, num_hidden_layers=1)
     told = run_distributed(2, fail_on_one_rank, arguments, tmp_path / "checkpoints")
     assert told[0] == told[1] == ("cannot write /disk/file: No space left on device", ["step_0000001"])
-    assert checkpoint.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_0000003"
+    assert training_state.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_0000003"

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from megatron_oprd.assemble import build_run
 from megatron_oprd.config import load_config
-from megatron_oprd.inputs import read_inputs
+from megatron_oprd.launch.assemble import build_run
+from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import UserError

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from megatron_oprd.config import ParallelConfig
-from megatron_oprd.environment import Machine, find_machine
 from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
+from megatron_oprd.runtime.environment import Machine, find_machine
+from megatron_oprd.runtime.platform import choose_device
 from tests.gpu.models import Gpu
 
 

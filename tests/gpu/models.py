@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.environment import Machine
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf, named_parameters
 from megatron_oprd.hf.stream import HFReader
-from megatron_oprd.layouts import plan_teacher
+from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.precision import ModelPrecision, Precision, plan_precision
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step

@@ -6,7 +6,8 @@ from unittest import mock
 
 import pytest
 
-from megatron_oprd import inputs, train
+from megatron_oprd import train
+from megatron_oprd.launch import inputs
 from tests.gpu.conftest import machine
 from tests.helpers.runs import prompt_run
 

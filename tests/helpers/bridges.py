@@ -9,8 +9,8 @@ import torch
 
 from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, Positions
 from megatron_oprd.bridge.store import write_bridge
+from megatron_oprd.checkpoint.weights import content_hash
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.models.weights import content_hash
 from megatron_oprd.types import LayerPair, ModelSpec, PairBridge
 
 

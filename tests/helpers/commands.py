@@ -85,7 +85,7 @@ def _main(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv = [command, *arguments]
     if command in ("train", "evaluate", "fp8_error", "bridge.fit"):
-        from megatron_oprd.cli import run_command
+        from megatron_oprd.runtime.cli import run_command
 
         run_command(importlib.import_module(f"megatron_oprd.{command}").main)
     sys.path.insert(0, str(TOOLS))

@@ -16,14 +16,14 @@ from unittest import mock
 import torch
 import transformers
 
-from megatron_oprd.assemble import build_models
 from megatron_oprd.bridge import fit as fit_module
-from megatron_oprd.bridge.accumulate import StreamedMoments
-from megatron_oprd.bridge.fitting import Fitting
-from megatron_oprd.bridge.moments import Moments
+from megatron_oprd.bridge.fitting.accumulate import StreamedMoments
+from megatron_oprd.bridge.fitting.moments import Moments
+from megatron_oprd.bridge.fitting.procedure import Fitting
 from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.config import load_config
-from megatron_oprd.inputs import read_inputs
+from megatron_oprd.launch.assemble import build_models
+from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.types import LayerPair, PairBridge
 from tests.helpers.distributed import run_distributed

@@ -125,7 +125,7 @@ def _main(
     os.dup2(descriptor, 2)
     import torch
 
-    from megatron_oprd.cli import run_command
+    from megatron_oprd.runtime.cli import run_command
 
     torch.set_num_threads(1)
     if world_size > 1:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron_oprd.config import Config, ParallelConfig
-from megatron_oprd.layouts import teacher_layout
+from megatron_oprd.launch.layouts import teacher_layout
 from megatron_oprd.models.layer_plan import even_stages
 from tests.helpers.training import ADAMW, FEW, MANY, SOME, make_config
 

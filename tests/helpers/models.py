@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 import transformers
 
+from megatron_oprd.checkpoint.megatron_format import save_model
+from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.build import build_model
-from megatron_oprd.models.megatron_checkpoint import save_model
-from megatron_oprd.models.weights import load_weights
 from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
+from megatron_oprd.runtime.platform import choose_device
 
 # Sizes at the edges: one layer, seven heads that share one key and value, the head tied to the embedding.
 TIED_ONE_LAYER_7_TO_1 = {

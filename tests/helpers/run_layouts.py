@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_oprd.assemble import Run
+from megatron_oprd.launch.assemble import Run
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.reshard import Shard, minimum_rows
 from megatron_oprd.parallel.topology import Topology

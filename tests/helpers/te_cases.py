@@ -20,7 +20,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from transformer_engine import on_cpu
 
-from megatron_oprd import platform
+from megatron_oprd.runtime import platform
 from tests.helpers.te_models import EXPERTS, build, compare, gradients, load, relative, run
 
 FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from megatron_oprd.inputs import Inputs
+from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.models.precision import ModelPrecision, Precision
 from megatron_oprd.models.te_spec import FusedAttention
 from tests.helpers import training

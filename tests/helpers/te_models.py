@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 
-from megatron_oprd import platform
+from megatron_oprd.runtime import platform
 
 LENGTHS = (16, 8, 24)
 TOKENS = sum(LENGTHS)

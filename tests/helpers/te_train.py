@@ -6,9 +6,10 @@ To be started with the stand-in (tests/helpers/te_on_cpu) first on PYTHONPATH.
 import sys
 from unittest import mock
 
-from megatron_oprd import inputs, train
-from megatron_oprd.cli import run_command
-from megatron_oprd.environment import Machine
+from megatron_oprd import train
+from megatron_oprd.launch import inputs
+from megatron_oprd.runtime.cli import run_command
+from megatron_oprd.runtime.environment import Machine
 
 if __name__ == "__main__":
     with mock.patch.object(inputs, "find_machine", lambda: Machine("2.11.0", (9, 0), (13, 0))):

@@ -12,14 +12,14 @@ from unittest import mock
 
 import torch
 
-from megatron_oprd.assemble import Run, build_run
-from megatron_oprd.bridge.origin import Ends
+from megatron_oprd.bridge.origin import BridgeModels
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import gather_hf_tensors
 from megatron_oprd.hf.load import named_parameters, parameter_table
-from megatron_oprd.inputs import Inputs
-from megatron_oprd.layouts import plan_teacher
+from megatron_oprd.launch.assemble import Run, build_run
+from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.train import one_step
 from megatron_oprd.training import overlap
@@ -107,7 +107,7 @@ def make_inputs(config: Config, rollouts: Sequence[Rollout]) -> Inputs:
     if config.loss.representation.bridge is None:
         return Inputs(config, student, teachers, None, None, None, list(rollouts))
     (teacher,) = teachers.values()
-    ends = Ends(config, student, teacher, (None, None))
+    ends = BridgeModels(config, student, teacher, (None, None))
     return Inputs(config, student, teachers, None, None, None, list(rollouts), bridge=ends.read(), ends=ends)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch.utils.tensorboard  # noqa: F401  # here: imported late, it takes long where all wait
 
-from megatron_oprd import progress, train
-from megatron_oprd.cli import run_command
-from megatron_oprd.rollout.megatron import MegatronEngine
+from megatron_oprd import train
+from megatron_oprd.rollout.embedded import EmbeddedEngine
+from megatron_oprd.runtime import progress
+from megatron_oprd.runtime.cli import run_command
 
 
 def fall_asleep() -> None:
@@ -51,5 +52,5 @@ if __name__ == "__main__":
         case "0", "1":
             train.student_step = in_step_two(fall_asleep, train.student_step)
         case "1", "3":
-            MegatronEngine.generate = in_step_two(fail, MegatronEngine.generate)  # type: ignore[method-assign]
+            EmbeddedEngine.generate = in_step_two(fail, EmbeddedEngine.generate)  # type: ignore[method-assign]
     run_command(train.main)

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
+from megatron_oprd.runtime.platform import choose_device
 
 
 @pytest.fixture(scope="module")

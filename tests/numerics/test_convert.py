@@ -10,14 +10,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_oprd.checkpoint.megatron_format import checkpoint_dtype, load_model, save_model
+from megatron_oprd.checkpoint.weights import check_weights, content_hash, load_weights, weights_dtype
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import export_hf
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
-from megatron_oprd.models.megatron_checkpoint import checkpoint_dtype, load_model, save_model
-from megatron_oprd.models.weights import check_weights, content_hash, load_weights, weights_dtype
 from megatron_oprd.types import UserError
 from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save
 

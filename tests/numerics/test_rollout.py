@@ -5,15 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_oprd.assemble import rows_at_a_time
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.launch.assemble import rows_at_a_time
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.kv_cache import KeyValueCache
 from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
-from megatron_oprd.rollout.megatron import MegatronEngine
 from megatron_oprd.rollout.sampling import sample, uniforms
 from megatron_oprd.types import Prompt, UserError
 from tests.helpers.models import longrope, random_hf_model, save
@@ -65,7 +65,7 @@ def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
     assert 0 < reasons.count("eos") < 64, "the case must contain both ways to end"
     stage.train()
     for slots in (64, 7, 1):
-        rollouts = MegatronEngine(stage, spec, topology, GREEDY, seed=0, max_batch=slots).generate(prompts, step=0)
+        rollouts = EmbeddedEngine(stage, spec, topology, GREEDY, seed=0, max_batch=slots).generate(prompts, step=0)
         assert [r.response_ids for r in rollouts] == expected, f"{slots} slots"
         assert [r.finish_reason for r in rollouts] == reasons
         assert [r.prompt_ids for r in rollouts] == [p.prompt_ids for p in prompts]
@@ -77,7 +77,7 @@ def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
 def test_a_row_that_outgrows_the_short_factors_goes_on_as_in_hugging_face(
     tokens_per_pass, topology, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("megatron_oprd.rollout.megatron.PROMPT_TOKENS_PER_STEP", tokens_per_pass)
+    monkeypatch.setattr("megatron_oprd.rollout.embedded.PROMPT_TOKENS_PER_STEP", tokens_per_pass)
     hf = random_hf_model("Phi3", num_hidden_layers=3, num_attention_heads=4, **longrope(12, original=15))
     stage, spec = load(hf, tmp_path, topology)
     prompts = [*random_prompts(24), *(Prompt(24 + i, tuple(range(20, 20 + n))) for i, n in enumerate((14, 15, 16)))]
@@ -85,7 +85,7 @@ def test_a_row_that_outgrows_the_short_factors_goes_on_as_in_hugging_face(
     sides = [(len(p.prompt_ids) <= 15, len(p.prompt_ids) + len(r) > 16) for p, r in zip(prompts, expected, strict=True)]
     assert sides.count((True, True)) > 12, "the case must have rows that cross"
     for slots in (27, 5):
-        rollouts = MegatronEngine(stage, spec, topology, GREEDY, seed=0, max_batch=slots).generate(prompts, step=0)
+        rollouts = EmbeddedEngine(stage, spec, topology, GREEDY, seed=0, max_batch=slots).generate(prompts, step=0)
         assert [r.response_ids for r in rollouts] == expected, f"{slots} slots"
 
 
@@ -93,7 +93,7 @@ def test_cached_logits_and_samples_equal_those_of_the_full_forward(qwen3, topolo
     _, stage, spec = qwen3
     seen = []
 
-    class Recording(MegatronEngine):
+    class Recording(EmbeddedEngine):
         def _sample(self, logits, slots):
             tokens = super()._sample(logits, slots)
             for row, request in enumerate(slots.requests):
@@ -130,7 +130,7 @@ def test_a_rollout_depends_on_its_prompt_and_sample_alone(sampling, qwen3, topol
     prompts = random_prompts(10)
 
     def engine(slots, seed=7):
-        return MegatronEngine(stage, spec, topology, sampling, seed=seed, max_batch=slots)
+        return EmbeddedEngine(stage, spec, topology, sampling, seed=seed, max_batch=slots)
 
     rollouts = engine(64).generate(prompts, step=2)
     assert [(r.prompt_index, r.sample_index) for r in rollouts] == [(p, s) for p in range(10) for s in range(3)]
@@ -148,7 +148,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(qwen3, topology):
     _, stage, spec = qwen3
     narrow = dataclasses.replace(spec, vocab_size=40, eos_token_ids=())
     sampling = Sampling(temperature=5.0, max_new_tokens=30)
-    rollouts = MegatronEngine(stage, narrow, topology, sampling, seed=0).generate(random_prompts(8, 40), step=0)
+    rollouts = EmbeddedEngine(stage, narrow, topology, sampling, seed=0).generate(random_prompts(8, 40), step=0)
     assert max(max(r.response_ids) for r in rollouts) == 39
     assert {r.finish_reason for r in rollouts} == {"length"}
 
@@ -159,7 +159,7 @@ def test_ids_that_the_teacher_does_not_know_are_never_sampled_however_likely(sam
     student = dataclasses.replace(spec, vocab_size=100, eos_token_ids=())  # the logits of 100 and up are padding
 
     def sampled(boosted_from, **arguments):
-        class Boosted(MegatronEngine):
+        class Boosted(EmbeddedEngine):
             def _sample(self, logits, slots):
                 logits = logits.clone()
                 logits[:, boosted_from:] += 1000.0
@@ -182,7 +182,7 @@ def test_each_rollout_carries_where_its_prompt_is_from_and_what_the_teacher_read
     ]
     prompts[4] = dataclasses.replace(prompts[4], teacher_prompt_ids=None)
     sampling = Sampling(max_new_tokens=12, samples_per_prompt=2)
-    rollouts = MegatronEngine(stage, spec, topology, sampling, seed=0, max_batch=3).generate(prompts, step=0)
+    rollouts = EmbeddedEngine(stage, spec, topology, sampling, seed=0, max_batch=3).generate(prompts, step=0)
     asked = [prompt for prompt in prompts for _ in range(2)]
     assert [r.data_source for r in rollouts] == [p.data_source for p in asked]
     assert [r.teacher_prompt_ids for r in rollouts] == [p.teacher_prompt_ids for p in asked]
@@ -192,7 +192,7 @@ def test_each_rollout_carries_where_its_prompt_is_from_and_what_the_teacher_read
 def test_positions_limit_the_answer_and_bad_prompts_are_named(qwen3, topology):
     _, stage, spec = qwen3
     short = dataclasses.replace(spec, max_position_embeddings=12, eos_token_ids=())
-    engine = MegatronEngine(stage, short, topology, GREEDY, seed=0)
+    engine = EmbeddedEngine(stage, short, topology, GREEDY, seed=0)
     rollouts = engine.generate([Prompt(0, (5,) * 9), Prompt(1, (5,))], step=0)
     assert [len(r.response_ids) for r in rollouts] == [3, 11]
     assert [len(r.response_ids) for r in engine.generate([Prompt(0, (5,)), Prompt(1, (6,))], 0, limits=[1, 4])] == [
@@ -212,5 +212,5 @@ def test_the_rows_generated_at_once_fit_a_third_of_the_free_memory(qwen3, topolo
     cache.reserve(128)
     row_bytes = cache.num_bytes * 100 // 128
     for rows, free in ((1, 0), (1, 3 * row_bytes), (5, 3 * 5 * row_bytes + row_bytes), (256, 10**12)):
-        monkeypatch.setattr("megatron_oprd.platform.free_memory_bytes", lambda device, free=free: free)
+        monkeypatch.setattr("megatron_oprd.runtime.platform.free_memory_bytes", lambda device, free=free: free)
         assert rows_at_a_time(spec, topology, stage, longest_row=100) == rows

@@ -11,7 +11,7 @@ import torch
 
 from megatron_oprd.config import BatchConfig, LossConfig, RepresentationConfig
 from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
-from megatron_oprd.training.global_batch import GlobalBatch, as_the_teacher_reads, longest_reading
+from megatron_oprd.training.global_batch import GlobalBatch, longest_reading, teacher_view
 from megatron_oprd.types import Rollout
 from tests.helpers.reference import selected_indices
 from tests.helpers.responses import Speller, brute_force, random_response, tokenizer_named
@@ -102,7 +102,7 @@ def test_every_compared_token_has_one_number_and_one_weight_in_both_models(names
 
 def assert_as_expected(whole, layout, expected):
     for side, teacher in enumerate((None, 0)):
-        readings = [as_the_teacher_reads(rollout) if side else rollout for rollout in whole.rollouts]
+        readings = [teacher_view(rollout) if side else rollout for rollout in whole.rollouts]
         found = []
         for topology in ranks(*layout):
             for batch in batches_of(whole, topology, teacher):

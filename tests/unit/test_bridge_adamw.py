@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.bridge import moments as moments_module
-from megatron_oprd.bridge.adamw import AdamWFit, initial_map
-from megatron_oprd.bridge.solve import describe, fit_pair, held_out_error, teacher_directions
+from megatron_oprd.bridge.fitting import moments as moments_module
+from megatron_oprd.bridge.fitting.adamw import AdamWFit, initial_map
+from megatron_oprd.bridge.fitting.solve import describe, fit_pair, held_out_error, teacher_directions
 from megatron_oprd.types import LayerPair
 from tests.helpers.distributed import run_distributed
 from tests.unit.test_bridge_solve import moments_of, states

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_oprd.bridge.adamw import initial_map
-from megatron_oprd.bridge.cosines import SubspaceCosines
-from megatron_oprd.bridge.moments import Moments
-from megatron_oprd.bridge.solve import fit_pair
+from megatron_oprd.bridge.fitting.adamw import initial_map
+from megatron_oprd.bridge.fitting.cosines import SubspaceCosines
+from megatron_oprd.bridge.fitting.moments import Moments
+from megatron_oprd.bridge.fitting.solve import fit_pair
 from megatron_oprd.types import LayerPair
 
 PAIR, SEED = LayerPair(2, 5), 7

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from megatron_oprd.bridge import moments as module
-from megatron_oprd.bridge.moments import Moments
+from megatron_oprd.bridge.fitting import moments as module
+from megatron_oprd.bridge.fitting.moments import Moments
 from tests.helpers.distributed import run_distributed
 
 STUDENT, TEACHER = 7, 11

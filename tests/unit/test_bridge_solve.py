@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_oprd.bridge.moments import Moments
-from megatron_oprd.bridge.solve import _least_squares, check_ranks, fit_pair, held_out_error, teacher_directions
+from megatron_oprd.bridge.fitting.moments import Moments
+from megatron_oprd.bridge.fitting.solve import _least_squares, check_ranks, fit_pair, held_out_error, teacher_directions
 from megatron_oprd.types import UserError
 
 RIDGES = [0.0, 1e-4, 1e-2, 1e-1]

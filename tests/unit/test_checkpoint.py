@@ -6,14 +6,14 @@ import shutil
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_oprd.assemble import build_run
+from megatron_oprd.checkpoint import training_state
+from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.config import load_config
-from megatron_oprd.inputs import read_inputs
-from megatron_oprd.run_folder import find_checkpoint
+from megatron_oprd.launch.assemble import build_run
+from megatron_oprd.launch.inputs import read_inputs
+from megatron_oprd.launch.run_folder import find_checkpoint
 from megatron_oprd.train import one_step, save_checkpoint
-from megatron_oprd.training import checkpoint
 from megatron_oprd.training.run_log import RunLog
-from megatron_oprd.training.saver import Saver
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.types import UserError
 from tests.helpers.distributed import run_distributed
@@ -26,17 +26,17 @@ def marked(folder, step, mark=True):
     (path / "model").mkdir(parents=True)
     (path / "model" / "weights").write_text("x")
     if mark:
-        (path / checkpoint.MARK).touch()
+        (path / training_state.MARK).touch()
     return path
 
 
 def test_the_newest_marked_folder_counts(tmp_path):
-    assert checkpoint.latest(tmp_path / "none") is None
+    assert training_state.latest(tmp_path / "none") is None
     marked(tmp_path, 8)
     newest = marked(tmp_path, 10)
     marked(tmp_path, 12, mark=False)
     (marked(tmp_path, 14, mark=False)).rename(tmp_path / "step_0000014.partial")
-    assert checkpoint.latest(tmp_path) == newest
+    assert training_state.latest(tmp_path) == newest
 
 
 def test_pruning_keeps_the_newest_and_clears_what_a_killed_process_left(tmp_path):
@@ -45,7 +45,7 @@ def test_pruning_keeps_the_newest_and_clears_what_a_killed_process_left(tmp_path
     marked(tmp_path, 3, mark=False)
     marked(tmp_path, 5, mark=False).rename(tmp_path / "step_0000005.partial")
     mine = marked(tmp_path, 1).rename(tmp_path / "step_of_my_own")
-    checkpoint.prune(tmp_path, 2)
+    training_state.prune(tmp_path, 2)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "step_0000004", tmp_path / "step_0000006", mine]
 
 
@@ -53,14 +53,14 @@ def test_what_is_removed_stops_looking_complete_first(tmp_path, monkeypatch):
     old, _ = marked(tmp_path, 2), marked(tmp_path, 4)
 
     def killed(path):
-        assert not (path / checkpoint.MARK).exists()
+        assert not (path / training_state.MARK).exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(tmp_path, 1)
+        training_state.prune(tmp_path, 1)
     assert (old / "model" / "weights").exists()
-    assert checkpoint.latest(tmp_path) == tmp_path / "step_0000004"
+    assert training_state.latest(tmp_path) == tmp_path / "step_0000004"
 
 
 def load_and_refuse(rank, arguments):
@@ -88,7 +88,7 @@ def load_and_refuse(rank, arguments):
             (found / damage[name]).write_bytes((found / damage[name]).read_bytes()[:100])
         try:
             named = {"math": identity} if name == "several" else {"": identity}
-            said[name] = checkpoint.load(found, student, spec, run.topology, named)
+            said[name] = training_state.load(found, student, spec, run.topology, named)
         except UserError as error:
             said[name] = str(error)
     return said

@@ -10,13 +10,13 @@ from examples.demo import make_bridge_pair
 from examples.demo.make_bridge_pair import KINDS, align, parts_of
 from examples.demo.task import encode, split_additions, write_rows
 from examples.demo.tokenizer import build_tokenizer
+from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.config import DataConfig, load_config
 from megatron_oprd.data.alignment import end_of_turn_id
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.data.tokenizer import check_tokenizer, same_vocabulary
 from megatron_oprd.evaluation.math_answer import is_correct
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.models.weights import check_weights
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROBLEMS = split_additions(seed=5).heldout[:300]

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from megatron_oprd.cli import ArgumentParser, run_command
-from megatron_oprd.files import commit_partial, prepare_partial, write_folder, write_text
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
+from megatron_oprd.runtime.files import commit_partial, prepare_partial, write_folder, write_text
 from megatron_oprd.types import UserError
 
 

@@ -19,12 +19,12 @@ from benchmarks.gpu_flops import GPUS, Flops, block_weights, find_gpu, forward_f
 from benchmarks.gpu_page import NO_RUN, line, predictions, section, with_run
 from benchmarks.updates import Workload, fill_randomly
 from megatron_oprd.config import ParallelConfig
-from megatron_oprd.environment import Machine
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import HiddenStateModel
 from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.platform import choose_device
+from megatron_oprd.runtime.environment import Machine
+from megatron_oprd.runtime.platform import choose_device
 from megatron_oprd.types import UserError
 from tests.gpu.conftest import reason_to_skip
 

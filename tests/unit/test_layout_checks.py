@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_oprd.config import ParallelConfig, RecomputeConfig, load_config
-from megatron_oprd.environment import Machine
-from megatron_oprd.layouts import (
+from megatron_oprd.launch.layouts import (
     check_experts,
     check_optimizer,
     check_student_layout,
@@ -17,6 +16,7 @@ from megatron_oprd.layouts import (
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import check_layout
+from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import UserError
 from tests.helpers.specs import tiny_spec
 

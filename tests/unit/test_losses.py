@@ -7,7 +7,7 @@ import torch
 
 from megatron_oprd.config import OutputConfig, RepresentationConfig
 from megatron_oprd.data.balance import assign
-from megatron_oprd.data.cutting import cut, zigzag_rows
+from megatron_oprd.data.context_parallel_slices import cut, zigzag_rows
 from megatron_oprd.data.packing import num_tokens, output_term, pack, representation_term
 from megatron_oprd.losses.positions import select_positions
 from megatron_oprd.losses.reduction import layer_sums, layer_weights

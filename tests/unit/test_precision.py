@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from megatron_oprd.config import ParallelConfig, PrecisionConfig, load_config
-from megatron_oprd.environment import Machine
 from megatron_oprd.models.precision import (
     MULTIPLE,
     ModelPrecision,
@@ -16,6 +15,7 @@ from megatron_oprd.models.precision import (
     check_head_exchange,
     plan_precision,
 )
+from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import UserError
 from tests.helpers.specs import tiny_spec
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_oprd.training import saver as saver_module
-from megatron_oprd.training.saver import Saver
+from megatron_oprd.checkpoint import saver as saver_module
+from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.types import UserError
 
 

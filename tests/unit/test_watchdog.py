@@ -13,15 +13,15 @@ import time
 import pytest
 import torch
 
-from megatron_oprd import progress
 from megatron_oprd.config import WatchdogConfig
-from megatron_oprd.parallel.together import RankZeroFailed
+from megatron_oprd.parallel.rank_zero import RankZeroFailed
 from megatron_oprd.parallel.topology import collective_timeout
-from megatron_oprd.progress import Place
-from megatron_oprd.resilience import failures, heartbeat, own_process, signals, straggler
+from megatron_oprd.resilience import failures, heartbeat, process_info, signals, straggler
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.resilience.heartbeat import Heartbeat, LocalRanks
 from megatron_oprd.resilience.verdict import Sign, judge
+from megatron_oprd.runtime import progress
+from megatron_oprd.runtime.progress import Place
 from megatron_oprd.types import UserError
 
 TIMEOUT, SILENT = 60.0, 20.0
@@ -72,11 +72,11 @@ def test_a_rank_without_a_sign_of_life_is_to_blame_before_all():
 
 
 def test_where_a_thread_stands_and_whether_it_waits():
-    here = own_process.position(threading.get_ident())
+    here = process_info.position(threading.get_ident())
     assert here.where.endswith(" in position") and not here.waits
-    assert own_process.waits_for_others(torch.distributed.distributed_c10d.__file__)
-    assert not own_process.waits_for_others(torch.distributed.checkpoint.__file__)
-    assert not own_process.waits_for_others(torch.__file__)
+    assert process_info.waits_for_others(torch.distributed.distributed_c10d.__file__)
+    assert not process_info.waits_for_others(torch.distributed.checkpoint.__file__)
+    assert not process_info.waits_for_others(torch.__file__)
 
 
 def failure(rank: int, time_: float, first: int | None) -> failures.Failure:
@@ -124,14 +124,14 @@ def test_a_new_attempt_forgets_what_an_earlier_command_left_of_it(tmp_path, monk
 def test_a_process_of_this_machine_that_is_gone_is_missed_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        here = dataclasses.replace(beat(1, 0.0), host=own_process.host(), pid=process.pid)
+        here = dataclasses.replace(beat(1, 0.0), host=process_info.host(), pid=process.pid)
         heartbeat.write(tmp_path, here)
         heartbeat.write(tmp_path, dataclasses.replace(here, rank=2, pid=2**22 + 1))  # of an earlier run
         local = LocalRanks(tmp_path)
         local.look()
         assert local.gone() is None
         process.send_signal(signal.SIGKILL)
-        while own_process.is_alive(process.pid):  # it is gone though nobody asked for its exit code
+        while process_info.is_alive(process.pid):  # it is gone though nobody asked for its exit code
             time.sleep(0.01)
         assert local.gone() == here
         heartbeat.remove(tmp_path, 1)

@@ -5,7 +5,7 @@ import shared
 
 shared.prepare()
 
-from megatron_oprd.cli import ArgumentParser, run_command  # noqa: E402
+from megatron_oprd.runtime.cli import ArgumentParser, run_command  # noqa: E402
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -24,12 +24,12 @@ def main() -> int:
 def convert(args) -> int:
     import torch
 
-    from megatron_oprd.files import check_new_folder
+    from megatron_oprd.checkpoint.megatron_format import save_model
+    from megatron_oprd.checkpoint.weights import load_weights
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.stream import HFReader
     from megatron_oprd.models.build import build_model
-    from megatron_oprd.models.megatron_checkpoint import save_model
-    from megatron_oprd.models.weights import load_weights
+    from megatron_oprd.runtime.files import check_new_folder
 
     spec = read_model_spec(args.hf)
     reader = HFReader(args.hf)

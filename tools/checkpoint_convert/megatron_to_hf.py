@@ -5,7 +5,7 @@ import shared
 
 shared.prepare()
 
-from megatron_oprd.cli import ArgumentParser, run_command  # noqa: E402
+from megatron_oprd.runtime.cli import ArgumentParser, run_command  # noqa: E402
 
 
 def main() -> int:
@@ -24,11 +24,11 @@ def main() -> int:
 
 
 def convert(args) -> int:
-    from megatron_oprd.files import check_new_folder
+    from megatron_oprd.checkpoint.megatron_format import check, checkpoint_dtype, load_model
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.export import export_hf
     from megatron_oprd.models.build import build_model
-    from megatron_oprd.models.megatron_checkpoint import check, checkpoint_dtype, load_model
+    from megatron_oprd.runtime.files import check_new_folder
 
     spec = read_model_spec(args.megatron)
     check(args.megatron, spec)

@@ -9,7 +9,7 @@ import shared
 
 shared.prepare()
 
-from megatron_oprd.cli import ArgumentParser, run_command  # noqa: E402
+from megatron_oprd.runtime.cli import ArgumentParser, run_command  # noqa: E402
 
 # Bit-equal weights leave the order of summation; half of a bf16 model's digits are gone after a few layers.
 DTYPES = {"fp32": ("float32", 1e-4), "bf16": ("bfloat16", 5e-2)}
@@ -38,11 +38,11 @@ def main() -> int:
 def verify(args) -> int:
     import torch
 
+    from megatron_oprd.checkpoint.megatron_format import check, checkpoint_dtype, load_model
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.stream import HFReader
     from megatron_oprd.models.build import build_model
     from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
-    from megatron_oprd.models.megatron_checkpoint import check, checkpoint_dtype, load_model
 
     spec, reader = read_model_spec(args.hf), HFReader(args.hf)
     reader.check(spec)

@@ -1,0 +1,60 @@
+"""The student's answers on disk, step after step, in the form that `rollout.engine=replay` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_oprd.rollout.replay import parse_rollout, replay_record
+from megatron_oprd.runtime.files import explain_os_errors
+from megatron_oprd.types import Rollout
+
+
+class StoredRollouts:
+    """A JSONL file of `per_step` rollouts a step. One rank opens, appends and reads. Each method raises UserError for a
+    disk that does not take it."""
+
+    def __init__(self, path: Path, per_step: int) -> None:
+        self.path = path
+        self.per_step = per_step
+        self._starts = [0]  # the byte at which each step starts, and the end of the last
+
+    @property
+    def steps(self) -> int:
+        """Whole steps in the file."""
+        return len(self._starts) - 1
+
+    def open(self) -> int:
+        """Find the whole steps that are there; what a process that died left of another is dropped. Returns `steps`."""
+        self._starts, lines = [0], 0
+        with explain_os_errors(self.path), self.path.open("a+b") as file:
+            file.seek(0)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                lines += 1
+                if lines % self.per_step == 0:
+                    self._starts.append(file.tell())
+            file.truncate(self._starts[-1])
+        return self.steps
+
+    def append(self, rollouts: Sequence[Rollout]) -> None:
+        """The rollouts of the next step; they are on the disk when this returns."""
+        if len(rollouts) != self.per_step:
+            raise ValueError(f"{len(rollouts)} rollouts for a step of {self.per_step}")
+        with explain_os_errors(self.path), self.path.open("ab") as file:
+            for rollout in rollouts:
+                file.write(json.dumps(replay_record(rollout)).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+            self._starts.append(file.tell())
+
+    def read(self, step: int) -> list[Rollout]:
+        """The rollouts of a step, from 0."""
+        start, end = self._starts[step : step + 2]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            lines = file.read(end - start).splitlines()
+        return [parse_rollout(line, step * self.per_step + number) for number, line in enumerate(lines)]

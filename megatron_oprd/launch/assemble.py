@@ -1,0 +1,241 @@
+"""From checked inputs to what a run consists of, on this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_oprd.checkpoint.weights import content_hash, load_lm_head, load_weights
+from megatron_oprd.config import Config, EvaluationConfig, ParallelConfig, RolloutConfig
+from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.layer_plan import PlannedTeacher
+from megatron_oprd.models.model import Stage
+from megatron_oprd.models.output_loss import Heads
+from megatron_oprd.models.precision import PLAIN, ModelPrecision
+from megatron_oprd.models.projection import StudentMap, identify, student_maps, teacher_maps
+from megatron_oprd.models.scaled_linear import quantize_weights
+from megatron_oprd.models.tp_overlap import start_tp_overlap
+from megatron_oprd.parallel.collectives import min_over
+from megatron_oprd.parallel.rank_zero import on_every_rank, on_rank_zero
+from megatron_oprd.parallel.topology import Topology, build_topology, collective_timeout, start_process
+from megatron_oprd.rollout.embedded import EmbeddedEngine
+from megatron_oprd.rollout.engine import RolloutEngine, Sampling
+from megatron_oprd.rollout.replay import ReplayEngine
+from megatron_oprd.runtime import platform
+from megatron_oprd.training.state import Identity
+from megatron_oprd.training.student import Student, build_student
+from megatron_oprd.training.teacher_pass import Teacher, build_frozen
+from megatron_oprd.types import ModelSpec
+
+MOST_ROWS = 256  # generated at once; more do not make a step cheaper
+EVALUATION_SEED = 1_000_003  # added to train.seed: evaluation draws other numbers than training, always the same ones
+
+
+@dataclass(frozen=True)
+class Models:
+    """Student and teachers with their weights, on this rank, and what generates with the student."""
+
+    topology: Topology  # the student's, in force
+    stage: Stage  # of the student
+    teachers: tuple[Teacher, ...]  # in the order of the configuration
+    engine: RolloutEngine
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that `train.fit` needs, on this rank."""
+
+    inputs: Inputs
+    topology: Topology
+    student: Student
+    teachers: tuple[Teacher, ...]  # in the order of the configuration
+    heads: Heads | None  # for an output-space objective, on the student's last stage
+    engine: RolloutEngine
+    evaluator: RolloutEngine | None
+    identities: dict[str, Identity]  # of the teachers
+
+
+def build_run(inputs: Inputs) -> Run:
+    """Start the process group and build this rank's part of every model. Collective over the world."""
+    config, plan, models = inputs.config, inputs.plan, build_models(inputs)
+    topology, stage = models.topology, models.stage
+    evaluator = None
+    if inputs.evaluation_prompts is not None:
+        evaluator = make_evaluator(config, stage, inputs.student, topology)
+    return Run(
+        inputs,
+        topology,
+        build_student(stage, config, plan, topology, _student_maps(inputs, topology)),
+        models.teachers,
+        load_heads(inputs, stage, topology) if plan.output else None,
+        models.engine,
+        evaluator,
+        {name: _identity(inputs, teacher) for name, teacher in inputs.teachers.items()},
+    )
+
+
+def build_models(inputs: Inputs) -> Models:
+    """Start the process group and load this rank's part of student and teachers. Collective over the world."""
+    config = inputs.config
+    planned = list(inputs.teachers.values())
+    own_topologies = [
+        (layout, start_topology(config, layout)) for layout in _distinct([teacher.layout for teacher in planned])
+    ]
+    topology = start_topology(config, config.parallel)  # the last one stays in force
+    if config.parallel.tp_comm_overlap:
+        tokens = inputs.precision.pad_tokens * topology.tensor_size
+        start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=inputs.student.hidden_size)
+    on_rank_zero(partial(_check_bridge, inputs))
+    stages, precision = inputs.plan.student_stages, inputs.precision.student
+    stage = build_and_load(config, inputs.student, topology, stages, precision)
+    teachers = []
+    for teacher in planned:
+        own = next((own for layout, own in own_topologies if layout == teacher.layout), topology)
+        teachers.append(build_teacher(inputs, teacher, own))
+    return Models(topology, stage, tuple(teachers), _engine(inputs, stage, topology))
+
+
+def _check_bridge(inputs: Inputs) -> None:
+    """Raise UserError for a bridge of other weights, before any are loaded. One rank calls it."""
+    if inputs.bridge is not None and inputs.ends is not None:
+        inputs.ends.check_hashes(inputs.bridge)
+
+
+def _distinct(layouts: list[ParallelConfig | None]) -> list[ParallelConfig]:
+    found: list[ParallelConfig] = []
+    for layout in layouts:
+        if layout is not None and layout not in found:
+            found.append(layout)
+    return found
+
+
+def _identity(inputs: Inputs, teacher: PlannedTeacher) -> Identity:
+    """Collective over the world."""
+    digest = on_rank_zero(lambda: content_hash(teacher.config.path))
+    pairs = tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs)
+    return Identity(teacher.config.path, digest, pairs, identify(inputs.bridge.maps) if inputs.bridge else None)
+
+
+def _student_maps(inputs: Inputs, topology: Topology) -> dict[int, StudentMap]:
+    if inputs.bridge is None:
+        return {}
+    trained = inputs.config.loss.representation.train_bridge
+    return student_maps(inputs.bridge.maps, topology.device, trained=trained)
+
+
+def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
+    """Join the process group, make Megatron's groups for a layout and put it in force. Collective over the world."""
+    device = platform.choose_device(config.train.device)
+    timeout_seconds = collective_timeout(config.watchdog)
+    start_process(device, timeout_seconds)
+    return build_topology(parallel, device, config.train.seed, timeout_seconds)
+
+
+def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -> Teacher:
+    """A frozen teacher up to its highest compared layer. With `teachers_in_memory: one` it is built for each pass.
+    Collective over the world."""
+    config, precision = inputs.config, inputs.precision.teacher
+
+    def load() -> Stage:
+        stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype], precision)
+        with topology.active():
+            load_weights(stage, teacher.config.path, teacher.spec, topology)
+            if precision.scaled_weights:
+                quantize_weights(stage, precision.keep_bf16)
+        stage.eval().requires_grad_(False)
+        return stage
+
+    kept = load() if config.teachers_in_memory == "all" else None
+    return Teacher(
+        load if kept is None else lambda: kept,
+        topology,
+        teacher.plan,
+        inputs.widest_teacher,
+        own_prompts=inputs.own_prompts,
+        offload=teacher.config.offload_targets,
+        maps=teacher_maps(inputs.bridge.maps, topology.device) if inputs.bridge else {},
+    )
+
+
+def load_heads(inputs: Inputs, stage: Stage, topology: Topology) -> Heads | None:
+    """The LM heads of student and teachers on the ranks of the student's last stage; None elsewhere. Collective over
+    the world."""
+
+    def read() -> Heads | None:
+        if topology.num_stages - 1 not in topology.stages:
+            return None
+        head = stage[-1].lm_head
+        first = topology.tensor_rank * len(head)
+        end = max(min(first + len(head), inputs.vocab_size), first)
+        teachers = (load_lm_head(t.config.path, t.spec, first, end) for t in inputs.teachers.values())
+        return Heads(head, tuple(rows.to(topology.device, head.dtype) for rows in teachers), first)
+
+    return on_every_rank(read)
+
+
+def build_and_load(
+    config: Config,
+    spec: ModelSpec,
+    topology: Topology,
+    stages: tuple[int, ...],
+    precision: ModelPrecision = PLAIN,
+) -> Stage:
+    """This rank's chunks of the student with their weights. Collective over the world."""
+    dtype = DTYPES[config.precision.dtype]
+    stage = build_model(spec, topology, dtype, stages=stages, recompute=config.recompute, precision=precision)
+    load_weights(stage, config.student.path, spec, topology)
+    return stage
+
+
+def make_evaluator(config: Config, stage: Stage, spec: ModelSpec, topology: Topology) -> EmbeddedEngine:
+    """The engine that samples evaluation answers from the student."""
+    seed, sampling = config.train.seed + EVALUATION_SEED, sampling_of(config.evaluation)
+    rows = rows_at_a_time(spec, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens)
+    return EmbeddedEngine(stage, spec, topology, sampling, seed=seed, max_batch=rows)
+
+
+def rows_at_a_time(spec: ModelSpec, topology: Topology, stage: Stage, longest_row: int, most: int = MOST_ROWS) -> int:
+    """How many rollouts of up to `longest_row` tokens are generated at once: their keys and values fill at most a third
+    of the memory that is free now. The same on every rank of a replica; communicates over its groups."""
+    parameter = next(stage.parameters())
+    blocks, heads = sum(len(chunk.decoder.layers) for chunk in stage), spec.num_query_groups // topology.tensor_size
+    row_bytes = 2 * max(blocks, 1) * heads * spec.head_dim * parameter.element_size()
+    row_bytes *= min(longest_row, spec.max_position_embeddings)
+    rows: float = max(1, min(most, platform.free_memory_bytes(topology.device) // 3 // row_bytes))
+    for group in (topology.groups.tp, topology.groups.pp):
+        (rows,) = min_over([rows], group, topology.device)
+    return int(rows)
+
+
+def sampling_of(config: RolloutConfig | EvaluationConfig) -> Sampling:
+    """How a section of the configuration wants its tokens drawn."""
+    rollout = isinstance(config, RolloutConfig)
+    return Sampling(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k if rollout else 0,
+        max_new_tokens=config.max_new_tokens,
+        samples_per_prompt=config.samples_per_prompt if rollout else config.samples,
+    )
+
+
+def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
+    config = inputs.config
+    if config.rollout.engine == "replay":
+        per_step = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
+        return ReplayEngine(
+            inputs.replayed, per_step, replica_rank=topology.replica_rank, num_replicas=topology.num_replicas
+        )
+    sampling = sampling_of(config.rollout)
+    rows = rows_at_a_time(inputs.student, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens)
+    return EmbeddedEngine(
+        stage,
+        inputs.student,
+        topology,
+        sampling,
+        seed=config.train.seed,
+        max_batch=rows,
+        vocab_size=inputs.vocab_size,
+        progress=topology.rank == 0,
+    )

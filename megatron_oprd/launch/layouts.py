@@ -1,0 +1,177 @@
+"""The layouts that a configuration asks for: whether they suit the models and the processes, known before either is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
+from megatron_oprd.models.build import check_divisible, check_recompute
+from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
+from megatron_oprd.models.precision import Precision, check_dimensions, check_head_exchange
+from megatron_oprd.parallel.topology import check_layout
+from megatron_oprd.runtime.environment import Machine
+from megatron_oprd.types import ModelSpec, UserError
+
+# Keys of the student's section `parallel` that place nothing: what a teacher has no part in.
+ONLY_IN_TRAINING = (
+    "distributed_optimizer",
+    "world_size",
+    "cp_comm_type",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+)
+
+
+def plan_teacher(
+    config: Config, student: ModelSpec, teacher: ModelSpec, name: str = "", world: int | None = None
+) -> PlannedTeacher:
+    """Which layers are compared with the teacher called `name` (the only one has no name), and on which stages of both
+    layouts they live. `world`: processes; None: as many as there are. Raises UserError, naming what would work, for
+    layers that do not exist and for layouts that do not suit the models or the processes."""
+    of_teacher = config.named_teachers[name]
+    own_layout = teacher_layout(config, name)
+    section = teacher_section(name)
+    plan = make_plan(
+        config.loss,
+        student,
+        teacher,
+        config.parallel.pipeline,
+        config.parallel.virtual_pipeline or 1,
+        teacher_pipeline=own_layout.pipeline if own_layout else None,
+        section=section,
+    )
+    check_student_layout(config.parallel, student, None if own_layout else teacher, name)
+    if own_layout:
+        key = f"{section}.parallel"
+        check_layout(own_layout, world or world_size(), key=key)
+        check_experts(own_layout.expert, [teacher], key=key)
+        check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=teacher_title(name))
+    check_recompute(config.recompute, plan.student_stages)
+    return PlannedTeacher(of_teacher, teacher, own_layout, plan)
+
+
+def world_size() -> int:
+    """How many processes torchrun has started; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def planned_world(parallel: ParallelConfig, *, dry_run: bool = False) -> int:
+    """How many processes a run has; of a dry run without torchrun, for how many it is planned. Raises UserError when
+    the configuration is made for another number."""
+    stated, there = parallel.world_size, world_size()
+    if dry_run and "WORLD_SIZE" not in os.environ:
+        return stated or 1
+    if stated and stated != there:
+        raise UserError(
+            f"parallel.world_size={stated}: the layout is made for {stated} processes, and torchrun started {there}; "
+            f"start {stated}, or set parallel.world_size=null to try the layout on {there}"
+        )
+    return there
+
+
+def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:
+    """The layout of a teacher that has one of its own; None for the student's, also when it is the same one."""
+    own, student = config.named_teachers[name].parallel, config.parallel
+    if own is None:
+        return None
+    layout = ParallelConfig(tensor=own.tensor, pipeline=own.pipeline, expert=own.expert)
+    of_training = {name: getattr(student, name) for name in ONLY_IN_TRAINING}
+    return None if layout.model_copy(update=of_training) == student else layout
+
+
+def check_optimizer(config: Config, machine: Machine) -> None:
+    """Raise UserError, naming what would work, for an optimizer, or communication beside computation, that the other
+    settings or this machine do not allow."""
+    parallel, optimizer = config.parallel, config.optimizer
+    if parallel.overlap_param_gather and optimizer.name != "adamw":
+        raise UserError(
+            "parallel.overlap_param_gather=true gathers what a distributed optimizer updates, and "
+            f"optimizer.name={optimizer.name} is none; use adamw or parallel.overlap_param_gather=false"
+        )
+    if parallel.tp_comm_overlap:
+        _check_te("parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", machine)
+        if config.precision.pad_tokens == "auto":  # its buffers take what fills them
+            raise UserError(
+                "parallel.tp_comm_overlap=true needs micro-batches of one length; set precision.pad_tokens to the "
+                "tokens of a rank in the fullest one"
+            )
+        fullest = -(-config.batch.max_tokens_per_micro_batch // (parallel.tensor * parallel.context))
+        if config.precision.pad_tokens < fullest:
+            raise UserError(
+                f"parallel.tp_comm_overlap=true needs micro-batches of one length, and precision.pad_tokens="
+                f"{config.precision.pad_tokens} is less than a rank has of the fullest one; set it to {fullest} or "
+                "lower batch.max_tokens_per_micro_batch"
+            )
+    if optimizer.precision_aware and optimizer.cpu_offload:
+        raise UserError(
+            f"optimizer.precision_aware=true and optimizer.cpu_offload={optimizer.cpu_offload}: a state in CPU memory "
+            "is float32; use one of them"
+        )
+    if optimizer.precision_aware:
+        _check_lean_state("optimizer.precision_aware=true", "optimizer.precision_aware=false", config, machine)
+    if optimizer.cpu_offload:
+        _check_lean_state(f"optimizer.cpu_offload={optimizer.cpu_offload}", "optimizer.cpu_offload=0", config, machine)
+
+
+def _check_lean_state(setting: str, otherwise: str, config: Config, machine: Machine) -> None:
+    """What mcore's optimizers with less state on the GPU ask for."""
+    if config.optimizer.name != "adamw" or not config.parallel.distributed_optimizer:
+        raise UserError(
+            f"{setting} needs optimizer.name=adamw and parallel.distributed_optimizer=true; set both or {otherwise}"
+        )
+    if config.precision.dtype != "bf16":
+        raise UserError(f"{setting} needs precision.dtype=bf16; set it or {otherwise}")
+    _check_te(setting, otherwise, machine)
+
+
+def _check_te(setting: str, otherwise: str, machine: Machine) -> None:
+    on_gpu = machine.capability is not None
+    if not (machine.transformer_engine and on_gpu):
+        missing = "Transformer Engine, which is not installed" if on_gpu else "a CUDA device, and this process has none"
+        raise UserError(f"{setting} needs {missing}; use {otherwise}")
+
+
+def check_student_layout(
+    parallel: ParallelConfig, student: ModelSpec, teacher: ModelSpec | None = None, name: str = ""
+) -> None:
+    """Raise UserError, naming what would work, when the layout of the student does not suit it or the teacher, called
+    `name`, that shares it."""
+    models = {"student": student} if teacher is None else {"student": student, teacher_title(name): teacher}
+    check_experts(parallel.expert, list(models.values()))
+    for model, spec in models.items():
+        check_divisible(spec, parallel.tensor, parallel.expert, model=model)
+    if student.num_experts and parallel.tensor > 1 and not parallel.sequence:
+        raise UserError(
+            f"parallel.tensor={parallel.tensor} with a student of {student.num_experts} experts needs "
+            "parallel.sequence=true: Megatron-Core trains experts on divided tokens only"
+        )
+
+
+def check_precision(
+    config: Config, precision: Precision, student: ModelSpec, teachers: Mapping[str, PlannedTeacher]
+) -> None:
+    """Raise UserError, naming what would work, for models whose sizes in these layouts do not suit the precision."""
+    recipe, parallel = config.precision.recipe, config.parallel
+    stages = next(iter(teachers.values())).plan.student_stages
+    check_dimensions(
+        precision.student, recipe, student, parallel.tensor, _ranks(stages, parallel), "student", "parallel"
+    )
+    check_head_exchange(precision.student, student, parallel, "student")
+    for name, teacher in teachers.items():
+        layout, key = teacher.layout or parallel, f"{teacher_section(name)}.parallel" if teacher.layout else "parallel"
+        of_ranks = _ranks(teacher.plan.teacher_stages, layout)
+        title = teacher_title(name)
+        check_dimensions(precision.teacher, recipe, teacher.spec, layout.tensor, of_ranks, title, key)
+        check_head_exchange(precision.teacher, teacher.spec, layout, title)
+
+
+def _ranks(stages: Sequence[int], parallel: ParallelConfig) -> list[int]:
+    """Blocks of each pipeline rank, of stages that are more under virtual pipelining."""
+    return [sum(stages[rank :: parallel.pipeline]) for rank in range(parallel.pipeline)]
+
+
+def check_experts(expert: int, specs: Sequence[ModelSpec], key: str = "parallel") -> None:
+    """Raise UserError for expert parallelism without experts. `key`: the section that it stands in."""
+    if expert > 1 and not any(spec.num_experts for spec in specs):
+        raise UserError(f"{key}.expert={expert}: the model has no experts; use {key}.expert=1")

@@ -1,0 +1,62 @@
+"""The folder of a run: what to go on from in it, and the files that say what runs where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_oprd.bridge.store import unchecked
+from megatron_oprd.checkpoint import training_state
+from megatron_oprd.config import dump_config
+from megatron_oprd.launch.assemble import Run
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime.environment import describe_environment, one_line
+from megatron_oprd.runtime.files import explain_os_errors, write_json, write_text
+from megatron_oprd.types import UserError
+
+
+def find_checkpoint(run: Run) -> Path | None:
+    """Make the run folder; the checkpoint to go on from, if there is one. Raises UserError for a run that is there and
+    may not go on."""
+    run_dir = run.inputs.run_dir
+    with explain_os_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    found = training_state.latest(run_dir / "checkpoints")
+    if run.inputs.config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
+        raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set training_state.resume=auto")
+    return found
+
+
+def describe(run: Run) -> None:
+    """Write down, and print in a few lines, what runs where."""
+    inputs, topology = run.inputs, run.topology
+    layout, attention = describe_layout(topology), inputs.precision.attention
+    environment = describe_environment(str(topology.device), topology.world_size, layout, attention)
+    own = {
+        name: describe_layout(teacher.topology)
+        for name, teacher in zip(inputs.teachers, run.teachers, strict=True)
+        if teacher.topology is not topology
+    }
+    if own:
+        environment["teacher_layout"] = own.get("", own)
+    write_text(inputs.run_dir / "config.yaml", dump_config(inputs.config))
+    write_json(inputs.run_dir / "environment.json", environment)
+    plans = {name: teacher.plan.as_json() for name, teacher in inputs.teachers.items()}
+    write_json(inputs.run_dir / "plan.json", plans.get("", {"teachers": plans}))
+    print(one_line(environment), flush=True)
+    if inputs.prompts is not None:
+        print(f"prompts: {inputs.prompts.summary()}", flush=True)
+    if inputs.bridge is not None and (not_told := unchecked(inputs.bridge)):
+        path = inputs.config.loss.representation.bridge
+        print(f"{path} does not say, and nothing checks, {', '.join(not_told)} that it was fitted on", flush=True)
+
+
+def describe_layout(topology: Topology) -> dict[str, int]:
+    """The sizes of a layout by name: tensor, pipeline and data parallelism always, the others where they are on."""
+    sizes = {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}
+    others = {
+        "virtual pipeline": topology.virtual_size,
+        "context": topology.context_size,
+        "expert": topology.expert_size,
+        "sequence": topology.tensor_size if topology.sequence_parallel else 1,
+    }
+    return sizes | {name: size for name, size in others.items() if size > 1}

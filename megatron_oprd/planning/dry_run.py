@@ -1,0 +1,144 @@
+"""What a configuration would run, told without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_oprd.config import Config, dump_config, teacher_title
+from megatron_oprd.launch.lengths import Lengths
+from megatron_oprd.launch.missing_inputs import MissingInputs
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.planning.memory_formulas import count_parameters, predict_memory
+from megatron_oprd.planning.peak_memory import NotTraced, predict_peaks
+from megatron_oprd.planning.step_time import Estimate, estimate_step
+from megatron_oprd.planning.update_trace import Footprint
+from megatron_oprd.types import ModelSpec
+
+NOTHING = MissingInputs()
+COLUMNS = ("weights", "gradients", "optimizer", "teacher", "targets", "activations")  # the parts of a Footprint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a dry run tells of: the models with their layouts, and how long sequences can be."""
+
+    config: Config
+    student: ModelSpec
+    teachers: Mapping[str, PlannedTeacher]
+    lengths: Lengths
+    world: int  # processes
+    bridge_rank: int | None = None  # r of the bridge between the models, if there is one
+
+
+def describe_run(plan: Plan, missing: MissingInputs = NOTHING) -> None:
+    """Print the resolved configuration, the layer pairs with their pipeline stages, parameters, predicted memory and
+    an estimate of a step's time and communication; first, what was not checked as it is `missing`.
+
+    The first of several processes prints. No communication.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    config, student, world, planned = plan.config, plan.student, plan.world, list(plan.teachers.values())
+    console = Console()
+    console.print(dump_config(config), markup=False, highlight=False)
+    for line in missing.lines(config):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"student: {student.architecture}, {count_parameters(student):,} parameters")
+    for name, teacher in plan.teachers.items():
+        _describe_teacher(console, name, teacher)
+    try:
+        peaks = predict_peaks(config, student, planned, plan.lengths, world=world, bridge_rank=plan.bridge_rank)
+        _print_peaks(console, peaks, world)
+    except NotTraced as reason:
+        _print_estimate(console, predict_memory(config, student, planned, world, plan.bridge_rank), world, str(reason))
+    _print_step(
+        console,
+        estimate_step(config, student, planned, plan.lengths, world=world, bridge_rank=plan.bridge_rank),
+    )
+
+
+def _print_step(console: Console, estimate: Estimate) -> None:
+    """The parts of a step, and what was assumed."""
+    hardware = estimate.hardware
+    title = f"A step on {estimate.world} x {hardware.name} (estimated, not measured)"
+    columns = ("part", "PFLOP", "NVLink GB", "network GB", "seconds")
+    table = Table(*columns, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    rows = [(c.name, c.flops, c.nvlink, c.network, c.seconds) for c in estimate.costs]
+    for name, flops, nvlink, network, seconds in [*rows, ("sum", *map(sum, list(zip(*rows, strict=True))[1:]))]:
+        table.add_row(name, f"{flops / 1e15:,.1f}", f"{nvlink / 1e9:.2f}", f"{network / 1e9:.2f}", f"{seconds:.1f}")
+    console.print(table)
+    console.print(
+        "operations of all ranks, bytes that a rank sends; every rollout has the most tokens. Assumed: "
+        f"{hardware.matrix_share:.0%} of {hardware.bf16_flops / 1e12:.0f} TFLOP/s in bf16, "
+        f"{hardware.fp8_share:.0%} of {hardware.fp8_flops / 1e12:.0f} in FP8, "
+        f"{hardware.expert_share:.0%} with experts; {hardware.memory_share:.0%} of {hardware.memory_bytes / 1e12:.2f} "
+        f"TB/s of memory, {hardware.link_share:.0%} of {hardware.nvlink_bytes / 1e9:.0f} GB/s NVLink and of "
+        f"{hardware.network_bytes / 1e9:.0f} GB/s network; pipeline bubble of the student "
+        f"{estimate.student_bubble:.0%}, of the teacher {estimate.teacher_bubble:.0%}. MFU that follows: "
+        f"{estimate.utilisation:.1%}. docs/scaling.md has the formulas.",
+        markup=False,
+        highlight=False,
+    )
+
+
+def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int) -> None:
+    """The parts of the peak, a row for ranks that are alike."""
+    title = f"Memory, {world} processes: peak of an update, GiB (predicted)"
+    table = Table("ranks", *COLUMNS, "peak", title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for ranks, footprint in peaks.items():
+        parts = [*dataclasses.astuple(footprint), footprint.peak]
+        name = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
+        table.add_row(name, *map(_gib, parts))
+    console.print(table)
+    most = max(footprint.peak for footprint in peaks.values())
+    console.print(f"fullest rank: {most / 1e9:.2f} GB; of 80 GB that leaves {80 - most / 1e9:.2f} GB", highlight=False)
+    console.print(
+        "traced without values on the fullest micro-batch, experts with as many tokens as each other; activations: "
+        "with the loss and all temporaries; teacher: weights, targets: its states. Beside it: the process itself, "
+        "communication buffers, and during rollouts keys and values in a third of what is free."
+    )
+
+
+def _print_estimate(console: Console, parts: Mapping[str, int], world: int, reason: str) -> None:
+    table = Table("on the fullest rank", "GiB (estimated)", title=f"Memory, {world} processes")
+    for purpose, size in {**parts, "sum": sum(parts.values())}.items():
+        table.add_row(purpose, _gib(size))
+    console.print(table)
+    console.print(f"by arithmetic, not traced: {reason}", markup=False)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3f}"
+
+
+def _describe_teacher(console: Console, name: str, teacher: PlannedTeacher) -> None:
+    plan, spec = teacher.plan, teacher.spec
+    title = teacher_title(name)
+    if plan.pairs:
+        pairs = Table("student layer", "teacher layer", "pipeline stage", title=f"Compared layers, {title}")
+        for pair in plan.pairs:
+            normed = " (after the final norm)" if pair.student == plan.student_normed_layer else ""
+            pairs.add_row(f"{pair.student}{normed}", str(pair.teacher), _place(plan, pair.student))
+        console.print(pairs)
+    head = "with its LM head on the student's last stage" if plan.output else "without LM head"
+    console.print(
+        f"{title}: {spec.architecture}, {count_parameters(spec):,} parameters, built up to layer "
+        f"{sum(plan.teacher_stages)} of {plan.teacher_depth} and {head}"
+    )
+    console.print(
+        f"{title}: its states are born where they are compared"
+        if plan.aligned
+        else f"{title}: its states travel from its layout to the student's"
+    )
+
+
+def _place(plan: LayerPlan, layer: int) -> str:
+    chunk, rank = plan.student_place(layer)
+    return f"{rank}, chunk {chunk}" if len(plan.student_stages) > plan.pipeline_size else str(rank)

@@ -1,0 +1,254 @@
+"""The embedded engine: the student itself generates, with a cache of keys and values and slots that refill."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from megatron_oprd.models.kv_cache import CachedStep, KeyValueCache
+from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.models.model import Stage
+from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
+from megatron_oprd.parallel.collectives import max_over
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.rollout.engine import Sampling
+from megatron_oprd.rollout.inference_mode import plain_linears, whole_tokens, without_fp8
+from megatron_oprd.rollout.longrope_refill import read_again
+from megatron_oprd.rollout.sampling import sample
+from megatron_oprd.rollout.slots import Request, Slots
+from megatron_oprd.runtime import progress
+from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
+
+PROMPT_TOKENS_PER_STEP = 8192  # bounds the activations of reading prompts; one prompt is always read whole
+
+
+class EmbeddedEngine:
+    """Generates with this rank's chunks of the student, at most `max_batch` rollouts of a replica at a time.
+
+    Each step is one forward pass: a token of every row at work, together with the prompts that start now. Rows that
+    end leave at once and waiting prompts take their slots. Only while `generate` runs there is a cache, of
+    2 * layers * key-value heads * head size * itemsize bytes a token on one rank (both divided by the layout), times
+    `max_batch` times the longest row. Pipeline stages take turns: one token passes through all before the next.
+    Only ids below `vocab_size` are sampled, by default and at most all of the student's: a teacher may know fewer.
+    Context-parallel ranks are replicas of their own here. Where experts are spread over replicas, all keep step, and
+    one that has finished goes on with a token that nobody reads until the last has.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        spec: ModelSpec,
+        topology: Topology,
+        sampling: Sampling,
+        *,
+        seed: int,
+        max_batch: int = 64,
+        vocab_size: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        self.stage = stage
+        self.spec = spec
+        self.topology = topology
+        self.sampling = sampling
+        self.seed = seed
+        self.max_batch = max_batch
+        self.vocab_size = spec.vocab_size if vocab_size is None else min(vocab_size, spec.vocab_size)
+        self.progress = progress
+
+    def generate(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> list[Rollout]:
+        """The rollouts of training step `step`, by prompt in the order given, then by sample.
+
+        Every rank of the replica calls it with the same prompts and gets the same rollouts. `limits`, one a prompt,
+        takes the place of `max_new_tokens`. Communicates over the tensor- and the pipeline-parallel group, with experts
+        on other replicas over those too: then all replicas call it at the same time, without prompts if need be. Raises
+        UserError for a prompt that is empty or leaves no position for an answer.
+        """
+        requests = self._requests(prompts, limits)
+        rollouts: dict[int, Rollout] = {}
+        training = self.stage.training
+        self.stage.eval()
+        try:
+            with (
+                torch.inference_mode(),
+                whole_tokens(self.stage),
+                without_fp8(self.stage),
+                plain_linears(self.stage),
+                _progress(len(requests), self.progress) as advance,
+            ):
+                for order, rollout in self._run(requests, step):
+                    rollouts[order] = rollout
+                    advance(len(rollout.response_ids))
+        finally:
+            self.stage.train(training)
+            for chunk in self.stage:
+                chunk.set_input_tensor(None)
+        return [rollouts[request.order] for request in requests]
+
+    def _requests(self, prompts: Sequence[Prompt], limits: Sequence[int] | None) -> list[Request]:
+        requests: list[Request] = []
+        for number, prompt in enumerate(prompts):
+            room = self.spec.max_position_embeddings - len(prompt.prompt_ids)
+            if not prompt.prompt_ids:
+                raise UserError(f"prompt {prompt.index} is empty: a model needs at least one token to go on from")
+            if room < 1:
+                raise UserError(
+                    f"prompt {prompt.index} has {len(prompt.prompt_ids)} tokens and leaves no room for an answer: the "
+                    f"student has {self.spec.max_position_embeddings} positions; lower data.max_prompt_tokens"
+                )
+            limit = min(room, self.sampling.max_new_tokens if limits is None else limits[number])
+            for sample_index in range(self.sampling.samples_per_prompt):
+                requests.append(Request(prompt, sample_index, len(requests), limit))
+        return requests
+
+    def _run(self, requests: Sequence[Request], step: int) -> Iterator[tuple[int, Rollout]]:
+        """Generates until no request is left; yields each rollout when it ends, with its place in the result."""
+        waiting = deque(requests)
+        device, dtype = self.topology.device, self.stage.config.params_dtype
+        longest_answer = max((request.max_new_tokens for request in requests), default=1)
+        slots = Slots(min(self.max_batch, len(requests)), longest_answer, self.spec.eos_token_ids, device)
+        cache = self._cache(slots.size)
+        while self._anyone_works(bool(waiting or slots.count)):
+            progress.beat()
+            if not (waiting or slots.count):
+                pass_through(self.stage, self.topology, *_idle_micro_batch(device))
+                continue
+            read_again(self.stage, self.spec, self.topology, slots, cache, PROMPT_TOKENS_PER_STEP)
+            decoding = slots.count
+            starting = self._admit(waiting, slots, step)
+            cache.reserve(max([slots.longest, *(len(prompt.prompt_ids) for prompt, _ in starting)]))
+            step_input = _micro_batch(slots, cache, decoding, starting, dtype)
+            output = pass_through(self.stage, self.topology, *step_input)
+            ended = slots.accept(self._sample(output, slots))
+            moves = None
+            if ended.any():
+                yield from slots.rollouts(ended)
+                moves = slots.compact(ended)
+                slots.measure()
+            elif starting:
+                slots.measure()
+            if moves is not None:
+                cache.move(*moves, slots.longest)
+
+    def _anyone_works(self, working: bool) -> bool:
+        """Whether any replica that this one shares experts with has work left. The other ranks of this replica see the
+        same: their groups over the replicas have one rank of each."""
+        if not self.spec.num_experts or self.topology.expert_size == 1:
+            return working
+        return max_over([working], self.topology.groups.dp_cp, self.topology.device)[0] > 0
+
+    def _cache(self, slots: int) -> KeyValueCache:
+        return KeyValueCache(
+            [
+                layer.self_attention.core_attention.layer_number
+                for chunk in self.stage
+                for layer in chunk.decoder.layers
+            ],
+            slots,
+            self.spec.num_query_groups // self.topology.tensor_size,
+            self.spec.head_dim,
+            self.stage.config.params_dtype,
+            self.topology.device,
+        )
+
+    def _admit(self, waiting: deque[Request], slots: Slots, step: int) -> list[tuple[Prompt, list[int]]]:
+        """Give free slots to waiting requests; returns the prompts to read, each with the slots of its samples."""
+        starting: list[tuple[Prompt, list[int]]] = []
+        read = 0
+        while waiting and slots.free:
+            request = waiting[0]
+            if not starting or starting[-1][0] is not request.prompt:
+                read += len(request.prompt.prompt_ids)
+                if starting and read > PROMPT_TOKENS_PER_STEP:
+                    break
+                starting.append((request.prompt, []))
+            starting[-1][1].append(slots.admit(waiting.popleft(), self.seed, step))
+        return starting
+
+    def _sample(self, logits: torch.Tensor | None, slots: Slots) -> torch.Tensor:
+        """The next token of each row, [rows] int64, the same on every rank of the replica, from what `pass_through`
+        returns. Communicates over the tensor- and the pipeline-parallel group."""
+        topology = self.topology
+        if logits is None:
+            tokens = slots.tokens.new_empty(slots.count)
+        else:
+            logits = gather_vocabulary(logits, topology, self.vocab_size)
+            tokens = sample(logits, self.sampling, slots.next_numbers())
+            if topology.tensor_size > 1:
+                # Sums on a GPU may differ in the last bit between ranks; one other token and they wait for ever.
+                dist.broadcast(tokens, dist.get_global_rank(topology.groups.tp, 0), group=topology.groups.tp)
+        if topology.pipeline_size > 1:
+            last = dist.get_global_rank(topology.groups.pp, topology.pipeline_size - 1)
+            dist.broadcast(tokens, last, group=topology.groups.pp)
+        return tokens
+
+
+def _idle_micro_batch(device: torch.device) -> tuple[torch.Tensor, MicroBatch]:
+    """One token without a cache: what a replica without work passes through the experts that it shares."""
+    token = torch.zeros(1, dtype=torch.int64, device=device)
+    return token, MicroBatch(position_ids=token, lengths=token + 1, bounds=(0, 1))
+
+
+def _micro_batch(
+    slots: Slots, cache: KeyValueCache, decoding: int, starting: list[tuple[Prompt, list[int]]], dtype: torch.dtype
+) -> tuple[torch.Tensor, MicroBatch]:
+    """Tokens [tokens] and packing of one step: the last token of `decoding` rows, then the prompts that start.
+
+    Its logit rows are in the order of the slots.
+    """
+    device = slots.rows.device
+    rows, positions = slots.rows[:decoding], slots.positions[:decoding]
+    mask = None
+    if decoding and slots.ragged:
+        beyond = torch.arange(slots.longest, device=device) > positions[:, None]
+        mask = torch.zeros(beyond.shape, dtype=dtype, device=device).masked_fill_(beyond, -torch.inf)[:, None, None]
+    bounds = tuple(itertools.accumulate((len(prompt.prompt_ids) for prompt, _ in starting), initial=decoding))
+    prompt_slots = tuple(torch.tensor(samples, device=device) for _, samples in starting)
+    step = CachedStep(cache, decoding, rows, positions, slots.longest, mask, prompt_slots)
+    tokens, lengths, logit_rows = slots.tokens[:decoding], positions + 1, rows
+    if starting:
+        prompt_ids = [token for prompt, _ in starting for token in prompt.prompt_ids]
+        prompt_positions = [place for prompt, _ in starting for place in range(len(prompt.prompt_ids))]
+        prompt_lengths = [len(prompt.prompt_ids) for prompt, _ in starting for _ in prompt.prompt_ids]
+        last_rows = [end - 1 for (_, samples), end in zip(starting, bounds[1:], strict=True) for _ in samples]
+        before = tokens, positions, lengths, logit_rows
+        new = prompt_ids, prompt_positions, prompt_lengths, last_rows
+        tokens, positions, lengths, logit_rows = (
+            torch.cat((old, torch.tensor(added, device=device))) for old, added in zip(before, new, strict=True)
+        )
+    batch = MicroBatch(position_ids=positions, lengths=lengths, bounds=bounds, logit_rows=logit_rows, cache=step)
+    return tokens, batch
+
+
+@contextlib.contextmanager
+def _progress(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
+    """A bar of finished rollouts and tokens a second on standard error, where that is a terminal; yields the function
+    that counts one finished rollout of so many tokens."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda tokens: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("rollouts"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeElapsedColumn(),
+    )
+    done = 0
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("rollouts", total=total, rate=0.0)
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            bar.update(task, advance=1, rate=done / max(bar.tasks[0].elapsed or 0.0, 1e-9))
+
+        yield advance

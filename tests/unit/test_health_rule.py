@@ -1,0 +1,265 @@
+"""The rule of the health watch, what it remembers, and which answers it reads."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_oprd.config import parse_config
+from megatron_oprd.data.prompts import PromptSet, PromptState, take
+from megatron_oprd.evaluation.report import write_report
+from megatron_oprd.health.measure import can_be_asked
+from megatron_oprd.health.rule import Check, Health, HealthWarning, judge
+from megatron_oprd.health.watch import choose_prompts, keep_answers, read_watch
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.models.layer_plan import make_plan
+from megatron_oprd.rollout.replay import load_replay
+from megatron_oprd.training.teacher_pass import Teacher
+from megatron_oprd.types import Prompt, Rollout, UserError
+from tests.helpers.models import random_hf_model, save
+from tests.helpers.tokenizer import byte_tokenizer
+from tests.helpers.training import make_config, make_inputs
+
+START = Check(0, perplexity=1.4, entropy=0.3, reverse_kl=0.4)
+FIRST = Check(10, perplexity=1.4, entropy=0.3, reverse_kl=0.4, objective=0.21, length_mean=100.0)
+LAST = dataclasses.replace(FIRST, step=20, objective=0.05)
+
+
+BELOW = {"representation": {"layers": [1, 2]}}
+
+
+def config(**sections):
+    base = {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"prompts": ["p"]}, "train": {"run_dir": "r"}}
+    return parse_config({**base, "health": {"every": 10}, **sections})
+
+
+def warned(last=LAST, accuracies=(), warnings=(), start=START, first=FIRST, **sections):
+    health = Health((start, first, last), (), tuple(accuracies), tuple(warnings))
+    return judge(health, last.step, config(**sections))
+
+
+def kinds(**values):
+    accuracies = values.pop("accuracies", ())
+    return [warning.kind for warning in warned(dataclasses.replace(LAST, **values), accuracies)]
+
+
+# Each limit from both sides.
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, []),
+        ({"perplexity": 1.74}, []),
+        ({"perplexity": 1.76}, ["perplexity"]),
+        ({"perplexity": 1.0}, []),
+        ({"reverse_kl": 0.59}, []),
+        ({"reverse_kl": 0.61}, ["reverse_kl"]),
+        ({"reverse_kl": 0.01}, []),
+        ({"reverse_kl": None}, []),
+        ({"entropy": 0.11}, []),
+        ({"entropy": 0.09}, ["entropy"]),
+        ({"entropy": 0.89}, []),
+        ({"entropy": 0.91}, ["entropy"]),
+        ({"length_mean": 51.0}, []),
+        ({"length_mean": 49.0}, ["length"]),
+        ({"length_mean": 199.0}, []),
+        ({"length_mean": 201.0}, ["length"]),
+        ({"length_mean": None}, []),
+        ({"accuracies": [{"a": 0.4}, {"a": 0.31}]}, []),
+        ({"accuracies": [{"a": 0.4, "b": 0.5}, {"a": 0.29, "b": 0.5}]}, ["accuracy"]),
+        ({"accuracies": [{"a": 0.4}, {"a": 0.1}, {"a": 0.4}]}, []),
+        ({"accuracies": [{"a": 0.04}, {"a": 0.021}]}, []),
+        ({"accuracies": [{"a": 0.4}, {}]}, []),
+        (
+            {
+                "perplexity": 9.0,
+                "reverse_kl": 2.0,
+                "entropy": 2.0,
+                "length_mean": 1.0,
+                "accuracies": [{"a": 1}, {"a": 0}],
+            },
+            ["perplexity", "reverse_kl", "entropy", "length", "accuracy"],
+        ),
+    ],
+)
+def test_each_sign_has_its_limit(values, expected):
+    assert kinds(**values) == expected
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"), [(0.2099, ["perplexity"]), (0.21, []), (0.3, []), (float("nan"), [])]
+)
+def test_nothing_is_said_unless_the_objective_improved(objective, expected):
+    assert kinds(perplexity=9.0, objective=objective) == expected
+
+
+def test_the_first_interval_has_nothing_to_compare_with():
+    bad = dataclasses.replace(FIRST, perplexity=9.0)
+    for checks in ((), (START,), (START, bad)):
+        assert judge(Health(checks), 10, config()) == []
+
+
+def test_small_numbers_may_change_by_any_factor():
+    start = dataclasses.replace(START, entropy=0.02, reverse_kl=0.001)
+    assert warned(dataclasses.replace(LAST, entropy=0.001, reverse_kl=0.01), start=start) == []
+    assert [w.kind for w in warned(dataclasses.replace(LAST, entropy=0.071), start=start)] == ["reverse_kl", "entropy"]
+
+
+def test_a_warning_says_what_improved_what_fell_and_what_to_do():
+    (warning,) = warned(dataclasses.replace(LAST, step=40, perplexity=6.2))
+    assert warning == HealthWarning(
+        40,
+        "perplexity",
+        "step 40: the objective fell from 0.21 to 0.05 while perplexity of the start model's own answers rose from 1.4 "
+        "to 6.2 (health.perplexity_ratio=1.25): the student may be collapsing; lower optimizer.lr or "
+        "loss.representation.weight, or add loss.output.objective=full_kl",
+    )
+    loss = {"output": {"objective": "full_kl"}, "representation": {"weight": 0}}
+    (warning,) = warned(dataclasses.replace(LAST, perplexity=6.2), loss=loss)
+    assert warning.message.endswith("may be collapsing; lower optimizer.lr")
+
+
+def test_all_accuracies_that_fell_are_said_in_one_line():
+    (warning,) = warned(accuracies=[{"a": 0.4, "b": 0.5, "all": 0.45}, {"a": 0.1, "b": 0.5, "all": 0.3}])
+    assert "while the accuracy on a fell from 0.4 to 0.1, on all fell from 0.45 to 0.3: the student" in warning.message
+
+
+def test_each_kind_is_said_once():
+    bad = dataclasses.replace(LAST, perplexity=9.0, entropy=2.0)
+    first = warned(bad)
+    assert [warning.kind for warning in first] == ["perplexity", "entropy"]
+    assert [warning.kind for warning in warned(bad, warnings=first[:1])] == ["entropy"]
+    assert warned(bad, warnings=first) == []
+
+
+def test_a_check_gets_the_means_since_the_last_one():
+    health = Health().with_check(START, generates=True)
+    for loss in (1.0, 2.0, 6.0):
+        health = health.with_step({"loss": loss, "rollout/length_mean": 10 * loss})
+    health = health.with_check(Check(3, 1.0, 1.0), generates=True).with_step({"loss": 7.0, "rollout/length_mean": 0.0})
+    health = health.with_check(Check(4, 1.0, 1.0), generates=False)
+    assert [(check.objective, check.length_mean) for check in health.checks] == [(None, None), (3.0, 30.0), (7.0, None)]
+    assert health.checks[2].metrics() == {"health/perplexity": 1.0, "health/entropy": 1.0, "health/objective": 7.0}
+
+
+def test_an_evaluation_is_known_by_its_mean_accuracy():
+    data = {"a": {"avg@4": 0.5, "best@4": 1.0, "mean_length": 9}, "b": {"mean_length": 3.0}}
+    assert Health().with_evaluation(data).accuracies == ({"a": 0.5},)
+
+
+def test_a_single_teacher_that_reaches_its_top_can_be_asked():
+    spec = SimpleNamespace(hidden_size=8, num_layers=4)
+    whole, below = make_plan(config().loss, spec, spec), make_plan(config(loss=BELOW).loss, spec, spec)
+    bare = make_plan(config(loss={"representation": {"final_norm": False}}).loss, spec, spec)
+    teachers = [Teacher(None, None, plan, 8) for plan in (whole, below, bare)]
+    assert [can_be_asked([teacher]) for teacher in teachers] == [True, False, False]
+    assert not can_be_asked([teachers[0], teachers[0]])
+
+
+def test_to_stop_there_must_be_a_watch():
+    with pytest.raises(UserError, match=r"health\.stop=true needs health.every above 0"):
+        config(health={"stop": True})
+    assert config(health={"stop": True, "every": 5}).health.stop
+    assert config(loss={"representation": {"bridge": "b"}}, health={"stop": True}).health.every == 10
+
+
+# Which answers
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"num_hidden_layers": 1, "vocab_size": 259}
+    return save(random_hf_model("Qwen3", 0, **sizes), folder / "s"), save(
+        random_hf_model("Qwen3", 1, **sizes), folder / "t"
+    )
+
+
+def inputs_of(paths, tmp_path, *settings, rollouts=(), **parts):
+    settings = ("health.every=1", f"train.run_dir={tmp_path}", *settings)
+    return dataclasses.replace(make_inputs(make_config(*paths, *settings), rollouts), **parts)
+
+
+def prompt_set(count, prefix=0):
+    return PromptSet([Prompt(n, (prefix, n)) for n in range(count)], count, 0, 0)
+
+
+def test_the_prompts_that_training_takes_last_are_asked(paths, tmp_path):
+    prompts = prompt_set(50)
+    inputs = inputs_of(paths, tmp_path, "health.prompts=20", "train.seed=3", prompts=prompts)
+    asked, limits = choose_prompts(inputs)
+    early, _ = take(prompts.prompts, PromptState(), 30, seed=3, shuffle=True)
+    assert len(asked) == 20 and not {p.index for p in asked} & {p.index for p in early}
+    assert limits == [14] * 20  # a micro-batch holds 16 tokens
+    of_evaluation, _ = choose_prompts(dataclasses.replace(inputs, evaluation_prompts=prompt_set(30, prefix=1)))
+    assert len({p.index for p in of_evaluation}) == 20 and all(p.prompt_ids[0] == 1 for p in of_evaluation)
+    everything, limits = choose_prompts(inputs_of(paths, tmp_path, "health.max_new_tokens=3", prompts=prompts))
+    assert len(everything) == 50 and set(limits) == {3}
+
+
+def test_a_replay_file_gives_its_last_prompts_once_and_those_without_room_are_left_out(paths, tmp_path):
+    rollouts = [Rollout((1, n // 2), (2,), (1,), "replay", teacher_prompt_ids=(9,) * 5) for n in range(8)]
+    rollouts.append(Rollout((1,) * 16, (), (), "replay"))
+    asked, limits = choose_prompts(inputs_of(paths, tmp_path, "health.prompts=3", rollouts=rollouts))
+    assert [(p.prompt_ids, p.teacher_prompt_ids) for p in asked] == [((1, n), (9,) * 5) for n in (1, 2, 3)]
+    assert limits == [11] * 3
+    with pytest.raises(UserError, match=r"health.every=1: no prompt leaves room .* health.every=0"):
+        choose_prompts(inputs_of(paths, tmp_path, rollouts=rollouts[-1:]))
+
+
+@pytest.mark.parametrize(("total", "right", "kept"), [(40, 8, 8), (40, 7, 40), (12, 3, 3), (12, 2, 12), (4, 0, 4)])
+def test_right_answers_alone_are_kept_where_there_are_enough(total, right, kept, paths, tmp_path):
+    tokenizer = byte_tokenizer()
+    inputs = inputs_of(paths, tmp_path, tokenizer=tokenizer)
+    prompts = [Prompt(n, (5, n), ground_truth="yes" if n < right else "no", answer_style="exact") for n in range(total)]
+    ids = tuple(tokenizer("yes")["input_ids"])
+    answers = [Rollout(p.prompt_ids, ids, (1,) * len(ids), "eos", prompt_index=p.index) for p in prompts]
+    found, facts = keep_answers(inputs, prompts, answers)
+    assert [answer.prompt_index for answer in found] == list(range(kept))
+    assert facts == {"answers": total, "graded": total, "right": right, "filtered": kept < total}
+    stored = load_replay(tmp_path / "health" / "answers.jsonl", read_model_spec(paths[0]).vocab_size)
+    assert [(r.prompt_ids, r.response_ids) for r in stored] == [(r.prompt_ids, r.response_ids) for r in found]
+    line = json.loads((tmp_path / "health" / "answers.jsonl").read_text().splitlines()[0])
+    assert line["ground_truth"] == prompts[0].ground_truth
+
+
+def test_answers_that_nobody_can_grade_are_all_kept(paths, tmp_path):
+    prompts = [Prompt(n, (5, n)) for n in range(3)]
+    answers = [Rollout(p.prompt_ids, (7,), (1,), "eos") for p in prompts]
+    found, facts = keep_answers(inputs_of(paths, tmp_path, tokenizer=byte_tokenizer()), prompts, answers)
+    assert found == answers
+    assert facts == {"answers": 3, "graded": 0, "right": None, "filtered": False}
+
+
+def test_the_files_of_a_run_hold_all_that_is_remembered(paths, tmp_path):
+    def lines(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    inputs = inputs_of(paths, tmp_path)
+    prompts = [Prompt(n, (5, n)) for n in range(3)]
+    answers, facts = keep_answers(inputs, prompts, [Rollout(p.prompt_ids, (7,), (1,), "replay") for p in prompts])
+    lines("health/checks.jsonl", [dataclasses.asdict(START) | facts, dataclasses.asdict(FIRST)])
+    lines("metrics.jsonl", [{"step": step, "loss": 1 / step, "rollout/length_mean": step} for step in range(1, 13)])
+    scores = [{"step": 0, "name": "before", "data": {"a": {"avg@2": 0.5}}}]
+    lines("evaluations.jsonl", [*scores, {"step": 0, "name": "teacher", "data": {"a": {"avg@2": 0.9}}}])
+    without = read_watch(inputs)
+    assert [answer.response_ids for answer in without.answers] == [answer.response_ids for answer in answers]
+    assert without.health == Health((START, FIRST), ((1 / 11, 11), (1 / 12, 12)), ({"a": 0.5},), ())
+    warning = HealthWarning(10, "length", "shorter")
+    lines("health/warnings.jsonl", [dataclasses.asdict(warning)])
+    assert read_watch(inputs).health == dataclasses.replace(without.health, warnings=(warning,))
+
+
+def test_the_report_has_the_curves_and_the_warnings(tmp_path):
+    (tmp_path / "health").mkdir()
+    facts = {"answers": 64, "graded": 60, "right": 23, "filtered": True}
+    rows = [dataclasses.asdict(START) | facts, *map(dataclasses.asdict, (FIRST, LAST))]
+    (tmp_path / "health" / "checks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    assert "No warning." in page and "64 answers of the start model, 23 of 60 right; only the right ones" in page
+    for title in ("Perplexity of the start model", "Entropy of the next", "KL(student || teacher)", "Objective, mean"):
+        assert title in page
+    assert "<title>step 0: 1.4</title>" in page and "<title>step 20: 0.05</title>" in page
+    (tmp_path / "health" / "warnings.jsonl").write_text('{"step": 20, "kind": "x", "message": "it <fell>"}\nbroken')
+    page = write_report(tmp_path).read_text()
+    assert "warning: it &lt;fell&gt;" in page and "No warning." not in page
