@@ -17,7 +17,6 @@ import json
 import shutil
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bridge_drift import what_moved
 from benchmarks.bridge_page import cosine_plot, put_figures
 from benchmarks.objectives import accuracies, alone, once
+from benchmarks.pages import installed_versions
 from examples.demo.make_bridge_pair import parts_of
 from examples.demo.run import make_unlike
 from megatron_oprd import train
 from megatron_oprd.bridge import fit
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "megatron-core", "transformers")
 KINDS = ("cross_architecture", "cross_tokenizer")
 RANK = {"cross_architecture": 8, "cross_tokenizer": 4}
 NO_BRIDGE = ("loss.representation.bridge=null", "loss.representation.weight=0")
@@ -118,7 +117,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     runs = [run_trial(options.work, trial) for trial in trials]
     collapses = [collapse(options.work, *pair, min(COLLAPSE_STEPS, 2 * options.steps)) for pair in pairs]
     return {
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": installed_versions(),
         "steps": options.steps,
         "seeds": options.seeds,
         "learning_rates": sorted({trial.learning_rate for trial in trials}),

@@ -1,4 +1,4 @@
-"""The measured part of docs/bridge.md and its plots, from docs/bridge.json."""
+"""Write the measured part of docs/bridge.md and its plots from docs/bridge.json."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.drawing import GRID, line_mark, svg, text_mark
-from benchmarks.objectives_page import spread, table_lines
+from benchmarks.pages import listed, spread, table_lines
+from megatron_oprd.evaluation.charts import curve_mark, line_mark, stroke, svg_file, text_mark
 
 HEADING = "## Measured on tiny pairs"
 TITLES = {
@@ -38,18 +38,17 @@ tokenizer, the vocabulary has 16 symbols: top-16 is the whole of it and its grad
 
 
 def put_figures(page: Path, record: dict[str, Any]) -> None:
-    """Replace what stands under HEADING in the page, or add it."""
+    """Replace the section under HEADING in the page, or add it."""
     text = page.read_text() if page.exists() else ""
     page.write_text(text.partition(HEADING)[0].rstrip() + "\n\n" * bool(text) + figures(record))
 
 
 def figures(record: dict[str, Any]) -> str:
-    """The record as the end of a page."""
-    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
+    """Return the section of a record, the last one of the page."""
     lines = [
         HEADING,
         "",
-        f"{versions}; {record['steps']} steps, seeds {', '.join(map(str, record['seeds']))}.",
+        f"{listed(record['versions'])}; {record['steps']} steps, seeds {', '.join(map(str, record['seeds']))}.",
         "",
         MEANING,
         "",
@@ -90,7 +89,7 @@ def _cosines(kind: str, part: dict[str, Any]) -> list[str]:
 
 
 def cosines(part: dict[str, Any], rank: int, name: str) -> list[float]:
-    """A number of the fits at a rank, the mean over layers, one value a seed."""
+    """Return a figure of the fits at a rank, the mean over layers, one value per seed."""
     return [statistics.mean(one[name] for one in pair["fit"]["fits"] if one["rank"] == rank) for pair in part["pairs"]]
 
 
@@ -99,13 +98,13 @@ def ranks_of(part: dict[str, Any]) -> list[int]:
 
 
 def values(part: dict[str, Any], method: str, rate: float, metric: str) -> list[float]:
-    """A metric of a method at a learning rate, in percent, one value a seed."""
+    """Return a metric of a method at a learning rate, in percent, one value per seed."""
     chosen = (run for run in part["runs"] if (run["method"], run["learning_rate"]) == (method, rate))
     return [100 * run[metric] for run in chosen]
 
 
 def best_rate(part: dict[str, Any], method: str, rates: Sequence[float]) -> float:
-    """The rate of the best mean accuracy on validation problems, of those that the method was tried at."""
+    """Return the learning rate with the best mean accuracy on the validation problems."""
     tried = [rate for rate in rates if values(part, method, rate, "validation")]
     return max(tried, key=lambda rate: statistics.mean(values(part, method, rate, "validation")))
 
@@ -214,13 +213,13 @@ def _collapse(part: dict[str, Any]) -> list[str]:
 
 
 def cosine_plot(part: dict[str, Any]) -> str:
-    """Cosine by rank, a line a layer: the mean over the seeds after fitting, dashed before."""
+    """Draw the cosine by rank with a line per layer: the mean over seeds after fitting, dashed before fitting."""
     ranks, left, right, top, bottom = ranks_of(part), 60, 520, 30, 250
     layers = sorted({one["student"] for one in part["pairs"][0]["fit"]["fits"]})
     marks = []
     for tick in range(0, 101, 20):
         y = bottom - (bottom - top) * tick / 100
-        marks += [line_mark(left, y, right, y, GRID), text_mark(left - 8, y + 4, f"{tick} %", "end")]
+        marks += [line_mark((left, y), (right, y), stroke()), text_mark(left - 8, y + 4, f"{tick} %", "end")]
     across = {rank: left + (right - left) * place / max(len(ranks) - 1, 1) for place, rank in enumerate(ranks)}
     marks += [text_mark(x, bottom + 18, str(rank), "middle") for rank, x in across.items()]
     marks.append(text_mark((left + right) / 2, bottom + 36, "rank", "middle"))
@@ -234,10 +233,11 @@ def cosine_plot(part: dict[str, Any]) -> str:
                     for o in pair["fit"]["fits"]
                     if (o["rank"], o["student"]) == (rank, layer)
                 ]
-                points.append(f"{across[rank]:.1f},{bottom - (bottom - top) * max(statistics.mean(found), 0):.1f}")
-            style = f'fill="none" stroke="{color}" stroke-width="2" stroke-dasharray="{dashes}"'
-            marks.append(f'<polyline {style} points="{" ".join(points)}"/>')
-        marks.append(line_mark(right + 20, top + 20 * place, right + 40, top + 20 * place, color, 2))
+                points.append((across[rank], bottom - (bottom - top) * max(statistics.mean(found), 0)))
+            style = f'fill="none" {stroke(color, 2, dashes)}'
+            marks.append(curve_mark(points, style))
+        y = top + 20 * place
+        marks.append(line_mark((right + 20, y), (right + 40, y), stroke(color, 2)))
         marks.append(text_mark(right + 46, top + 4 + 20 * place, f"layer {layer}", "start"))
     marks.append(text_mark(right + 20, top + 20 * len(layers) + 8, "dashed: not fitted", "start"))
-    return svg(680, 300, "Subspace cosine on held-out answers by rank", marks)
+    return svg_file(680, 300, "Subspace cosine on held-out answers by rank", marks)

@@ -17,7 +17,6 @@ import os
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.cost_page import markdown
+from benchmarks.pages import installed_versions
 from benchmarks.updates import AUTHORED, LOSSES_IN_TORCH, METHODS, Workload
 from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.planning.update_trace import Footprint, trace_update
@@ -57,7 +57,7 @@ def main() -> None:
     if "predicted" in options.parts:
         paper = dataclasses.replace(PAPER, layers=options.layers)
         rows = predict(paper, options.methods, options.sequences, options.tokens)
-        record["predicted"] = {"versions": versions(), "layers": options.layers, "rows": rows}
+        record["predicted"] = {"versions": installed_versions(), "layers": options.layers, "rows": rows}
     if "measured" in options.parts:
         workload = dataclasses.replace(ON_A_GPU if torch.cuda.is_available() else SMALL, **options.workload or {})
         place = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
@@ -65,10 +65,6 @@ def main() -> None:
         record.setdefault("measured", {})[place] = measure(workload, options.methods, options.repeats)
     options.json.write_text(json.dumps(record, indent=1) + "\n")
     options.markdown.write_text(markdown(record))
-
-
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "megatron-core", "transformers")}
 
 
 def predict(paper: Workload, methods: list[str], sequences: list[int], tokens: list[int]) -> list[dict[str, Any]]:
@@ -119,7 +115,7 @@ def measure(workload: Workload, methods: list[str], repeats: int) -> dict[str, A
             row["predicted"] = step_peak(footprint_of(workload, method))
         rows.append(row)
         print(side, method, statistics.median(row["seconds"]), row["step_peak"], row.get("predicted"), flush=True)
-    return {"versions": versions(), "workload": dataclasses.asdict(workload), "rows": rows}
+    return {"versions": installed_versions(), "workload": dataclasses.asdict(workload), "rows": rows}
 
 
 class Updates:

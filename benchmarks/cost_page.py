@@ -1,13 +1,13 @@
-"""docs/cost.md from docs/cost.json."""
+"""Write docs/cost.md from docs/cost.json."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
+from benchmarks.pages import GIB, MIB, listed, table_lines
 from benchmarks.updates import Workload
 
-GIB, MIB = 2**30, 2**20
 OPRD = ("megatron_oprd", "OPRD, all tokens")
 
 HEAD = """# What an update costs
@@ -26,7 +26,7 @@ PREDICTED = """## Predicted: memory at the paper's size
 {versions}.
 
 Not measured: the real update on tensors without values, on a CPU. {layers} layers of width 1536, vocabulary
-151,936, untied, bf16; "last" are 2,000 tokens. `tests/unit/test_fake_step.py` and `tests/end_to_end/test_dry_run.py`
+151,936, untied, bf16; "last" are 2,000 tokens. `tests/unit/test_update_trace.py` and `tests/end_to_end/test_dry_run.py`
 hold such predictions against real updates, within 10 %. Resident beside the step peak: {resident} GiB (one process,
 AdamW). Top-16 as authored peaks as top-16 unchunked does: the pass before it needs less.
 
@@ -50,13 +50,12 @@ over the logits; without recomputation it would be 5 + 5h over 4, 1.47 times.
 
 Medians of {repeats} updates that take turns; "times OPRD": the median, and the range, of the ratios turn by turn.
 
-| | method | seconds | times OPRD, all tokens | step peak, MiB | predicted |
-|---|---|---|---|---|---|
 """
+COLUMNS = ("", "method", "seconds", "times OPRD, all tokens", "step peak, MiB", "predicted")
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The record as a page."""
+    """Return the page of a record."""
     parts = [HEAD]
     if "predicted" in record:
         parts.append(_predicted(record["predicted"]))
@@ -68,17 +67,15 @@ def _predicted(part: dict[str, Any]) -> str:
     rows = part["rows"]
     resident = sorted({_resident(row) for row in rows})
     text = PREDICTED.format(
-        versions=_versions(part), layers=part["layers"], resident=f"{resident[0]:.1f} to {resident[-1]:.1f}"
+        versions=listed(part["versions"]), layers=part["layers"], resident=f"{resident[0]:.1f} to {resident[-1]:.1f}"
     )
     sizes = list(dict.fromkeys((row["sequences"], row["tokens"]) for row in rows))
     peaks = {(row["method"], row["sequences"], row["tokens"]): row["step_peak"] for row in rows}
-    lines = [
-        "| sequences x tokens | " + " | ".join(f"{count} x {tokens:,}" for count, tokens in sizes) + " |",
-        "|---|" + "---|" * len(sizes),
+    rows = [
+        [method, *(f"{peaks[method, *size] / GIB:.2f}" for size in sizes)]
+        for method in dict.fromkeys(row["method"] for row in rows)
     ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        values = (peaks[method, *size] / GIB for size in sizes)
-        lines.append(f"| {method} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    lines = table_lines(["sequences x tokens", *(f"{count} x {tokens:,}" for count, tokens in sizes)], rows)
     return "\n".join([text, *lines, ""])
 
 
@@ -92,7 +89,7 @@ def _measured(place: str, part: dict[str, Any]) -> str:
     responses = ", ".join(map(str, sizes["responses"]))
     text = MEASURED.format(
         place=place,
-        versions=_versions(part),
+        versions=listed(part["versions"]),
         ratio=ratio,
         repeats=len(rows[0]["seconds"]),
         **{**sizes, "responses": responses},
@@ -100,15 +97,9 @@ def _measured(place: str, part: dict[str, Any]) -> str:
     base = next((row["seconds"] for row in rows if (row["side"], row["method"]) == OPRD), rows[0]["seconds"])
     lines = []
     for row in rows:
-        ratios = [mine / its for mine, its in zip(row["seconds"], base, strict=True)]
+        ratios = [seconds / oprd for seconds, oprd in zip(row["seconds"], base, strict=True)]
         times = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         predicted = f"{row['predicted'] / MIB:.0f}" if "predicted" in row else ""
-        lines.append(
-            f"| {row['side']} | {row['method']} | {statistics.median(row['seconds']):.2f} | {times} | "
-            f"{row['step_peak'] / MIB:.0f} | {predicted} |"
-        )
-    return text + "\n".join([*lines, ""])
-
-
-def _versions(part: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in part["versions"].items())
+        seconds = f"{statistics.median(row['seconds']):.2f}"
+        lines.append([row["side"], row["method"], seconds, times, f"{row['step_peak'] / MIB:.0f}", predicted])
+    return text + "\n".join([*table_lines(COLUMNS, lines), ""])

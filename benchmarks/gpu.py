@@ -27,10 +27,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.cost import PAPER, versions
+from benchmarks.cost import PAPER
 from benchmarks.gpu_cases import OPRD, TEACHERS, Case, Part, all_cases, prepare
 from benchmarks.gpu_flops import GPUS, Gpu, block_weights, find_gpu, predicted_seconds, sequence_lengths
 from benchmarks.gpu_page import line, section, tables, with_run
+from benchmarks.pages import installed_versions
 from benchmarks.updates import AUTHORED, Update, Workload, peak_of, seconds_of
 from megatron_oprd.runtime import platform
 from megatron_oprd.runtime.cli import run_command
@@ -189,7 +190,7 @@ def name_of(device: torch.device) -> str:
 
 def facts(machine: Machine) -> dict[str, str]:
     """Versions of what a figure depends on."""
-    ours = {**versions(), "transformer-engine": machine.transformer_engine or "none"}
+    ours = {**installed_versions(), "transformer-engine": machine.transformer_engine or "none"}
     if not torch.cuda.is_available():
         return ours
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -22,7 +22,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from benchmarks.objectives_page import (
     markdown,
     values,
 )
+from benchmarks.pages import installed_versions
 from examples.demo.run import RECIPE, make_and_convert
 from examples.demo.task import split_additions, write_rows
 from megatron_oprd import train
@@ -47,7 +47,6 @@ from megatron_oprd.evaluate import evaluate_model
 from megatron_oprd.evaluation.sample import score
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "megatron-core", "transformers")
 ROUNDS = 4
 ALONE = "loss.representation.weight=0"
 FULL_KL = "loss.output.objective=full_kl"
@@ -122,7 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for objective in objectives
     ]
     return {
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": installed_versions(),
         "steps": options.steps,
         "seeds": options.seeds,
         "learning_rates": rates,

@@ -1,4 +1,4 @@
-"""docs/objectives.md and its plots from docs/objectives.json."""
+"""Write docs/objectives.md and its plots from docs/objectives.json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.drawing import INK, line_mark, svg, text_mark
+from benchmarks.pages import listed, spread, table_lines
+from megatron_oprd.evaluation.charts import INK, curve_mark, dot_mark, line_mark, stroke, svg_file, text_mark
 
 PARTS = ("step", "rollout", "teacher", "student")
 TIMED_STEPS, WARM_UP_STEPS = 12, 2
@@ -47,20 +48,27 @@ COLORS = {"greedy": "#2563eb", "sampled": "#ea7317"}
 
 
 def values(runs: Sequence[dict[str, Any]], metric: str, objective: str, rate: float) -> list[float]:
-    """A metric of an objective at a learning rate, in percent, one value a seed."""
+    """Return a metric of an objective at a learning rate, in percent, one value per seed."""
     return [100 * run[metric] for run in runs if (run["objective"], run["learning_rate"]) == (objective, rate)]
 
 
 def pair_values(record: dict[str, Any], model: str, metric: str) -> list[float]:
-    """A metric of the student before or of the teacher, in percent, one value a seed."""
+    """Return a metric of the start student or of the teacher, in percent, one value per seed."""
     return [100 * pair[model][metric] for pair in record["pairs"].values()]
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The record as a page."""
+    """Return the page of a record."""
     best, seconds, first = record["best_learning_rate"], record["seconds"], next(iter(record["best_learning_rate"]))
-    versions = ", ".join(f"{package} {number}" for package, number in record["versions"].items())
-    lines = ["# Objectives on the demo", "", versions, "", MEANING, "![accuracy](objectives-accuracy.svg)", ""]
+    lines = [
+        "# Objectives on the demo",
+        "",
+        listed(record["versions"]),
+        "",
+        MEANING,
+        "![accuracy](objectives-accuracy.svg)",
+        "",
+    ]
 
     def cells(part: str, objective: str) -> list[str]:
         return [spread(values(record[part], metric, objective, best[objective])) for metric in ("greedy", "sampled")]
@@ -100,7 +108,7 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         "## What it says",
         "",
-        *_reading(record),
+        *_findings(record),
         "",
         "## What is fair here, and what is not",
         "",
@@ -120,8 +128,8 @@ def _rate_rows(record: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _reading(record: dict[str, Any]) -> list[str]:
-    """What the figures say: the best and what overlaps with it, rates at an end of the grid, runs that got worse."""
+def _findings(record: dict[str, Any]) -> list[str]:
+    """Return the findings: the best objective, ranges that overlap, rates at an end of the grid, and losses."""
     best, rates = record["best_learning_rate"], record["learning_rates"]
     lines = []
     for part, name in (("equal_steps", "equal steps"), ("equal_time", "equal time")):
@@ -146,16 +154,8 @@ def _reading(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def spread(found: Sequence[float]) -> str:
-    return f"{statistics.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
-
-
-def table_lines(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
-
-
 def accuracy_plot(record: dict[str, Any]) -> str:
-    """Held-out accuracy at the best learning rate: a dot a seed and a bar at the mean."""
+    """Draw held-out accuracy at the best learning rate: a dot per seed and a bar at the mean."""
     best, row, marks = record["best_learning_rate"], 34, []
     panels = {
         title: {name: [values(record[part], metric, name, best[name]) for metric in COLORS] for name in best}
@@ -168,18 +168,19 @@ def accuracy_plot(record: dict[str, Any]) -> str:
         marks.append(text_mark(left, 34, title, "start", bold=True))
         for tick in range(lowest, 101, 20 if lowest < 60 else 10 if lowest < 80 else 5):
             x = _across(tick, lowest, left, right)
-            marks += [line_mark(x, 44, x, height - 24), text_mark(x, height - 8, f"{tick} %", "middle")]
+            marks += [line_mark((x, 44), (x, height - 24), stroke()), text_mark(x, height - 8, f"{tick} %", "middle")]
         for number, pair in enumerate(panel.values()):
             for side, (found, color) in enumerate(zip(pair, COLORS.values(), strict=True)):
                 xs, y = [_across(value, lowest, left, right) for value in found], 57 + row * number + 12 * side
-                marks += [f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{color}" fill-opacity="0.55"/>' for x in xs]
-                marks.append(line_mark(statistics.mean(xs), y - 6, statistics.mean(xs), y + 6, color, 2.5))
+                marks += [dot_mark((x, y), 4, f'fill="{color}" fill-opacity="0.55"') for x in xs]
+                mean = statistics.mean(xs)
+                marks.append(line_mark((mean, y - 6), (mean, y + 6), stroke(color, 2.5)))
     marks += [text_mark(178, 67 + row * place, NAMES[objective], "end") for place, objective in enumerate(best)]
     for place, (color, label) in enumerate(zip(COLORS.values(), ("greedy", "temperature 0.7"), strict=True)):
-        marks += [f'<circle cx="{196 + 70 * place}" cy="14" r="4" fill="{color}"/>']
+        marks.append(dot_mark((196 + 70 * place, 14), 4, f'fill="{color}"'))
         marks += [text_mark(204 + 70 * place, 18, label, "start")]
     marks.append(text_mark(400, 18, "a dot a seed, a bar at the mean", "start"))
-    return svg(890, height, "Held-out accuracy of each objective at its best learning rate", marks)
+    return svg_file(890, height, "Held-out accuracy of each objective at its best learning rate", marks)
 
 
 def _across(value: float, lowest: float, left: float, right: float) -> float:
@@ -187,7 +188,7 @@ def _across(value: float, lowest: float, left: float, right: float) -> float:
 
 
 def learning_plot(record: dict[str, Any]) -> str:
-    """Greedy validation accuracy against the learning rate: the mean, and from the lowest to the highest seed."""
+    """Draw greedy validation accuracy by learning rate: the mean, and the range over seeds."""
     rates, columns, width, height, marks = record["learning_rates"], 3, 280, 170, []
     lowest, decades = math.log10(rates[0]), max(math.log10(rates[-1] / rates[0]), 1e-9)
     start = statistics.mean(pair_values(record, "student", "validation"))
@@ -197,20 +198,28 @@ def learning_plot(record: dict[str, Any]) -> str:
         marks.append(text_mark(left, top - 10, NAMES[objective], "start", bold=True))
         for tick in (0, 50, 100):
             y = bottom - (bottom - top) * tick / 100
-            marks += [line_mark(left - 12, y, right + 12, y), text_mark(left - 18, y + 4, f"{tick} %", "end")]
+            marks += [
+                line_mark((left - 12, y), (right + 12, y), stroke()),
+                text_mark(left - 18, y + 4, f"{tick} %", "end"),
+            ]
         y = bottom - (bottom - top) * start / 100
-        marks.append(line_mark(left - 12, y, right + 12, y, INK, 1, dashes="2 4"))
+        marks.append(line_mark((left - 12, y), (right + 12, y), stroke(INK, 1, dashes="2 4")))
         points = []
         for rate in rates:
             found = values(record["equal_steps"], "validation", objective, rate)
             x = left + (right - left) * (math.log10(rate) - lowest) / decades
             heights = (min(found), statistics.mean(found), max(found))
             low, mean, high = (bottom - (bottom - top) * value / 100 for value in heights)
-            marks += [line_mark(x, low, x, high, COLORS["greedy"], 2), text_mark(x, bottom + 18, f"{rate:g}", "middle")]
-            marks.append(f'<circle cx="{x:.1f}" cy="{mean:.1f}" r="4" fill="{COLORS["greedy"]}"/>')
-            points.append(f"{x:.1f},{mean:.1f}")
-        marks.append(f'<polyline fill="none" stroke="{COLORS["greedy"]}" points="{" ".join(points)}"/>')
+            marks += [
+                line_mark((x, low), (x, high), stroke(COLORS["greedy"], 2)),
+                text_mark(x, bottom + 18, f"{rate:g}", "middle"),
+            ]
+            marks.append(dot_mark((x, mean), 4, f'fill="{COLORS["greedy"]}"'))
+            points.append((x, mean))
+        marks.append(curve_mark(points, f'fill="none" stroke="{COLORS["greedy"]}"'))
     count = len(record["best_learning_rate"])
     full = height * math.ceil(count / columns) + 24
     marks.append(text_mark(64, full - 6, "across: learning rate; dashed: the student before", "start"))
-    return svg(20 + width * min(count, columns), full, "Greedy validation accuracy against the learning rate", marks)
+    return svg_file(
+        20 + width * min(count, columns), full, "Greedy validation accuracy against the learning rate", marks
+    )

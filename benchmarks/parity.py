@@ -15,18 +15,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.pages import installed_versions, listed, table_lines
 from tests.helpers.defects import DEFECTS
 from tests.helpers.layouts import MATRIX, OBJECTIVE_CASES, Case, covering
 from tests.helpers.run_layouts import Outcome, References, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "megatron-core", "transformers")
 MEANING = """\
 Each row is one optimizer step of a tiny random model (width 64, fp32, gloo on CPU) in one layout, beside the same step
 of Hugging Face's model in one process in float64, one sequence at a time. Tolerances: 1e-6 for the loss, 1e-5 for each
@@ -65,8 +64,8 @@ def main() -> int:
     cases = [case for case in everything if options.only in case.name]
     if not cases:
         parser.error(f"no case has {options.only!r} in its name")
-    versions = {package: version(package) for package in PACKAGES}
-    print(_listed(versions))
+    versions = installed_versions()
+    print(listed(versions))
     with tempfile.TemporaryDirectory() as folder:
         part, red = (run_defects if options.defects else run_matrix)(cases, Path(folder))
     record = json.loads(json_file.read_text()) if json_file and json_file.exists() else {}
@@ -146,11 +145,11 @@ def _line(row: dict[str, Any]) -> str:
 
 def markdown(record: dict[str, Any]) -> str:
     """The record as a page."""
-    lines = ["# Parity of layouts", "", _listed(record["versions"]), "", MEANING]
+    lines = ["# Parity of layouts", "", listed(record["versions"]), "", MEANING]
     if "cases" in record:
         rows, failed = record["cases"], [row for row in record["cases"] if row["failure"]]
         lines += [f"{len(rows)} cases, {len(failed)} failed, {record['seconds']:.0f} seconds.", ""]
-        lines += [_table_row(COLUMNS), _table_row(["---"] * len(COLUMNS)), *map(_case_row, rows), ""]
+        lines += [*table_lines(COLUMNS, map(_case_cells, rows)), ""]
         lines += [f"- `{row['case']}` failed: {row['failure']}" for row in failed] + [""] * bool(failed)
     if "defects" in record:
         lines += [
@@ -159,30 +158,22 @@ def markdown(record: dict[str, Any]) -> str:
             f"The {len(record['covering'])} cells that the tests run cover every feature and every pair of features.",
             "Each mistake is patched into the product; red cells are those that no longer agree with the reference.",
             "",
-            _table_row(["mistake", "cells that can feel it", "red", "which"]),
-            _table_row(["---"] * 4),
+            *table_lines(
+                ["mistake", "cells that can feel it", "red", "which"],
+                [[row["defect"], row["felt"], len(row["red"]), ", ".join(row["red"])] for row in record["defects"]],
+            ),
+            "",
         ]
-        for row in record["defects"]:
-            lines.append(_table_row([row["defect"], row["felt"], len(row["red"]), ", ".join(row["red"])]))
-        lines.append("")
     return "\n".join(lines)
 
 
-def _case_row(row: dict[str, Any]) -> str:
+def _case_cells(row: dict[str, Any]) -> list[Any]:
     head = [row["layout"], row["model"], row["ranks"]]
     if "loss" not in row:
-        return _table_row([*head, "failed", *[""] * (len(COLUMNS) - 4)])
+        return [*head, "failed"]
     cosine = f"1 - {max(1 - row['cosine'], 0):.0e}"
     errors = [f"{row['loss']:.1e}", f"{row['gradient']:.1e}", f"`{row['parameter'].removeprefix('model.')}`", cosine]
-    return _table_row([*head, *errors, row["moved_bytes"], row["fewest_bytes"], row["seconds"]])
-
-
-def _table_row(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def _listed(versions: dict[str, str]) -> str:
-    return ", ".join(f"{package} {number}" for package, number in versions.items())
+    return [*head, *errors, row["moved_bytes"], row["fewest_bytes"], row["seconds"]]
 
 
 if __name__ == "__main__":

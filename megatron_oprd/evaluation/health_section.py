@@ -1,10 +1,11 @@
-"""The part of a report about the student's health: what was warned of, and the curves behind it."""
+"""The health section of a report: warnings and the curves that they are judged by."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_oprd.evaluation.page import escape, line_chart, number
+from megatron_oprd.evaluation.charts import escape
+from megatron_oprd.evaluation.page import line_chart, number
 from megatron_oprd.evaluation.records import by_step, curve, read_jsonl
 
 TITLES = {
@@ -16,18 +17,20 @@ TITLES = {
 
 
 def health_section(run_dir: Path) -> str:
-    """HTML from `health/` in a run folder; nothing for a run that was not watched."""
+    """Return HTML from the folder `health/` of a run, or an empty string if health checks were off."""
     checks = by_step(read_jsonl(run_dir / "health" / "checks.jsonl"))
     if not checks:
         return ""
     warnings = [item.get("message") for item in read_jsonl(run_dir / "health" / "warnings.jsonl")]
-    said = "".join(f'<p class="bad">warning: {escape(message)}</p>' for message in warnings)
+    messages = "".join(f'<p class="bad">warning: {escape(message)}</p>' for message in warnings)
     charts = "".join(line_chart(title, {"": curve(checks, name)}) for name, title in TITLES.items())
-    return f'<h2>Health</h2>{_answers(checks[0])}{said or "<p>No warning.</p>"}<div class="grid">{charts}</div>'
+    return (
+        f'<h2>Health</h2>{_scored_answers(checks[0])}{messages or "<p>No warning.</p>"}<div class="grid">{charts}</div>'
+    )
 
 
-def _answers(start: dict[str, object]) -> str:
-    """What is read: a line on the start model's answers."""
+def _scored_answers(start: dict[str, object]) -> str:
+    """Return one line on the answers that the health checks score."""
     if "answers" not in start:
         return ""
     facts = f"{number(start['answers'])} answers of the start model"

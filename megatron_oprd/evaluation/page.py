@@ -1,14 +1,23 @@
-"""The parts of a report page: escaped HTML, tables and line charts as inline SVG. No script, no network."""
+"""The parts of a report page: escaped HTML, tables and line charts as inline SVG, without scripts or network."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Point = tuple[float, float]
+from megatron_oprd.evaluation.charts import (
+    Point,
+    curve_mark,
+    dot_mark,
+    escape,
+    line_mark,
+    scale,
+    text_mark,
+    thin,
+    ticks,
+)
+
 WIDTH, HEIGHT = 480, 230
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 36
 NO_VALUE = "\u2013"
@@ -43,19 +52,14 @@ td.wide{width:45%}svg{display:block;width:100%;height:auto}svg text{fill:var(--m
 
 @dataclass(frozen=True)
 class Raw:
-    """A table cell that is HTML already."""
+    """A table cell whose text is HTML and is not escaped again."""
 
     html: str
     css_class: str = ""
 
 
-def escape(value: object) -> str:
-    """Text for a page, quotes included."""
-    return html.escape(str(value), quote=True)
-
-
 def number(value: object) -> str:
-    """A number for people, four significant digits; a dash for what is no finite number."""
+    """Return a number with four significant digits, or a dash for anything that is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return NO_VALUE
     if value == int(value) and abs(value) < 1e15:
@@ -64,7 +68,7 @@ def number(value: object) -> str:
 
 
 def page(title: str, body: str) -> str:
-    """A whole document."""
+    """Return a complete HTML document."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" '
@@ -73,7 +77,7 @@ def page(title: str, body: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]], text_columns: Sequence[str] = ()) -> str:
-    """A table that scrolls sideways on its own; cells are escaped unless they are Raw."""
+    """Return a table that scrolls sideways by itself; cells are escaped unless they are Raw."""
     cells = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     classes = ['class="text"' if name in text_columns else "" for name in head]
     heads = "".join(f"<th {css}>{escape(name)}</th>" for name, css in zip(head, classes, strict=True))
@@ -81,68 +85,68 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], text_columns: S
 
 
 def details(summary: str, text: str, *, is_open: bool = False) -> str:
-    """A block of text that unfolds."""
+    """Return a block of text that unfolds under its summary."""
     return (
         f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
     )
 
 
 def line_chart(title: str, series: Mapping[str, Sequence[Point]], *, x_label: str = "step") -> str:
-    """A card with one line per series over a common x axis; points that are not finite are left out. An empty string
-    when there is nothing to draw. Hovering over a point tells its value."""
+    """Return a card with one line per series over a common x axis, or an empty string without any finite point.
+
+    Points that are not finite are left out. Each point shows its value when the pointer rests on it.
+    """
     lines = {
-        name: _thin([p for p in points if all(map(math.isfinite, p))], MAX_POINTS) for name, points in series.items()
+        name: thin([p for p in points if all(map(math.isfinite, p))], MAX_POINTS) for name, points in series.items()
     }
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
         return ""
     xs = [x for points in lines.values() for x, _ in points]
     ys = [y for points in lines.values() for _, y in points]
-    x_range = (min(xs), max(xs))
-    x_ticks = [x for x in _ticks(*x_range, 6, whole=True) if x_range[0] <= x <= x_range[1]]
-    y_ticks = _ticks(min(ys), max(ys), 4)
+    x_range, y_ticks = (min(xs), max(xs)), ticks(min(ys), max(ys), 4)
     y_range = (y_ticks[0], y_ticks[-1])
-    marks = []
-    for y in y_ticks:
-        at = _scale(y, y_range, HEIGHT - BOTTOM, TOP)
-        marks.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        marks.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{escape(number(y))}</text>')
-    for x in x_ticks:
-        at = _scale(x, x_range, LEFT, WIDTH - RIGHT)
-        marks.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(f"{x:g}")}</text>')
-    marks.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>')
+    marks = _axes(x_range, y_ticks, x_label)
     for place, (name, points) in enumerate(lines.items()):
         label = f"{name}, " if len(lines) > 1 else ""
-        placed = [
-            (_scale(x, x_range, LEFT, WIDTH - RIGHT), _scale(y, y_range, HEIGHT - BOTTOM, TOP)) for x, y in points
-        ]
-        marks.append(_line(placed, _color(place, len(lines))))
-        hover = [f"{label}{x_label} {x:g}: {number(y)}" for x, y in points]
-        marks.append(_hover_points(placed, hover, _color(place, len(lines)), MAX_HOVER_POINTS // len(lines)))
+        placed = [(scale(x, x_range, LEFT, WIDTH - RIGHT), scale(y, y_range, HEIGHT - BOTTOM, TOP)) for x, y in points]
+        color = _color(place, len(lines))
+        marks.append(_line(placed, color))
+        tooltips = [f"{label}{x_label} {x:g}: {number(y)}" for x, y in points]
+        marks.append(_hover_points(placed, tooltips, color, MAX_HOVER_POINTS // len(lines)))
     drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(marks)}</svg>'
     return f'<div class="card"><h3>{escape(title)}</h3>{drawing}{_legend(list(lines))}</div>'
 
 
+def _axes(x_range: Point, y_ticks: Sequence[float], x_label: str) -> list[str]:
+    marks = []
+    for y in y_ticks:
+        height = scale(y, (y_ticks[0], y_ticks[-1]), HEIGHT - BOTTOM, TOP)
+        marks.append(line_mark((LEFT, height), (WIDTH - RIGHT, height), 'class="axis"'))
+        marks.append(text_mark(LEFT - 8, height + 4, number(y), "end"))
+    for x in ticks(*x_range, 6, integers=True):
+        if x_range[0] <= x <= x_range[1]:
+            marks.append(text_mark(scale(x, x_range, LEFT, WIDTH - RIGHT), HEIGHT - BOTTOM + 16, f"{x:g}", "middle"))
+    return [*marks, text_mark(WIDTH - RIGHT, HEIGHT - 4, x_label, "end")]
+
+
 def _line(placed: Sequence[Point], color: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-    drawn = f'<polyline class="series" stroke="{color}" points="{path}"/>'
-    if len(placed) <= 12:  # few points: show them, a single one makes no line at all
-        drawn += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in placed)
+    drawn = curve_mark(placed, f'class="series" stroke="{color}"')
+    if len(placed) <= 12:  # a single point makes no line, and a few are worth seeing
+        drawn += "".join(dot_mark(point, 3, f'fill="{color}"') for point in placed)
     return drawn
 
 
-def _hover_points(placed: Sequence[Point], texts: Sequence[str], color: str, count: int) -> str:
-    return "".join(
-        f'<circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{color}"><title>{escape(text)}</title></circle>'
-        for (x, y), text in _thin(list(zip(placed, texts, strict=True)), max(count, 2))
-    )
+def _hover_points(placed: Sequence[Point], tooltips: Sequence[str], color: str, count: int) -> str:
+    shown = thin(list(zip(placed, tooltips, strict=True)), max(count, 2))
+    return "".join(dot_mark(point, 5, f'class="hit" fill="{color}"', tooltip) for point, tooltip in shown)
 
 
 def _legend(names: Sequence[str]) -> str:
     if len(names) == 1:
         return ""
-    # The colours run evenly from the first to the last: a few of them explain all.
-    shown = _thin(range(len(names)), 8 if len(names) <= 8 else 5)
+    # Colours run evenly from the first line to the last, so a few entries explain all.
+    shown = thin(range(len(names)), 8 if len(names) <= 8 else 5)
     entries = "".join(
         f'<span><span class="swatch" style="background:{_color(i, len(names))}"></span>{escape(names[i])}</span>'
         for i in shown
@@ -151,32 +155,8 @@ def _legend(names: Sequence[str]) -> str:
 
 
 def _color(place: int, count: int) -> str:
-    """From blue (first) to orange (last), readable on light and dark."""
+    """Return a colour from blue (first line) to orange (last line), readable on light and dark pages."""
     return f"hsl({215 + 180 * place / max(count - 1, 1):.0f} 75% 55%)"
-
-
-def _scale(value: float, between: Point, start: float, end: float) -> float:
-    low, high = between
-    return (start + end) / 2 if high == low else start + (value - low) / (high - low) * (end - start)
-
-
-def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
-    """About `count` round values from just below `low` to just above `high`; `whole`: no fractions."""
-    if high == low:
-        return [low]
-    rough = (high - low) / count
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
-    step = max(1.0, step) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
-
-
-def _thin(points: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` of the points, evenly spaced, the first and the last included."""
-    if len(points) <= count:
-        return list(points)
-    return [points[round(i * (len(points) - 1) / (count - 1))] for i in range(count)]
 
 
 def _cell(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML page made from whatever files the run folder has so far."""
+"""Write the report of a run: one self-contained HTML page from the files that the run folder has so far."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from megatron_oprd.evaluation.charts import escape
 from megatron_oprd.evaluation.health_section import health_section
-from megatron_oprd.evaluation.page import NO_VALUE, Raw, details, escape, line_chart, number, page, table
+from megatron_oprd.evaluation.page import NO_VALUE, Raw, details, line_chart, number, page, table
 from megatron_oprd.evaluation.records import (
     Record,
     as_float,
@@ -33,11 +34,13 @@ _NO_DIRECTION = {"mean_length", "dist-4g"}
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes `report.html` into the run folder and returns its path.
+    """Write `report.html` into the run folder and return its path.
 
-    Reads `metrics.jsonl`, `evaluations.jsonl`, `health/`, `plan.json`, `environment.json`, `config.yaml`, `rollouts/`;
-    a missing file, a broken line or a value that is not finite leaves a gap and stops nothing. Raises UserError when
-    there is no such folder. One rank calls it.
+    The sources are `metrics.jsonl`, `evaluations.jsonl`, `health/`, `plan.json`, `environment.json`, `config.yaml` and
+    `rollouts/`; a missing file, a broken line or a value that is not finite leaves a gap. Only rank 0 calls this.
+
+    Raises:
+        UserError: the run folder does not exist.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -56,7 +59,7 @@ def write_report(run_dir: str | Path) -> Path:
     ]
     path = run_dir / "report.html"
     text = page(f"Run {run_dir.resolve().name}", "".join(sections))
-    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # sampled text may hold a lone surrogate
+    write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # sampled text may contain a lone surrogate
     return path
 
 
@@ -140,7 +143,7 @@ def _curves(metrics: Sequence[Record], evaluations: Sequence[Record]) -> str:
 
 
 def _output_charts(metrics: Sequence[Record]) -> list[str]:
-    """What an output-space objective measures."""
+    """Return the charts of an output-space objective's metrics."""
     shown = {
         "Value of the output-space objective": {"objective": "loss"},
         "KL(student || teacher) of the next token": {"exact": "reverse_kl", "sampled": "sampled_kl"},
@@ -155,7 +158,7 @@ def _output_charts(metrics: Sequence[Record]) -> list[str]:
 
 
 def _accuracy(evaluations: Sequence[Record]) -> list[str]:
-    """One chart for each accuracy metric, a line for each data source."""
+    """Return one chart per accuracy metric, with a line per data source."""
     student = [item for item in evaluations if item.get("name") != "teacher"]
     charts = []
     for metric in ordered(scores for item in student for scores in item["data"].values()):
@@ -169,7 +172,7 @@ def _accuracy(evaluations: Sequence[Record]) -> list[str]:
 
 
 def _time_and_memory(metrics: Sequence[Record]) -> str:
-    # The first step also compiles, allocates and warms up: it says little about the others.
+    # The first step also compiles, allocates and warms up, so the mean leaves it out.
     steady = metrics[1:] or metrics
     seconds = {part: _mean_of(steady, f"time/{part}") for part in (*TIMED_PARTS, "step")}
     total = seconds.pop("step")
