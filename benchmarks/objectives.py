@@ -44,7 +44,7 @@ from examples.demo.task import split_additions, write_rows
 from megatron_oprd import train
 from megatron_oprd.config import load_config
 from megatron_oprd.evaluate import evaluate_model
-from megatron_oprd.evaluation.sample import score
+from megatron_oprd.evaluation.scores import score
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 4

@@ -14,8 +14,9 @@ from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer
-from megatron_oprd.evaluation.run import evaluate_over_ranks
-from megatron_oprd.evaluation.sample import Sample, score_by_source, write_samples
+from megatron_oprd.evaluation.grading import Sample
+from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
+from megatron_oprd.evaluation.scores import score_by_source
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.assemble import build_and_load, make_evaluator, start_topology
 from megatron_oprd.launch.inputs import read_evaluation_prompts

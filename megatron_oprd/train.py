@@ -15,8 +15,8 @@ from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.report import write_report
-from megatron_oprd.evaluation.run import evaluate_over_ranks
-from megatron_oprd.evaluation.sample import score_by_source, write_samples
+from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
+from megatron_oprd.evaluation.scores import score_by_source
 from megatron_oprd.health import watch as health_watch
 from megatron_oprd.health.watch import HealthWatch
 from megatron_oprd.hf.export import export_hf

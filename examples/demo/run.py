@@ -21,7 +21,7 @@ from megatron_oprd import train
 from megatron_oprd.bridge import fit
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.evaluate import evaluate_model
-from megatron_oprd.evaluation.sample import score
+from megatron_oprd.evaluation.scores import score
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.runtime import platform

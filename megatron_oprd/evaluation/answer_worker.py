@@ -1,7 +1,8 @@
-"""A process of its own that compares answers with math-verify: run as a script by `math_answer.py`, never imported.
+"""The helper process that compares answers with math-verify. `math_answer.py` runs this script; nothing imports it.
 
-Protocol: it prints `ready`, then reads one JSON list [ground_truth, answer] a line and prints `1` or `0` for each.
-Every rank of a training may start one, so it imports nothing of this package.
+Protocol: the helper prints `ready`. Then it reads one JSON list [ground_truth, answer] a line and answers each
+line with `1` (equal) or `0`. Every rank of a training run may start a helper: this file imports nothing of this
+package.
 """
 
 import contextlib
@@ -10,22 +11,23 @@ import logging
 import resource
 import sys
 
-MEMORY_BYTES = 4 << 30
+MEMORY_BYTES = 4 << 30  # limit of the helper's address space
 
 
 def main() -> None:
-    with contextlib.suppress(ValueError, OSError):  # not every system can limit it
+    """Compare the answers of each input line until the input ends."""
+    with contextlib.suppress(ValueError, OSError):  # not every system supports the limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.WARNING)
     from math_verify import parse, verify
 
-    replies, sys.stdout = sys.stdout, sys.stderr  # nothing that a parser prints may be taken for a reply
+    replies, sys.stdout = sys.stdout, sys.stderr  # a parser's own prints must not look like replies
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         ground_truth, answer = json.loads(line)
         try:
             correct = verify(parse(f"${ground_truth}$"), parse(f"${answer}$"))
-        except Exception:  # whatever a parser makes of model output, it is not a correct answer
+        except Exception:  # text that breaks the parser is not a correct answer
             correct = False
         print(int(bool(correct)), file=replies, flush=True)
 

@@ -1,4 +1,7 @@
-"""Whether a response answers its problem: the last boxed answer compared mathematically, or the exact string."""
+"""Grading of answers to mathematical problems. `grading.py` calls `is_correct`.
+
+The last boxed answer of a response is compared with the ground truth mathematically, or the response as a string.
+"""
 
 from __future__ import annotations
 
@@ -21,25 +24,29 @@ _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _FRACTION = re.compile(r"([+-]?)\\frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}\\]*)\}")
 _DROPPED = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\^\{?\\circ\}?|\\degree|°|\$|\\\$|\s|~")
-_MIXED_NUMBER = re.compile(r"\d\s+\d")  # 1 1/2 is not 11/2: the spaces matter
-_MAX_ANSWER_CHARACTERS = 1000  # longer ones are not answers, and a parser may take exponentially long over them
+_MIXED_NUMBER = re.compile(r"\d\s+\d")  # "1 1/2" is not "11/2": its spaces must stay
+_MAX_ANSWER_CHARACTERS = 1000  # longer answers are compared as strings: parsing them can take exponential time
 _MAX_DIGITS = 200
 
 
 @dataclass(frozen=True)
 class Grade:
-    """`answered`: the response has an answer at all; `correct`: it is the right one."""
+    """The result of grading one response."""
 
-    correct: bool
-    answered: bool
+    correct: bool  # the answer is the right one
+    answered: bool  # the response contains an answer
 
 
 def is_correct(response_text: str, ground_truth: str | None, style: Literal["rule", "exact"] = "rule") -> Grade:
-    r"""Grades a response. `rule`: the last `\boxed{}` (or `\fbox{}`) with balanced braces against the ground truth,
-    as strings after normalisation, then exactly as numbers, then symbolically. `exact`: equal strings after stripping.
+    r"""Grade a response against the ground truth.
 
-    Works in any thread and takes at most a few seconds, whatever the response says. Without a ground truth nothing is
-    correct. May start one helper process; no communication between ranks.
+    Args:
+        ground_truth: the right answer, or None: then no answer is correct.
+        style: "rule" compares the last `\boxed{}` or `\fbox{}` with balanced braces, first as a string after
+            normalisation, then exactly as a number, then symbolically. "exact" compares the stripped response.
+
+    Works in any thread and takes at most a few seconds for any response. May start one helper process. No
+    communication between ranks.
     """
     answer = response_text.strip() if style == "exact" else last_boxed(response_text)
     if not answer:
@@ -52,11 +59,11 @@ def is_correct(response_text: str, ground_truth: str | None, style: Literal["rul
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The stripped content of the `\boxed{}` or `\fbox{}` that opens last among those that are closed, or None.
+    r"""Return the stripped content of the closed `\boxed{}` or `\fbox{}` that opens last, or None without one.
 
-    One pass with a stack: linear even in a response that repeats an unclosed `\boxed{` thousands of times.
+    One pass with a stack takes linear time even for a response that repeats an unclosed `\boxed{` thousands of times.
     """
-    open_braces: list[tuple[bool, int]] = []  # (is a box, where its content starts)
+    open_braces: list[tuple[bool, int]] = []  # (True for a box, start of its content)
     best_start, best_end = -1, -1
     for match in _BOX_OR_BRACE.finditer(text):
         token = match.group()
@@ -70,7 +77,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """The answer without what does not change its value: spaces, delimiters, degree signs, thousands separators."""
+    """Remove everything that does not change the value: spaces, delimiters, degree signs, thousands separators."""
     for old, new in (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("{,}", ","), ("\u2212", "-")):
         answer = answer.replace(old, new)
     if _MIXED_NUMBER.search(answer) is None:
@@ -93,7 +100,7 @@ def _same_answer(ground_truth: str, answer: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    """The exact value of a plain integer, decimal or fraction of integers, else None."""
+    """Return the exact value of a plain integer, decimal or fraction of integers; None for other text."""
     if (fraction := _FRACTION.fullmatch(text)) is not None:
         sign, top, bottom, short_top, short_bottom = fraction.groups()
         text = f"{sign}{top or short_top}/{bottom or short_bottom}"
@@ -106,13 +113,13 @@ def _number(text: str) -> Fraction | None:
 
 
 class _Verifier:
-    """Symbolic comparison in a helper process that is killed when it takes too long.
+    """Compares expressions symbolically in a helper process, which is killed when a comparison takes too long.
 
-    math-verify interrupts itself by an alarm signal, which works in no thread but the main one, disarms the alarms of
-    others (a test's time-out), and cannot stop a long computation inside one C call (large powers).
+    math-verify's own time-out is an alarm signal. An alarm works in the main thread only, disarms other alarms (a
+    test's time-out), and cannot stop a long computation inside one C call (large powers).
     """
 
-    start_seconds = 120.0  # importing sympy on a busy machine
+    start_seconds = 120.0  # for importing sympy on a busy machine
     answer_seconds = 15.0  # above math-verify's own limits of 5 s for each parse and comparison
 
     def __init__(self) -> None:
@@ -122,7 +129,7 @@ class _Verifier:
         os.register_at_fork(after_in_child=self._forget)
 
     def verify(self, ground_truth: str, answer: str) -> bool:
-        """Whether math-verify finds them equal; one that times out or breaks the helper is not."""
+        """Return True if math-verify finds both equal. A comparison that times out or ends the helper returns False."""
         with self._lock:
             process = self._process or self._start()
             try:
@@ -137,18 +144,18 @@ class _Verifier:
             return reply == "1"
 
     def close(self) -> None:
-        """BridgeModels the helper; the next comparison starts another one."""
+        """End the helper process. The next comparison starts a new helper."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.communicate()
 
     def _forget(self) -> None:
-        """A forked child must neither read its parent's replies nor end its helper."""
+        """Drop the helper in a forked child: only the parent may read its replies and end it."""
         self._lock, self._process = threading.Lock(), None
 
     def _start(self) -> subprocess.Popen[str]:
-        # -P: the folder of the script must not come first on the path, its modules could hide installed ones.
+        # -P keeps the script's folder off the import path: modules in it could hide installed packages.
         command = [sys.executable, "-P", str(Path(__file__).with_name("answer_worker.py"))]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -160,7 +167,7 @@ class _Verifier:
 
 
 def _read_line(process: subprocess.Popen[str], timeout_seconds: float) -> str:
-    """The next line of the helper, or an empty string when it died or the time is over."""
+    """Return the next line of the helper, or an empty string when the helper died or the time is over."""
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_oprd.config import Config
 from megatron_oprd.data.prompts import PromptState, take
 from megatron_oprd.data.sharding import split
-from megatron_oprd.evaluation.sample import grade
+from megatron_oprd.evaluation.grading import grade
 from megatron_oprd.health.measure import can_be_asked, read_answers
 from megatron_oprd.health.rule import Check, Health, HealthWarning, judge
 from megatron_oprd.launch.assemble import Run, load_heads, rows_at_a_time

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_oprd.config import load_config
 from megatron_oprd.data.prompts import load_prompts
-from megatron_oprd.evaluation.sample import evaluate, score_by_source
+from megatron_oprd.evaluation.sampling import sample_and_grade
+from megatron_oprd.evaluation.scores import score_by_source
 from megatron_oprd.types import Rollout
 from tests.helpers.killable import finish
 from tests.helpers.runs import complete_steps, in_folder, metrics, prompt_run, read_lines
@@ -132,7 +133,7 @@ def test_evaluate_grades_what_transformers_would_answer(run, tmp_path):
     config = load_config(None, arguments)
     tokenizer, model = (cls.from_pretrained(run_dir / "hf") for cls in (AutoTokenizer, AutoModelForCausalLM))
     prompts = load_prompts(config.evaluation.data, tokenizer, config.data).prompts
-    samples = evaluate(greedy(model, tokenizer, 6), prompts, tokenizer, step=0)
+    samples = sample_and_grade(greedy(model, tokenizer, 6), prompts, tokenizer, step=0)
     scores = json.loads((tmp_path / "run" / "evaluation" / "scores.json").read_text())
     assert scores["data"] == score_by_source(samples, 1)
     written = read_lines(tmp_path / "run" / "evaluation" / "samples.jsonl")

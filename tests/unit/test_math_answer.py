@@ -1,4 +1,4 @@
-"""Answers are graded by their last box, exactly where they are numbers, symbolically where not, and never hang."""
+"""Grading compares the last boxed answer: numbers exactly, other expressions symbolically, and never hangs."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ CORRECT, WRONG, UNANSWERED = Grade(True, True), Grade(False, True), Grade(False,
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
         ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),
         ("} \\boxed{4}", "4"),
-        ("\\boxed{3} or \\boxed{\\frac{1}{", "3"),  # the later one was cut off
+        ("\\boxed{3} or \\boxed{\\frac{1}{", "3"),  # the later box is cut off
         ("\\boxed{}", ""),
         ("\\boxed{1", None),
         ("the answer is 5", None),
@@ -38,11 +38,11 @@ CORRECT, WRONG, UNANSWERED = Grade(True, True), Grade(False, True), Grade(False,
         ("", None),
     ],
 )
-def test_the_last_box_with_balanced_braces(text, box):
+def test_the_last_box_with_balanced_braces_is_found(text, box):
     assert last_boxed(text) == box
 
 
-def test_a_response_of_unclosed_boxes_takes_linear_time():
+def test_finding_the_box_takes_linear_time_for_unclosed_boxes():
     start = time.perf_counter()
     assert last_boxed("\\boxed{" * 200_000) is None
     assert last_boxed("\\boxed{1}" + "{" * 500_000) == "1"
@@ -70,8 +70,8 @@ def test_a_response_of_unclosed_boxes_takes_linear_time():
         ("x + 1", "x+1"),
     ],
 )
-def test_what_does_not_change_the_value_does_not_matter(ground_truth, answer, monkeypatch):
-    monkeypatch.setattr(math_answer._verifier, "verify", lambda *_: pytest.fail("this needs no symbolic comparison"))
+def test_notation_that_does_not_change_the_value_is_ignored(ground_truth, answer, monkeypatch):
+    monkeypatch.setattr(math_answer._verifier, "verify", lambda *_: pytest.fail("no symbolic comparison may be needed"))
     assert is_correct(f"so \\boxed{{{answer}}}", ground_truth) == CORRECT
 
 
@@ -114,38 +114,38 @@ def test_expressions_are_compared_symbolically(ground_truth, answer, grade):
     assert is_correct(f"\\boxed{{{answer}}}", ground_truth) == grade
 
 
-def test_without_a_box_there_is_no_answer():
+def test_a_response_without_a_box_is_unanswered():
     assert is_correct("The answer is 5.", "5") == UNANSWERED
     assert is_correct("\\boxed{}", "5") == UNANSWERED
     assert is_correct("", "5") == UNANSWERED
     assert is_correct("\\boxed{5", "5") == UNANSWERED
 
 
-def test_without_a_ground_truth_nothing_is_correct():
+def test_without_a_ground_truth_no_answer_is_correct():
     assert is_correct("\\boxed{5}", None) == WRONG
     assert is_correct("5", None, "exact") == WRONG
 
 
-def test_exact_answers_are_equal_strings():
+def test_exact_style_compares_stripped_strings():
     assert is_correct(" 042\n", "042", "exact") == CORRECT
     assert is_correct("42", "042", "exact") == WRONG
     assert is_correct("\\boxed{042}", "042", "exact") == WRONG
     assert is_correct(" \n", "042", "exact") == UNANSWERED
 
 
-def test_a_huge_answer_is_compared_as_a_string():
+def test_a_very_long_answer_is_compared_as_a_string():
     assert is_correct("\\boxed{" + "x+" * 5000 + "x}", "5") == WRONG
     assert is_correct("\\boxed{" + "9" * 900 + "}", "9" * 900) == CORRECT
 
 
-def test_an_expression_that_never_ends_is_given_up():
+def test_an_endless_comparison_counts_as_wrong_and_later_ones_still_work():
     assert is_correct("\\boxed{9^{9^{9^9}}}", "7") == WRONG
     assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == CORRECT
 
 
-def test_a_helper_that_no_longer_replies_is_replaced(monkeypatch):
+def test_a_helper_that_stops_replying_is_replaced(monkeypatch):
     assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == CORRECT
-    os.kill(math_answer._verifier._process.pid, signal.SIGSTOP)  # as in a C call that no alarm interrupts
+    os.kill(math_answer._verifier._process.pid, signal.SIGSTOP)  # like a long C call that no alarm can interrupt
     monkeypatch.setattr(math_answer._verifier, "answer_seconds", 0.2)
     assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == WRONG
     monkeypatch.undo()
@@ -161,7 +161,7 @@ def test_a_helper_that_dies_is_replaced():
     assert is_correct("\\boxed{(x+1)^2}", "x^2+2x+1") == CORRECT
 
 
-def test_many_threads_each_get_their_own_grade():
+def test_threads_do_not_mix_up_their_grades():
     grades = {}
 
     def work(i):
@@ -175,7 +175,7 @@ def test_many_threads_each_get_their_own_grade():
     assert grades == {i: i % 2 == 1 for i in range(8)}
 
 
-def test_the_helper_ends_with_its_program():
+def test_the_helper_ends_with_the_program():
     code = (
         "from megatron_oprd.evaluation import math_answer as m\n"
         "assert m.is_correct('\\\\boxed{(x+1)^2}', 'x^2+2x+1').correct\n"
@@ -195,7 +195,7 @@ def ground_truths() -> list[str]:
     return [row["ground_truth"] for column in columns for row in column]
 
 
-def test_every_ground_truth_of_the_evaluation_files_is_its_own_answer_and_no_other():
+def test_each_ground_truth_of_the_evaluation_files_matches_itself_and_no_changed_value():
     truths = ground_truths()
     assert len(truths) == 143
     for truth in truths:

@@ -1,17 +1,12 @@
-"""The evaluation metrics are what their definitions say, on samples small enough to count by hand."""
+"""Sampling, grading and scores of an evaluation, on samples few enough to count by hand."""
 
 import json
 
 import pytest
 
-from megatron_oprd.evaluation.sample import (
-    Sample,
-    distinct_4grams,
-    evaluate,
-    score,
-    score_by_source,
-    write_samples,
-)
+from megatron_oprd.evaluation.grading import Sample
+from megatron_oprd.evaluation.sampling import sample_and_grade, write_samples
+from megatron_oprd.evaluation.scores import distinct_4grams, score, score_by_source
 from megatron_oprd.types import Prompt, Rollout
 from tests.helpers.tokenizer import byte_tokenizer
 
@@ -34,7 +29,7 @@ def sample(of: Prompt, correct: bool, **values) -> Sample:
     )
 
 
-def test_the_metrics_are_those_counted_by_hand():
+def test_metrics_equal_those_counted_by_hand():
     easy, hard = prompt(0), prompt(1)
     samples = [
         sample(easy, True, response_text="a b c d a b c d"),  # 5 four-grams, abcd twice
@@ -56,13 +51,13 @@ def test_the_metrics_are_those_counted_by_hand():
     )
 
 
-def test_best_is_the_maximum_over_the_samples_and_not_a_bootstrap():
+def test_best_at_n_is_the_maximum_over_the_samples_and_not_a_bootstrap_estimate():
     samples = [sample(prompt(0), i == 15) for i in range(16)] + [sample(prompt(1), False) for _ in range(16)]
     assert score(samples, 16)["best@16"] == 0.5
     assert score(samples, 16)["avg@16"] == pytest.approx(1 / 32)
 
 
-def test_problems_weigh_the_same_and_those_without_a_ground_truth_do_not_count_as_wrong():
+def test_problems_have_equal_weight_and_problems_without_ground_truth_are_left_out():
     samples = [sample(prompt(0), True), sample(prompt(1, ground_truth=None), False)]
     assert score(samples, 1)["avg@1"] == 1.0
     assert "avg@1" not in score(samples[1:], 1)
@@ -70,20 +65,20 @@ def test_problems_weigh_the_same_and_those_without_a_ground_truth_do_not_count_a
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_lost_or_doubled_sample_is_an_error_and_not_another_mean(count):
+def test_a_missing_or_extra_sample_is_an_error(count):
     samples = [sample(prompt(0), True)] * 2 + [sample(prompt(7), True)] * count
     with pytest.raises(ValueError, match=f"prompt 7 has {count} samples instead of 2"):
         score(samples, 2)
 
 
-def test_text_of_fewer_than_four_words_has_no_diversity():
+def test_texts_of_fewer_than_four_words_have_no_dist_4g():
     assert distinct_4grams(["a b c", ""]) is None
     assert distinct_4grams(["a b c d"]) == 1.0
     assert distinct_4grams(["a a a a a a"]) == pytest.approx(1 / 3)
     assert "dist-4g" not in score([sample(prompt(0), True, response_text="short")], 1)
 
 
-def test_each_source_is_scored_and_all_of_them_together():
+def test_scores_are_computed_for_each_source_and_over_all():
     samples = [sample(prompt(0, "A"), True), sample(prompt(1, "B"), False), sample(prompt(2, "B"), False)]
     scores = score_by_source(samples, 1)
     assert list(scores) == ["A", "B", "all"]
@@ -96,12 +91,12 @@ def rollout(index: int, text: str, sample_index: int, finish_reason: str = "eos"
     return Rollout((1, 2), ids, (1,) * len(ids), finish_reason, index, sample_index)
 
 
-def test_rollouts_are_matched_to_their_prompts_decoded_and_graded():
+def test_rollouts_are_matched_to_their_prompts_then_decoded_and_graded():
     prompts = [prompt(5), prompt(9, ground_truth="042", style="exact")]
-    asked = []
+    calls = []
 
     def generate(given, step):
-        asked.append((list(given), step))
+        calls.append((list(given), step))
         return [
             rollout(9, "042", 0),
             rollout(5, "So \\boxed{4}", 1),
@@ -109,8 +104,8 @@ def test_rollouts_are_matched_to_their_prompts_decoded_and_graded():
             rollout(9, "42", 1),
         ]
 
-    samples = evaluate(generate, prompts, byte_tokenizer(), step=3)
-    assert asked == [(prompts, 3)]
+    samples = sample_and_grade(generate, prompts, byte_tokenizer(), step=3)
+    assert calls == [(prompts, 3)]
     assert [(s.prompt.index, s.sample_index, s.correct, s.answered) for s in samples] == [
         (9, 0, True, True),
         (5, 1, True, True),
@@ -122,12 +117,12 @@ def test_rollouts_are_matched_to_their_prompts_decoded_and_graded():
     assert score(samples, 2)["truncated"] == 0.25
 
 
-def test_a_rollout_of_another_prompt_is_refused():
+def test_a_rollout_of_an_unknown_prompt_is_an_error():
     with pytest.raises(ValueError, match="prompt 6"):
-        evaluate(lambda *_: [rollout(6, "x", 0)], [prompt(5)], byte_tokenizer(), step=0)
+        sample_and_grade(lambda *_: [rollout(6, "x", 0)], [prompt(5)], byte_tokenizer(), step=0)
 
 
-def test_samples_replace_those_of_an_interrupted_evaluation(tmp_path):
+def test_writing_samples_replaces_the_file_of_an_interrupted_evaluation(tmp_path):
     path = tmp_path / "evaluations" / "step_4.jsonl"
     for step in (0, 4):
         write_samples(path, step, [sample(prompt(3), True, response_text="é\n", sample_index=i) for i in (2, 3)])
