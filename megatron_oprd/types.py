@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -130,7 +130,10 @@ class PackedBatch:
         return int(self.tokens.numel())
 
 
-OUTPUT = 0  # stands among the layers (1 .. L) for layer L after the final norm, where output-space objectives read it
+# The key of the final states (layer L after the final norm), which the LM head and output-space objectives read.
+FINAL_STATES: Final = "final_states"
+# The key of hidden states: a layer, numbered from 1 to L, or FINAL_STATES.
+StateKey = int | Literal["final_states"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.teacher_pass import Teacher, batches_of_teachers, teacher_pass
-from megatron_oprd.types import OUTPUT, ModelSpec, Rollout, Selection
+from megatron_oprd.types import FINAL_STATES, ModelSpec, Rollout, Selection, StateKey
 
 # Every token of an answer, at the state that predicted it: what an output-space objective reads.
 EVERY_TOKEN = LossConfig(
@@ -101,11 +101,11 @@ class _Tap:
     sums: torch.Tensor
     targets: MicroBatchTargets | None
 
-    def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        if layer == OUTPUT:
+    def __call__(self, layer: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
+        if layer == FINAL_STATES:
             assert self.reader is not None  # only the last stage has final states
             student = selected_rows(hidden_states, self.selection.selected)
-            teacher = None if self.targets is None else self.targets.take(OUTPUT)
+            teacher = None if self.targets is None else self.targets.take(FINAL_STATES)
             self.sums.add_(self.reader(student, teacher, self.selection))
         return hidden_states
 

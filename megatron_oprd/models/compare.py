@@ -16,7 +16,7 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import OUTPUT, ModelSpec
+from megatron_oprd.types import FINAL_STATES, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def all_states(stage: Stage, spec: ModelSpec, topology: Topology, tokens: torch.
     states: dict[str, torch.Tensor] = {}
 
     def tap(layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        if layer != OUTPUT:
+        if layer != FINAL_STATES:
             states[f"layer {layer}"] = hidden_states[:, 0].cpu()
         return hidden_states
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from megatron_oprd.config import MAKE_A_BRIDGE, LossConfig, ParallelConfig, TeacherConfig
 from megatron_oprd.models.layer_pairs import layer_pairs
-from megatron_oprd.types import OUTPUT, LayerPair, ModelSpec, UserError
+from megatron_oprd.types import FINAL_STATES, LayerPair, ModelSpec, StateKey, UserError
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class LayerPlan:
     """Pairs of layers and the blocks of each stage of both models.
 
     `aligned`: the teacher runs in the student's layout and is cut so that the two layers of a pair live on one rank;
-    its states are then born where they are read. Otherwise they travel (`parallel/reshard.py`). `output`: the final
-    states of both models are compared by their next-token distributions; among the layers they go by OUTPUT.
+    its states are then born where they are read. Otherwise they travel (`parallel/reshard.py`). `output`: the
+    next-token distributions of both models are compared, from their hidden states with the key FINAL_STATES.
     """
 
     pairs: tuple[LayerPair, ...]
@@ -59,24 +59,27 @@ class LayerPlan:
         """Whether the teacher needs its final norm."""
         return self.output or self.teacher_normed_layer is not None
 
-    def student_stage(self, layer: int) -> int:
+    def student_stage(self, layer: StateKey) -> int:
         """The stage that owns a student layer. L after the final norm lives on the last one."""
         return _owner(layer, self.student_stages, self.student_normed_layer)
 
-    def teacher_stage(self, layer: int) -> int:
+    def teacher_stage(self, layer: StateKey) -> int:
         """The stage that owns a teacher layer, in the teacher's layout."""
         return _owner(layer, self.teacher_stages, self.teacher_normed_layer)
 
-    def readers(self, stages: Sequence[int]) -> dict[int, int]:
+    def readers(self, stages: Sequence[int]) -> dict[StateKey, StateKey]:
         """{student layer: teacher layer} of what is compared on one of the student's `stages`."""
-        pairs = {pair.student: pair.teacher for pair in self.pairs}
-        pairs |= {OUTPUT: OUTPUT} if self.output else {}
+        pairs: dict[StateKey, StateKey] = {pair.student: pair.teacher for pair in self.pairs}
+        if self.output:
+            pairs[FINAL_STATES] = FINAL_STATES
         return {layer: teacher for layer, teacher in pairs.items() if self.student_stage(layer) in stages}
 
-    def teacher_layers(self, stages: Sequence[int]) -> tuple[int, ...]:
-        """The compared teacher layers that live on the teacher's `stages`, ascending."""
-        layers = {pair.teacher for pair in self.pairs} | ({OUTPUT} if self.output else set())
-        return tuple(layer for layer in sorted(layers) if self.teacher_stage(layer) in stages)
+    def teacher_layers(self, stages: Sequence[int]) -> tuple[StateKey, ...]:
+        """Return the keys of the compared states that the teacher's `stages` compute: layers ascending, then
+        FINAL_STATES."""
+        keys: list[StateKey] = [*sorted({pair.teacher for pair in self.pairs})]
+        keys += [FINAL_STATES] if self.output else []
+        return tuple(key for key in keys if self.teacher_stage(key) in stages)
 
     def student_place(self, layer: int) -> tuple[int, int]:
         """(chunk, pipeline rank) that owns a student layer."""
@@ -193,7 +196,7 @@ def _align(plan: LayerPlan) -> tuple[int, ...]:
     return tuple(high - low for low, high in itertools.pairwise([0, *reached]))
 
 
-def _owner(layer: int, stages: tuple[int, ...], normed_layer: int | None) -> int:
-    if layer in (normed_layer, OUTPUT):
+def _owner(layer: StateKey, stages: tuple[int, ...], normed_layer: int | None) -> int:
+    if layer in (normed_layer, FINAL_STATES):
         return len(stages) - 1
     return next(stage for stage, end in enumerate(itertools.accumulate(stages)) if layer <= end)

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_oprd.models.kv_cache import CachedStep
+from megatron_oprd.types import StateKey
 
 
 class Tap(Protocol):
-    """Receives the hidden state of a layer (1-based, or OUTPUT for the final ones), [tokens, 1, hidden], this rank's
-    part of the tokens under context and sequence parallelism, and returns what flows on in its place."""
+    """Receives the hidden states of a layer (1-based, or FINAL_STATES), [tokens, 1, hidden], this rank's part of the
+    tokens under context and sequence parallelism, and returns what flows on in its place."""
 
-    def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, layer: StateKey, hidden_states: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.rotary import Rotary
-from megatron_oprd.types import OUTPUT
+from megatron_oprd.types import FINAL_STATES
 
 
 class HiddenStateModel(GPTModel):
@@ -97,7 +97,7 @@ class HiddenStateModel(GPTModel):
         if batch.tap is not None:
             if batch.normed_layer is not None:
                 hidden_states = batch.tap(batch.normed_layer, hidden_states)
-            hidden_states = batch.tap(OUTPUT, hidden_states)
+            hidden_states = batch.tap(FINAL_STATES, hidden_states)
         if batch.logit_rows is None:
             return hidden_states
         logits: torch.Tensor = super()._postprocess(hidden_states[batch.logit_rows], *args, **kwargs)

@@ -12,7 +12,7 @@ from megatron_oprd.losses.representation import token_statistics, weighted_gradi
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.models.targets import MicroBatchTargets
-from megatron_oprd.types import OUTPUT, PackedBatch, Selection
+from megatron_oprd.types import FINAL_STATES, PackedBatch, Selection, StateKey
 
 
 class CaptureTap:
@@ -23,14 +23,14 @@ class CaptureTap:
 
     def __init__(
         self,
-        selected: Mapping[int, torch.Tensor],
+        selected: Mapping[StateKey, torch.Tensor],
         maps: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ) -> None:
         self.selected = selected
         self.maps = maps or {}
-        self.states: dict[int, torch.Tensor] = {}
+        self.states: dict[StateKey, torch.Tensor] = {}
 
-    def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
         if layer in self.selected:
             states = selected_rows(hidden_states.detach(), self.selected[layer])
             self.states[layer] = self.maps[layer](states) if layer in self.maps else states
@@ -68,11 +68,11 @@ class StageLoss:
         self.sums: dict[int, torch.Tensor] = {}
         self.output_sums: torch.Tensor | None = None
 
-    def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
         # The first pass of a recomputed region runs without gradient; the loss belongs to the second.
         if layer not in self.targets or not torch.is_grad_enabled():
             return hidden_states
-        if layer == OUTPUT:
+        if layer == FINAL_STATES:
             return self._output(hidden_states)
         return _WithStageLoss.apply(hidden_states, self, layer)
 
@@ -80,7 +80,7 @@ class StageLoss:
         assert self.output is not None  # only a student with an output-space objective has targets for it
         selection = self.batch.output
         student = selected_rows(hidden_states.detach(), selection.selected)
-        gradient, self.output_sums = self.output(student, self.targets.take(OUTPUT), selection)
+        gradient, self.output_sums = self.output(student, self.targets.take(FINAL_STATES), selection)
         return _WithGradient.apply(hidden_states, gradient, selection)
 
 

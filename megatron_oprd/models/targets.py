@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-States = dict[int, torch.Tensor]  # layer (1-based, or OUTPUT) -> [selected tokens, d_T]
+from megatron_oprd.types import StateKey
+
+States = dict[StateKey, torch.Tensor]  # [selected tokens, d_T] of each layer
 
 
 class TeacherTargets:
@@ -21,7 +23,7 @@ class TeacherTargets:
 
     def __init__(
         self,
-        layers: Collection[int],
+        layers: Collection[StateKey],
         device: torch.device,
         *,
         offload: bool = False,
@@ -31,7 +33,7 @@ class TeacherTargets:
         self.device = device
         self.offload = offload
         self._produce = produce
-        self._held: dict[tuple[int, int], torch.Tensor] = {}  # by micro-batch and student layer
+        self._held: dict[tuple[int, StateKey], torch.Tensor] = {}  # by micro-batch and student layer
         self.most_bytes = 0  # the most that was held at one time
 
     def put(self, micro_batch: int, states: States) -> None:
@@ -51,11 +53,11 @@ class TeacherTargets:
             self.put(micro_batch, self._produce(micro_batch))
         return MicroBatchTargets(self, micro_batch)
 
-    def read(self, micro_batch: int, layer: int) -> torch.Tensor:
+    def read(self, micro_batch: int, layer: StateKey) -> torch.Tensor:
         """The target of a student layer, on the student's device."""
         return self._held[micro_batch, layer].to(self.device, non_blocking=True)
 
-    def take(self, micro_batch: int, layer: int) -> torch.Tensor:
+    def take(self, micro_batch: int, layer: StateKey) -> torch.Tensor:
         """`read`, and forget it: its memory is free once no other student layer waits for the same states."""
         return self._held.pop((micro_batch, layer)).to(self.device, non_blocking=True)
 
@@ -86,8 +88,8 @@ class MicroBatchTargets:
     def __contains__(self, layer: object) -> bool:
         return layer in self.targets.layers
 
-    def read(self, layer: int) -> torch.Tensor:
+    def read(self, layer: StateKey) -> torch.Tensor:
         return self.targets.read(self.micro_batch, layer)
 
-    def take(self, layer: int) -> torch.Tensor:
+    def take(self, layer: StateKey) -> torch.Tensor:
         return self.targets.take(self.micro_batch, layer)

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_oprd.types import StateKey
+
 
 @dataclass(frozen=True)
 class Shard:
     """What one rank holds or wants: every layer of `layers` at every row of `rows`."""
 
-    layers: tuple[int, ...]  # teacher layers, 1-based, ascending
+    layers: tuple[StateKey, ...]  # of the teacher, ascending; FINAL_STATES stands alone
     rows: torch.Tensor  # [n] int64, CPU: numbers of the step's selected tokens, in this rank's order, no duplicates
 
 
@@ -29,7 +31,7 @@ class Transfer:
 
     source: int
     target: int
-    layers: tuple[int, ...]  # ascending
+    layers: tuple[StateKey, ...]  # ascending
     rows: torch.Tensor  # [m] int64, CPU: numbers of the step's selected tokens
 
 
@@ -92,7 +94,7 @@ def minimum_rows(held: Sequence[Shard], wanted: Sequence[Shard]) -> int:
 
 
 def exchange(
-    states: dict[int, torch.Tensor],
+    states: dict[StateKey, torch.Tensor],
     held: Shard,
     wanted: Shard,
     transfers: Sequence[Transfer],
@@ -102,7 +104,7 @@ def exchange(
     dtype: torch.dtype,
     device: torch.device,
     target_device: torch.device | None = None,
-) -> dict[int, torch.Tensor]:
+) -> dict[StateKey, torch.Tensor]:
     """This rank's `states`, {layer: [len(held.rows), hidden]}, become new ones: {layer: [len(wanted.rows), hidden]}.
 
     `transfers` is the plan of all ranks; every rank of the world calls this with the same one. Messages go point to
@@ -180,7 +182,7 @@ def _places(rows: torch.Tensor, within: tuple[torch.Tensor, torch.Tensor]) -> to
 
 
 def _communicate(
-    states: dict[int, torch.Tensor],
+    states: dict[StateKey, torch.Tensor],
     outgoing: Sequence[tuple[Transfer, torch.Tensor]],
     incoming: Sequence[Transfer],
     hidden: int,

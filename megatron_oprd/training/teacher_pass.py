@@ -20,7 +20,7 @@ from megatron_oprd.parallel.reshard import Shard, exchange, moved_bytes, plan_tr
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import progress
 from megatron_oprd.training.schedule import run_schedule
-from megatron_oprd.types import OUTPUT, PackedBatch, Selection
+from megatron_oprd.types import FINAL_STATES, PackedBatch, Selection, StateKey
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,12 @@ def _move(
     the student's micro-batches and layers. Returns the bytes that moved, over all ranks."""
     plan, moved = teacher.plan, 0
     readers = plan.readers(student_topology.stages)
-    terms = [lambda layer: layer != OUTPUT] if plan.pairs else []
-    terms += [lambda layer: layer == OUTPUT] if plan.output else []
+    terms = [lambda layer: layer != FINAL_STATES] if plan.pairs else []
+    terms += [lambda layer: layer == FINAL_STATES] if plan.output else []
     for belongs in terms:  # one reads other rows than the other
         sources = tuple(filter(belongs, plan.teacher_layers(teacher.topology.stages)))
         layers = tuple(sorted(filter(belongs, set(readers.values()))))
-        some_layer = OUTPUT if belongs(OUTPUT) else 1
+        some_layer = FINAL_STATES if belongs(FINAL_STATES) else 1
         mine = [_selection(batch, some_layer) for batch in batches]
         places = [(selection.teachers == number).nonzero().flatten() for selection in mine]
         row = _row(teacher, stage, some_layer)
@@ -225,7 +225,12 @@ def _move(
 
 
 def _lay_down(
-    held: States, layers: Sequence[int], selection: Selection, places: torch.Tensor, states: torch.Tensor, width: int
+    held: States,
+    layers: Sequence[StateKey],
+    selection: Selection,
+    places: torch.Tensor,
+    states: torch.Tensor,
+    width: int,
 ) -> None:
     """Put `states` [places, d_T] where they belong among the rows [selection, width] of a micro-batch, for each of the
     student's `layers`. What a narrower teacher leaves of its rows is never read."""
@@ -246,10 +251,10 @@ class Row:
     dtype: torch.dtype
 
 
-def _row(teacher: Teacher, stage: Stage, layer: int) -> Row:
-    """Of any of the layers that are compared, or of OUTPUT."""
+def _row(teacher: Teacher, stage: Stage, layer: StateKey) -> Row:
+    """Of any of the layers that are compared, or of FINAL_STATES."""
     dtype: torch.dtype = stage.config.params_dtype
-    if layer == OUTPUT or not teacher.maps:
+    if layer == FINAL_STATES or not teacher.maps:
         return Row(stage.config.hidden_size, dtype)
     return Row(next(iter(teacher.maps.values())).rank, torch.promote_types(dtype, torch.float32))
 
@@ -275,9 +280,9 @@ def _exchange(states: list[States], held: Shard, wanted: Shard, row: Row, teache
     return received, moved_bytes(transfers, row.width * row.dtype.itemsize)
 
 
-def _selection(batch: PackedBatch, layer: int) -> Selection:
+def _selection(batch: PackedBatch, layer: StateKey) -> Selection:
     """What is read of a layer."""
-    return batch.output if layer == OUTPUT else batch.representation
+    return batch.output if layer == FINAL_STATES else batch.representation
 
 
 def _joined(rows: Sequence[torch.Tensor]) -> torch.Tensor:

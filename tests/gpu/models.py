@@ -23,7 +23,7 @@ from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
-from megatron_oprd.types import OUTPUT, Rollout, StepReport
+from megatron_oprd.types import FINAL_STATES, Rollout, StepReport
 from tests.helpers.models import random_hf_model, save
 
 TE = ModelPrecision(transformer_engine=True, arguments={"cp_comm_type": "p2p"})
@@ -83,7 +83,7 @@ def run(stage: Stage, rows: Sequence[torch.Tensor], device: torch.device) -> tup
     states = {}
 
     def tap(layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        if layer != OUTPUT:  # the last layer once more
+        if layer != FINAL_STATES:  # the last layer once more
             states[layer] = hidden_states[:, 0]
         return hidden_states
 

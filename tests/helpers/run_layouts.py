@@ -23,7 +23,7 @@ from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.reshard import Shard, minimum_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.types import OUTPUT, Rollout
+from megatron_oprd.types import FINAL_STATES, Rollout
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import ROLLOUTS, Case
@@ -195,7 +195,7 @@ def _fewest_bytes(run: Run) -> int:
     width, total = planned.spec.hidden_size, 0
     for term in ("representation", "output"):
         born, read = (
-            tuple(sorted(layer for layer in set(layers) if (layer == OUTPUT) == (term == "output")))
+            tuple(sorted(layer for layer in set(layers) if (layer == FINAL_STATES) == (term == "output")))
             for layers in (plan.teacher_layers(teacher.topology.stages), readers.values())
         )
         held = Shard(born, _selected_rows(run, teacher.topology, term))

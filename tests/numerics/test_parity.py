@@ -8,7 +8,7 @@ from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
-from megatron_oprd.types import OUTPUT
+from megatron_oprd.types import FINAL_STATES
 from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, longrope, random_hf_model, save
 
 LENGTHS = (1, 7, 16, 17, 30)
@@ -22,7 +22,7 @@ def megatron_states(folder, topology, dtype, sequences):
     states = {}
 
     def tap(layer, hidden_states):
-        if layer != OUTPUT:  # layer L once more
+        if layer != FINAL_STATES:  # layer L once more
             states[layer] = hidden_states[:, 0]
         return hidden_states
 
