@@ -1,11 +1,11 @@
-"""What an update costs by objective, in memory and time: docs/cost.md.
+"""Write docs/cost.md: memory and time of an update by objective.
 
     python benchmarks/cost.py [--parts predicted measured --repeats 7]
 
-`predicted`: memory at the paper's size. The real Megatron model, optimizer and losses run on tensors that have sizes
-and no values (`megatron_oprd/planning/update_trace.py`): nothing of that size is allocated, nothing is timed.
-`measured`: seconds and memory of updates on this machine (`benchmarks/updates.py`), of a model with the paper's ratio
-of LM head to body, on a GPU of the paper's model; beside the same updates in plain Hugging Face and torch.
+`predicted`: memory at the paper's size. The real Megatron model, optimizer and losses run on tensors with sizes but
+without values (`megatron_oprd/planning/update_trace.py`), so nothing of that size is allocated and nothing is timed.
+`measured`: seconds and memory of updates on this machine (`benchmarks/updates.py`), next to the same updates in plain
+Hugging Face and torch. The model has the paper's ratio of LM head to blocks; on a GPU it is the paper's model.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = 256
 # DeepSeek-R1-Distill-Qwen-1.5B, the paper's student; its teacher has the same size.
 PAPER = Workload(28, 1536, 8960, 12, 2, 151936, PROMPT_TOKENS, (16384 - PROMPT_TOKENS,), last=2000, dtype="bf16")
-# Its shape at an eighth of the width: the same ratios of LM head to body and of vocabulary to MLP, which set time and
-# memory; `last` as large a part of a response, and as many tokens in a chunk as `auto` makes of its vocabulary.
+# The same shape at an eighth of the width: equal ratios of LM head to blocks and of vocabulary to MLP, which decide
+# time and memory; `last` is as large a part of a response, and `chunk` is what `auto` gives at the paper's size.
 SMALL = Workload(28, 192, 1120, 3, 1, 18992, 64, (640, 384, 256, 128), last=79, chunk=220)
 ON_A_GPU = dataclasses.replace(PAPER, responses=(8192 - PROMPT_TOKENS,))
 
@@ -45,10 +45,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("predicted", "measured"), default=("predicted", "measured"))
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, AUTHORED], default=[*METHODS, AUTHORED])
-    parser.add_argument("--layers", type=int, default=PAPER.layers, help="of the model whose memory is predicted")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="of a sequence")
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 8], help="in a micro-batch")
-    parser.add_argument("--workload", type=json.loads, help="JSON: other sizes of what is measured")
+    parser.add_argument(
+        "--layers", type=int, default=PAPER.layers, help="layers of the model whose memory is predicted"
+    )
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 16384], help="tokens of a sequence")
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 8], help="sequences of a micro-batch")
+    parser.add_argument("--workload", type=json.loads, help="JSON: other sizes of the measured model")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "cost.json")
     parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "cost.md")
@@ -68,7 +70,7 @@ def main() -> None:
 
 
 def predict(paper: Workload, methods: list[str], sequences: list[int], tokens: list[int]) -> list[dict[str, Any]]:
-    """Footprints of updates of a model on one process, for every method, size and number of sequences."""
+    """Return the footprint of an update on one process for every method, length and number of sequences."""
     rows = []
     for count in sequences:
         for length in tokens:
@@ -82,19 +84,22 @@ def predict(paper: Workload, methods: list[str], sequences: list[int], tokens: l
 
 
 def footprint_of(workload: Workload, method: str) -> Footprint:
-    """What an update holds at its peak, traced without values."""
+    """Trace an update without values and return the bytes alive at its peak."""
     config, spec = workload.config(method), workload.spec
     return trace_update(config, spec, [plan_teacher(config, spec, spec)], workload.rollouts(), rank=0, world=1)
 
 
 def step_peak(footprint: Footprint) -> int:
-    """The peak beside what stays from update to update."""
+    """Return the peak without weights, gradients, optimizer state and teacher, in bytes."""
     return footprint.targets + footprint.activations
 
 
 def measure(workload: Workload, methods: list[str], repeats: int) -> dict[str, Any]:
-    """Seconds of each repeat and the peak of every method. On a CPU all take turns, so that each meets the same
-    neighbours; a GPU holds one at a time."""
+    """Return the seconds of each repeat and the peak of every method.
+
+    On a CPU the methods alternate, so that load from other processes affects all of them alike; a GPU has memory for
+    one method at a time.
+    """
     pairs = [("megatron_oprd", method) for method in methods]
     pairs += [("plain torch", method) for method in LOSSES_IN_TORCH if method in methods]
     seconds: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
@@ -119,7 +124,7 @@ def measure(workload: Workload, methods: list[str], repeats: int) -> dict[str, A
 
 
 class Updates:
-    """A process that makes updates of one method when asked."""
+    """A process that runs updates of one method on request."""
 
     def __init__(self, side: str, method: str, workload: Workload, environment: dict[str, str] | None = None) -> None:
         sizes = json.dumps(dataclasses.asdict(workload))
@@ -135,7 +140,7 @@ class Updates:
         )
 
     def ask(self, what: str) -> float:
-        """`time` or `peak` of one more update."""
+        """Run one more update and return its `time` in seconds or its `peak` in bytes."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()

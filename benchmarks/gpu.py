@@ -1,10 +1,10 @@
-"""Speed and memory on one GPU, beside what was predicted; docs/gpu.md.
+"""Measure speed and memory on one GPU next to the predictions, and add a section to docs/gpu.md.
 
     python benchmarks/gpu.py [--minutes 5.5 --repeats 5 --parts "teacher pass" cost]
 
-Random models of the paper's shape; nothing is downloaded. Each line is printed when it is known, the tables at the end;
-a section goes to docs/gpu.md and the figures to docs/gpu.json. What does not fit is a result; what fails is reported,
-the rest is measured, and the exit code is 1. `--tiny` does the same at sizes that a CPU can do too, and keeps nothing.
+Models have the paper's shape and random weights; nothing is downloaded. A line is printed for each measured case, the
+tables at the end; figures go to docs/gpu.json. Running out of memory is a result. A case that fails is reported, the
+others are measured, and the exit code is 1. `--tiny` rehearses at sizes that a CPU can run, and writes no file.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a rehearsal at tiny sizes, on a CPU too")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=5.5, help="after which no case is begun")
+    parser.add_argument("--minutes", type=float, default=5.5, help="start no further case after this time")
     parser.add_argument("--docs", type=Path, help="folder of gpu.md and gpu.json; docs/, and none with --tiny")
     options = parser.parse_args(arguments)
     device = platform.choose_device("auto")
     if device.type != "cuda" and not options.tiny:
         raise UserError("benchmarks/gpu.py needs a CUDA device, and there is none; --tiny rehearses on a CPU")
     machine = find_machine()
-    if device.type == "cpu":  # as if this were an H100, on whatever stands for Transformer Engine
+    if device.type == "cpu":  # rehearse as an H100; Transformer Engine may be a stand-in
         machine = dataclasses.replace(machine, capability=(9, 0), cuda=(13, 0))
     model, blocks, lengths = (TINY, TINY, (128,)) if options.tiny else (PAPER, BLOCKS_OF_7B, LENGTHS)
     cases = [case for case in all_cases(model, blocks, lengths) if case.part in options.parts]
@@ -76,10 +76,10 @@ def main(arguments: list[str] | None = None) -> int:
 def measure_all(
     cases: Sequence[Case], device: torch.device, machine: Machine, repeats: int, minutes: float
 ) -> list[dict[str, Any]]:
-    """The row of each case, printed when it is known; none is begun after so many minutes."""
+    """Measure each case and print its row; start no case after `minutes`."""
     begin, rows = time.monotonic(), []
     gc.collect()
-    gc.freeze()  # what is here already need not be looked through after every case
+    gc.freeze()  # objects from before need not be scanned after every case
     try:
         for case in cases:
             in_time = time.monotonic() - begin < 60 * minutes
@@ -92,7 +92,7 @@ def measure_all(
 
 
 def measure(case: Case, device: torch.device, machine: Machine, repeats: int) -> dict[str, Any]:
-    """The row of a case; what it built is gone afterwards."""
+    """Return the row of a case and free its models."""
     try:
         row = _measure(case, device, machine, repeats)
     except torch.OutOfMemoryError:
@@ -109,14 +109,14 @@ def measure(case: Case, device: torch.device, machine: Machine, repeats: int) ->
 
 def _measure(case: Case, device: torch.device, machine: Machine, repeats: int) -> dict[str, Any]:
     prepared = prepare(case, device, machine)
-    prepared.run()  # makes the optimizer's state, and chooses kernels
+    prepared.run()  # creates the optimizer's state and chooses kernels
     peak = peak_of(prepared.run, device)
     seconds = [seconds_on(prepared.run, device) for _ in range(repeats)]
     return {**not_run(case, ""), "seconds": seconds, "step_peak": peak, "weights": prepared.weights}
 
 
 def seconds_on(run: Update, device: torch.device) -> float:
-    """Of one run, between two events on the device."""
+    """Return the seconds of one run, between two events on the device."""
     if device.type == "cpu":
         return seconds_of(run, device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -128,15 +128,15 @@ def seconds_on(run: Update, device: torch.device) -> float:
 
 
 def not_run(case: Case, note: str) -> dict[str, Any]:
-    """The row of a case without its figures, and why there are none."""
+    """Return a row without figures; `note` says why there are none."""
     facts_of_case = {"part": case.part, "name": case.name, "tokens": sum(sequence_lengths(case.workload))}
     work = {"flops": case.flops, "passes": case.passes, "repeated": case.repeated}
     return {**facts_of_case, **work, "seconds": [], "step_peak": None, "weights": None, "note": note}
 
 
 def expected(case: Case, device: str) -> dict[str, Any]:
-    """What was predicted of a case: seconds by `gpu_flops.py`, the step's peak by docs/cost.json, and the bytes of a
-    teacher's weights by counting them."""
+    """Return the predictions for a case: seconds from `gpu_flops.py`, the step peak from docs/cost.json, a teacher's bytes
+    from its parameter count."""
     gpu = find_gpu(device)
     method = {"cost": case.name, "student update": OPRD}.get(case.part)
     return {
@@ -147,7 +147,7 @@ def expected(case: Case, device: str) -> dict[str, Any]:
 
 
 def predicted_rows() -> list[dict[str, Any]]:
-    """What every case should take on each device of docs/gpu.md."""
+    """Return a row per case with the predicted seconds on each device of docs/gpu.md."""
     return [
         {
             **not_run(case, ""),
@@ -163,7 +163,7 @@ def expected_seconds(case: Case, gpu: Gpu) -> float:
 
 
 def predicted_peak(workload: Workload, method: str) -> int | None:
-    """Of docs/cost.json, which has the paper's model; None for others."""
+    """Return the predicted peak in bytes from docs/cost.json, or None for a model other than the paper's."""
     (tokens,) = sequence_lengths(workload)
     if dataclasses.replace(workload, responses=PAPER.responses) != PAPER:
         return None
@@ -176,7 +176,7 @@ def predicted_peak(workload: Workload, method: str) -> int | None:
 
 
 def teacher_bytes(case: Case) -> int:
-    """Of the weights of a frozen model without LM head: one byte each in FP8, two of the rest and of embedding."""
+    """Return the bytes of a frozen model without LM head: one per FP8 weight, two per other weight."""
     _, settings = TEACHERS[case.name]
     of_blocks = block_weights(case.workload)
     in_fp8 = of_blocks * (1 - case.bf16_blocks / case.workload.layers) if "FP8 weights" in case.name else 0
@@ -189,7 +189,7 @@ def name_of(device: torch.device) -> str:
 
 
 def facts(machine: Machine) -> dict[str, str]:
-    """Versions of what a figure depends on."""
+    """Return the versions of driver, CUDA and packages."""
     ours = {**installed_versions(), "transformer-engine": machine.transformer_engine or "none"}
     if not torch.cuda.is_available():
         return ours

@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu.py` measures: a case builds its models, random, and gives what is to be run again and again."""
+"""Build the cases of `benchmarks/gpu.py`: random models and the function that is timed."""
 
 from __future__ import annotations
 
@@ -32,17 +32,20 @@ Part = Literal["student update", "teacher pass", "blocks, forward and backward",
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table. `passes`: forward passes' worth of the model's work in a run (0: not followed), and
-    `repeated` of what recomputation adds."""
+    """A row of the table.
+
+    `passes` is the work of a run in forward passes (0: operations are not counted), `repeated` the forward passes that
+    recomputation adds.
+    """
 
     part: Part
     name: str
     workload: Workload
-    settings: tuple[str, ...] = ()  # of `precision`
+    settings: tuple[str, ...] = ()  # overrides of the section `precision`
     modules: Modules = "bf16"
     passes: int = 0
     repeated: int = 0
-    trained: int = 0  # parameters that a run steps
+    trained: int = 0  # parameters that the optimizer updates in a run
 
     @property
     def flops(self) -> Flops:
@@ -50,16 +53,16 @@ class Case:
 
     @property
     def bf16_blocks(self) -> int:
-        """Blocks that FP8 leaves out."""
+        """Return the number of blocks that stay in bf16."""
         return 0 if "keep_bf16" in " ".join(self.settings) else min(2, self.workload.layers)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case that is built."""
+    """A built case."""
 
-    run: Update
-    weights: int = 0  # bytes of the frozen model's
+    run: Update  # the function that is timed
+    weights: int = 0  # bytes of the frozen model's weights
 
 
 TE, OWN = "precision.attention=te", "precision.attention=sdpa"
@@ -82,8 +85,8 @@ TEACHERS: dict[str, tuple[Modules, tuple[str, ...]]] = {
 
 
 def all_cases(model: Workload, blocks: Workload, lengths: Iterable[int]) -> list[Case]:
-    """Every case, the most wanted first: the student's update and the teacher's pass of `model`, FP8 against bf16 in
-    `blocks` of another size, and the cost of each method with one sequence of each of `lengths`."""
+    """Return every case, the most important first: student update and teacher pass of `model`, FP8 against bf16 in
+    `blocks` of another size, and each method's cost on one sequence of each of `lengths` tokens."""
     trained = block_weights(model) + model.vocabulary * model.hidden
     cases = [
         Case("student update", name, model, settings, modules, passes=3, repeated=1, trained=trained)
@@ -103,17 +106,22 @@ def all_cases(model: Workload, blocks: Workload, lengths: Iterable[int]) -> list
 
 
 def prepare(case: Case, device: torch.device, machine: Machine) -> Prepared:
-    """Build the case's models. Raises UserError for what the machine cannot do, torch's OutOfMemoryError."""
+    """Build the models of a case.
+
+    Raises:
+        UserError: the machine does not support the case.
+        torch.OutOfMemoryError: the models do not fit.
+    """
     if case.part == "cost":
         return Prepared(megatron_update(case.workload, case.name, device))
     if case.part == "teacher pass":
-        return teacher_reading(Scene.of(case, device, machine))
-    return student_training(Scene.of(case, device, machine), case.part)
+        return teacher_case(Scene.of(case, device, machine))
+    return student_case(Scene.of(case, device, machine), case.part)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What stands around the models of a case."""
+    """Configuration, layout and batch of a case."""
 
     workload: Workload
     config: Config
@@ -125,7 +133,7 @@ class Scene:
 
     @classmethod
     def of(cls, case: Case, device: torch.device, machine: Machine) -> Scene:
-        """Joins the process group of one, where that has not been done."""
+        """Build the scene of a case; start a process group of one process if there is none."""
         workload, spec = case.workload, case.workload.spec
         recompute = "full" if case.repeated else "none"
         config = workload.config(OPRD, f"recompute.granularity={recompute}", *case.settings)
@@ -144,8 +152,8 @@ class Scene:
         return DTYPES[self.config.precision.dtype]
 
 
-def student_training(scene: Scene, part: Part) -> Prepared:
-    """The student's part of an update, against states that are there: its passes, and but for blocks alone its step."""
+def student_case(scene: Scene, part: Part) -> Prepared:
+    """Prepare the student's part of an update on random targets, with or without the optimizer step."""
     config, topology, plan, batches = scene.config, scene.topology, scene.planned.plan, scene.batches
     stage = build_model(
         scene.workload.spec,
@@ -174,7 +182,7 @@ def student_training(scene: Scene, part: Part) -> Prepared:
         accumulate_gradients(student, topology, plan, batches, [tap])
 
     def forward() -> None:
-        read_through(Teacher(lambda: stage, topology, plan, scene.workload.hidden), scene)
+        run_teacher(Teacher(lambda: stage, topology, plan, scene.workload.hidden), scene)
 
     of_part: dict[Part, Update] = {
         "student update": update,
@@ -184,15 +192,15 @@ def student_training(scene: Scene, part: Part) -> Prepared:
     return Prepared(of_part[part])
 
 
-def teacher_reading(scene: Scene) -> Prepared:
-    """The teacher's pass over the micro-batch."""
+def teacher_case(scene: Scene) -> Prepared:
+    """Prepare a teacher pass over the micro-batch."""
     stage = frozen_teacher(scene)
     teacher = Teacher(lambda: stage, scene.topology, scene.planned.plan, scene.workload.hidden)
-    return Prepared(lambda: read_through(teacher, scene), held_bytes(stage))
+    return Prepared(lambda: run_teacher(teacher, scene), held_bytes(stage))
 
 
 def frozen_teacher(scene: Scene) -> torch.nn.ModuleList:
-    """A random teacher as `train` builds it."""
+    """Build a frozen teacher as `train` does, with random weights."""
     precision = scene.precision.teacher
     stage = build_frozen(scene.planned, scene.topology, scene.dtype, precision)
     fill_randomly(stage)
@@ -202,16 +210,19 @@ def frozen_teacher(scene: Scene) -> torch.nn.ModuleList:
     return stage
 
 
-def read_through(teacher: Teacher, scene: Scene) -> None:
+def run_teacher(teacher: Teacher, scene: Scene) -> None:
     targets, _ = teacher_pass([teacher], scene.topology, scene.batches, lambda number: scene.batches)
-    targets.of(0)  # made now
+    targets.of(0)  # a streamed teacher runs here
     for layer in targets.layers:
         targets.take(0, layer)
 
 
 def held_bytes(model: torch.nn.Module, belongs: Callable[[str], bool] = lambda name: True) -> int:
-    """Bytes of the parameters whose names `belongs` says yes to. One of Transformer Engine's in FP8 says that it is of
-    bf16: what it has is its data, a transposed copy if there is one, and scales."""
+    """Return the bytes of the parameters whose names satisfy `belongs`.
+
+    Transformer Engine's FP8 parameters report bf16 as their dtype, so their data, transposed copy and scales are
+    counted.
+    """
     total = 0
     for name, parameter in model.named_parameters():
         if not belongs(name):

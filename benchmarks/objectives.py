@@ -65,7 +65,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run."""
+    """A training run of this benchmark."""
 
     objective: str
     learning_rate: float
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All runs: every learning rate at equal steps, the seconds of a step, then equal time at the best rates."""
+    """Run every learning rate at equal steps, time a step, then run the best learning rates for equal time."""
     work, rates, objectives = options.work, sorted(options.learning_rates), options.objectives
     work.mkdir(parents=True, exist_ok=True)
     before = {seed: make_inputs(work, seed) for seed in options.seeds}
@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for objective in objectives
     ]
     best = {objective: best_rate(equal_steps, objective, rates) for objective in objectives}
-    rounds = min(ROUNDS, options.steps)  # a shortened benchmark times little
+    rounds = min(ROUNDS, options.steps)  # a shortened benchmark also times fewer rounds
     seconds = measure_seconds(work, objectives, options.seeds[0], rounds)
     budget = options.steps * seconds[objectives[0]]["step"]
     steps = {objective: max(1, round(budget / seconds[objective]["step"])) for objective in objectives}
@@ -137,7 +137,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def make_inputs(work: Path, seed: int) -> dict[str, dict[str, float]]:
-    """The pair of a seed and its validation additions, on disk; the accuracies of both models."""
+    """Make the models and validation problems of a seed on disk; return the accuracies of student and teacher."""
     pair = work / f"pair-{seed}"
     alone(work, make_and_convert, pair, seed)
     write_rows(pair / "validation.jsonl", split_additions(seed).validation)
@@ -149,7 +149,7 @@ def make_inputs(work: Path, seed: int) -> dict[str, dict[str, float]]:
 
 
 def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
-    """Train, export, evaluate; the folder of the run goes when its accuracies are known."""
+    """Train, export and evaluate; the run folder is deleted once its accuracies are stored."""
     pair, folder = work / f"pair-{trial.seed}", work / trial.name
 
     def run() -> dict[str, Any]:
@@ -162,7 +162,7 @@ def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
 
 
 def measure_seconds(work: Path, objectives: Sequence[str], seed: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of a step and of its parts: short runs of all objectives in turn, the median step of the quietest one."""
+    """Time a step and its parts: short runs of all objectives in alternation; the median step of the fastest run."""
     found: dict[str, list[dict[str, float]]] = {objective: [] for objective in objectives}
     for number in range(rounds):
         for objective in objectives:
@@ -180,7 +180,7 @@ def measure_seconds(work: Path, objectives: Sequence[str], seed: int, rounds: in
 
 
 def train_student(pair: Path, folder: Path, trial: Trial, *, export: bool) -> None:
-    """One run of the demo's recipe, without evaluations and checkpoints on the way."""
+    """Train with the demo's recipe, without evaluations and checkpoints during training."""
     overrides = [
         *shared_settings(pair, folder, trial.seed),
         f"student.path={pair / 'student-megatron'}",
@@ -198,8 +198,8 @@ def train_student(pair: Path, folder: Path, trial: Trial, *, export: bool) -> No
 
 
 def accuracies(work: Path, pair: Path, model: Path, arguments: Sequence[str]) -> dict[str, float]:
-    """Exact match of a Hugging Face folder: validation greedy, held-out greedy and held-out at temperature 0.7.
-    `arguments`: of `evaluate`, with the recipe."""
+    """Return the exact-match accuracy of a Hugging Face folder on validation (greedy) and held-out problems (greedy and
+    at temperature 0.7). `arguments` are those of `evaluate`, with the recipe."""
     found = {}
     for name, data, temperature in (
         ("validation", "validation", 0.0),
@@ -217,14 +217,14 @@ def accuracies(work: Path, pair: Path, model: Path, arguments: Sequence[str]) ->
 
 
 def accuracy(arguments: Sequence[str]) -> float:
-    """Of the model at `student.path`, one answer to each problem."""
+    """Return the accuracy of the model at `student.path` with one answer per problem."""
     _, recipe, *overrides = arguments
     samples, _ = evaluate_model(load_config(recipe, overrides))
     return score(samples, 1)["avg@1"]
 
 
 def evaluation(pair: Path, seed: int) -> list[str]:
-    """Arguments of `evaluate` on a pair of this benchmark."""
+    """Return the arguments of `evaluate` for a model pair of this benchmark."""
     return ["--config", str(RECIPE), *shared_settings(pair, pair, seed)]
 
 
@@ -234,7 +234,7 @@ def shared_settings(pair: Path, folder: Path, seed: int) -> list[str]:
 
 
 def once(file: Path, make: Callable[[], Any]) -> Any:
-    """What `make` returns; from the file, if it is there."""
+    """Return the result of `make`, read from the file if an earlier run stored it."""
     if not file.exists():
         fresh = file.with_suffix(".new")
         fresh.write_text(json.dumps(make()) + "\n")
@@ -244,7 +244,7 @@ def once(file: Path, make: Callable[[], Any]) -> Any:
 
 
 def alone(work: Path, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a process of its own, so that no run leaves anything to the next; what it prints goes to
+    """Call a function in a fresh process, so that no run changes the state of the next; append its output to
     `log.txt`."""
     with (
         (work / "log.txt").open("a") as file,
@@ -255,7 +255,7 @@ def alone(work: Path, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def best_rate(runs: Sequence[dict[str, Any]], objective: str, rates: Sequence[float]) -> float:
-    """The learning rate with the best mean accuracy on the validation additions; the lowest of equals."""
+    """Return the learning rate with the best mean validation accuracy; of equal ones the lowest."""
     return max(rates, key=lambda rate: statistics.mean(values(runs, "validation", objective, rate)))
 
 

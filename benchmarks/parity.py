@@ -1,10 +1,10 @@
-"""Every layout against one process: loss and gradients of the whole matrix beside the float64 reference.
+"""Compare loss and gradients of every layout with the float64 reference in one process.
 
     python benchmarks/parity.py [--only SUBSTRING --json FILE --markdown FILE]
-    python benchmarks/parity.py --defects     # put mistakes in and list the cells that turn red
+    python benchmarks/parity.py --defects     # plant mistakes and list the cells that turn red
 
-Both write docs/parity.json and docs/parity.md, each its own part; with --only, just the files that are named. The exit
-code is 1 when a case exceeds the tolerance, or when a mistake is not seen where it is felt, or seen elsewhere.
+Both write their part of docs/parity.json and docs/parity.md; with --only, files are written only if they are named. The
+exit code is 1 when a case exceeds the tolerance, or when the red cells of a mistake are not the predicted ones.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ COLUMNS = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument("--defects", action="store_true", help="the covering cells under each mistake instead")
+    parser.add_argument("--defects", action="store_true", help="run the covering cells under each planted mistake")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def run_matrix(cases: Sequence[Case], folder: Path) -> tuple[dict[str, Any], bool]:
-    """The matrix's part of the record, and whether a case failed. Says each case when it is known."""
+    """Run the cases and print each outcome; return their part of the record and True if a case failed."""
     begin = time.perf_counter()
     rows = []
     for outcome in run_cases(cases, References(folder / "models"), folder / "runs"):
@@ -91,7 +91,7 @@ def run_matrix(cases: Sequence[Case], folder: Path) -> tuple[dict[str, Any], boo
 
 
 def run_defects(cases: Sequence[Case], folder: Path) -> tuple[dict[str, Any], bool]:
-    """The mistakes' part of the record, and whether one is not seen where it is felt, or seen elsewhere."""
+    """Run the cases under each mistake; return their part of the record and True if red cells are not the predicted."""
     references = References(folder / "models")
     rows, wrong = [], False
     for number, defect in enumerate(DEFECTS):
@@ -144,7 +144,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """The record as a page."""
+    """Return the page of a record."""
     lines = ["# Parity of layouts", "", listed(record["versions"]), "", MEANING]
     if "cases" in record:
         rows, failed = record["cases"], [row for row in record["cases"] if row["failure"]]

@@ -1,12 +1,12 @@
-"""Tokens per second of the embedded rollout engine against Hugging Face's `generate`, with the same weights.
+"""Compare the embedded rollout engine with Hugging Face's `generate`: tokens per second with the same weights.
 
 Greedy decoding of a random, tied Qwen3 in float32, both sides in turn in one process with the same number of threads;
 each figure is the median over the repeats. Two workloads, each with `batch` rows at a time:
 
-- equal: `batch` prompts of one length, all answers of 256 tokens: no row ever waits for another.
-- mixed: 4 * `batch` prompts of different lengths, answers of 16 to 256 tokens. Hugging Face pads prompts on the left
-  and takes them in batches, each until its longest answer is done (a stopping criterion ends rows one by one, as EOS
-  does); the engine refills the slot of a row that ends.
+- equal: `batch` prompts of one length, all responses of 256 tokens: no row waits for another.
+- mixed: 4 * `batch` prompts of different lengths, responses of 16 to 256 tokens. Hugging Face pads prompts on the left
+  and runs each batch until its longest response is complete (a stopping criterion ends single rows, as EOS does); the
+  engine gives the slot of a finished row to the next prompt.
 
     python benchmarks/rollout.py [--batch 16 64] [--repeats 5] [--json FILE]
 """
@@ -40,7 +40,7 @@ from megatron_oprd.types import Prompt
 
 
 class StopAt(transformers.StoppingCriteria):
-    """BridgeModels row i after `limits[i]` new tokens."""
+    """Stop row i after `limits[i]` new tokens."""
 
     def __init__(self, prompt_tokens: int, limits: torch.Tensor) -> None:
         self.prompt_tokens, self.limits = prompt_tokens, limits
@@ -50,7 +50,7 @@ class StopAt(transformers.StoppingCriteria):
 
 
 def hf_generate(model: torch.nn.Module, prompts: Sequence[Prompt], limits: Sequence[int], batch: int) -> list[tuple]:
-    """Responses, in consecutive batches of left-padded prompts."""
+    """Generate responses in consecutive batches of left-padded prompts."""
     responses = []
     for start in range(0, len(prompts), batch):
         rows, stops = prompts[start : start + batch], limits[start : start + batch]
@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def random_qwen3(layers: int, hidden: int, vocabulary: int) -> torch.nn.Module:
-    """A tied Qwen3 with 8 heads in 4 groups and no EOS."""
+    """Return a random Qwen3 with tied embeddings, 8 heads in 4 groups and no EOS token."""
     config = transformers.Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,

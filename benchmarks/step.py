@@ -1,10 +1,10 @@
-"""What the taps and the loss add to a student update: the same update with and without them, in turn.
+"""Measure the cost of taps and loss: a student update with and without them, in alternation.
 
     python benchmarks/step.py [--hidden 512 --layers 8 --tokens 1024 --repeats 7 --json FILE]
 
-Both sides run the same tokens forward and backward through all layers of the same student (no LM head, no
-language-model loss) and step the optimizer; without the taps, the gradient that arrives is zero. The teacher's states
-are there already on both sides.
+Both sides run forward and backward over the same tokens through all layers of the same student (no LM head, no
+language-model loss) and step the optimizer. Without taps the gradient of the output is zero. The teacher's hidden
+states are computed beforehand on both sides.
 """
 
 from __future__ import annotations

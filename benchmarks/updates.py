@@ -1,9 +1,9 @@
-"""One student update (teacher pass, forward, backward, AdamW) of each method, here and in plain Hugging Face and torch.
+"""Run one student update (teacher pass, forward, backward, AdamW) of a method, by the package or in plain torch.
 
     python benchmarks/updates.py SIDE METHOD WORKLOAD
 
-is a process with one of them: for each line on stdin, `time` or `peak`, it makes an update and prints the seconds that
-it took, or the most bytes that it held beside weights, gradients, optimizer state and teacher.
+SIDE is `megatron_oprd` or `plain torch` (Hugging Face's model). For each line on stdin, `time` or `peak`, the process
+runs an update and prints its seconds, or its peak bytes beside weights, gradients, optimizer state and teacher.
 """
 
 from __future__ import annotations
@@ -58,13 +58,16 @@ METHODS = {
     "full KL": _output("full_kl"),
     "full KL, unchunked": _output("full_kl", "chunk_tokens=null"),
 }
-AUTHORED = "top-16 as authored"  # unchunked, after one more forward pass of the student for its top 16
+AUTHORED = "top-16 as authored"  # unchunked, after an extra forward pass of the student that finds its top 16
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, and the rollouts of an update: `prompt` tokens before each of the `responses`, of which `OPRD, last
-    tokens` reads the last `last`; `chunk` tokens at a time go through a chunked objective."""
+    """A model shape and the rollouts of an update.
+
+    Each response follows a prompt of `prompt` tokens. `OPRD, last tokens` compares the last `last` tokens of a
+    response; chunked objectives process `chunk` tokens at a time.
+    """
 
     layers: int
     hidden: int
@@ -100,7 +103,7 @@ class Workload:
 
     @property
     def head_over_body(self) -> float:
-        """Products of the LM head over those of the blocks' matrices."""
+        """Return the multiplications of the LM head divided by those of all blocks."""
         attention = 2 * self.hidden**2 + 2 * self.hidden * self.groups * (self.hidden // self.heads)
         return self.vocabulary * self.hidden / (self.layers * (attention + 3 * self.hidden * self.ffn))
 
@@ -116,7 +119,7 @@ class Workload:
         ]
 
     def config(self, method: str, *changes: str) -> Config:
-        """Of a method, with full recomputation and all rollouts in one micro-batch; `changes` win."""
+        """Return the configuration of a method, with full recomputation and one micro-batch; `changes` override it."""
         paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
         settings = [
             "rollout.engine=replay",
@@ -132,7 +135,7 @@ class Workload:
 
 
 def megatron_update(workload: Workload, method: str, device: torch.device) -> Update:
-    """The update as `train` makes it, of random models."""
+    """Return an update as `train` runs it, with random weights."""
     config, spec = workload.config(method), workload.spec
     start_process(device)
     topology = build_topology(config.parallel, device, seed=0)
@@ -169,7 +172,7 @@ def _stages(config: Config, spec: ModelSpec, planned: PlannedTeacher, topology: 
 
 @torch.no_grad()
 def fill_randomly(*models: torch.nn.Module) -> None:
-    """Weights for models that are built without any. Copied in: what is held in FP8 takes them in no other way."""
+    """Fill models that were built without weights; FP8 parameters accept values only by `copy_`."""
     torch.manual_seed(0)
     for parameter in (parameter for model in models for parameter in model.parameters()):
         values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
@@ -178,7 +181,7 @@ def fill_randomly(*models: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def _rank_tokens(stage: Stage, batch: PackedBatch) -> None:
-    """The pass in which the authors' student finds its top 16 and its entropy, with the logits of all tokens."""
+    """Run the authors' extra pass: the student's top 16 and entropy from the logits of all tokens."""
     bounds = tuple(batch.cu_seqlens.tolist())
     micro_batch = MicroBatch(
         position_ids=batch.position_ids, lengths=batch.lengths, bounds=bounds, logit_rows=batch.output.selected
@@ -192,8 +195,8 @@ def _top_and_entropy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def torch_update(workload: Workload, method: str, device: torch.device) -> Update:
-    """The same update on Hugging Face's model, as it would be written by hand: rows padded to the longest, the logits
-    of all tokens, gradient checkpointing, torch's AdamW."""
+    """Return the same update written by hand on Hugging Face's model: rows padded to the longest, logits of all tokens,
+    gradient checkpointing, torch's AdamW."""
     student = _hugging_face(workload).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     for parameter in teacher.parameters():
@@ -212,13 +215,13 @@ def torch_update(workload: Workload, method: str, device: torch.device) -> Updat
         responds[row, workload.prompt : length] = 1
         attends[row, :length] = 1
     batch = {"input_ids": tokens.to(device), "attention_mask": attends.to(device)}
-    reads = responds.bool()
+    selected = responds.bool()
     if method == "OPRD, last tokens":
-        reads &= responds.flip(1).cumsum(1).flip(1) <= workload.last
-    reads = reads.to(device)
+        selected &= responds.flip(1).cumsum(1).flip(1) <= workload.last
+    selected = selected.to(device)
 
     def update() -> None:
-        LOSSES_IN_TORCH[method](student, teacher, batch, reads).backward()
+        LOSSES_IN_TORCH[method](student, teacher, batch, selected).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
@@ -242,43 +245,43 @@ def _hugging_face(workload: Workload) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).to(DTYPES[workload.dtype])
 
 
-def _states_loss(student: Any, teacher: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
-    """OPRD of all layers on the tokens [rows, tokens] of `reads`."""
+def _states_loss(student: Any, teacher: Any, batch: dict, selected: torch.Tensor) -> torch.Tensor:
+    """Return the OPRD loss of all layers on the selected tokens, a bool mask [rows, tokens]."""
     with torch.no_grad():
         targets = teacher(**batch, output_hidden_states=True).hidden_states[1:]
     states = student(**batch, output_hidden_states=True).hidden_states[1:]
-    weights = (1 / (reads.sum(1) * len(reads)))[:, None].expand_as(reads)[reads]
+    weights = (1 / (selected.sum(1) * len(selected)))[:, None].expand_as(selected)[selected]
     errors = [
-        (one[reads].float() - target[reads].float()).square().mean(-1)
+        (one[selected].float() - target[selected].float()).square().mean(-1)
         for one, target in zip(states, targets, strict=True)
     ]
     return (torch.stack(errors) * weights).sum(1).mean()
 
 
-def _top_loss(student: Any, teacher: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
-    """The top-16 surrogate as authored."""
+def _top_loss(student: Any, teacher: Any, batch: dict, selected: torch.Tensor) -> torch.Tensor:
+    """Return the top-16 surrogate loss as the authors run it."""
     with torch.no_grad():
-        top, _ = _top_and_entropy(_logits(student, batch, reads))
-        log_q = _log_probs(teacher, batch, reads).gather(1, top)
-    log_p = _log_probs(student, batch, reads).gather(1, top)
+        top, _ = _top_and_entropy(_logits(student, batch, selected))
+        log_q = _log_probs(teacher, batch, selected).gather(1, top)
+    log_p = _log_probs(student, batch, selected).gather(1, top)
     advantages = (log_p.softmax(-1) * (log_p - log_q)).detach()
     return (advantages * log_p).sum(-1).mean()
 
 
-def _full_kl_loss(student: Any, teacher: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
+def _full_kl_loss(student: Any, teacher: Any, batch: dict, selected: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        log_q = _log_probs(teacher, batch, reads)
-    log_p = _log_probs(student, batch, reads)
+        log_q = _log_probs(teacher, batch, selected)
+    log_p = _log_probs(student, batch, selected)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def _log_probs(model: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
-    return _logits(model, batch, reads).float().log_softmax(-1)
+def _log_probs(model: Any, batch: dict, selected: torch.Tensor) -> torch.Tensor:
+    return _logits(model, batch, selected).float().log_softmax(-1)
 
 
-def _logits(model: Any, batch: dict, reads: torch.Tensor) -> torch.Tensor:
-    """[tokens, vocabulary]: those before each token that is read, of the logits of all."""
-    logits: torch.Tensor = model(**batch).logits[reads.roll(-1, 1)]
+def _logits(model: Any, batch: dict, selected: torch.Tensor) -> torch.Tensor:
+    """Return the logits [tokens, vocabulary] one position before each selected token."""
+    logits: torch.Tensor = model(**batch).logits[selected.roll(-1, 1)]
     return logits
 
 
@@ -292,7 +295,7 @@ SIDES = {"megatron_oprd": megatron_update, "plain torch": torch_update}
 
 
 def peak_of(update: Update, device: torch.device) -> int:
-    """Bytes that an update adds at its peak to what is there before it."""
+    """Return the peak bytes of an update above the memory in use before it."""
     gc.collect()
     on_cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if on_cuda else psutil.Process().memory_info().rss
