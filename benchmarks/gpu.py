@@ -135,8 +135,8 @@ def not_run(case: Case, note: str) -> dict[str, Any]:
 
 
 def expected(case: Case, device: str) -> dict[str, Any]:
-    """Return the predictions for a case: seconds from `gpu_flops.py`, the step peak from docs/cost.json, a teacher's bytes
-    from its parameter count."""
+    """Return the predictions for a case: seconds from `gpu_flops.py`, the step peak from docs/cost.json, and the
+    bytes of a teacher from its parameter count."""
     gpu = find_gpu(device)
     method = {"cost": case.name, "student update": OPRD}.get(case.part)
     return {
