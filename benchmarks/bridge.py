@@ -29,7 +29,7 @@ from benchmarks.bridge_page import cosine_plot, put_figures
 from benchmarks.objectives import accuracies, alone, once
 from benchmarks.pages import installed_versions
 from examples.demo.make_bridge_pair import parts_of
-from examples.demo.run import make_unlike
+from examples.demo.pipeline import make_unlike
 from megatron_oprd import train
 from megatron_oprd.bridge import fit
 

@@ -39,7 +39,8 @@ from benchmarks.objectives_page import (
     values,
 )
 from benchmarks.pages import installed_versions
-from examples.demo.run import RECIPE, make_and_convert
+from examples.demo.pipeline import make_and_convert
+from examples.demo.run import RECIPES
 from examples.demo.task import split_additions, write_rows
 from megatron_oprd import train
 from megatron_oprd.config import load_config
@@ -194,7 +195,7 @@ def train_student(pair: Path, folder: Path, trial: Trial, *, export: bool) -> No
         *OBJECTIVES[trial.objective],
     ]
     shutil.rmtree(folder, ignore_errors=True)
-    alone(pair.parent, train.main, ["--config", str(RECIPE), *overrides])
+    alone(pair.parent, train.main, ["--config", str(RECIPES["same_architecture"]), *overrides])
 
 
 def accuracies(work: Path, pair: Path, model: Path, arguments: Sequence[str]) -> dict[str, float]:
@@ -225,7 +226,7 @@ def accuracy(arguments: Sequence[str]) -> float:
 
 def evaluation(pair: Path, seed: int) -> list[str]:
     """Return the arguments of `evaluate` for a model pair of this benchmark."""
-    return ["--config", str(RECIPE), *shared_settings(pair, pair, seed)]
+    return ["--config", str(RECIPES["same_architecture"]), *shared_settings(pair, pair, seed)]
 
 
 def shared_settings(pair: Path, folder: Path, seed: int) -> list[str]:

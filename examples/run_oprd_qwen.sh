@@ -20,6 +20,7 @@ exec "$python" "$root/examples/run_oprd_qwen.sh" "$@"
 ":"""
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,16 +43,15 @@ def use_the_environment():
 
 if __name__ == "__main__":
     use_the_environment()
-    from megatron_oprd import train
-    from megatron_oprd.runtime.cli import run_command
-
     arguments = sys.argv[1:]
-    real = any(argument.startswith(("student.path=", "--config", "--help")) for argument in arguments)
-    if not real:
+    if any(argument.startswith(("student.path=", "--config", "--help")) for argument in arguments):
+        if not any(argument.startswith("--config") for argument in arguments):
+            arguments = ["--config", str(ROOT / "examples" / "qwen_same_family.yaml"), *arguments]
+        sys.argv[1:] = arguments
+        runpy.run_module("megatron_oprd.train", run_name="__main__", alter_sys=True)
+    else:
         from examples.demo.run import run_demo
+        from megatron_oprd.runtime.cli import run_command
 
         run_command(lambda: run_demo(arguments))
-    if not any(argument.startswith("--config") for argument in arguments):
-        arguments = ["--config", str(ROOT / "examples" / "qwen_same_family.yaml"), *arguments]
-    run_command(lambda: train.main(arguments))
 # end of the Python part

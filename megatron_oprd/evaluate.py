@@ -10,8 +10,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.config import Config, load_config
+from megatron_oprd.runtime.cli import check_command_line, command_parser, run_command
+
+PARSER = command_parser("evaluate", "Evaluate the student of a configuration.", override="evaluation.samples=4")
+if __name__ == "__main__":
+    check_command_line(PARSER)  # a mistake is reported before the slow imports
+
+from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer
 from megatron_oprd.evaluation.grading import Sample
@@ -28,17 +34,13 @@ from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.runtime import progress
-from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.runtime.environment import find_machine
 from megatron_oprd.runtime.files import check_writable, write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: sample answers, grade them, print the scores, write `evaluation/` in the run folder."""
-    parser = ArgumentParser(prog="megatron_oprd.evaluate", description="Evaluate the student of a configuration.")
-    parser.add_argument("--config", help="YAML file; the README lists the keys")
-    parser.add_argument("overrides", nargs="*", help="dotted keys that win over the file, like evaluation.samples=4")
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     config = load_config(options.config, options.overrides)
     check_writable(config.train.run_dir)
     folder = Path(config.train.run_dir) / "evaluation"  # not the run's own: that may be training meanwhile

@@ -13,12 +13,22 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_oprd.config import Config, load_config
+from megatron_oprd.runtime.cli import check_command_line, command_parser, run_command
+
+PARSER = command_parser(
+    "fp8_error",
+    "Measure what precision.teacher_fp8 does to a teacher's states.",
+    override="rollout.prompts_per_step=4",
+    config="YAML file of a training run whose teacher is in FP8",
+)
+if __name__ == "__main__":
+    check_command_line(PARSER)  # a mistake is reported before the slow imports
+
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
 from megatron_oprd.launch.assemble import build_models, build_teacher
 from megatron_oprd.launch.inputs import Inputs, read_inputs
 from megatron_oprd.parallel.rank_zero import on_rank_zero
-from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.runtime.files import explain_os_errors, write_json
 from megatron_oprd.training.fp8_error import LayerError, measure_error
 from megatron_oprd.training.global_batch import share_rollouts
@@ -30,14 +40,7 @@ FILE = "fp8_error.json"
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: rollouts of a first step, the teacher's states on them at both precisions, a table and a file."""
-    parser = ArgumentParser(
-        prog="megatron_oprd.fp8_error", description="Measure what precision.teacher_fp8 does to a teacher's states."
-    )
-    parser.add_argument("--config", help="YAML file of a training run whose teacher is in FP8")
-    parser.add_argument(
-        "overrides", nargs="*", help="dotted keys that win over the file, like rollout.prompts_per_step=4"
-    )
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     inputs = read_inputs(measuring_config(load_config(options.config, options.overrides)))
     errors = measure(inputs)
 

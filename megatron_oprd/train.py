@@ -10,9 +10,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_oprd.config import Config, load_config
+from megatron_oprd.runtime.cli import check_command_line, command_parser, run_command
+
+STOPPED = 3  # the exit code of a run that the health watch ended
+PARSER = command_parser("train", "On-policy representation distillation (OPRD).", override="parallel.tensor=2")
+PARSER.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, then stop")
+PARSER.epilog = (
+    f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1) ended it and the same command goes on, 1 for a "
+    f"failure, 2 for a mistake in what was given, {STOPPED} where health.stop=true ended the training."
+)
+if __name__ == "__main__":
+    check_command_line(PARSER)  # a mistake is reported before the slow imports
+
 from megatron_oprd.checkpoint import training_state
 from megatron_oprd.checkpoint.saver import Saver
-from megatron_oprd.config import Config, load_config
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
@@ -29,7 +41,6 @@ from megatron_oprd.planning.dry_run import Plan, describe_run
 from megatron_oprd.resilience import signals, straggler
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.runtime import platform, progress
-from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.overlap import wait_for_gather
@@ -38,8 +49,6 @@ from megatron_oprd.training.state import TrainState, due
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import PassReport, batches_of_teachers, teacher_pass
 from megatron_oprd.types import Rollout
-
-STOPPED = 3  # the exit code of a run that the health watch ended
 
 
 @dataclass(frozen=True)
@@ -53,16 +62,7 @@ class Stop:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: configuration, checks, models, training, export, report."""
-    parser = ArgumentParser(
-        prog="megatron_oprd.train",
-        description="On-policy representation distillation (OPRD).",
-        epilog=f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1) ended it and the same command goes on, 1 for a "
-        f"failure, 2 for a mistake in what was given, {STOPPED} where health.stop=true ended the training.",
-    )
-    parser.add_argument("--config", help="YAML file; the README lists the keys")
-    parser.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, then stop")
-    parser.add_argument("overrides", nargs="*", help="dotted keys that win over the file, like parallel.tensor=2")
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     inputs = read_inputs(load_config(options.config, options.overrides), dry_run=options.dry_run)
     if options.dry_run:
         plan = Plan(inputs.config, inputs.student, inputs.teachers, inputs.lengths, inputs.world, inputs.bridge_rank)

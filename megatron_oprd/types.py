@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # importing torch takes seconds, and commands check their arguments before they need it
+    import torch
 
 FinishReason = Literal["eos", "length", "replay"]
 

@@ -9,6 +9,18 @@ import hashlib
 import math
 from pathlib import Path
 
+from megatron_oprd.config import Config, HealthConfig, OutputConfig, load_config
+from megatron_oprd.runtime.cli import check_command_line, command_parser, run_command
+
+PARSER = command_parser(
+    "bridge.fit",
+    "Fit the bridge between a student and an unlike teacher.",
+    override="bridge.ranks=[4,8]",
+    config="YAML file; `bridge`, `rollout`, `data` and `loss.representation` are read",
+)
+if __name__ == "__main__":
+    check_command_line(PARSER)  # a mistake is reported before the slow imports
+
 from megatron_oprd.bridge.fitting.procedure import (
     Fitting,
     fit_adamw,
@@ -25,14 +37,12 @@ from megatron_oprd.bridge.fitting.results import print_results, write_results
 from megatron_oprd.bridge.fitting.rollouts import StoredRollouts
 from megatron_oprd.bridge.fitting.solve import check_ranks
 from megatron_oprd.bridge.record import Origin
-from megatron_oprd.config import Config, HealthConfig, OutputConfig, load_config
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.launch.assemble import build_models
 from megatron_oprd.launch.inputs import Inputs, read_inputs
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.runtime import progress
-from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.runtime.files import explain_os_errors, write_json
 from megatron_oprd.types import UserError
 
@@ -42,12 +52,7 @@ WHICH_STATES = {"layers", "pairs", "positions", "k", "shift", "final_norm"}  # k
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: rollouts of the student, moments of both models' states on them, maps, their cosines, files."""
-    parser = ArgumentParser(
-        prog="megatron_oprd.bridge.fit", description="Fit the bridge between a student and an unlike teacher."
-    )
-    parser.add_argument("--config", help="YAML file; `bridge`, `rollout`, `data` and `loss.representation` are read")
-    parser.add_argument("overrides", nargs="*", help="dotted keys that win over the file, like bridge.ranks=[4,8]")
-    options = parser.parse_args(arguments)
+    options = PARSER.parse_args(arguments)
     inputs = read_inputs(fitting_config(load_config(options.config, options.overrides)), fitting=True)
     check(inputs)
     with guarded(inputs.config.watchdog, inputs.run_dir):

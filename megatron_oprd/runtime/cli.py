@@ -1,37 +1,87 @@
-"""What every command does with bad input: one line on stderr, exit code 2, no traceback."""
+"""The command line of every command. A mistake of the user is one line on stderr with exit code 2, no traceback.
+
+A command checks its arguments and its configuration before it imports torch and Megatron-Core, so nothing here may
+import them.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
+from megatron_oprd.config import load_config
 from megatron_oprd.runtime.files import DISK_ERRORS
 from megatron_oprd.types import UserError
 
+CONFIG_HELP = "YAML file; the README lists the keys"
+
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse whose mistakes are a UserError: one line, like every other mistake in the user's input."""
+    """argparse.ArgumentParser that raises UserError for a wrong argument."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
 
 
 class RankFailed(Exception):
-    """One rank of several has failed, which is said and on record: its process ends at once. Python's own end would
-    wait for process groups that wait for a rank that is gone."""
+    """A rank of several has failed, the failure is reported and recorded, and this process has to end at once.
+
+    A normal exit of Python would wait for process groups that wait for the failed rank.
+    """
+
+
+def command_parser(name: str, description: str, *, override: str, config: str = CONFIG_HELP) -> ArgumentParser:
+    """Build the parser of `python -m megatron_oprd.<name> --config F [a.b=1 ...]`.
+
+    `override` is the example of an override in the help text, `config` the help text of `--config`.
+    """
+    parser = ArgumentParser(prog=f"megatron_oprd.{name}", description=description)
+    parser.add_argument("--config", help=config)
+    parser.add_argument("overrides", nargs="*", help=f"dotted keys that win over the file, like {override}")
+    return parser
+
+
+def check_command_line(parser: ArgumentParser) -> None:
+    """Check the arguments and the configuration of this process, then print that the program is loading.
+
+    A command calls this function before it imports torch and Megatron-Core, so that `--help` and a wrong key are
+    answered within a second. Exits with code 2 on a mistake.
+
+    Args:
+        parser: what `command_parser` returned.
+    """
+    with exit_on_mistake():
+        options = parser.parse_args()
+        load_config(options.config, options.overrides)
+    announce_loading()
+
+
+def announce_loading() -> None:
+    """Print on rank 0 that the slow imports begin."""
+    if _is_rank_zero():
+        print("loading PyTorch and Megatron-Core ...", flush=True)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Exit with what `main` returns (None is 0), with 130 when interrupted, with 1 for RankFailed.
+    """Run `main` and exit with its return value (None is 0), or as `exit_on_mistake` does if it raises."""
+    with exit_on_mistake():
+        code = main() or 0
+    sys.exit(code)
 
-    A UserError and a disk error (full, read-only, forbidden) become one `error: ...` line on stderr, printed by rank 0
-    only in a group of processes, and exit code 2.
+
+@contextmanager
+def exit_on_mistake() -> Iterator[None]:
+    """Exit with code 2 on a mistake of the user, with 130 on an interrupt and with 1 on RankFailed.
+
+    A UserError and a disk error (full, read-only, forbidden) become one `error: ...` line on stderr. In a group of
+    processes only rank 0 prints the line. Any other exception keeps its traceback.
     """
     try:
-        code = main() or 0
+        yield
     except UserError as error:
         code = _report(str(error))
     except RankFailed:
@@ -44,11 +94,17 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = _report(f"{error.filename or 'disk'}: {error.strerror}")
     except KeyboardInterrupt:
         code = 130
+    else:
+        return
     sys.exit(code)
 
 
 def _report(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if _is_rank_zero():
         sys.stdout.flush()
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _is_rank_zero() -> bool:
+    return os.environ.get("RANK", "0") == "0"

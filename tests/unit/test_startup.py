@@ -1,0 +1,86 @@
+"""Commands answer `--help` and report mistakes before they import torch, Megatron-Core or transformers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = ("train", "evaluate", "fp8_error", "bridge.fit")
+TOOLS = ("hf_to_megatron.py", "megatron_to_hf.py", "verify.py")
+EXAMPLE = ROOT / "examples" / "run_oprd_qwen.sh"
+REQUIRED = ("student.path=s", "teacher.path=t", "data.prompts=[p]", "train.run_dir=r")
+# Run a command as `python -m MODULE` or `python FILE` does, then print which slow packages it has imported.
+RUN = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+command = sys.argv[0]
+try:
+    if "/" in command:
+        sys.path.insert(0, command.rpartition("/")[0])
+        runpy.run_path(command, run_name="__main__")
+    else:
+        runpy.run_module(command, run_name="__main__", alter_sys=True)
+finally:
+    slow = ("torch", "megatron.core", "transformers", "datasets", "pandas", "pyarrow", "sympy", "scipy")
+    print("imported:", *(name for name in slow if name in sys.modules))
+"""
+
+
+def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", RUN, command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+COMMANDS = [f"megatron_oprd.{name}" for name in MODULES]
+FILES = [str(ROOT / "tools" / "checkpoint_convert" / name) for name in TOOLS]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *FILES, str(EXAMPLE)])
+def test_help_imports_nothing_slow(command):
+    result = run(command, "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("usage: ") and result.stdout.endswith("imported:\n")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, str(EXAMPLE)])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parallel.tensr=2", "error: unknown key parallel.tensr (did you mean parallel.tensor?)\n"),
+        ("parallel.tensor=two", "error: parallel.tensor='two': Input should be a valid integer\n"),
+    ],
+)
+def test_a_wrong_override_is_reported_before_the_slow_imports(command, override, message):
+    result = run(command, *REQUIRED[1:], override, *([] if command == str(EXAMPLE) else REQUIRED[:1]))
+    assert (result.returncode, result.stderr, result.stdout) == (2, message, "imported:\n")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, str(EXAMPLE)])
+def test_a_misspelt_key_in_a_file_is_reported_before_the_slow_imports(command, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("student: {path: s}\nteacher: {pth: t}\ndata: {prompts: [p]}\ntrain: {run_dir: r}\n")
+    result = run(command, "--config", str(path))
+    assert (result.returncode, result.stdout) == (2, "imported:\n")
+    assert "unknown key teacher.pth (did you mean teacher.path?)" in result.stderr
+
+
+@pytest.mark.parametrize("command", FILES)
+def test_a_wrong_option_of_a_tool_is_reported_before_the_slow_imports(command):
+    result = run(command, "--hg", "DIR")
+    assert (result.returncode, result.stdout) == (2, "imported:\n")
+    assert result.stderr.startswith("error: ")
+
+
+def test_an_unknown_demo_is_reported_before_the_slow_imports():
+    result = run(str(EXAMPLE), "demo=other")
+    assert (result.returncode, result.stdout) == (2, "imported:\n")
+    assert result.stderr == "error: demo=other: there are same_architecture, cross_architecture, cross_tokenizer\n"
+
+
+def test_loading_is_announced_once_the_configuration_is_right():
+    result = run("megatron_oprd.train", *REQUIRED)
+    assert result.stdout.startswith("loading PyTorch and Megatron-Core ...\n")
+    assert result.returncode == 2 and result.stderr.endswith("error: s is not a folder with a Hugging Face model\n")
