@@ -5,6 +5,7 @@ torchrun -m megatron_oprd.bridge.fit --config F [a.b=1 ...]
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from pathlib import Path
@@ -36,6 +37,7 @@ from megatron_oprd.bridge.fitting.procedure import (
 from megatron_oprd.bridge.fitting.results import print_results, write_results
 from megatron_oprd.bridge.fitting.rollouts import StoredRollouts
 from megatron_oprd.bridge.fitting.solve import check_ranks
+from megatron_oprd.bridge.origin import with_weight_hashes
 from megatron_oprd.bridge.record import Origin
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.launch.assemble import build_models
@@ -110,10 +112,11 @@ def fit(fitting: Fitting) -> None:
     by_adamw = fitting.config.bridge.method == "adamw"
     mine = fit_adamw(fitting, stored, readers, moments) if by_adamw else fit_closed_form(fitting, readers, moments)
     fits = with_one_teacher_map(merged(mine))
-    cosines, tally = measure(fitting, stored, readers, fits)
+    cosines, counts, coverage = measure(fitting, stored, readers, fits)
+    origin = dataclasses.replace(origin, counts=counts, coverage=coverage)
 
     def write() -> None:
-        write_results(folder, fits, cosines, tally, origin)
+        write_results(folder, fits, cosines, origin)
         print_results(folder, fits, cosines)
 
     on_rank_zero(write)
@@ -123,8 +126,8 @@ def open_folder(fitting: Fitting) -> Origin:
     """Make the folder of the fit, or find in it what was asked for before. Raises UserError when that was something
     else. One rank calls it."""
     folder, config = fitting.folder, fitting.config
-    assert fitting.inputs.ends is not None  # a fit has a bridge in mind
-    origin = fitting.inputs.ends.origin()
+    assert fitting.inputs.bridge_origin is not None  # read_inputs(fitting=True) sets it
+    origin = with_weight_hashes(fitting.inputs.bridge_origin)
     asked = {
         "student": [origin.student.hash, origin.student.tokenizer],
         "teacher": [origin.teacher.hash, origin.teacher.tokenizer],

@@ -1,74 +1,133 @@
-"""What a configuration says of a bridge's origin: a fit writes it down, a run holds its bridge against it."""
+"""Check that a bridge belongs to a configuration: same models, tokenizers, token positions and layer pairs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
 
 from megatron_oprd import __version__
-from megatron_oprd.bridge.record import Bridge, Counts, ModelOrigin, Origin, Positions
-from megatron_oprd.bridge.store import check_bridge, read_bridge
+from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, Positions
+from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.checkpoint.weights import content_hash
-from megatron_oprd.config import Config
+from megatron_oprd.config import MAKE_A_BRIDGE, Config
 from megatron_oprd.models.layer_plan import PlannedTeacher
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import LayerPair, ModelSpec, UserError
 
 
-@dataclass(frozen=True)
-class BridgeModels:
-    """The two models that a bridge joins, as a run has them. `tokenizers`: hashes of those whose ids student and
-    teacher read, None where no folder has one."""
+def expected_origin(
+    config: Config, student: ModelSpec, teacher: PlannedTeacher, tokenizers: tuple[str | None, str | None]
+) -> Origin:
+    """Return the origin of a bridge that is fitted for this configuration.
 
-    config: Config
-    student: ModelSpec
-    teacher: PlannedTeacher
-    tokenizers: tuple[str | None, str | None]
+    The hashes of the weights, counts and coverage are None: `with_weight_hashes` adds the hashes, a fit adds the rest.
 
-    def read(self) -> Bridge:
-        """The bridge of the configuration, restricted to the pairs of the run. What needs the weights themselves is not
-        checked: see `check_hashes`. Raises UserError; no communication."""
-        path = self.config.loss.representation.bridge
-        assert path is not None  # whoever reads one names it
-        bridge = self._check(read_bridge(path), path, *self._models(with_hashes=False))
-        if bridge.rank == 1 and self.config.loss.representation.normalize == "l2":
+    Args:
+        tokenizers: `tokenizer_hash` of the student's and of the teacher's tokenizer; None for a model without one.
+    """
+    (student_tokenizer, teacher_tokenizer), term = tokenizers, config.loss.representation
+    teacher_spec = teacher.spec
+    return Origin(
+        ModelOrigin(config.student.path, None, student.num_layers, student.hidden_size, student_tokenizer),
+        ModelOrigin(teacher.config.path, None, teacher_spec.num_layers, teacher_spec.hidden_size, teacher_tokenizer),
+        Positions(term.positions, term.k, term.shift, term.final_norm),
+        counts=None,
+        method=config.bridge.method,
+        coverage=None,
+        seed=config.train.seed,
+        version=__version__,
+    )
+
+
+def with_weight_hashes(origin: Origin) -> Origin:
+    """Return `origin` with the hash of each model's weights. Reads all weights: call it on one rank."""
+    student, teacher = (
+        dataclasses.replace(model, hash=content_hash(str(model.path))) for model in (origin.student, origin.teacher)
+    )
+    return dataclasses.replace(origin, student=student, teacher=teacher)
+
+
+def load_bridge(config: Config, pairs: Sequence[LayerPair], expected: Origin) -> Bridge:
+    """Read `loss.representation.bridge` and return its maps for `pairs`. No communication.
+
+    Weights are not compared here, because that reads all of them: see `check_bridge_weights`.
+
+    Raises:
+        UserError: the file cannot be read or does not belong to the configuration.
+    """
+    term = config.loss.representation
+    assert term.bridge is not None  # a caller checks it
+    bridge = check_bridge(read_bridge(term.bridge), term.bridge, pairs, expected)
+    if bridge.rank == 1 and term.normalize == "l2":
+        raise UserError(
+            f"{term.bridge} has rank 1, and loss.representation.normalize=l2 leaves of one number its sign alone, "
+            "without a gradient; use a bridge of a higher rank, or normalize=none"
+        )
+    return bridge
+
+
+def check_bridge_weights(bridge: Bridge, config: Config, expected: Origin) -> None:
+    """Raise UserError if the bridge was fitted on other weights. Reads all weights: call it on one rank."""
+    path = config.loss.representation.bridge
+    check_bridge(bridge, str(path), tuple(bridge.maps), with_weight_hashes(expected))
+
+
+def check_bridge(bridge: Bridge, path: str, pairs: Sequence[LayerPair], expected: Origin) -> Bridge:
+    """Return the bridge restricted to `pairs`, in their order. No communication.
+
+    Properties that are None in `bridge.origin` or in `expected` are not compared: see `unrecorded_properties`.
+
+    Raises:
+        UserError: a model, a tokenizer or the token positions differ, or a pair is missing. Names `path` and the first
+            difference.
+    """
+    origin = bridge.origin
+    for model, fitted, run in (
+        ("student", origin.student, expected.student),
+        ("teacher", origin.teacher, expected.teacher),
+    ):
+        for name in ("num_layers", "hidden_size", "hash", "tokenizer"):
+            before, now = getattr(fitted, name), getattr(run, name)
+            if before is not None and now is not None and before != now:
+                raise UserError(
+                    f"{path} was fitted for another {model} ({fitted.path or 'of unknown path'}, {name} "
+                    f"{_shortened(before)}) than {run.path} ({name} {_shortened(now)}); {MAKE_A_BRIDGE} for this one"
+                )
+    if origin.positions not in (None, expected.positions):
+        for name, before in dataclasses.asdict(origin.positions).items():
+            now = getattr(expected.positions, name)
+            if before != now:
+                key = "positions" if name == "mode" else name
+                raise UserError(
+                    f"{path} was fitted with {key}={json.dumps(before)}, the run has loss.representation.{key}="
+                    f"{json.dumps(now)}; set it to that or {MAKE_A_BRIDGE}"
+                )
+    for pair in pairs:
+        if pair not in bridge.maps:
             raise UserError(
-                f"{path} has rank 1, and loss.representation.normalize=l2 leaves of one number its sign alone, without "
-                "a gradient; use a bridge of a higher rank, or normalize=none"
+                f"{path} has no maps for student layer {pair.student} and teacher layer {pair.teacher}; "
+                f"{MAKE_A_BRIDGE} for the layers of this run"
             )
-        return bridge
+    return dataclasses.replace(
+        bridge,
+        maps={pair: bridge.maps[pair] for pair in pairs},
+        statistics={pair: bridge.statistics[pair] for pair in pairs if pair in bridge.statistics},
+    )
 
-    def check_hashes(self, bridge: Bridge) -> None:
-        """Raise UserError for a bridge of other weights. Reads all weights: let one rank call it."""
-        self._check(bridge, str(self.config.loss.representation.bridge), *self._models(with_hashes=True))
 
-    def origin(self) -> Origin:
-        """What a fit on `bridge.prompts` prompts writes down before it has read any. Reads all weights."""
-        config = self.config
-        prompts = config.train.steps * config.rollout.prompts_per_step
-        return Origin(
-            *self._models(with_hashes=True),
-            self._positions(),
-            Counts(prompts, sequences=0, tokens=0, held_out_tokens=0),
-            method=config.bridge.method,
-            coverage=None,
-            seed=config.train.seed,
-            version=__version__,
-        )
+def unrecorded_properties(bridge: Bridge) -> list[str]:
+    """Return the properties that `check_bridge` cannot compare because the bridge file does not contain them."""
+    names = {"hash": "weights", "num_layers": "number of layers", "tokenizer": "tokenizer"}
+    origin = bridge.origin
+    missing = [
+        f"the {title}'s {words}"
+        for title, model in (("student", origin.student), ("teacher", origin.teacher))
+        for name, words in names.items()
+        if getattr(model, name) is None
+    ]
+    return missing + (["the positions"] if origin.positions is None else [])
 
-    def _check(self, bridge: Bridge, path: str, student: ModelOrigin, teacher: ModelOrigin) -> Bridge:
-        pairs, positions = self.teacher.plan.pairs, self._positions()
-        return check_bridge(bridge, path, pairs=pairs, student=student, teacher=teacher, positions=positions)
 
-    def _models(self, *, with_hashes: bool) -> tuple[ModelOrigin, ModelOrigin]:
-        models = (
-            (self.config.student.path, self.student, self.tokenizers[0]),
-            (self.teacher.config.path, self.teacher.spec, self.tokenizers[1]),
-        )
-        student, teacher = (
-            ModelOrigin(path, content_hash(path) if with_hashes else None, spec.num_layers, spec.hidden_size, tokenizer)
-            for path, spec, tokenizer in models
-        )
-        return student, teacher
-
-    def _positions(self) -> Positions:
-        term = self.config.loss.representation
-        return Positions(term.positions, term.k, term.shift, term.final_norm)
+def _shortened(value: Any) -> Any:
+    return value[:19] if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""The bridge file: a folder with `bridge.json` and `bridge.safetensors`, checked before anything uses it."""
+"""Read and write bridge files: a folder with `bridge.json` and `bridge.safetensors`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_oprd.bridge.ps_bank import read_ps_bank
-from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, PairStatistics, Positions
+from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, PairStatistics
 from megatron_oprd.config import MAKE_A_BRIDGE
 from megatron_oprd.runtime.files import write_folder, write_json
 from megatron_oprd.types import LayerPair, PairBridge, UserError
 
 DOCUMENT, TENSORS = "bridge.json", "bridge.safetensors"
 FORMAT = 1
-_ORTHONORMAL = 1e-3  # how far P_T P_T^T may be from the identity
+_ORTHONORMAL = 1e-3  # largest entry of |P_T P_T^T - I| that is accepted
 
 
 @dataclass(frozen=True)
 class _Pair:
+    """An entry of the list `pairs` of bridge.json."""
+
     student: int
     teacher: int
     statistics: PairStatistics | None
@@ -34,7 +36,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Document:
-    """`bridge.json`, beside its number of the format."""
+    """The content of bridge.json, without the key `format`."""
 
     __pydantic_config__ = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -44,10 +46,10 @@ class _Document:
 
 
 def write_bridge(folder: str | Path, bridge: Bridge) -> None:
-    """Write a bridge into a new folder, whole or not at all. No communication.
+    """Write a bridge into a new folder, completely or not at all. No communication.
 
-    Raises UserError for a folder that holds something, a disk that does not take it and a bridge that `read_bridge`
-    would not take.
+    Raises:
+        UserError: the folder is not empty, the disk cannot be written, or `read_bridge` would reject the bridge.
     """
     _check_maps(folder, bridge)
     pairs = tuple(_Pair(pair.student, pair.teacher, bridge.statistics.get(pair)) for pair in bridge.maps)
@@ -63,81 +65,28 @@ def write_bridge(folder: str | Path, bridge: Bridge) -> None:
 
 
 def read_bridge(path: str | Path) -> Bridge:
-    """The bridge of a folder that `write_bridge` wrote, or of the authors' `ps_bank.pt`; maps on the CPU.
+    """Read a folder written by `write_bridge`, or a `ps_bank.pt` of the paper's authors. No communication.
 
-    Raises UserError, one line that names the file and what is wrong with it. No communication.
+    Returns:
+        The bridge, with its maps on the CPU.
+
+    Raises:
+        UserError: a file is missing, damaged or inconsistent. One line that names the file.
     """
     path = Path(path)
     if path.suffix == ".pt":
-        bridge = _of_ps_bank(path, read_ps_bank(path))
+        bridge = _from_ps_bank(path, read_ps_bank(path))
     else:
         document = _read_document(path)
         pairs = {LayerPair(pair.student, pair.teacher): pair.statistics for pair in document.pairs}
-        statistics = {pair: one for pair, one in pairs.items() if one is not None}
+        statistics = {pair: values for pair, values in pairs.items() if values is not None}
         bridge = Bridge(document.rank, _read_maps(path / TENSORS, tuple(pairs)), statistics, document.origin)
         path = path / TENSORS
     _check_maps(path, bridge)
     return bridge
 
 
-def check_bridge(
-    bridge: Bridge,
-    path: str | Path,
-    *,
-    pairs: Sequence[LayerPair],
-    student: ModelOrigin,
-    teacher: ModelOrigin,
-    positions: Positions,
-) -> Bridge:
-    """The bridge restricted to `pairs`, in their order, after holding it against the models and positions of a run.
-
-    What either side does not know is not compared: see `unchecked`. Raises UserError that names `path`, the first
-    thing that differs, or the first pair that is missing. No communication.
-    """
-    for model, then, now in (("student", bridge.origin.student, student), ("teacher", bridge.origin.teacher, teacher)):
-        for name in ("num_layers", "hidden_size", "hash", "tokenizer"):
-            fitted, asked = getattr(then, name), getattr(now, name)
-            if fitted is not None and asked is not None and fitted != asked:
-                raise UserError(
-                    f"{path} was fitted for another {model} ({then.path or 'of unknown path'}, {name} "
-                    f"{_short(fitted)}) than {now.path} ({name} {_short(asked)}); {MAKE_A_BRIDGE} for this one"
-                )
-    if bridge.origin.positions not in (None, positions):
-        for name, fitted in dataclasses.asdict(bridge.origin.positions).items():
-            asked = getattr(positions, name)
-            if fitted != asked:
-                key = {"mode": "positions"}.get(name, name)
-                raise UserError(
-                    f"{path} was fitted with {key}={json.dumps(fitted)}, the run has loss.representation.{key}="
-                    f"{json.dumps(asked)}; set it to that or {MAKE_A_BRIDGE}"
-                )
-    for pair in pairs:
-        if pair not in bridge.maps:
-            raise UserError(
-                f"{path} has no maps for student layer {pair.student} and teacher layer {pair.teacher}; "
-                f"{MAKE_A_BRIDGE} for the layers of this run"
-            )
-    return dataclasses.replace(
-        bridge,
-        maps={pair: bridge.maps[pair] for pair in pairs},
-        statistics={pair: bridge.statistics[pair] for pair in pairs if pair in bridge.statistics},
-    )
-
-
-def unchecked(bridge: Bridge) -> list[str]:
-    """What `check_bridge` cannot hold against a run because the file does not say it, in words."""
-    names = {"hash": "weights", "num_layers": "number of layers", "tokenizer": "tokenizer"}
-    origin = bridge.origin
-    missing = [
-        f"the {model}'s {words}"
-        for model, one in (("student", origin.student), ("teacher", origin.teacher))
-        for name, words in names.items()
-        if getattr(one, name) is None
-    ]
-    return missing + (["the positions"] if origin.positions is None else [])
-
-
-def _of_ps_bank(path: Path, maps: dict[LayerPair, PairBridge]) -> Bridge:
+def _from_ps_bank(path: Path, maps: dict[LayerPair, PairBridge]) -> Bridge:
     first = next(iter(maps.values()), None)
     if first is None or first.student_map.ndim != 2 or first.teacher_map.ndim != 2:
         raise UserError(f"{path} holds no pair of layers with two matrices")
@@ -188,7 +137,7 @@ def _read_maps(path: Path, pairs: Sequence[LayerPair]) -> dict[LayerPair, PairBr
 
 
 def _check_maps(path: str | Path, bridge: Bridge) -> None:
-    """Raise UserError for maps that no fit can have made."""
+    """Raise UserError for maps of a wrong shape, dtype or layer, and for teacher maps without orthonormal rows."""
     if bridge.rank < 1 or not bridge.maps:
         raise UserError(f"{path} has rank {bridge.rank} and {len(bridge.maps)} pairs of layers; both must be 1 or more")
     widths = {"student": bridge.origin.student.hidden_size, "teacher": bridge.origin.teacher.hidden_size}
@@ -197,7 +146,7 @@ def _check_maps(path: str | Path, bridge: Bridge) -> None:
         "teacher_map": (bridge.rank, widths["teacher"]),
         "teacher_mean": (widths["teacher"],),
     }
-    seen: dict[int, tuple[LayerPair, PairBridge]] = {}
+    first_of_layer: dict[int, tuple[LayerPair, PairBridge]] = {}  # by teacher layer
     for pair, maps in bridge.maps.items():
         for name, shape in shapes.items():
             tensor, where = getattr(maps, name), f"{path}: {_prefix(pair)}.{name}"
@@ -214,7 +163,7 @@ def _check_maps(path: str | Path, bridge: Bridge) -> None:
         deviation = maps.teacher_map @ maps.teacher_map.T - torch.eye(bridge.rank).to(maps.teacher_map)
         if deviation.abs().max() > _ORTHONORMAL:
             raise UserError(f"{path}: the rows of {_prefix(pair)}.teacher_map are not orthonormal")
-        other, first = seen.setdefault(pair.teacher, (pair, maps))
+        other, first = first_of_layer.setdefault(pair.teacher, (pair, maps))
         if not all(torch.equal(getattr(first, name), getattr(maps, name)) for name in ("teacher_map", "teacher_mean")):
             raise UserError(
                 f"{path}: {_prefix(other)} and {_prefix(pair)} share a teacher layer but not its map and mean"
@@ -223,7 +172,3 @@ def _check_maps(path: str | Path, bridge: Bridge) -> None:
 
 def _prefix(pair: LayerPair) -> str:
     return f"student_{pair.student}.teacher_{pair.teacher}"
-
-
-def _short(value: Any) -> Any:
-    return value[:19] if isinstance(value, str) else value

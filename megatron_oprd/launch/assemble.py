@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_oprd.bridge.origin import check_bridge_weights
 from megatron_oprd.checkpoint.weights import content_hash, load_lm_head, load_weights
 from megatron_oprd.config import Config, EvaluationConfig, ParallelConfig, RolloutConfig
 from megatron_oprd.launch.inputs import Inputs
@@ -98,8 +99,8 @@ def build_models(inputs: Inputs) -> Models:
 
 def _check_bridge(inputs: Inputs) -> None:
     """Raise UserError for a bridge of other weights, before any are loaded. One rank calls it."""
-    if inputs.bridge is not None and inputs.ends is not None:
-        inputs.ends.check_hashes(inputs.bridge)
+    if inputs.bridge is not None and inputs.bridge_origin is not None:
+        check_bridge_weights(inputs.bridge, inputs.config, inputs.bridge_origin)
 
 
 def _distinct(layouts: list[ParallelConfig | None]) -> list[ParallelConfig]:

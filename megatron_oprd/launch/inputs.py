@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.bridge.origin import BridgeModels
-from megatron_oprd.bridge.record import Bridge
+from megatron_oprd.bridge.origin import expected_origin, load_bridge
+from megatron_oprd.bridge.record import Bridge, Origin
 from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.config import MAKE_A_BRIDGE, Config, teacher_section
 from megatron_oprd.data.alignment import Aligner, align_rollouts, end_of_turn_id, make_aligner
@@ -52,7 +52,7 @@ class Inputs:
     replayed: list[Rollout]
     aligner: Aligner | None = None  # for a teacher with another tokenizer, the only one; None: all read the same ids
     bridge: Bridge | None = None  # None: states are compared as they are
-    ends: BridgeModels | None = None  # what the bridge joins, or is to join
+    bridge_origin: Origin | None = None  # models, tokenizers and positions that the bridge must be fitted for
     precision: Precision = field(default_factory=Precision)
     world: int = 1  # processes of the run
     missing: MissingInputs = field(default_factory=MissingInputs)  # what a dry run did without
@@ -164,8 +164,10 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     if prompts is not None:
         check_lengths(config, student, teachers, prompts.prompts, other_tokenizer=other is not None)
     check_replayed_lengths(config, student, teachers, replayed, other_tokenizer=other is not None)
-    ends = _ends(config, student, teachers, tokenizer, other) if with_bridge else None
-    bridge = ends.read() if ends is not None and not fitting and not missing.bridge else None
+    origin = _bridge_origin(config, student, teachers, tokenizer, other) if with_bridge else None
+    bridge = None
+    if origin is not None and not fitting and not missing.bridge:
+        bridge = load_bridge(config, next(iter(teachers.values())).plan.pairs, origin)
     return Inputs(
         config,
         student,
@@ -176,7 +178,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
         replayed,
         aligner,
         bridge,
-        ends,
+        origin,
         precision,
         world=world,
         missing=missing,
@@ -201,19 +203,19 @@ def _plan_precision(config: Config, *, fitting: bool, dry_run: bool) -> tuple[Pr
     return on(Machine("2.11.0", (9, 0), (13, 0))), "an H100 with Transformer Engine 2.11"
 
 
-def _ends(
+def _bridge_origin(
     config: Config,
     student: ModelSpec,
     teachers: dict[str, PlannedTeacher],
     tokenizer: PreTrainedTokenizerBase | None,
     other: PreTrainedTokenizerBase | None,
-) -> BridgeModels:
-    """What a bridge joins. Raises UserError for several teachers."""
+) -> Origin:
+    """Return the origin that a bridge of this run must have. Raises UserError for several teachers."""
     if config.teachers:
         raise UserError("loss.representation.bridge joins the student with one teacher; name it as teacher.path")
     (teacher,) = teachers.values()
     of_student, of_teacher = (None if one is None else tokenizer_hash(one) for one in (tokenizer, other))
-    return BridgeModels(config, student, teacher, (of_student, of_student if other is None else of_teacher))
+    return expected_origin(config, student, teacher, (of_student, of_student if other is None else of_teacher))
 
 
 def read_evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_oprd.bridge.store import unchecked
+from megatron_oprd.bridge.origin import unrecorded_properties
 from megatron_oprd.checkpoint import training_state
 from megatron_oprd.config import dump_config
 from megatron_oprd.launch.assemble import Run
@@ -45,9 +45,9 @@ def describe(run: Run) -> None:
     print(one_line(environment), flush=True)
     if inputs.prompts is not None:
         print(f"prompts: {inputs.prompts.summary()}", flush=True)
-    if inputs.bridge is not None and (not_told := unchecked(inputs.bridge)):
+    if inputs.bridge is not None and (unrecorded := unrecorded_properties(inputs.bridge)):
         path = inputs.config.loss.representation.bridge
-        print(f"{path} does not say, and nothing checks, {', '.join(not_told)} that it was fitted on", flush=True)
+        print(f"{path} does not say, and nothing checks, {', '.join(unrecorded)} that it was fitted on", flush=True)
 
 
 def describe_layout(topology: Topology) -> dict[str, int]:

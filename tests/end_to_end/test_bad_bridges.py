@@ -90,12 +90,17 @@ BRIDGES: dict[str, tuple[Callable[[Scene], object], str, list[str], tuple[str, .
         [],
         ("of_one/bridge/rank_2 has no maps for student layer 2 and teacher layer 3", MAKE_A_BRIDGE),
     ),
-    "no bank": (no_bank, "other.pt", [], ("other.pt has no tensors by name in state_dict: it is no ps_bank",)),
+    "no bank": (
+        no_bank,
+        "other.pt",
+        [],
+        ("other.pt is not a ps_bank file: state_dict must be a dictionary of tensors",),
+    ),
     "no tensors": (
         lambda s: (s.folder / "other.pt").write_bytes(b"hello"),
         "other.pt",
         [],
-        ("other.pt is no file of tensors",),
+        ("torch.load cannot read", "other.pt with weights_only=True"),
     ),
 }
 

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from megatron_oprd.bridge.origin import BridgeModels
+from megatron_oprd.bridge.origin import expected_origin, load_bridge
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import gather_hf_tensors
@@ -107,8 +107,9 @@ def make_inputs(config: Config, rollouts: Sequence[Rollout]) -> Inputs:
     if config.loss.representation.bridge is None:
         return Inputs(config, student, teachers, None, None, None, list(rollouts))
     (teacher,) = teachers.values()
-    ends = BridgeModels(config, student, teacher, (None, None))
-    return Inputs(config, student, teachers, None, None, None, list(rollouts), bridge=ends.read(), ends=ends)
+    origin = expected_origin(config, student, teacher, (None, None))
+    bridge = load_bridge(config, teacher.plan.pairs, origin)
+    return Inputs(config, student, teachers, None, None, None, list(rollouts), bridge=bridge, bridge_origin=origin)
 
 
 def megatron_update(

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from megatron_oprd.bridge.origin import unrecorded_properties
 from megatron_oprd.bridge.ps_bank import read_ps_bank, write_ps_bank
 from megatron_oprd.bridge.record import ModelOrigin
-from megatron_oprd.bridge.store import read_bridge, unchecked
+from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.types import LayerPair, UserError
 from tests.unit.test_bridge_store import PAIRS, some_bridge
 
@@ -47,7 +48,7 @@ def test_slots_from_zero_are_layers_from_one(legacy, listed, tmp_path):
     assert (bridge.rank, bridge.statistics) == (3, {})
     assert bridge.origin.student == ModelOrigin(None, None, None, 6, None)
     assert bridge.origin.teacher == ModelOrigin(None, None, None, 5, None)
-    assert "the student's weights" in unchecked(bridge)
+    assert "the student's weights" in unrecorded_properties(bridge)
 
 
 def test_what_is_written_is_what_the_authors_read(tmp_path):
@@ -85,10 +86,10 @@ BROKEN = {
         "frozen_pt_means lacks s0_t0, of student layer 1 and teacher layer 1",
     ),
     "listed": (lambda s: s["layer_pairs"].pop(), "layer_pairs lacks the pair of student layer 4 and teacher layer 3"),
-    "layers": (lambda s: s.update(layer_pairs=[1]), "layer_pairs is no list of"),
+    "layers": (lambda s: s.update(layer_pairs=[1]), "layer_pairs must be a list of"),
     "other": (put("state_dict", "projectors.s1_t1.0.weight", torch.zeros(1)), r"holds projectors\.s1_t1\.0\.weight"),
-    "part": (lambda s: s.pop("frozen_pt_means"), "no tensors by name in frozen_pt_means"),
-    "values": (put("frozen_pt_means", "s0_t0", 3), "no tensors by name in frozen_pt_means"),
+    "part": (lambda s: s.pop("frozen_pt_means"), "frozen_pt_means must be a dictionary of tensors"),
+    "values": (put("frozen_pt_means", "s0_t0", 3), "frozen_pt_means must be a dictionary of tensors"),
     "empty": (lambda s: s.update(layer_pairs=[], state_dict={}), "holds no pair of layers"),
     "shape": (put("frozen_pt_means", "s0_t0", torch.zeros(4)), r"student_1\.teacher_1\.teacher_mean is .*\(4,\)"),
     "ranks": (put("state_dict", "projectors.s3_t2.weight", torch.zeros(2, 6)), r"student_map is .*\(2, 6\).*\(3, 6\)"),
@@ -116,11 +117,14 @@ class Attack:
     ("make", "message"),
     [
         (lambda path: None, "cannot read .*: No such file"),
-        (lambda path: path.write_text("no tensors"), "no file of tensors"),
-        (lambda path: path.write_bytes(b""), "no file of tensors"),
-        (lambda path: torch.save(bank(), path) or path.write_bytes(path.read_bytes()[:900]), "no file of tensors"),
-        (lambda path: torch.save([1], path), "holds a list, no ps_bank"),
-        (lambda path: torch.save(Attack(), path), "no file of tensors"),
+        (lambda path: path.write_text("no tensors"), "torch.load cannot read .* with weights_only=True"),
+        (lambda path: path.write_bytes(b""), "torch.load cannot read .* with weights_only=True"),
+        (
+            lambda path: torch.save(bank(), path) or path.write_bytes(path.read_bytes()[:900]),
+            "torch.load cannot read .* with weights_only=True",
+        ),
+        (lambda path: torch.save([1], path), "is not a ps_bank file: it contains a list, not a dictionary"),
+        (lambda path: torch.save(Attack(), path), "torch.load cannot read .* with weights_only=True"),
         (lambda path: path.mkdir(), "cannot read .*: Is a directory"),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_oprd.bridge.origin import check_bridge, unrecorded_properties
 from megatron_oprd.bridge.record import Bridge, Counts, ModelOrigin, Origin, PairStatistics, Positions
-from megatron_oprd.bridge.store import check_bridge, read_bridge, unchecked, write_bridge
+from megatron_oprd.bridge.store import read_bridge, write_bridge
 from megatron_oprd.data.tokenizer import load_tokenizer, tokenizer_hash
 from megatron_oprd.types import LayerPair, PairBridge, UserError
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
@@ -160,9 +161,9 @@ def test_a_bridge_that_could_not_be_read_is_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def checked(bridge, **changes):
-    run = {"pairs": PAIRS, "student": STUDENT, "teacher": TEACHER, "positions": POSITIONS}
-    return check_bridge(bridge, "some/bridge", **{**run, **changes})
+def checked(bridge, pairs=PAIRS, **changes):
+    expected = dataclasses.replace(some_bridge().origin, **changes)
+    return check_bridge(bridge, "some/bridge", pairs, expected)
 
 
 def test_a_bridge_is_restricted_to_the_pairs_of_the_run():
@@ -206,7 +207,7 @@ def test_a_bridge_of_something_else_is_refused(changes, message):
 
 def test_what_is_not_known_is_not_compared_but_named():
     bridge = some_bridge()
-    assert unchecked(bridge) == ["the teacher's tokenizer"]
+    assert unrecorded_properties(bridge) == ["the teacher's tokenizer"]
     checked(bridge, teacher=other(TEACHER, tokenizer="sha256:d"))
     checked(bridge, student=other(STUDENT, tokenizer=None))
     student, teacher = (ModelOrigin(None, None, None, width, None) for width in WIDTHS)
@@ -214,7 +215,7 @@ def test_what_is_not_known_is_not_compared_but_named():
         bridge, origin=Origin(student, teacher, None, None, "adamw", None, None, None), statistics={}
     )
     assert checked(bridge, positions=Positions("all", 1, 0, True)).maps.keys() == set(PAIRS)
-    assert unchecked(bridge) == [
+    assert unrecorded_properties(bridge) == [
         *(f"the student's {what}" for what in ("weights", "number of layers", "tokenizer")),
         *(f"the teacher's {what}" for what in ("weights", "number of layers", "tokenizer")),
         "the positions",

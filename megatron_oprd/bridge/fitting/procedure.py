@@ -16,10 +16,12 @@ from megatron_oprd.bridge.fitting.accumulate import StreamedMoments
 from megatron_oprd.bridge.fitting.adamw import AdamWFit
 from megatron_oprd.bridge.fitting.cosines import SubspaceCosines
 from megatron_oprd.bridge.fitting.paired_states import Readers
-from megatron_oprd.bridge.fitting.results import Fits, Tally
+from megatron_oprd.bridge.fitting.results import Cosines, Fits
 from megatron_oprd.bridge.fitting.rollouts import StoredRollouts
 from megatron_oprd.bridge.fitting.solve import PairFit, TeacherDirections, check_tokens, fit_pair, teacher_directions
+from megatron_oprd.bridge.record import Counts
 from megatron_oprd.config import Config
+from megatron_oprd.data.packing import chosen_positions
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
 from megatron_oprd.launch.assemble import Models
@@ -177,19 +179,35 @@ def fit_adamw(fitting: Fitting, stored: StoredRollouts, readers: Readers, moment
 
 def measure(
     fitting: Fitting, stored: StoredRollouts, readers: Readers, fits: Fits
-) -> tuple[dict[LayerPair, dict[int, tuple[float, float]]], Tally]:
-    """The cosines (before, after) of every pair and rank on held-out tokens, and what was read in all. Collective over
-    the world."""
-    seed, tally = fitting.config.train.seed, Tally()
+) -> tuple[Cosines, Counts, float | None]:
+    """Compute the cosines (before, after) of every pair and rank on held-out tokens. Collective over the world.
+
+    Returns:
+        The cosines, the counts of the whole fit, and the share of the selected tokens that are sync points (None if
+        both models use one tokenizer).
+    """
+    config = fitting.config
+    counts = Counts(config.train.steps * config.rollout.prompts_per_step, sequences=0, tokens=0, held_out_tokens=0)
+    selected, aligned = 0, False  # tokens before those that are no sync points are dropped
     mine = {pair: fits[pair] for pair in readers.pairs}
-    cosines = SubspaceCosines(mine, seed, readers.topology.device)
+    cosines = SubspaceCosines(mine, config.train.seed, readers.topology.device)
     for step in fitting.steps("cosines on held-out answers"):
         rollouts, held_out = read_step(fitting, stored, step)
         judges = [rollout for rollout, held in zip(rollouts, held_out, strict=True) if held]
-        tally = tally.with_step(fitting.inputs.global_batch(rollouts), fitting.inputs.global_batch(judges))
+        global_batch, held_out_batch = fitting.inputs.global_batch(rollouts), fitting.inputs.global_batch(judges)
+        all_tokens, held_out_tokens = global_batch.representation.counts, held_out_batch.representation.counts
+        counts = Counts(
+            counts.prompts,
+            counts.sequences + all_tokens.sequences,
+            counts.tokens + all_tokens.tokens,
+            counts.held_out_tokens + held_out_tokens.tokens,
+        )
+        selected += sum(map(len, chosen_positions(config.loss.representation, rollouts)))
+        aligned = aligned or any(rollout.alignment is not None for rollout in rollouts)
         if judges:
-            readers.read(fitting.inputs.global_batch(judges), torch.ones(len(judges), dtype=torch.bool), cosines.visit)
-    return merged(cosines.means(readers.topology.token_groups)), tally
+            readers.read(held_out_batch, torch.ones(len(judges), dtype=torch.bool), cosines.visit)
+    coverage = counts.tokens / max(selected, 1) if aligned else None
+    return merged(cosines.means(readers.topology.token_groups)), counts, coverage
 
 
 def merged(mine: Mapping[LayerPair, dict]) -> dict:

@@ -6,56 +6,23 @@ import dataclasses
 import shutil
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_oprd.bridge.fitting.solve import PairFit
-from megatron_oprd.bridge.record import Bridge, Counts, Origin, PairStatistics
+from megatron_oprd.bridge.record import Bridge, Origin, PairStatistics
 from megatron_oprd.bridge.store import write_bridge
-from megatron_oprd.data.packing import chosen_positions
 from megatron_oprd.runtime.files import write_json
-from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.types import LayerPair
 
 Fits = dict[LayerPair, dict[int, PairFit]]  # by pair and rank
 Cosines = Mapping[LayerPair, Mapping[int, tuple[float, float]]]  # before and after fitting
 
 
-@dataclass(frozen=True)
-class Tally:
-    """What was read in all. `chosen`: tokens before a teacher with another tokenizer left only sync points."""
-
-    sequences: int = 0
-    tokens: int = 0
-    held_out_tokens: int = 0
-    chosen: int = 0
-    aligned: bool = False
-
-    def with_step(self, whole: GlobalBatch, held_out: GlobalBatch) -> Tally:
-        """And a step more."""
-        counts = whole.representation.counts
-        return Tally(
-            self.sequences + counts.sequences,
-            self.tokens + counts.tokens,
-            self.held_out_tokens + held_out.representation.counts.tokens,
-            self.chosen + sum(map(len, chosen_positions(whole.loss.representation, whole.rollouts))),
-            self.aligned or any(rollout.alignment is not None for rollout in whole.rollouts),
-        )
-
-    @property
-    def coverage(self) -> float | None:
-        """Share of the chosen tokens that are sync points; None for one tokenizer."""
-        return self.tokens / max(self.chosen, 1) if self.aligned else None
-
-
-def write_results(folder: Path, fits: Fits, cosines: Cosines, tally: Tally, origin: Origin) -> None:
+def write_results(folder: Path, fits: Fits, cosines: Cosines, origin: Origin) -> None:
     """`rank_<r>/` for each rank, in the place of an earlier one, and `fit.json`. One rank calls it."""
-    assert origin.counts is not None
-    counts = Counts(origin.counts.prompts, tally.sequences, tally.tokens, tally.held_out_tokens)
-    origin = dataclasses.replace(origin, counts=counts, coverage=tally.coverage)
     rows = []
     for rank in ranks_of(fits):
         told = {pair: _statistics(by_rank[rank], cosines[pair][rank]) for pair, by_rank in fits.items()}
