@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.pages import listed, spread, table_lines
+from benchmarks.pages import listed, spread, table_lines, with_section
 from megatron_oprd.evaluation.charts import curve_mark, line_mark, stroke, svg_file, text_mark
 
 HEADING = "## Measured on tiny pairs"
@@ -39,8 +39,7 @@ tokenizer, the vocabulary has 16 symbols: top-16 is the whole of it and its grad
 
 def put_figures(page: Path, record: dict[str, Any]) -> None:
     """Replace the section under HEADING in the page, or add it."""
-    text = page.read_text() if page.exists() else ""
-    page.write_text(text.partition(HEADING)[0].rstrip() + "\n\n" * bool(text) + figures(record))
+    page.write_text(with_section(page.read_text() if page.exists() else "", HEADING, figures(record)))
 
 
 def figures(record: dict[str, Any]) -> str:

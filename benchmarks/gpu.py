@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.cost import PAPER
 from benchmarks.gpu_cases import OPRD, TEACHERS, Case, Part, all_cases, prepare
 from benchmarks.gpu_flops import GPUS, Gpu, block_weights, find_gpu, predicted_seconds, sequence_lengths
-from benchmarks.gpu_page import line, section, tables, with_run
-from benchmarks.pages import installed_versions
+from benchmarks.gpu_page import HEADING, line, runs, tables
+from benchmarks.pages import installed_versions, with_section
 from benchmarks.updates import AUTHORED, Update, Workload, peak_of, seconds_of
 from megatron_oprd.runtime import platform
 from megatron_oprd.runtime.cli import run_command
@@ -130,7 +130,7 @@ def seconds_on(run: Update, device: torch.device) -> float:
 def not_run(case: Case, note: str) -> dict[str, Any]:
     """Return a row without figures; `note` says why there are none."""
     facts_of_case = {"part": case.part, "name": case.name, "tokens": sum(sequence_lengths(case.workload))}
-    work = {"flops": case.flops, "passes": case.passes, "repeated": case.repeated}
+    work = {"flops": case.flops.total, "passes": case.passes, "repeated": case.repeated}
     return {**facts_of_case, **work, "seconds": [], "step_peak": None, "weights": None, "note": note}
 
 
@@ -201,10 +201,9 @@ def facts(machine: Machine) -> dict[str, str]:
 def keep(record: dict[str, Any], docs: Path) -> None:
     """Add the run to gpu.md and gpu.json."""
     page, figures = docs / "gpu.md", docs / "gpu.json"
-    runs = json.loads(figures.read_text()) if figures.exists() else []
-    plain = [{**row, "flops": row["flops"].total} for row in record["rows"]]
-    figures.write_text(json.dumps([*runs, {**record, "rows": plain}], indent=1) + "\n")
-    page.write_text(with_run(page.read_text(), record) if page.exists() else section(record))
+    records = [*(json.loads(figures.read_text()) if figures.exists() else []), record]
+    figures.write_text(json.dumps(records, indent=1) + "\n")
+    page.write_text(with_section(page.read_text() if page.exists() else "", HEADING, runs(records)))
     print(f"written: {page} and {figures}", flush=True)
 
 

@@ -77,10 +77,10 @@ def sequence_lengths(workload: Workload) -> list[int]:
     return [workload.prompt + length for length in workload.responses]
 
 
-def utilization(flops: Flops, seconds: float, device: str) -> float | None:
+def utilization(flops: float, seconds: float, device: str) -> float | None:
     """Return the share of the device's bf16 peak (MFU if `flops` counts the model alone); None if GPUS has no entry."""
     gpu = find_gpu(device)
-    return flops.total / seconds / gpu.peak if gpu else None
+    return flops / seconds / gpu.peak if gpu else None
 
 
 def find_gpu(device: str) -> Gpu | None:

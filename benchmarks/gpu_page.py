@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.gpu_flops import utilization
 from benchmarks.pages import gib, listed, milliseconds, table_lines
 
-NO_RUN = "No run yet: no GPU was at hand when this was written, and there is no measured figure on this page.\n"
+HEADING = "## Runs"
 SPEED = ("case", "tokens", "ms", "predicted", "tokens/s", "MFU", "recomputation counted", "step peak, GiB", "predicted")
 SPEED += ("weights, GiB", "predicted")
 COST = ("method", "tokens", "ms", "times OPRD, all tokens", "step peak, GiB", "predicted")
@@ -22,9 +22,9 @@ def section(record: dict[str, Any]) -> str:
     return "\n".join([head, *tables(record["rows"], record["device"])])
 
 
-def with_run(page: str, record: dict[str, Any]) -> str:
-    """Return the page with the section of one more run at its end."""
-    return page.replace(NO_RUN, "").rstrip("\n") + "\n\n" + section(record)
+def runs(records: Sequence[dict[str, Any]]) -> str:
+    """Return the end of docs/gpu.md: the heading and the section of each run."""
+    return "\n".join([f"{HEADING}\n", *map(section, records)])
 
 
 def tables(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
@@ -69,7 +69,7 @@ def _speed_cells(row: dict[str, Any], device: str) -> list[str]:
         return [*cells, row["note"]]
     seconds = statistics.median(row["seconds"])
     used = utilization(row["flops"], seconds, device)
-    whole = utilization(row["flops"].times(1 + row["repeated"] / row["passes"]), seconds, device)
+    whole = utilization(row["flops"] * (1 + row["repeated"] / row["passes"]), seconds, device)
     return [
         *cells,
         milliseconds(row["seconds"]),

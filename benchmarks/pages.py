@@ -27,6 +27,12 @@ def table_lines(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *full)]
 
 
+def with_section(page: str, heading: str, section: str) -> str:
+    """Return the page with `section`, which begins with `heading`, in place of its old last section."""
+    before = page.partition(heading)[0].rstrip()
+    return f"{before}\n\n{section}" if before else section
+
+
 def spread(values: Sequence[float]) -> str:
     """Return the mean and, in brackets, the lowest and the highest value."""
     return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"

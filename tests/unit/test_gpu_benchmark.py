@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import gpu
 from benchmarks.cost import PAPER
 from benchmarks.gpu_cases import Case, all_cases, held_bytes
-from benchmarks.gpu_flops import GPUS, Flops, block_weights, find_gpu, forward_flops, training_flops, utilization
-from benchmarks.gpu_page import NO_RUN, line, predictions, section, with_run
+from benchmarks.gpu_flops import GPUS, block_weights, find_gpu, forward_flops, training_flops, utilization
+from benchmarks.gpu_page import HEADING, line, predictions, runs, section
+from benchmarks.pages import with_section
 from benchmarks.updates import Workload, fill_randomly
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.models.build import build_model
@@ -63,9 +64,9 @@ def test_operations_are_those_that_torch_counts(topology):
 
 
 def test_utilization_is_a_part_of_the_bf16_peak():
-    assert utilization(Flops(989.4e12), 2.0, H100) == pytest.approx(0.5)
-    assert utilization(Flops(300e12, 78e12), 1.0, "NVIDIA H100 PCIe") == pytest.approx(0.5)
-    assert utilization(Flops(1.0), 1.0, "CPU") is None
+    assert utilization(989.4e12, 2.0, H100) == pytest.approx(0.5)
+    assert utilization(378e12, 1.0, "NVIDIA H100 PCIe") == pytest.approx(0.5)
+    assert utilization(1.0, 1.0, "CPU") is None
     assert find_gpu("NVIDIA H200") is GPUS["H200"] and find_gpu("NVIDIA H100 NVL") is GPUS["H100 NVL"]
 
 
@@ -86,7 +87,7 @@ def test_predictions_are_faster_with_more_and_slower_with_less():
 def test_docs_have_the_predictions_of_the_code():
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert predictions(gpu.predicted_rows()) in page
-    assert (NO_RUN in page) != (ROOT / "docs" / "gpu.json").exists()
+    assert page.endswith(runs(json.loads((ROOT / "docs" / "gpu.json").read_text())))
 
 
 def test_peaks_are_predicted_for_the_papers_model_alone():
@@ -162,7 +163,7 @@ def row(part="student update", name="FP8 tensorwise", **changes):
 
 def test_a_section_has_measured_beside_predicted():
     rows = [
-        row(flops=Flops(98.94e12)),
+        row(flops=98.94e12),
         row(name="FP8 blockwise", seconds=[], note="out of memory"),
         *(row("cost", name, seconds=[s]) for name, s in (("OPRD, all tokens", 0.5), ("top-16", 0.6))),
     ]
@@ -177,10 +178,8 @@ def test_a_section_has_measured_beside_predicted():
     )
     widths = {line.count("|") for line in text.split("**Cost**")[0].splitlines() if line.startswith("|")}
     assert len(widths) == 1
-    page = f"# Title\n\n## Runs\n\n{NO_RUN}"
-    first = with_run(page, record)
-    assert NO_RUN not in first and first.startswith("# Title\n\n## Runs\n\n### 2030")
-    assert with_run(first, record).count("### 2030-01-02") == 2
+    page = with_section("# Title\n\n## Runs\n\nolder", HEADING, runs([record, record]))
+    assert page.startswith("# Title\n\n## Runs\n\n### 2030") and page.count("### 2030-01-02") == 2
 
 
 def test_bytes_of_an_fp8_parameter_are_those_of_its_parts():
