@@ -23,7 +23,8 @@ from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss, student_step
-from megatron_oprd.training.teacher_pass import Teacher, build_frozen, teacher_pass
+from megatron_oprd.training.teacher import Teacher, build_frozen
+from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import PackedBatch
 
 OPRD = "OPRD, last tokens"
@@ -128,8 +129,8 @@ class Scene:
     precision: Precision
     topology: Topology
     planned: PlannedTeacher
-    whole: GlobalBatch
-    batches: list[PackedBatch]
+    global_batch: GlobalBatch
+    micro_batches: list[PackedBatch]
 
     @classmethod
     def of(cls, case: Case, device: torch.device, machine: Machine) -> Scene:
@@ -143,9 +144,10 @@ class Scene:
         start_process(device)
         topology = build_topology(config.parallel, device, seed=0)
         rollouts = tuple(workload.rollouts())
-        whole = GlobalBatch(rollouts, (0,) * len(rollouts), config.loss, precision.pad_tokens)
-        batches = whole.micro_batches(config.batch, spec, topology)
-        return cls(workload, config, precision, topology, planned, whole, batches)
+        teachers = (0,) * len(rollouts)
+        global_batch = GlobalBatch(rollouts, teachers, config.loss, config.batch, spec, precision.pad_tokens)
+        micro_batches = global_batch.micro_batches(topology)
+        return cls(workload, config, precision, topology, planned, global_batch, micro_batches)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -154,7 +156,7 @@ class Scene:
 
 def student_case(scene: Scene, part: Part) -> Prepared:
     """Prepare the student's part of an update on random targets, with or without the optimizer step."""
-    config, topology, plan, batches = scene.config, scene.topology, scene.planned.plan, scene.batches
+    config, topology, plan, batches = scene.config, scene.topology, scene.planned.plan, scene.micro_batches
     stage = build_model(
         scene.workload.spec,
         topology,
@@ -175,7 +177,7 @@ def student_case(scene: Scene, part: Part) -> Prepared:
         return made
 
     def update() -> None:
-        student_step(student, topology, plan, config.loss, scene.whole, batches, targets())
+        student_step(student, topology, plan, config.loss, scene.global_batch, batches, targets())
 
     def passes() -> None:
         tap = stage_loss(plan, config.loss, batches[0], targets(), 0, None)
@@ -211,7 +213,7 @@ def frozen_teacher(scene: Scene) -> torch.nn.ModuleList:
 
 
 def run_teacher(teacher: Teacher, scene: Scene) -> None:
-    targets, _ = teacher_pass([teacher], scene.topology, scene.batches, lambda number: scene.batches)
+    targets, _ = teacher_pass([teacher], scene.global_batch, scene.micro_batches, scene.topology)
     targets.of(0)  # a streamed teacher runs here
     for layer in targets.layers:
         targets.take(0, layer)

@@ -70,8 +70,8 @@ def measure(options: argparse.Namespace) -> dict:
     fill_randomly(student, teacher)
     trained = build_student(student, config, plan, topology)
     rollouts = _rollouts(options)
-    whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)
-    batches = whole.micro_batches(config.batch, spec, topology)
+    global_batch = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss, config.batch, spec)
+    batches = global_batch.micro_batches(topology)
     selected = batches[0].representation.selected
     capture = CaptureTap(dict.fromkeys(plan.teacher_layers(topology.stages), selected))
     run_schedule(

@@ -36,7 +36,8 @@ from megatron_oprd.runtime import platform
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher_pass import Teacher, build_frozen, teacher_pass
+from megatron_oprd.training.teacher import Teacher, build_frozen
+from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
 
 Update = Callable[[], None]
@@ -147,17 +148,18 @@ def megatron_update(workload: Workload, method: str, device: torch.device) -> Up
         heads = Heads(head, (torch.randn_like(head).mul_(0.02),), 0)
     student = build_student(stage, config, planned.plan, topology)
     teacher = Teacher(lambda: frozen, topology, planned.plan, spec.hidden_size)
-    whole = GlobalBatch(tuple(workload.rollouts()), (0,) * len(workload.responses), config.loss)
-    batches = whole.micro_batches(config.batch, spec, topology)
+    rollouts = tuple(workload.rollouts())
+    global_batch = GlobalBatch(rollouts, (0,) * len(rollouts), config.loss, config.batch, spec)
+    micro_batches = global_batch.micro_batches(topology)
 
     def update() -> None:
         if method == AUTHORED:
-            _rank_tokens(stage, batches[0])
-        targets, _ = teacher_pass([teacher], topology, batches, lambda number: batches)
+            _rank_tokens(stage, micro_batches[0])
+        targets, _ = teacher_pass([teacher], global_batch, micro_batches, topology)
         output = None
         if heads is not None:
             output = OutputLoss(config.loss.output, heads, topology, temperature=1.0, with_metrics=False)
-        student_step(student, topology, planned.plan, config.loss, whole, batches, targets, output)
+        student_step(student, topology, planned.plan, config.loss, global_batch, micro_batches, targets, output)
 
     return update
 

@@ -6,7 +6,6 @@ torchrun -m megatron_oprd.fp8_error --config F [a.b=1 ...]
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 from rich import box
 from rich.console import Console
@@ -32,7 +31,6 @@ from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.runtime.files import explain_os_errors, write_json
 from megatron_oprd.training.fp8_error import LayerError, measure_error
 from megatron_oprd.training.global_batch import share_rollouts
-from megatron_oprd.training.teacher_pass import batches_of_teachers
 from megatron_oprd.types import UserError
 
 FILE = "fp8_error.json"
@@ -74,21 +72,18 @@ def measuring_config(config: Config) -> Config:
 
 def measure(inputs: Inputs) -> dict[int, LayerError]:
     """The error of each compared layer, by student layer. Collective over the world."""
-    config, models = inputs.config, build_models(inputs)
+    models = build_models(inputs)
     topology = models.topology
     prompts, _ = inputs.take_prompts(PromptState())
     mine = models.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), 0)
-    whole = inputs.global_batch(share_rollouts(inputs.aligned(mine), topology))
-    pack = partial(whole.micro_batches, config.batch, inputs.student)
-    batches = pack(topology)
+    global_batch = inputs.global_batch(share_rollouts(inputs.aligned(mine), topology))
     precision = dataclasses.replace(inputs.precision, teacher=inputs.precision.exact_teacher)
     exact = dataclasses.replace(inputs, precision=precision)
     of_exact = [
         build_teacher(exact, planned, teacher.topology)
         for planned, teacher in zip(inputs.teachers.values(), models.teachers, strict=True)
     ]
-    read_by = batches_of_teachers(models.teachers, topology, batches, pack)
-    return measure_error(of_exact, models.teachers, topology, batches, read_by, config.loss)
+    return measure_error(of_exact, models.teachers, global_batch, topology)
 
 
 def _print(errors: dict[int, LayerError], total: float) -> None:

@@ -47,7 +47,7 @@ from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import TrainState, due
 from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher_pass import PassReport, batches_of_teachers, teacher_pass
+from megatron_oprd.training.teacher_pass import PassReport, teacher_pass
 from megatron_oprd.types import Rollout
 
 
@@ -128,25 +128,34 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     with watch("rollout"):
         mine = run.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), state.step)
         mine = inputs.aligned(mine)
-    whole = inputs.global_batch(share_rollouts(mine, topology))
-    pack = partial(whole.micro_batches, config.batch, inputs.student)
-    batches = pack(topology)
-
-    read_by = batches_of_teachers(run.teachers, topology, batches, pack)
+    global_batch = inputs.global_batch(share_rollouts(mine, topology))
+    micro_batches = global_batch.micro_batches(topology)
     with progress.stage("teacher"):
-        targets, teacher_report = teacher_pass(run.teachers, topology, batches, read_by)
+        targets, teacher_report = teacher_pass(run.teachers, global_batch, micro_batches, topology)
     with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps)
     output = output_loss(run, with_metrics=with_metrics)
     with watch("student"):
         report = student_step(
-            run.student, topology, plan, config.loss, whole, batches, targets, output, with_metrics=with_metrics
+            run.student,
+            topology,
+            plan,
+            config.loss,
+            global_batch,
+            micro_batches,
+            targets,
+            output,
+            with_metrics=with_metrics,
         )
     state = TrainState(state.step + 1, position)
     metrics = {"step": state.step, "loss": report.loss, "grad_norm": report.grad_norm, "lr": report.learning_rate}
-    metrics |= report.metrics | whole.metrics()
+    metrics |= report.metrics | global_batch.metrics()
     metrics |= {"teacher/moved_bytes": teacher_report.moved_bytes, "teacher/target_bytes": targets.most_bytes}
     metrics |= step_seconds(watch, teacher_report)
-    return state, metrics | {"memory/peak_bytes": platform.peak_memory_bytes(topology.device)}, list(whole.rollouts)
+    return (
+        state,
+        metrics | {"memory/peak_bytes": platform.peak_memory_bytes(topology.device)},
+        list(global_batch.rollouts),
+    )
 
 
 def output_loss(run: Run, *, with_metrics: bool) -> OutputLoss | None:

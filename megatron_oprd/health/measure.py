@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -21,7 +20,8 @@ from megatron_oprd.parallel.sequence_rows import gather_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import run_schedule
-from megatron_oprd.training.teacher_pass import Teacher, batches_of_teachers, teacher_pass
+from megatron_oprd.training.teacher import Teacher
+from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import FINAL_STATES, ModelSpec, Rollout, Selection, StateKey
 
 # Every token of an answer, at the state that predicted it: what an output-space objective reads.
@@ -65,8 +65,8 @@ def read_answers(
     over the vocabulary without padding; where both models are compared, over what both know. Weights, gradients and
     random numbers stay as they are. Communicates over all groups.
     """
-    whole = GlobalBatch(tuple(answers), (0,) * len(answers), EVERY_TOKEN, pad_tokens)
-    batches = whole.micro_batches(batch, spec, topology)
+    global_batch = GlobalBatch(tuple(answers), (0,) * len(answers), EVERY_TOKEN, batch, spec, pad_tokens)
+    micro_batches = global_batch.micro_batches(topology)
     sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
     is_last = topology.num_stages - 1 in topology.stages
     reader = _Reader(stage[-1].lm_head.detach(), spec.vocab_size, topology, heads) if is_last else None
@@ -74,21 +74,20 @@ def read_answers(
     if teacher is not None:
         plan = dataclasses.replace(teacher.plan, pairs=(), output=True)
         teacher = dataclasses.replace(teacher, plan=plan)
-        read_by = batches_of_teachers([teacher], topology, batches, partial(whole.micro_batches, batch, spec))
-        targets, _ = teacher_pass([teacher], topology, batches, read_by)
+        targets, _ = teacher_pass([teacher], global_batch, micro_batches, topology)
 
     def taps() -> Iterator[_Tap]:
-        for number, one in enumerate(batches):
+        for number, one in enumerate(micro_batches):
             yield _Tap(one.output, reader, sums, None if targets is None else targets.of(number))
 
     training = stage.training
     stage.eval()
-    run_schedule(list(stage), topology, batches, taps(), last_layer=None, normed_layer=None, forward_only=True)
+    run_schedule(list(stage), topology, micro_batches, taps(), last_layer=None, normed_layer=None, forward_only=True)
     stage.train(training)
     values: list[float] = sums.tolist()
     for group in (topology.groups.dp_cp, topology.groups.pp):  # tensor-parallel ranks have all sums alike
         values = sum_over(values, group, topology.device)
-    loss, entropy, reverse_kl = (value / max(whole.output.counts.tokens, 1) for value in values)
+    loss, entropy, reverse_kl = (value / max(global_batch.output.counts.tokens, 1) for value in values)
     return Reading(math.exp(min(loss, MOST_NATS)), entropy, None if teacher is None else reverse_kl)
 
 

@@ -26,7 +26,7 @@ from megatron_oprd.rollout.replay import ReplayEngine
 from megatron_oprd.runtime import platform
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student, build_student
-from megatron_oprd.training.teacher_pass import Teacher, build_frozen
+from megatron_oprd.training.teacher import Teacher, build_frozen
 from megatron_oprd.types import ModelSpec
 
 MOST_ROWS = 256  # generated at once; more do not make a step cheaper

@@ -112,7 +112,10 @@ class Inputs:
         """The rollouts of a step, taught each by the teacher of its data_source, where there are several."""
         names = list(self.teachers)
         numbers = (names.index(rollout.data_source) if len(names) > 1 else 0 for rollout in rollouts)
-        return GlobalBatch(tuple(rollouts), tuple(numbers), self.config.loss, self.precision.pad_tokens)
+        config = self.config
+        return GlobalBatch(
+            tuple(rollouts), tuple(numbers), config.loss, config.batch, self.student, self.precision.pad_tokens
+        )
 
     def aligned(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts with what a teacher with another tokenizer reads of them; else as they are. No communication."""

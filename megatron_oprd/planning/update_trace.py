@@ -33,11 +33,12 @@ from megatron_oprd.planning.balanced_experts import balanced_experts
 from megatron_oprd.planning.device_formulas import BYTES, as_traced, linear_bytes, linear_parameters, state_bytes
 from megatron_oprd.planning.memory_trace import LiveBytes
 from megatron_oprd.runtime import platform
-from megatron_oprd.training import teacher_pass as passes
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
-from megatron_oprd.training.teacher_pass import Row, Teacher, build_frozen
+from megatron_oprd.training.target_transfer import TargetShape
+from megatron_oprd.training.teacher import Teacher, build_frozen
+from megatron_oprd.training.teacher_pass import run_teachers
 from megatron_oprd.types import LayerPair, ModelSpec, PackedBatch, PairBridge, Rollout
 
 DEVICE = torch.device("cpu")
@@ -139,8 +140,9 @@ def _micro_batch(
 ) -> PackedBatch:
     """What this rank reads of one micro-batch, as the student or as a teacher, who then teaches all of it."""
     one_replica = dataclasses.replace(topology, data_size=1, data_rank=0, virtual_size=1)
-    whole = GlobalBatch(tuple(rollouts), (teacher or 0,) * len(rollouts), config.loss)
-    batches = whole.micro_batches(config.batch, student, one_replica, teacher=teacher)
+    teachers = (teacher or 0,) * len(rollouts)
+    global_batch = GlobalBatch(tuple(rollouts), teachers, config.loss, config.batch, student)
+    batches = global_batch.micro_batches(one_replica, teacher=teacher)
     if len(batches) != 1:
         raise ValueError(f"the rollouts fill {len(batches)} micro-batches, not one")
     return batches[0]
@@ -265,7 +267,9 @@ def _shapes_received(communicator: P2PCommunicator, *args: Any) -> tuple[list[in
     return shape, shape
 
 
-def _rows_received(states: list[States], held: Shard, wanted: Shard, row: Row, teacher: Teacher) -> tuple[States, int]:
+def _rows_received(
+    states: list[States], held: Shard, wanted: Shard, row: TargetShape, teacher: Teacher
+) -> tuple[States, int]:
     """What `teacher_pass` has in memory when rows have come from other ranks."""
     joined = {layer: torch.cat([one.pop(layer) for one in states]) for layer in held.layers}
     shape = (len(wanted.rows), row.width)
@@ -289,12 +293,10 @@ def _update(
     count = min(-(-micro_batches // rounds) * rounds, 2 * topology.pipeline_size)
     with (
         mock.patch.object(P2PCommunicator, "_communicate_shapes", _shapes_received),
-        mock.patch.object(passes, "_exchange", _rows_received),
         mock.patch.object(attention, "causal_lower_right", lambda *lengths: None),  # no tensor, where kernels know it
     ):
-        targets, _ = passes.teacher_pass(
-            models.teachers, topology, [batch] * count, lambda number: [read[number]] * count
-        )
+        of_teachers = [[of_teacher] * count for of_teacher in read]
+        targets, _ = run_teachers(models.teachers, of_teachers, [batch] * count, topology, _rows_received)
         if len(targets):
             for number in range(count):
                 live.assign("targets", [targets.read(number, layer) for layer in targets.layers])

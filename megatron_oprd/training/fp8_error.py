@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_oprd.config import LossConfig
 from megatron_oprd.losses.reduction import layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.training.teacher_pass import Teacher, teacher_pass
+from megatron_oprd.training.global_batch import GlobalBatch
+from megatron_oprd.training.teacher import Teacher
+from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import PackedBatch
-
-ReadBy = Callable[[int], Sequence[PackedBatch]]
 
 
 @dataclass(frozen=True)
@@ -31,21 +30,20 @@ class LayerError:
 def measure_error(
     exact: Sequence[Teacher],
     in_fp8: Sequence[Teacher],
+    global_batch: GlobalBatch,
     topology: Topology,
-    batches: Sequence[PackedBatch],
-    read_by: ReadBy,
-    loss: LossConfig,
 ) -> dict[int, LayerError]:
     """The error of each compared layer, by student layer, the same on every rank. `exact` and `in_fp8`: the same
-    teachers at two precisions, in the same layouts; `batches` and `read_by` as of `teacher_pass`.
+    teachers at two precisions, in the same layouts.
 
     Memory: the selected rows of all compared layers, twice, and the teachers one precision after the other where their
     `load` makes them anew. Communicates over all groups.
     """
-    plan, normalize = exact[0].plan, loss.representation.normalize
-    wanted, found = (_states(teachers, topology, batches, read_by) for teachers in (exact, in_fp8))
+    plan, normalize = exact[0].plan, global_batch.loss.representation.normalize
+    micro_batches = global_batch.micro_batches(topology)
+    wanted, found = (_states(teachers, global_batch, micro_batches, topology) for teachers in (exact, in_fp8))
     sums = torch.zeros(len(plan.student_layers), 3, dtype=torch.float64, device=topology.device)
-    for batch, of_exact, of_fp8 in zip(batches, wanted, found, strict=True):
+    for batch, of_exact, of_fp8 in zip(micro_batches, wanted, found, strict=True):
         weights = layer_weights(batch.representation.weights, num_layers=len(plan.pairs))
         for layer in of_exact.keys() & set(plan.student_layers):
             target, state = of_fp8[layer], of_exact[layer]
@@ -60,12 +58,12 @@ def measure_error(
 
 
 def _states(
-    teachers: Sequence[Teacher], topology: Topology, batches: Sequence[PackedBatch], read_by: ReadBy
+    teachers: Sequence[Teacher], global_batch: GlobalBatch, micro_batches: Sequence[PackedBatch], topology: Topology
 ) -> list[dict[int, torch.Tensor]]:
     """By micro-batch and student layer."""
-    targets, _ = teacher_pass(teachers, topology, batches, read_by)
+    targets, _ = teacher_pass(teachers, global_batch, micro_batches, topology)
     held = []
-    for number in range(len(batches)):
+    for number in range(len(micro_batches)):
         targets.of(number)  # made now where the teacher is streamed
         held.append({layer: targets.take(number, layer) for layer in targets.layers})
     return held

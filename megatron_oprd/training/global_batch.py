@@ -34,16 +34,14 @@ def share_rollouts(mine: Sequence[Rollout], topology: Topology) -> list[Rollout]
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The rollouts of a step, the same on every rank, and what the loss reads of them.
-
-    `teachers`: for each rollout the number of the teacher that it is compared with. `pad_tokens`: what the tokens of a
-    rank in a micro-batch are padded to a multiple of, as FP8 wants.
-    """
+    """The rollouts of a step, the same on every rank, and all that is needed to make micro-batches of them."""
 
     rollouts: tuple[Rollout, ...]
-    teachers: tuple[int, ...]
-    loss: LossConfig
-    pad_tokens: int = 1
+    teachers: tuple[int, ...]  # for each rollout, the number of the teacher that it is compared with
+    loss: LossConfig  # decides which tokens are selected, and their weights
+    batch: BatchConfig
+    student: ModelSpec  # the cost of its layers is what is balanced
+    pad_tokens: int = 1  # the tokens of a rank in a micro-batch are padded to a multiple of it, as FP8 requires
 
     @cached_property
     def representation(self) -> Term:
@@ -53,14 +51,19 @@ class GlobalBatch:
     def output(self) -> Term:
         return output_term(self.loss.output, self.rollouts)
 
-    def micro_batches(
-        self, config: BatchConfig, spec: ModelSpec, topology: Topology, *, teacher: int | None = None
-    ) -> list[PackedBatch]:
-        """This rank's micro-batches in a layout, as many as on every other rank: what the student reads, or `teacher`.
+    def micro_batches(self, topology: Topology, *, teacher: int | None = None) -> list[PackedBatch]:
+        """Return this rank's micro-batches in a layout; every rank has the same number of them.
 
-        The cost of `spec`'s blocks is spread evenly over data-parallel ranks and micro-batches. Rollouts without a
-        selected token contribute nothing and are left out. The numbers of selected tokens are the same in every layout
-        and for every reader. No communication. Raises UserError for a rollout that does not fit.
+        The cost of the student's layers is spread evenly over data-parallel ranks and micro-batches. Rollouts without
+        a selected token contribute nothing and are left out. A selected token has the same number in every layout and
+        for every model. No communication.
+
+        Args:
+            topology: the layout of the model that runs.
+            teacher: the number of a teacher, for its tokens of the rollouts that it teaches; None for the student.
+
+        Raises:
+            UserError: a rollout does not fit into a micro-batch.
         """
         useful = [
             number
@@ -71,11 +74,11 @@ class GlobalBatch:
         lengths = [longest_reading(self.rollouts[number]) for number in useful]
         shares = assign(
             lengths,
-            [sequence_cost(length, spec) for length in lengths],
+            [sequence_cost(length, self.student) for length in lengths],
             topology.data_size,
-            config.max_tokens_per_micro_batch,
+            self.batch.max_tokens_per_micro_batch,
             multiple=topology.pipeline_size if topology.virtual_size > 1 else 1,  # the interleaved schedule's rounds
-            packing=config.packing,
+            packing=self.batch.packing,
         )
         batches = ([useful[member] for member in members] for members in shares[topology.data_rank])
         return [self._micro_batch(numbers, topology, as_teacher=teacher is not None) for numbers in batches]

@@ -144,8 +144,9 @@ def training(
     student = build_student(stage, config, plan, gpu.topology)
     rows = [row.tolist() for row in sequences(spec.vocab_size, (64, 96, 96))]
     rollouts = tuple(Rollout(tuple(row[:8]), tuple(row[8:]), (1,) * (len(row) - 8), "replay") for row in rows)
-    whole = GlobalBatch(rollouts, (0,) * len(rollouts), config.loss, precision.pad_tokens)
-    batches = whole.micro_batches(config.batch, spec, gpu.topology)
+    teachers = (0,) * len(rollouts)
+    global_batch = GlobalBatch(rollouts, teachers, config.loss, config.batch, spec, precision.pad_tokens)
+    micro_batches = global_batch.micro_batches(gpu.topology)
     readers = plan.readers(gpu.topology.stages)
     draw = torch.Generator().manual_seed(4)
     states = [
@@ -153,7 +154,7 @@ def training(
             layer: torch.randn(len(batch.representation), spec.hidden_size, generator=draw).to(gpu.device).bfloat16()
             for layer in sorted(readers)
         }
-        for batch in batches
+        for batch in micro_batches
     ]
 
     def reports() -> Iterator[StepReport]:
@@ -161,6 +162,6 @@ def training(
             targets = TeacherTargets(readers, gpu.device)
             for number, one in enumerate(states):
                 targets.put(number, one)
-            yield student_step(student, gpu.topology, plan, config.loss, whole, batches, targets)
+            yield student_step(student, gpu.topology, plan, config.loss, global_batch, micro_batches, targets)
 
     return reports(), stage

@@ -49,8 +49,8 @@ def mean_of_micro_batch_means() -> Iterator[None]:
         )
         return pack(rollouts, numbers, *own, **kwargs)
 
-    def average(whole: Any, config: Any, spec: Any, topology: Any, **kwargs: Any) -> list[PackedBatch]:
-        batches = pack_all(whole, config, spec, topology, **kwargs)
+    def average(whole: Any, topology: Any, **kwargs: Any) -> list[PackedBatch]:
+        batches = pack_all(whole, topology, **kwargs)
         number = len(batches) * topology.data_size
 
         def divided(selection: Selection) -> Selection:

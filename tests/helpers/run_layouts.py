@@ -209,6 +209,6 @@ def _fewest_bytes(run: Run) -> int:
 
 def _selected_rows(run: Run, topology: Topology, term: str) -> torch.Tensor:
     config, rollouts = run.inputs.config, run.inputs.replayed
-    whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)
-    batches = whole.micro_batches(config.batch, run.inputs.student, topology)
-    return torch.cat([getattr(batch, term).rows for batch in batches])
+    teachers = (0,) * len(rollouts)
+    global_batch = GlobalBatch(tuple(rollouts), teachers, config.loss, config.batch, run.inputs.student)
+    return torch.cat([getattr(batch, term).rows for batch in global_batch.micro_batches(topology)])

@@ -58,12 +58,13 @@ def pair_of(tmp_path_factory):
 
 
 def batches_of(whole, topology, teacher=None):
-    return whole.micro_batches(BatchConfig(max_tokens_per_micro_batch=ROOM), tiny_spec(), topology, teacher=teacher)
+    return whole.micro_batches(topology, teacher=teacher)
 
 
 def global_batch(rollouts, **representation):
     loss = LossConfig(representation=RepresentationConfig(**representation))
-    return GlobalBatch(tuple(rollouts), (0,) * len(rollouts), loss)
+    batch = BatchConfig(max_tokens_per_micro_batch=ROOM)
+    return GlobalBatch(tuple(rollouts), (0,) * len(rollouts), loss, batch, tiny_spec())
 
 
 def compared(pair, rollout, mode, k, shift):

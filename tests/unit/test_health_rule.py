@@ -15,7 +15,7 @@ from megatron_oprd.health.watch import choose_prompts, keep_answers, read_watch
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.rollout.replay import load_replay
-from megatron_oprd.training.teacher_pass import Teacher
+from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.types import Prompt, Rollout, UserError
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.tokenizer import byte_tokenizer

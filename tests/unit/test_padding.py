@@ -20,11 +20,11 @@ def global_batch(seed, pad_tokens):
     for _ in range(7):
         prompt, response = (tuple(draw.choices(range(9, 99), k=draw.randint(1, 20))) for _ in range(2))
         made.append(Rollout(prompt, response, (1,) * len(response), "replay"))
-    return GlobalBatch(tuple(made), (0,) * len(made), LossConfig(), pad_tokens)
+    return GlobalBatch(tuple(made), (0,) * len(made), LossConfig(), BATCH, tiny_spec(), pad_tokens)
 
 
 def micro_batches(seed, pad_tokens, topology):
-    return global_batch(seed, pad_tokens).micro_batches(BATCH, tiny_spec(), topology)
+    return global_batch(seed, pad_tokens).micro_batches(topology)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -23,7 +23,8 @@ from megatron_oprd.runtime import platform
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher_pass import Teacher, build_frozen, teacher_pass
+from megatron_oprd.training.teacher import Teacher, build_frozen
+from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import LongRope, ModelSpec, Rollout
 from tests.helpers.distributed import result_of
 from tests.helpers.memory import HONEST
@@ -92,8 +93,8 @@ def update(tokens, spec, overrides):
     topology = build_topology(config.parallel, DEVICE, seed=0)
     planned = plan_teacher(config, spec, spec)
     plan = planned.plan
-    whole = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss)
-    batches = whole.micro_batches(config.batch, spec, topology)
+    global_batch = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss, config.batch, spec)
+    micro_batches = global_batch.micro_batches(topology)
     dtype = DTYPES[config.precision.dtype]
     stage = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
     frozen = build_frozen(planned, topology, dtype)
@@ -104,8 +105,8 @@ def update(tokens, spec, overrides):
     student = build_student(stage, config, plan, topology)
     for _ in range(2):
         platform.reset_peak_memory(DEVICE)
-        targets, _ = teacher_pass([teacher], topology, batches, lambda number: batches)
-        student_step(student, topology, plan, config.loss, whole, batches, targets)
+        targets, _ = teacher_pass([teacher], global_batch, micro_batches, topology)
+        student_step(student, topology, plan, config.loss, global_batch, micro_batches, targets)
 
 
 def traced(config, spec, rollouts, **where):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -16,7 +15,8 @@ from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import run_schedule
-from megatron_oprd.training.teacher_pass import Teacher, batches_of_teachers, teacher_pass
+from megatron_oprd.training.teacher import Teacher
+from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import LayerPair, ModelSpec, PackedBatch
 
 # What a pair of states is for: (pair, student [tokens, d_S], teacher [tokens, d_T], held out [tokens] bool).
@@ -41,20 +41,19 @@ class Readers:
         stages = self.topology.stages
         return tuple(pair for pair in self.plan.pairs if self.plan.student_stage(pair.student) in stages)
 
-    def read(self, whole: GlobalBatch, held_out: torch.Tensor, visit: Visit) -> None:
+    def read(self, global_batch: GlobalBatch, held_out: torch.Tensor, visit: Visit) -> None:
         """Show `visit` the states of this rank's layers at this rank's share of the selected tokens.
 
         `held_out`: [rollouts] bool. Memory: what `teacher_pass` holds. Communicates over the groups of both models.
         """
-        pack = partial(whole.micro_batches, self.config.batch, self.spec)
-        batches = pack(self.topology)
-        read_by = batches_of_teachers((self.teacher,), self.topology, batches, pack)
-        targets, _ = teacher_pass((self.teacher,), self.topology, batches, read_by)
-        of_tokens = held_out.repeat_interleave(torch.tensor([len(chosen) for chosen in whole.representation.positions]))
+        micro_batches = global_batch.micro_batches(self.topology)
+        targets, _ = teacher_pass((self.teacher,), global_batch, micro_batches, self.topology)
+        counts = torch.tensor([len(chosen) for chosen in global_batch.representation.positions])
+        of_tokens = held_out.repeat_interleave(counts)
         pairs = {pair.student: pair for pair in self.plan.pairs}
 
         def taps() -> Iterator[_VisitingTap]:
-            for number, batch in enumerate(batches):
+            for number, batch in enumerate(micro_batches):
                 mask = of_tokens[batch.representation.rows.cpu()].to(self.topology.device)
                 yield _VisitingTap(batch, targets.of(number), pairs, mask, visit)
 
@@ -62,7 +61,7 @@ class Readers:
         run_schedule(
             list(self.stage),
             self.topology,
-            batches,
+            micro_batches,
             taps(),
             last_layer=self.plan.student_last_layer,
             normed_layer=self.plan.student_normed_layer,

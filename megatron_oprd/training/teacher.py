@@ -1,0 +1,67 @@
+"""Frozen teachers on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_oprd.models.build import build_model
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.models.model import Stage
+from megatron_oprd.models.precision import PLAIN, ModelPrecision
+from megatron_oprd.models.projection import TeacherMap
+from megatron_oprd.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """This rank's chunks of a frozen teacher, in the student's layout or in a layout of its own."""
+
+    load: Callable[[], Stage]  # returns the chunks with their weights: always the same ones, or new ones for each pass
+    topology: Topology  # the teacher's layout; the same object as the student's if both share one
+    plan: LayerPlan
+    row_width: int  # width of a row of targets: the hidden size of the widest teacher
+    own_prompts: bool = False  # True if a rollout may have other tokens for the teacher (own prompt or own tokenizer)
+    offload: bool = False  # True if targets wait in CPU memory
+    maps: Mapping[int, TeacherMap] = field(
+        default_factory=dict
+    )  # of a bridge, by teacher layer: targets have r columns
+
+    def shares_micro_batches(self, student_topology: Topology) -> bool:
+        """Return True if the teacher can run on the student's own micro-batches, provided it is the only teacher."""
+        return self.topology is student_topology and not self.own_prompts
+
+    def targets_are_local(self, student_topology: Topology) -> bool:
+        """Return True if no hidden state has to be sent between ranks, provided it is the only teacher."""
+        rows_are_cut = student_topology.context_size > 1 or student_topology.sequence_parallel
+        return self.plan.aligned and self.topology is student_topology and not (self.own_prompts and rows_are_cut)
+
+    def can_stream(self, student_topology: Topology) -> bool:
+        """Return True if the targets of a micro-batch can be computed when the student starts that micro-batch.
+
+        With several pipeline stages, the teacher's activations would have to travel beside the student's, and mcore's
+        schedule has no place for them.
+        """
+        return self.targets_are_local(student_topology) and self.topology.pipeline_size == 1
+
+
+def build_frozen(
+    teacher: PlannedTeacher, topology: Topology, dtype: torch.dtype, precision: ModelPrecision = PLAIN
+) -> Stage:
+    """Build this rank's chunks of a teacher up to its highest compared layer, without LM head and without weights.
+
+    Gradients are off while the model is built: otherwise Transformer Engine makes a second, transposed copy of FP8
+    weights. Collective over the world.
+    """
+    with topology.active(), torch.no_grad():
+        return build_model(
+            teacher.spec,
+            topology,
+            dtype,
+            stages=teacher.plan.teacher_stages,
+            lm_head=False,
+            final_norm=teacher.plan.teacher_final_norm,
+            precision=precision,
+        )
