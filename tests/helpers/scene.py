@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.commands import Outcome, run
+from tests.helpers.commands import Outcome, run, run_until_start
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.tokenizer import byte_tokenizer
+
+# Environment variables by which torchrun describes the processes of a run.
+GROUP = {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,35 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
         assert word in outcome.stderr, f"{word!r} is not in: {outcome.stderr}"
 
 
-def refuse(scene: Scene, words: tuple[str, ...], command: str, *arguments: str, **kwargs) -> None:
-    """Run a command that must be refused and must leave every file and folder as it was."""
+def refuse(
+    scene: Scene,
+    words: tuple[str, ...],
+    command: str,
+    *arguments: str,
+    environment: dict[str, str] | None = None,
+    largest_file: int | None = None,
+) -> None:
+    """Assert that a command is refused with these words and leaves every file and folder as it was.
+
+    The command runs in this process. If it gets as far as the process group, or if a limit or the environment must be
+    set before the imports, it runs in a process of its own.
+    """
     before = scene.contents()
-    outcome = run(scene.folder, command, *arguments, **kwargs)
+    outcome = None
+    if largest_file is None and set(environment or {}) <= GROUP:
+        outcome = run_until_start(command, *arguments, environment=environment)
+    if outcome is None:
+        outcome = run(scene.folder, command, *arguments, environment=environment, largest_file=largest_file)
     assert_refused(outcome, *words)
     assert scene.contents() == before
 
 
+def accept(command: str, *arguments: str) -> None:
+    """Assert that the configuration and the inputs of a command are not refused. No model is built."""
+    assert (outcome := run_until_start(command, *arguments)) is None, outcome
+
+
 def waiting_for(world_size: int) -> dict[str, str]:
     """The first process of a group whose others never come: whoever starts the group does not end."""
-    group = {"WORLD_SIZE": world_size, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    return {name: str(value) for name, value in group.items()}
+    values = {"WORLD_SIZE": world_size, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    return {name: str(value) for name, value in values.items()}
