@@ -17,6 +17,7 @@ PARSER = command_parser("evaluate", "Evaluate the student of a configuration.", 
 if __name__ == "__main__":
     check_command_line(PARSER)  # a mistake is reported before the slow imports
 
+import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
 from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.data.tokenizer import check_tokenizer, load_tokenizer

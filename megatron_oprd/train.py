@@ -23,6 +23,7 @@ PARSER.epilog = (
 if __name__ == "__main__":
     check_command_line(PARSER)  # a mistake is reported before the slow imports
 
+import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
 from megatron_oprd.checkpoint import training_state
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.data.sharding import split

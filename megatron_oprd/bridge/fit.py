@@ -22,6 +22,7 @@ PARSER = command_parser(
 if __name__ == "__main__":
     check_command_line(PARSER)  # a mistake is reported before the slow imports
 
+import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
 from megatron_oprd.bridge.fitting.procedure import (
     Fitting,
     fit_adamw,

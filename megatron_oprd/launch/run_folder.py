@@ -22,7 +22,7 @@ def find_checkpoint(run: Run) -> Path | None:
         run_dir.mkdir(parents=True, exist_ok=True)
     found = training_state.latest(run_dir / "checkpoints")
     if run.inputs.config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
-        raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set training_state.resume=auto")
+        raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set checkpoint.resume=auto")
     return found
 
 
