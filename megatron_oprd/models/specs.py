@@ -15,10 +15,10 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_oprd.models.attention import PackedAttention
-from megatron_oprd.models.layer import TappedTransformerLayer
+from megatron_oprd.models.layer import tapped_layer_spec
 from megatron_oprd.models.module_set import ModuleSet
 from megatron_oprd.models.norm import RMSNorm
 
@@ -62,15 +62,13 @@ def _layer_spec(modules: ModuleSet, sparse: bool, qk_norm: bool) -> ModuleSpec:
     mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=modules.column, linear_fc2=modules.row))
     if sparse:
         mlp = ModuleSpec(MoELayer, submodules=MoESubmodules(experts=modules.experts))
-    return ModuleSpec(
-        module=TappedTransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=outer_norm,
-            self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=modules.norm if sparse else outer_norm,  # which a router reads too
-            mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=dict(modules.checkpoint_names),
-        ),
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=outer_norm,
+        self_attention=attention,
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=modules.norm if sparse else outer_norm,  # the router, too, gets normalised states
+        mlp=mlp,
+        mlp_bda=get_bias_dropout_add,
+        sharded_state_dict_keys_map=dict(modules.checkpoint_names),
     )
+    return tapped_layer_spec(ModuleSpec(TransformerLayer, submodules=submodules))

@@ -1,139 +1,206 @@
-"""What listens to the layers: the teacher's states are kept, the student's get their loss where they are born."""
+"""Taps: the functions that receive a layer's hidden states during the forward pass of one micro-batch.
+
+CaptureTap copies the teacher's states. StageLoss compares the student's states with them on the pipeline stage that
+computes the states, so that no hidden states travel between stages for the loss.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megatron_oprd.losses.reduction import layer_sums, layer_weights
+from megatron_oprd.losses.reduction import layer_sums
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.projection import StudentMap
-from megatron_oprd.models.targets import MicroBatchTargets
-from megatron_oprd.types import FINAL_STATES, PackedBatch, Selection, StateKey
+from megatron_oprd.types import FINAL_STATES, Selection, StateKey
 
 
 class CaptureTap:
-    """Keeps the states of some layers at some rows, detached: {layer: [rows, hidden]}.
+    """A tap that copies the states of some layers at selected tokens into `states`, {key: [N, hidden]}, detached.
 
-    `selected`: {layer: [rows] int64}. `maps`: for some layers, what is kept in place of their states.
+    Args:
+        selected: {key: [N] int64}, the rows to copy of each layer's states, counted in hidden_states.flatten(0, 1):
+            row s * batch_size + b is token s of sequence b.
+        maps: for some layers, a function of the copied states whose result is stored instead of the states.
     """
 
     def __init__(
         self,
         selected: Mapping[StateKey, torch.Tensor],
-        maps: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+        maps: Mapping[StateKey, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     ) -> None:
         self.selected = selected
         self.maps = maps or {}
         self.states: dict[StateKey, torch.Tensor] = {}
 
-    def __call__(self, layer: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
-        if layer in self.selected:
-            states = selected_rows(hidden_states.detach(), self.selected[layer])
-            self.states[layer] = self.maps[layer](states) if layer in self.maps else states
+    def __call__(self, key: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return `hidden_states` unchanged."""
+        if key in self.selected:
+            states = selected_rows(hidden_states.detach(), self.selected[key])
+            self.states[key] = self.maps[key](states) if key in self.maps else states
         return hidden_states
 
 
 class StageLoss:
-    """The terms of the loss whose states this rank owns, on one micro-batch: OPRD-Vanilla (OPRD eq. (6)) of its student
-    layers, or OPRD-Bridge (eq. (14)) with their `maps`; with `output`, on the last stage, the output-space objective.
+    """A tap with the loss between a student's and a teacher's hidden states (OPRD eq. (6)) on one micro-batch:
 
-    The loss never travels: its gradient is added to the layer's during backward, and the sums behind the metrics are
-    kept in `sums` ({student layer: [4] float64}, the same after a recomputation) and `output_sums`. The last to read a
-    target takes it away: of a layer that is backward, of the final states the forward pass, which no recomputation
-    repeats and which makes their gradient at once. `scale`: the weight of the representation term. Communicates over
-    the tensor-parallel group for the final states, else not at all.
+        loss = sum over layers l and selected tokens t of weights[t] * e[l, t],
+        e[l, t] = ||f(student[l, t]) - f(teacher[l, t])||^2 / hidden.
+
+    The loss has no scalar in the autograd graph. The tap adds its gradient to that of the layer's output while backward
+    passes the layer, so the result does not depend on which pipeline stage computes the layer. A factor that the
+    training loop applies to its own loss (1 / micro-batches, a loss scale) does not apply here: put it into `weights`.
+
+    `sums[l]` is [4] float64, on this rank: the weighted error of layer l, then the plain sums of cosine, student norm
+    and teacher norm. Recomputation does not change it. No communication.
+
+    Args:
+        selected: [N] int64, rows of hidden_states.flatten(0, 1) on this rank: row s * batch_size + b is token s of
+            sequence b.
+        weights: [N], the factor of each selected token in the loss.
+        targets: {layer: [N, hidden]}, the teacher's states for the student layers (numbered from 1) that this rank may
+            compute; other layers have no loss.
+        normalize: f, "none" (the identity) or "l2" (each state is divided by its norm).
+        metric_weights: [N], weights of the errors in `sums` where they differ from `weights`.
+        maps: {layer: P_S}, projections of the student's states before they are compared (OPRD eq. (14)).
+        release: a function that is called with a layer once its target is no longer needed.
     """
 
     def __init__(
         self,
-        batch: PackedBatch,
-        targets: MicroBatchTargets,
-        num_layers: int,
+        selected: torch.Tensor,
+        weights: torch.Tensor,
+        targets: Mapping[StateKey, torch.Tensor],
         *,
-        normalize: str,
-        scale: float,
+        normalize: str = "none",
+        metric_weights: torch.Tensor | None = None,
         maps: Mapping[int, StudentMap] | None = None,
-        output: OutputLoss | None = None,
+        release: Callable[[StateKey], object] | None = None,
     ) -> None:
+        self.selected = selected
+        self.weights = weights
         self.targets = targets
-        self.batch = batch
         self.normalize = normalize
+        self.metric_weights = weights if metric_weights is None else metric_weights
         self.maps = maps or {}
-        self.output = output
-        self.gradient_weights = scale * layer_weights(batch.representation.weights, max(num_layers, 1))
-        self.sums: dict[int, torch.Tensor] = {}
-        self.output_sums: torch.Tensor | None = None
+        self.release = release
+        self.sums: dict[StateKey, torch.Tensor] = {}
 
-    def __call__(self, layer: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
-        # The first pass of a recomputed region runs without gradient; the loss belongs to the second.
-        if layer not in self.targets or not torch.is_grad_enabled():
+    def __call__(self, key: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the values of `hidden_states`, with the loss of layer `key` attached if it has a target."""
+        # The first pass of a recomputed region runs without gradient: the second pass attaches the loss.
+        if key not in self.targets or not torch.is_grad_enabled():
             return hidden_states
-        if layer == FINAL_STATES:
-            return self._output(hidden_states)
-        return _WithStageLoss.apply(hidden_states, self, layer)
+        return _WithStageLoss.apply(hidden_states, self, key)
 
-    def _output(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        assert self.output is not None  # only a student with an output-space objective has targets for it
-        selection = self.batch.output
-        student = selected_rows(hidden_states.detach(), selection.selected)
-        gradient, self.output_sums = self.output(student, self.targets.take(FINAL_STATES), selection)
-        return _WithGradient.apply(hidden_states, gradient, selection)
+
+class OutputTap:
+    """A tap with an output-space objective on the final states of one micro-batch, on the last pipeline stage.
+
+    The forward pass computes value and gradient at once, as no recomputation repeats the final states. Backward adds
+    the gradient. `sums` are those of OutputLoss. Communicates over the tensor-parallel group.
+
+    Args:
+        objective: the objective and the LM heads.
+        selection: the tokens of this rank.
+        take_target: a function that returns the teacher's final states [N, d_T] and forgets them.
+    """
+
+    def __init__(self, objective: OutputLoss, selection: Selection, take_target: Callable[[], torch.Tensor]) -> None:
+        self.objective = objective
+        self.selection = selection
+        self.take_target = take_target
+        self.sums: torch.Tensor | None = None
+
+    def __call__(self, key: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the values of `hidden_states`, with the objective attached to the final states."""
+        if key != FINAL_STATES or not torch.is_grad_enabled():
+            return hidden_states
+        selected = self.selection.selected
+        student = selected_rows(hidden_states.detach(), selected)
+        gradient, self.sums = self.objective(student, self.take_target(), self.selection)
+        return _WithGradient.apply(hidden_states, gradient, selected)
+
+
+@dataclass(frozen=True)
+class StudentTap:
+    """The tap of one micro-batch of the student: the loss on its layers, and the objective on its final states."""
+
+    layers: StageLoss
+    output: OutputTap | None  # None: no output-space objective, or another stage computes the final states
+
+    def __call__(self, key: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
+        if key != FINAL_STATES:
+            return self.layers(key, hidden_states)
+        return hidden_states if self.output is None else self.output(key, hidden_states)
 
 
 class _WithStageLoss(torch.autograd.Function):
-    """Passes a layer's output through and adds its loss's gradient on the way back. What backward needs are the layer's
-    output, which the next layer keeps anyway, and the targets."""
+    """The identity, whose backward adds the gradient of the loss of one layer.
+
+    Backward needs the layer's output, which the next layer keeps anyway, and the target. It computes the gradient anew.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, tap: StageLoss, layer: int) -> torch.Tensor:
-        selection = tap.batch.representation
-        states = selected_rows(hidden_states, selection.selected)
-        compared = tap.maps[layer](states) if layer in tap.maps else states
-        statistics = token_statistics(compared, tap.targets.read(layer), tap.normalize)
-        tap.sums[layer] = layer_sums(statistics, selection.weights)
+    def forward(ctx: Any, hidden_states: torch.Tensor, loss: StageLoss, layer: int) -> torch.Tensor:
+        states = selected_rows(hidden_states, loss.selected)
+        compared = loss.maps[layer](states) if layer in loss.maps else states
+        statistics = token_statistics(compared, loss.targets[layer], loss.normalize)
+        loss.sums[layer] = layer_sums(statistics, loss.metric_weights)
         ctx.save_for_backward(hidden_states)
-        ctx.tap, ctx.layer = tap, layer
-        return _passed_through(hidden_states)
+        ctx.loss, ctx.layer = loss, layer
+        return _same_values(hidden_states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (hidden_states,) = ctx.saved_tensors
-        tap: StageLoss = ctx.tap
-        selected, target = tap.batch.representation.selected, tap.targets.take(ctx.layer)
-        states, layer_map = selected_rows(hidden_states, selected), tap.maps.get(ctx.layer)
+        loss: StageLoss = ctx.loss
+        target, states = loss.targets[ctx.layer], selected_rows(hidden_states, loss.selected)
+        if loss.release is not None:
+            loss.release(ctx.layer)
+        layer_map = loss.maps.get(ctx.layer)
         compared = states if layer_map is None else layer_map(states)
-        own = weighted_gradient(compared, target, tap.normalize, tap.gradient_weights)
+        own = weighted_gradient(compared, target, loss.normalize, loss.weights)
         if layer_map is not None:
             own = layer_map.pull_back(own, states)
-        # Out of place: another branch of the graph may read the incoming gradient. No row is selected twice.
-        return gradients[0].index_add(0, selected, own[:, None]), None, None
+        return _add_rows(gradients[0], loss.selected, own), None, None
 
 
 class _WithGradient(torch.autograd.Function):
-    """Passes the final states through and adds a gradient that is known already on the way back."""
+    """The identity, whose backward adds a gradient that is already computed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: torch.Tensor, gradient: torch.Tensor, selection: Selection) -> torch.Tensor:
-        ctx.gradient, ctx.selected = gradient, selection.selected
-        return _passed_through(hidden_states)
+    def forward(ctx: Any, hidden_states: torch.Tensor, gradient: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
+        ctx.gradient, ctx.selected = gradient, selected
+        return _same_values(hidden_states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return gradients[0].index_add(0, ctx.selected, ctx.gradient[:, None]), None, None
+        return _add_rows(gradients[0], ctx.selected, ctx.gradient), None, None
 
 
-def _passed_through(hidden_states: torch.Tensor) -> torch.Tensor:
-    """The same values in the same memory. Returned as it is, an autograd function's input would become a view, which
-    pipeline schedules refuse to free."""
+def _add_rows(gradient: torch.Tensor, selected: torch.Tensor, summands: torch.Tensor) -> torch.Tensor:
+    """Return gradient [sequence, batch, hidden] plus summands [N, hidden] at the selected rows.
+
+    The result is a new tensor: another branch of the graph may still use the incoming gradient.
+    """
+    total = gradient.clone(memory_format=torch.contiguous_format)
+    total.view(-1, gradient.shape[-1]).index_add_(0, selected, summands)
+    return total
+
+
+def _same_values(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Return another tensor with the same memory. An autograd function that returns its input makes a view of it, and
+    pipeline schedules refuse to free views."""
     output = torch.empty(0, dtype=hidden_states.dtype, device=hidden_states.device)
     output.data = hidden_states.data
     return output
 
 
 def selected_rows(hidden_states: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-    """Of a layer's output: [tokens, 1, hidden] -> [selected tokens, hidden], a copy."""
-    return hidden_states.index_select(0, selected)[:, 0]
+    """Return a copy [N, hidden] of the selected rows of hidden_states.flatten(0, 1)."""
+    return hidden_states.flatten(0, 1).index_select(0, selected)

@@ -1,8 +1,8 @@
-"""The teacher's states between the two models: held for each micro-batch until the student has read them."""
+"""The teacher's hidden states from the teacher pass until the student's loss has used them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,16 @@ States = dict[StateKey, torch.Tensor]  # [selected tokens, d_T] of each layer
 
 
 class TeacherTargets:
-    """For each micro-batch and student layer the teacher's states at the selected tokens, detached.
+    """The teacher's states at the selected tokens, for each micro-batch and student layer, detached.
 
-    `layers`: those that the student compares on this rank. With `produce`, the teacher is streamed: the states of a
-    micro-batch are made when it starts, and no more than those of the micro-batches in flight exist. With `offload`
-    they wait in CPU memory (pinned, when the student is on CUDA).
-    No communication, but for what `produce` does.
+    No communication, except what `produce` does.
+
+    Args:
+        layers: the student layers that this rank compares, and FINAL_STATES for an output-space objective.
+        device: the student's device.
+        offload: keep the states in CPU memory (pinned, when the student is on CUDA) until they are used.
+        produce: a function that computes the states of one micro-batch. With it the teacher is streamed: `of` calls it
+            when a micro-batch starts, so that only the micro-batches in flight have states in memory.
     """
 
     def __init__(
@@ -32,44 +36,47 @@ class TeacherTargets:
         self.layers = frozenset(layers)
         self.device = device
         self.offload = offload
+        self.most_bytes = 0  # maximum of num_bytes so far
         self._produce = produce
-        self._held: dict[tuple[int, StateKey], torch.Tensor] = {}  # by micro-batch and student layer
-        self.most_bytes = 0  # the most that was held at one time
+        self._states: dict[tuple[int, StateKey], torch.Tensor] = {}  # by micro-batch and student layer
 
     def put(self, micro_batch: int, states: States) -> None:
-        """Take the states of a micro-batch, by student layer; several may share one tensor. Raises KeyError when a
-        layer that the student compares is not among them."""
+        """Store the states of a micro-batch by student layer. Several layers may share one tensor.
+
+        Raises:
+            KeyError: `states` lacks a layer that the student compares.
+        """
         parked: dict[int, torch.Tensor] = {}
         for layer in self.layers:
-            one = states[layer]
-            if id(one) not in parked:
-                parked[id(one)] = self._park(one)
-            self._held[micro_batch, layer] = parked[id(one)]
+            tensor = states[layer]
+            if id(tensor) not in parked:
+                parked[id(tensor)] = self._park(tensor)
+            self._states[micro_batch, layer] = parked[id(tensor)]
         self.most_bytes = max(self.most_bytes, self.num_bytes)
 
     def of(self, micro_batch: int) -> MicroBatchTargets:
-        """The targets of one micro-batch, made now when the teacher is streamed."""
+        """Return the targets of one micro-batch; with a streamed teacher, compute them first."""
         if self._produce is not None:
             self.put(micro_batch, self._produce(micro_batch))
         return MicroBatchTargets(self, micro_batch)
 
     def read(self, micro_batch: int, layer: StateKey) -> torch.Tensor:
-        """The target of a student layer, on the student's device."""
-        return self._held[micro_batch, layer].to(self.device, non_blocking=True)
+        """Return the target of a student layer, on the student's device."""
+        return self._states[micro_batch, layer].to(self.device, non_blocking=True)
 
-    def take(self, micro_batch: int, layer: StateKey) -> torch.Tensor:
-        """`read`, and forget it: its memory is free once no other student layer waits for the same states."""
-        return self._held.pop((micro_batch, layer)).to(self.device, non_blocking=True)
+    def release(self, micro_batch: int, layer: StateKey) -> None:
+        """Forget the target of a student layer. Its memory is free once no other layer needs the same tensor."""
+        del self._states[micro_batch, layer]
 
     def __len__(self) -> int:
-        """How many targets of student layers are still to be read."""
-        return len(self._held)
+        """Return the number of targets (one for each micro-batch and student layer) that are not yet released."""
+        return len(self._states)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held now, states that several student layers wait for counted once."""
-        held = {id(states): states for states in self._held.values()}
-        return sum(states.numel() * states.element_size() for states in held.values())
+        """Bytes of all stored states; a tensor that several student layers share counts once."""
+        tensors = {id(tensor): tensor for tensor in self._states.values()}
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def _park(self, states: torch.Tensor) -> torch.Tensor:
         if not self.offload or states.device.type == "cpu":
@@ -79,17 +86,31 @@ class TeacherTargets:
 
 
 @dataclass(frozen=True)
-class MicroBatchTargets:
-    """What the loss sees of `TeacherTargets`: the targets of its own micro-batch, by student layer."""
+class MicroBatchTargets(Mapping[StateKey, torch.Tensor]):
+    """The targets of one micro-batch by student layer: a view of TeacherTargets."""
 
     targets: TeacherTargets
     micro_batch: int
 
     def __contains__(self, layer: object) -> bool:
+        """Return True if this rank compares the layer, also after its target was released."""
         return layer in self.targets.layers
 
-    def read(self, layer: StateKey) -> torch.Tensor:
+    def __getitem__(self, layer: StateKey) -> torch.Tensor:
         return self.targets.read(self.micro_batch, layer)
 
+    def __iter__(self) -> Iterator[StateKey]:
+        return iter(self.targets.layers)
+
+    def __len__(self) -> int:
+        return len(self.targets.layers)
+
+    def release(self, layer: StateKey) -> None:
+        """Forget the target of a layer."""
+        self.targets.release(self.micro_batch, layer)
+
     def take(self, layer: StateKey) -> torch.Tensor:
-        return self.targets.take(self.micro_batch, layer)
+        """Return the target of a layer and forget it."""
+        target = self[layer]
+        self.release(layer)
+        return target

@@ -25,7 +25,7 @@ from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
 from megatron_oprd.models.projection import student_maps, teacher_maps
-from megatron_oprd.models.taps import StageLoss
+from megatron_oprd.models.taps import StudentTap
 from megatron_oprd.models.targets import States
 from megatron_oprd.parallel.reshard import Shard
 from megatron_oprd.parallel.topology import Topology, build_topology
@@ -303,10 +303,10 @@ def _update(
         with live.making("targets"):
             waiting = torch.empty(max(micro_batches - count, 0) * targets.num_bytes // count, dtype=torch.uint8)
 
-        def taps() -> Iterator[StageLoss]:
+        def taps() -> Iterator[StudentTap]:
             for number in range(count):
                 tap = stage_loss(plan, config.loss, batch, targets, number, models.output, models.student.maps)
-                live.assign("targets", [tap.targets.read(layer) for layer in targets.layers])
+                live.assign("targets", [targets.read(number, layer) for layer in targets.layers])
                 yield tap
 
         accumulate_gradients(models.student, topology, plan, [batch] * count, taps())

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_oprd.models.micro_batch import ContextPart, MicroBatch, Tap
+from megatron_oprd.models.micro_batch import ContextPart, MicroBatch
+from megatron_oprd.models.tap_params import Tap
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import progress
 from megatron_oprd.types import PackedBatch

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from megatron_oprd.config import LossConfig
 from megatron_oprd.losses.output_space import METRICS
-from megatron_oprd.losses.reduction import layer_metrics, output_metrics
+from megatron_oprd.losses.reduction import layer_metrics, layer_weights, output_metrics
 from megatron_oprd.models.layer_plan import LayerPlan
-from megatron_oprd.models.micro_batch import Tap
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.projection import StudentMap
-from megatron_oprd.models.taps import StageLoss
+from megatron_oprd.models.tap_params import Tap
+from megatron_oprd.models.taps import OutputTap, StageLoss, StudentTap
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
@@ -23,7 +24,7 @@ from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.overlap import start_gather
 from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.student import Student
-from megatron_oprd.types import PackedBatch, StepReport
+from megatron_oprd.types import FINAL_STATES, PackedBatch, StepReport
 
 
 def student_step(
@@ -44,9 +45,9 @@ def student_step(
     left at the end. `output`: the output-space objective, on the last stage; `with_metrics`: whether it measures its
     metrics. Communicates over all groups.
     """
-    taps: list[StageLoss] = []
+    taps: list[StudentTap] = []
 
-    def next_taps() -> Iterator[StageLoss]:
+    def next_taps() -> Iterator[StudentTap]:
         for number, batch in enumerate(batches):
             taps.append(stage_loss(plan, loss, batch, targets, number, output, student.maps))
             yield taps[-1]
@@ -79,18 +80,21 @@ def stage_loss(
     number: int,
     output: OutputLoss | None,
     maps: Mapping[int, StudentMap] | None = None,
-) -> StageLoss:
+) -> StudentTap:
     """The tap of the student's micro-batch `number`."""
-    config = loss.representation
-    return StageLoss(
-        batch,
-        targets.of(number),
-        len(plan.pairs),
+    config, weights, own_targets = loss.representation, batch.representation.weights, targets.of(number)
+    layers = StageLoss(
+        batch.representation.selected,
+        config.weight * layer_weights(weights, max(len(plan.pairs), 1)),
+        own_targets,
         normalize=config.normalize,
-        scale=config.weight,
+        metric_weights=weights,
         maps=maps,
-        output=output,
+        release=own_targets.release,
     )
+    if output is None or FINAL_STATES not in own_targets:
+        return StudentTap(layers, None)
+    return StudentTap(layers, OutputTap(output, batch.output, partial(own_targets.take, FINAL_STATES)))
 
 
 def accumulate_gradients(
@@ -113,23 +117,23 @@ def accumulate_gradients(
     )
 
 
-def _layer_sums(taps: Sequence[StageLoss], topology: Topology, plan: LayerPlan) -> dict[int, list[float]]:
+def _layer_sums(taps: Sequence[StudentTap], topology: Topology, plan: LayerPlan) -> dict[int, list[float]]:
     """Sums [4] of every compared student layer over micro-batches, ranks that hold other tokens, and pipeline ranks."""
     layers = plan.student_layers
     local = torch.zeros(len(layers), 4, dtype=torch.float64, device=topology.device)
     for tap in taps:
-        for layer, sums in tap.sums.items():
+        for layer, sums in tap.layers.sums.items():
             local[layers.index(layer)] += sums
     values = _sum_over_all(local, [*topology.token_groups, topology.groups.pp], topology)
     return {layer: values[4 * i : 4 * i + 4] for i, layer in enumerate(layers)}
 
 
-def _output_sums(taps: Sequence[StageLoss], topology: Topology) -> list[float]:
+def _output_sums(taps: Sequence[StudentTap], topology: Topology) -> list[float]:
     """Sums [1 + METRICS] of the output-space objective; tensor-parallel ranks have all of them alike."""
     local = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=topology.device)
     for tap in taps:
-        if tap.output_sums is not None:
-            local += tap.output_sums
+        if tap.output is not None and tap.output.sums is not None:
+            local += tap.output.sums
     return _sum_over_all(local, [topology.groups.dp_cp, topology.groups.pp], topology)
 
 

@@ -23,7 +23,7 @@ from megatron_oprd.models import taps, targets
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.training import global_batch, overlap
-from megatron_oprd.types import PackedBatch, Selection
+from megatron_oprd.types import PackedBatch, Selection, StateKey
 from tests.helpers.layouts import Case
 from tests.helpers.run_layouts import rollouts_of
 
@@ -111,14 +111,14 @@ def loss_in_the_pass_without_gradient() -> Iterator[None]:
     """Under recomputation the loss is applied in the first pass, which keeps no graph, and not in the second."""
     call = taps.StageLoss.__call__
 
-    def in_first_pass(self: taps.StageLoss, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
+    def in_first_pass(self: taps.StageLoss, layer: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
         if layer not in self.targets or layer in self.sums:
             return hidden_states
         if torch.is_grad_enabled():
             return call(self, layer, hidden_states)
         with torch.enable_grad():
             call(self, layer, hidden_states)
-        self.targets.take(layer)
+        self.targets.release(layer)
         return hidden_states
 
     with mock.patch.object(taps.StageLoss, "__call__", in_first_pass):
