@@ -39,8 +39,9 @@ from megatron_oprd.launch.run_folder import describe, find_checkpoint
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.planning.dry_run import Plan, describe_run
-from megatron_oprd.resilience import signals, straggler
 from megatron_oprd.resilience.guard import guarded
+from megatron_oprd.resilience.signals import handle_signals, received_by_any
+from megatron_oprd.resilience.straggler import measure_straggler
 from megatron_oprd.runtime import platform, progress
 from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.training.global_batch import share_rollouts
@@ -69,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         plan = Plan(inputs.config, inputs.student, inputs.teachers, inputs.lengths, inputs.world, inputs.bridge_rank)
         describe_run(plan, inputs.missing)
         return 0
-    with signals.noting(), guarded(inputs.config.watchdog, inputs.run_dir):
+    with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")
         run = build_run(inputs)
         stop = fit(run)
@@ -97,11 +98,11 @@ def fit(run: Run) -> Stop | None:
         progress.enter("health", state.step)
         health, measured = health_watch.after_step(run, log, health, state.step, metrics)
         progress.enter("log", state.step)
-        measured |= straggler.after_step(config.watchdog, run.topology, state.step)
+        measured |= measure_straggler(config.watchdog, run.topology, state.step)
         on_rank_zero(partial(write_step, run, log, metrics | measured, rollouts))
         if due(state.step, config.evaluation.every, last_step()):
             health = evaluate_student(run, log, state, health)
-        signal = signals.noted_by_any(run.topology)
+        signal = received_by_any(run.topology)
         if signal is not None or due(state.step, config.checkpoint.every, last_step()):
             saved = save_checkpoint(run, state, saver)
     progress.enter("checkpoint", state.step)

@@ -1,4 +1,7 @@
-"""What stands around the work of a command on every rank: a watchdog, and the record of who failed first."""
+"""The guard around the work of a command on every rank: a watchdog, and a record of the rank that failed first.
+
+`train`, `evaluate` and `bridge.fit` run inside `with guarded(...)`.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +28,23 @@ from megatron_oprd.runtime.cli import RankFailed
 from megatron_oprd.runtime.files import DISK_ERRORS
 from megatron_oprd.types import UserError
 
-# How long a rank that only lost its connections waits to hear who failed; one that failed itself, whether it was first.
-SETTLE_SECONDS, COMPARE_SECONDS = 5.0, 0.5
-# By how much the clocks of two machines may differ. A process that torchrun starts anew needs longer to get here.
+# A rank that only lost its connections waits this long for the record of the rank that failed first.
+SETTLE_SECONDS = 5.0
+# A rank that failed itself waits this long for a record of an earlier failure.
+COMPARE_SECONDS = 0.5
+# The clocks of two machines may differ by this much. A process that torchrun restarts needs longer to get here.
 CLOCKS_SECONDS = 3.0
 
 
 @contextlib.contextmanager
 def guarded(config: WatchdogConfig, run_dir: Path) -> Iterator[None]:
-    """Do the work of a command inside: with heartbeats of this rank in the run folder, and with an end for all ranks
-    when one fails or hangs.
+    """Run the work of a command: write heartbeats, and end all ranks when one fails or hangs.
 
-    A failure of one among several ranks is written to `failures/` in the run folder, the rank that failed first and its
-    stage are named in one line, and RankFailed is raised. A mistake of the user, and the failure of a process that is
-    alone, pass as they are. No communication but through the folder.
+    If one of several ranks fails, each rank writes a record to `failures/` in the run folder and prints one line with
+    the first rank that failed and its stage. A UserError, and the exception of a single process, are raised unchanged.
+    Ranks communicate only through the run folder.
+
+    Raises: RankFailed if one of several ranks failed.
     """
     guard = _Guard(config, run_dir)
     guard.begin()
@@ -47,101 +53,108 @@ def guarded(config: WatchdogConfig, run_dir: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         guard.end()
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        told = isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
-        if told:
-            guard.refuse(error)
+    except BaseException as error:  # torch's CheckpointException is not an Exception
+        is_user_error = isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
+        if is_user_error:
+            guard.record_user_error(error)
         elif process_info.world_size() > 1:
             guard.fail(error)
         else:
-            failures.write(run_dir, failures.of_exception(error, progress.here(), time.time()))
+            failures.write(run_dir, failures.from_exception(error, progress.here(), time.time()))
         guard.end()
         raise
     guard.end()
 
 
 class _Guard:
+    """The watchdog and the files of one rank during a command."""
+
     def __init__(self, config: WatchdogConfig, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._new = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+        self._new_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
         if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} <= {heartbeat.FOLDER}:
-            self._new = [run_dir]  # another rank was faster
-        self._decided = threading.Lock()  # of the main thread and the watchdog's, the first to end takes it for good
+            self._new_folders = [run_dir]  # another rank of this command has just made the folder
+        self._ending = threading.Lock()  # the first thread that ends the process, main or watchdog, keeps it
         self._since = time.time() - CLOCKS_SECONDS
-        self._watchdog = Watchdog(config, run_dir, self._since, self._end_now)
-        self._beats = config.heartbeat_seconds > 0
+        self._watchdog = Watchdog(config, run_dir, self._since, self._end_process)
+        self._has_watchdog = config.heartbeat_seconds > 0
 
     def begin(self) -> None:
-        failures.forget(self._run_dir)
+        """Remove the files of an earlier command and start the watchdog."""
+        failures.remove_own(self._run_dir)
         if process_info.rank() == 0:
-            heartbeat.remove_others(self._run_dir, process_info.world_size())
-        if self._beats:
+            heartbeat.remove_surplus(self._run_dir, process_info.world_size())
+        if self._has_watchdog:
             self._watchdog.start()
 
     def end(self) -> None:
-        """This rank ends by itself; a command that was refused leaves no folder behind."""
-        self._decided.acquire()
-        if self._beats:
+        """Stop the watchdog, and remove the heartbeat and the empty folders that this command made."""
+        self._ending.acquire()
+        if self._has_watchdog:
             self._watchdog.stop()
         heartbeat.remove(self._run_dir, process_info.rank())
-        for folder in self._new:
+        for folder in self._new_folders:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
-    def refuse(self, error: BaseException) -> None:
-        """Leave a record where the mistake may be seen by this rank alone; the command says it on rank 0 only."""
-        rank, everywhere = process_info.rank(), getattr(error, "everywhere", False)
-        if everywhere or process_info.world_size() == 1 or not dist.is_initialized():  # till then all check the same
+    def record_user_error(self, error: BaseException) -> None:
+        """Write a record of a user's mistake that this rank alone may have found.
+
+        The command itself prints the mistake on rank 0 only: another rank prints it here, unless rank 0 found it too.
+        """
+        rank, on_all_ranks = process_info.rank(), getattr(error, "everywhere", False)
+        # Before the process group exists, all ranks make the same checks.
+        if on_all_ranks or process_info.world_size() == 1 or not dist.is_initialized():
             return
-        failures.write(self._run_dir, failures.of_exception(error, progress.here(), time.time()))
+        failures.write(self._run_dir, failures.from_exception(error, progress.here(), time.time()))
         time.sleep(0 if rank == 0 else COMPARE_SECONDS)
-        if rank != 0 and all(one.first != 0 for one in failures.read(self._run_dir, self._since)):
-            _say(" ".join(str(error).split()))
+        if rank != 0 and all(failure.first != 0 for failure in failures.read(self._run_dir, self._since)):
+            _print_error(" ".join(str(error).split()))
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Write down this rank's failure and say whose was first."""
-        self._decided.acquire()
+        """Write this rank's failure record, print the first failure, and raise RankFailed."""
+        self._ending.acquire()
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to all that are left; they end anyway
-        mine = failures.of_exception(error, progress.here(), time.time())
-        failures.write(self._run_dir, mine)
-        line = self._settle(mine)
-        self._tell(mine, line)
-        heartbeat.remove(self._run_dir, mine.rank)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the remaining ranks, which end anyway
+        own = failures.from_exception(error, progress.here(), time.time())
+        failures.write(self._run_dir, own)
+        line = self._find_first(own)
+        self._report(own, line)
+        heartbeat.remove(self._run_dir, own.rank)
         raise RankFailed(line) from error
 
-    def _settle(self, mine: Failure) -> str:
-        """The line about the first rank that failed."""
-        deadline = time.monotonic() + (COMPARE_SECONDS if mine.line else SETTLE_SECONDS)
+    def _find_first(self, own: Failure) -> str:
+        """Return the message about the first rank that failed, after waiting for the records of other ranks."""
+        deadline = time.monotonic() + (COMPARE_SECONDS if own.line else SETTLE_SECONDS)
         while True:
             records = failures.read(self._run_dir, self._since)
-            first, late = failures.first_of(records), time.monotonic() > deadline
-            if first is not None and (late or not mine.line):
+            first, late = failures.first_failure(records), time.monotonic() > deadline
+            if first is not None and (late or not own.line):
                 return first.line
-            gone = None if mine.line else self._watchdog.gone()
-            if gone is not None:
-                return gone.line
+            killed = None if own.line else self._watchdog.find_killed()
+            if killed is not None:
+                return killed.line
             if late:
-                return mine.line or self._missing(records)
+                return own.line or self._describe_missing(records)
             time.sleep(0.1)
 
-    def _missing(self, records: list[Failure]) -> str:
-        """Where nobody knows, those that could not say anything."""
-        silent = sorted(set(range(process_info.world_size())) - {one.rank for one in records})
-        if not silent:
-            return "no rank knows why"
-        last = heartbeat.read(self._run_dir, silent[0])
+    def _describe_missing(self, records: list[Failure]) -> str:
+        """Return a message about the ranks that left no record, for the case that no record names a cause."""
+        missing = sorted(set(range(process_info.world_size())) - {record.rank for record in records})
+        if not missing:
+            return "no rank left a record of the cause"
+        last = heartbeat.read(self._run_dir, missing[0])
         seen = f" on {last.host}, last seen in {last.place}" if last is not None else ""
-        more = f", {len(silent) - 1} more too" if silent[1:] else ""
-        return f"rank {silent[0]}{seen} left no record{more}: killed, or its machine is gone"
+        more = f", {len(missing) - 1} more too" if missing[1:] else ""
+        return f"rank {missing[0]}{seen} left no record{more}: killed, or its machine is gone"
 
-    def _end_now(self, found: Verdict) -> None:
-        """End this process from the watchdog's thread, wherever its main thread stands."""
-        if not self._decided.acquire(blocking=False):
+    def _end_process(self, found: Verdict) -> None:
+        """End this process from the watchdog's thread, whatever the main thread does."""
+        if not self._ending.acquire(blocking=False):
             return
         place, rank = progress.here(), process_info.rank()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        mine = Failure(
+        own = Failure(
             rank,
             process_info.host(),
             process_info.attempt(),
@@ -153,31 +166,32 @@ class _Guard:
             found.rank,
             found.line,
         )
-        failures.write(self._run_dir, mine)
-        self._tell(mine, found.line)
+        failures.write(self._run_dir, own)
+        self._report(own, found.line)
         heartbeat.remove(self._run_dir, rank)
-        flush = threading.Thread(target=sys.stdout.flush, daemon=True)  # which a thread stuck in a write would hold up
+        # Flush in a thread of its own: the main thread may hang in a write and hold stdout's lock.
+        flush = threading.Thread(target=sys.stdout.flush, daemon=True)
         flush.start()
         flush.join(timeout=1.0)
         os._exit(1)
 
-    def _tell(self, mine: Failure, line: str) -> None:
-        """One line; before it, of the rank that is the first, where it failed."""
-        if mine.first != mine.rank or mine.line != line:
-            _say(f"rank {mine.rank} ends, as {line}")
+    def _report(self, own: Failure, line: str) -> None:
+        """Print the message about the first failure; the rank that failed first prints its stack trace before."""
+        if own.first != own.rank or own.line != line:
+            _print_error(f"rank {own.rank} ends, as {line}")
             return
-        os.write(2, "".join(mine.trace).encode())
-        _say(line)
-        _tell_torchrun(line)
+        os.write(2, "".join(own.trace).encode())
+        _print_error(line)
+        _report_to_torchrun(line)
 
 
-def _say(line: str) -> None:
-    """In one write, past Python's buffers: lines of several ranks do not mix, and no other thread can be in the way."""
+def _print_error(line: str) -> None:
+    """Print in one unbuffered write: lines of several ranks do not mix, and no other thread can hold a lock."""
     os.write(2, f"error: {line}\n".encode())
 
 
-def _tell_torchrun(line: str) -> None:
-    """torchrun's own summary takes the earliest of these files for the root cause: only the first rank leaves one."""
+def _report_to_torchrun(line: str) -> None:
+    """Write torchrun's error file. Only the first rank writes one: torchrun's summary names the earliest file."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     with contextlib.suppress(OSError):

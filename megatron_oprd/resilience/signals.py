@@ -1,5 +1,7 @@
-"""SIGTERM and SIGUSR1 ask a run to save and end: a cluster wants its nodes back. A signal only leaves a note; all ranks
-look at their notes together, between two steps."""
+"""Handlers of SIGTERM and SIGUSR1, by which a cluster asks a run to save and to free its machines.
+
+A handler only stores the signal's number. Between two steps the ranks agree whether any of them received a signal.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,22 @@ from megatron_oprd.parallel.collectives import max_over
 from megatron_oprd.parallel.topology import Topology
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_noted = 0
+_received = 0
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[None]:
-    """Inside the block those signals are noted and do nothing else. No communication."""
-    global _noted
-    _noted = 0
-    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set handlers
+def handle_signals() -> Iterator[None]:
+    """Finish the current step on SIGTERM or SIGUSR1, then stop.
+
+    Inside the block a signal does not end the process: the training loop calls `received_by_any` after each step. In
+    a thread other than the main one the block changes nothing. No communication.
+    """
+    global _received
+    _received = 0
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
-    before = {number: signal.signal(number, _note) for number in SIGNALS}
+    before = {number: signal.signal(number, _store) for number in SIGNALS}
     try:
         yield
     finally:
@@ -34,12 +40,12 @@ def noting() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def noted_by_any(topology: Topology) -> str | None:
-    """The name of a signal that any rank has noted, the same on all. Collective over the world."""
-    (number,) = max_over([_noted], dist.group.WORLD, topology.device)
+def received_by_any(topology: Topology) -> str | None:
+    """Return the name of a signal that any rank received, or None, on every rank. Collective over the world."""
+    (number,) = max_over([_received], dist.group.WORLD, topology.device)
     return signal.Signals(int(number)).name if number else None
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    global _noted
-    _noted = number
+def _store(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = number

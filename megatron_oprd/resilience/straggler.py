@@ -1,4 +1,4 @@
-"""Ranks whose device is slow: a hot or throttled GPU, a machine with something else on it. All wait for the slowest."""
+"""Detection of ranks with a slow device, like a throttled GPU or a shared machine: all ranks wait for the slowest."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.resilience import process_info
 
-ATTEMPTS = 3  # the best counts: what disturbs once is no straggler
+ATTEMPTS = 3  # the fastest counts: a single disturbance does not make a straggler
 PRODUCTS = 8
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """The slowest rank, and its time over the median of all."""
+    """The slowest rank."""
 
     rank: int
-    ratio: float
+    ratio: float  # its time over the median of all ranks
 
 
-def after_step(config: WatchdogConfig, topology: Topology, step: int) -> dict[str, float]:
-    """`straggler/ratio` where a look is due after this step; rank 0 names a rank beyond `watchdog.straggler_ratio`.
-    Collective over the world."""
+def measure_straggler(config: WatchdogConfig, topology: Topology, step: int) -> dict[str, float]:
+    """Measure every `watchdog.straggler_every` steps how much slower the slowest rank is than the median rank.
+
+    Rank 0 prints a warning if the ratio is above `watchdog.straggler_ratio`. Communicates over the world.
+
+    Returns: the metric `straggler/ratio`, or no metric after a step without a measurement.
+    """
     if not config.straggler_every or step % config.straggler_every:
         return {}
-    measured = gather_objects((process_info.host(), seconds_of_work(topology.device)), dist.group.WORLD)
+    measured = gather_objects((process_info.host(), time_products(topology.device)), dist.group.WORLD)
     found = slowest([seconds for _, seconds in measured])
     if found.ratio > config.straggler_ratio and topology.rank == 0:
         print(
@@ -44,14 +48,16 @@ def after_step(config: WatchdogConfig, topology: Topology, step: int) -> dict[st
 
 
 def slowest(seconds: Sequence[float]) -> Straggler:
-    """Of the seconds that each rank took for the same work, in rank order. The lower median: of two ranks, the faster
-    one is the measure."""
+    """Return the slowest rank, given the seconds of every rank for the same work, in rank order.
+
+    The lower median is the reference: with two ranks, the faster one.
+    """
     rank = max(range(len(seconds)), key=lambda number: seconds[number])
     return Straggler(rank, seconds[rank] / statistics.median_low(seconds))
 
 
-def seconds_of_work(device: torch.device) -> float:
-    """The best of a few times of the same matrix products on this rank's device. No communication."""
+def time_products(device: torch.device) -> float:
+    """Return the seconds for a fixed number of matrix products on this rank's device. No communication."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
     matrix = torch.full((size, size), 1.0 / size, device=device, dtype=dtype)
     return min(_seconds(matrix) for _ in range(ATTEMPTS))

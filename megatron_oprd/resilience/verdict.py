@@ -1,4 +1,4 @@
-"""Which rank holds up a run, from what all ranks last said of themselves. No communication."""
+"""The rule that finds the rank which holds up a run, given the last heartbeats of all ranks. No communication."""
 
 from __future__ import annotations
 
@@ -9,36 +9,40 @@ from megatron_oprd.resilience.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True)
-class Sign:
-    """A rank as another one sees it: its last heartbeat, if it left any, and for how long that has not changed, by the
-    clock of the one who looks (those of two machines may differ)."""
+class RankStatus:
+    """The state of a rank as observed by another rank."""
 
     rank: int
-    last: Heartbeat | None
-    silent_seconds: float = 0.0
+    last: Heartbeat | None  # None: the rank has written no heartbeat yet
+    silent_seconds: float = 0.0  # since `last` changed, by the observer's clock (clocks of two machines may differ)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rank that holds up all others (None: they hold up each other), and the line that says so."""
+    """The rank that holds up the run, and the message about it."""
 
-    rank: int | None
+    rank: int | None  # None: the ranks wait for each other
     line: str
 
 
-def judge(signs: Sequence[Sign], timeout_seconds: float, silent_after_seconds: float) -> Verdict | None:
-    """Who is to blame when the one who asks got no further for `timeout_seconds`; None: all is well, others are slow.
+def judge(statuses: Sequence[RankStatus], timeout_seconds: float, silent_after_seconds: float) -> Verdict | None:
+    """Return the rank that holds up a run in which the observing rank made no progress for `timeout_seconds`.
 
-    `signs` are those of all ranks that have not ended, the asking one's too. A rank without a new heartbeat for
-    `silent_after_seconds` has stopped or is gone. Of the others those that wait for other ranks are not to blame; of
-    those that do not, the one that got no further for longest is, unless it still gets on.
+    1. A rank without a new heartbeat for `silent_after_seconds` is stopped or gone.
+    2. Otherwise, among the ranks that do not wait for other ranks, the one longest without progress hangs.
+    3. If all ranks wait, they wait for each other.
+
+    Args:
+        statuses: all ranks that have not ended, the observing rank included.
+
+    Returns: None if some rank that others may wait for still makes progress, or if a rank has no heartbeat yet.
     """
-    silent = [sign for sign in signs if sign.silent_seconds >= silent_after_seconds]
+    silent = [status for status in statuses if status.silent_seconds >= silent_after_seconds]
     if silent:
         return Verdict(silent[0].rank, _silence(silent))
-    beats = [sign.last for sign in signs if sign.last is not None]
-    if len(beats) < len(signs):
-        return None  # one has just ended, and will have left its reason, or has not begun to speak
+    beats = [status.last for status in statuses if status.last is not None]
+    if len(beats) < len(statuses):
+        return None  # a rank without a heartbeat has just started, or just ended and left a failure record
     working = [beat for beat in beats if not beat.waits]
     if any(beat.seconds_without_progress < timeout_seconds for beat in working or beats):
         return None
@@ -52,11 +56,11 @@ def judge(signs: Sequence[Sign], timeout_seconds: float, silent_after_seconds: f
     )
 
 
-def _silence(silent: Sequence[Sign]) -> str:
+def _silence(silent: Sequence[RankStatus]) -> str:
     first, others = silent[0], len(silent) - 1
     who = f"rank {first.rank}" + (f" on {first.last.host}" if first.last else "")
     seen = f"last seen in {first.last.place} at {first.last.where}" if first.last else "never seen"
-    more = f" (and {others} more: {', '.join(str(sign.rank) for sign in silent[1:9])})" if others else ""
+    more = f" (and {others} more: {', '.join(str(status.rank) for status in silent[1:9])})" if others else ""
     return (
         f"{who}{more} gives no sign of life for {first.silent_seconds:.0f} s, {seen}: its process is stopped or its "
         "machine is gone"

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other of signals, slow devices and failures."""
+"""Ranks agree on received signals, on the slowest device and on the rank that failed first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Captured:
-    """What this process writes to a descriptor, in a file."""
+    """Redirects what this process writes to a file descriptor into a file."""
 
     def __init__(self, descriptor: int, path: Path) -> None:
         self.path, self._descriptor, self._before = path, descriptor, os.dup(descriptor)
@@ -36,30 +36,30 @@ class Captured:
 def _signals_and_stragglers(rank: int, folder: Path) -> tuple[list[str | None], list[dict[str, float]], str]:
     start_process(CPU)
     topology = build_topology(ParallelConfig(), CPU, seed=0)
-    with signals.noting():
-        noted = [signals.noted_by_any(topology)]
+    with signals.handle_signals():
+        received = [signals.received_by_any(topology)]
         if rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        noted.append(signals.noted_by_any(topology))
-    straggler.seconds_of_work = lambda device: 1.0 + 2.0 * (rank == 1)
+        received.append(signals.received_by_any(topology))
+    straggler.time_products = lambda device: 1.0 + 2.0 * (rank == 1)
     out = Captured(1, folder / f"stdout-{rank}")
     config = WatchdogConfig(straggler_every=2, straggler_ratio=2.5)
-    measured = [straggler.after_step(config, topology, step) for step in (1, 2)]
-    measured.append(straggler.after_step(WatchdogConfig(straggler_every=1, straggler_ratio=3.5), topology, 1))
-    measured.append(straggler.after_step(WatchdogConfig(), topology, 2))
-    return noted, measured, out.text()
+    measured = [straggler.measure_straggler(config, topology, step) for step in (1, 2)]
+    measured.append(straggler.measure_straggler(WatchdogConfig(straggler_every=1, straggler_ratio=3.5), topology, 1))
+    measured.append(straggler.measure_straggler(WatchdogConfig(), topology, 2))
+    return received, measured, out.text()
 
 
-def test_a_signal_is_noted_by_all_and_a_slow_rank_named_by_the_first(tmp_path):
-    for rank, (noted, measured, out) in enumerate(run_distributed(2, _signals_and_stragglers, tmp_path)):
-        assert noted == [None, "SIGUSR1"]
+def test_all_ranks_learn_of_a_signal_and_rank_0_names_a_slow_rank(tmp_path):
+    for rank, (received, measured, out) in enumerate(run_distributed(2, _signals_and_stragglers, tmp_path)):
+        assert received == [None, "SIGUSR1"]
         assert measured == [{}, {"straggler/ratio": 3.0}, {"straggler/ratio": 3.0}, {}]
-        told = re.fullmatch(r"warning: rank 1 on \S+ needs 3\.00 times as long as the median rank .*=2\.5\)\n", out)
-        assert told if rank == 0 else out == ""
+        warning = re.fullmatch(r"warning: rank 1 on \S+ needs 3\.00 times as long as the median rank .*=2\.5\)\n", out)
+        assert warning if rank == 0 else out == ""
 
 
 def _refused(rank: int, folder: Path) -> tuple[str, str]:
-    """Rank 1 alone raises a UserError, then rank 0 for all, while the others follow."""
+    """Rank 1 alone raises a UserError; rank 0 then loses its connection."""
     err = Captured(2, folder / f"stderr-{rank}")
     try:
         with guarded(WatchdogConfig(heartbeat_seconds=0.0), folder / "run"):
@@ -70,7 +70,7 @@ def _refused(rank: int, folder: Path) -> tuple[str, str]:
         return type(error).__name__, err.text()
 
 
-def test_a_mistake_that_one_rank_alone_sees_is_said_by_it_and_named_by_the_others(tmp_path):
+def test_a_user_error_of_one_rank_is_printed_by_it_and_named_by_the_others(tmp_path):
     first, second = run_distributed(2, _refused, tmp_path)
     assert second == ("UserError", "error: prompt 7 is empty\n")
     assert first[0] == "RankFailed"
@@ -86,6 +86,6 @@ def _refused_by_all(rank: int, folder: Path) -> bool:
     return (folder / "run" / "failures").exists()
 
 
-def test_a_mistake_that_all_see_leaves_no_record(tmp_path):
+def test_a_user_error_of_all_ranks_leaves_no_record(tmp_path):
     assert run_distributed(2, _refused_by_all, tmp_path) == [False, False]
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Long runs on a cluster: signals, ranks that are killed, hang, stop or fail. Real torchrun, four ranks."""
+"""Signals, and ranks that are killed, hang, stop or fail, in runs of four ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Torchrun:
             time.sleep(0.02)
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Return torchrun's exit code."""
         return self.process.wait(timeout=300)
 
 
 @contextlib.contextmanager
 def torchrun(*args, **options) -> Iterator[Torchrun]:
-    """All its processes end with the block."""
+    """Start a run under torchrun and end all its processes with the block."""
     run = Torchrun(*args, **options)
     try:
         yield run
@@ -57,14 +57,14 @@ def torchrun(*args, **options) -> Iterator[Torchrun]:
 
 
 def pid_of(run_dir: Path, rank: int) -> int:
-    """Of the rank's last sign of life."""
+    """Return the process id in a rank's heartbeat."""
     return json.loads((run_dir / "heartbeats" / f"rank_{rank:05d}.json").read_text())["pid"]
 
 
 def records(run_dir: Path, attempt: int) -> dict[int, dict]:
-    """What the ranks left that failed in an attempt."""
+    """Return the failure records of an attempt by rank."""
     found = (json.loads(path.read_text()) for path in (run_dir / "failures").glob(f"attempt_{attempt}_rank_*.json"))
-    return {one["rank"]: one for one in found}
+    return {record["rank"]: record for record in found}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def arguments(tmp_path_factory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(arguments, tmp_path_factory) -> Path:
-    """The run folder of a run that nothing happens to."""
+    """Return the run folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("expected")
     finish(in_folder(arguments, folder / "run"), folder / "log", world_size=4)
     return folder / "run"
@@ -87,7 +87,7 @@ def assert_as_expected(actual: Path, expected: Path) -> None:
     assert_same_export(actual, expected)
 
 
-def test_a_signal_to_one_rank_saves_and_ends_all_and_the_same_command_goes_on(arguments, expected, tmp_path):
+def test_a_signal_to_one_rank_saves_and_stops_all_ranks_and_the_same_command_continues(arguments, expected, tmp_path):
     actual = tmp_path / "run"
     command = [*in_folder(arguments, actual), "checkpoint.every=0"]
     with torchrun(command, tmp_path / "log") as run:
@@ -95,18 +95,20 @@ def test_a_signal_to_one_rank_saves_and_ends_all_and_the_same_command_goes_on(ar
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             os.kill(pid_of(actual, 2), number)
         assert run.wait() == 0, run.log.read_text()
-    told = re.search(r"^SIG\w+: step (\d+) saved in (.*); the same command goes on$", run.log.read_text(), re.MULTILINE)
-    assert told, run.log.read_text()
-    step = int(told[1])
+    message = re.search(
+        r"^SIG\w+: step (\d+) saved in (.*); the same command goes on$", run.log.read_text(), re.MULTILINE
+    )
+    assert message, run.log.read_text()
+    step = int(message[1])
     assert complete_steps(actual) == [step] and last_step(actual) == step < STEPS
-    assert told[2] == str(actual / "checkpoints" / f"step_{step:07d}")
+    assert message[2] == str(actual / "checkpoints" / f"step_{step:07d}")
     left = {path.name for path in actual.iterdir()}
     assert not left & {"hf", "report.html", "heartbeats", "failures"}
     finish(command, tmp_path / "log", world_size=4)
     assert_as_expected(actual, expected)
 
 
-def test_a_killed_rank_is_named_and_torchrun_starts_all_again(arguments, expected, tmp_path):
+def test_a_killed_rank_is_named_and_the_restarted_run_ends_the_same(arguments, expected, tmp_path):
     actual = tmp_path / "run"
     with torchrun(in_folder(arguments, actual), tmp_path / "log", restarts=3) as run:
         run.wait_until(lambda: last_step(actual) >= 3)
@@ -122,7 +124,7 @@ def test_a_killed_rank_is_named_and_torchrun_starts_all_again(arguments, expecte
     assert_as_expected(actual, expected)
 
 
-def test_the_rank_that_hangs_raises_or_stops_is_named(arguments, tmp_path):
+def test_the_rank_that_hangs_fails_or_is_stopped_is_named(arguments, tmp_path):
     """Three attempts of one run: rank 1 sleeps, then rank 3 raises, then rank 2 is stopped from outside."""
     actual = tmp_path / "run"
     settings = ("checkpoint.every=1", "train.steps=1000", f"watchdog.timeout_seconds={TIMEOUT_SECONDS}")
@@ -133,7 +135,7 @@ def test_the_rank_that_hangs_raises_or_stops_is_named(arguments, tmp_path):
         stopped = pid_of(actual, 2)
         os.kill(stopped, signal.SIGSTOP)
         run.wait_until(lambda: sorted(records(actual, 2)) == [0, 1, 3])
-        os.kill(stopped, signal.SIGKILL)  # else torchrun waits half a minute before it does
+        os.kill(stopped, signal.SIGKILL)  # torchrun itself would wait half a minute
         assert run.wait() != 0
     log = run.log.read_text()
     asleep, raised, silent = (records(actual, attempt) for attempt in range(3))
@@ -154,5 +156,7 @@ def test_the_rank_that_hangs_raises_or_stops_is_named(arguments, tmp_path):
 
     for rank in (0, 1, 3):
         assert silent[rank]["first"] in (2, None)
-    told = re.findall(r"^error: rank (\d) ends, as rank 2 on \S+ gives no sign of life for \d+ s, last seen", log, re.M)
-    assert sorted(told) == ["0", "1", "3"], log
+    named = re.findall(
+        r"^error: rank (\d) ends, as rank 2 on \S+ gives no sign of life for \d+ s, last seen", log, re.M
+    )
+    assert sorted(named) == ["0", "1", "3"], log
