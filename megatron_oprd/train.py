@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.runtime.cli import check_command_line, command_parser, run_command
@@ -24,8 +23,8 @@ if __name__ == "__main__":
     check_command_line(PARSER)  # a mistake is reported before the slow imports
 
 import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
-from megatron_oprd.checkpoint import training_state
 from megatron_oprd.checkpoint.saver import Saver
+from megatron_oprd.checkpoint.training_state import load_checkpoint
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
@@ -86,7 +85,12 @@ def fit(run: Run) -> Stop | None:
     world."""
     config = run.inputs.config
     state, log, health = start(run)
-    saver = Saver(asynchronous=config.checkpoint.asynchronous)
+    saver = Saver(
+        run.inputs.run_dir / "checkpoints",
+        run.checkpoint_content,
+        keep=config.checkpoint.keep,
+        asynchronous=config.checkpoint.asynchronous,
+    )
     signal: str | None = None
 
     def last_step() -> int:
@@ -94,7 +98,7 @@ def fit(run: Run) -> Stop | None:
 
     while state.step < last_step() and signal is None:
         state, metrics, rollouts = one_step(run, state)
-        saver.at_step()
+        saver.after_step()
         progress.enter("health", state.step)
         health, measured = health_watch.after_step(run, log, health, state.step, metrics)
         progress.enter("log", state.step)
@@ -104,8 +108,7 @@ def fit(run: Run) -> Stop | None:
             health = evaluate_student(run, log, state, health)
         signal = received_by_any(run.topology)
         if signal is not None or due(state.step, config.checkpoint.every, last_step()):
-            saved = save_checkpoint(run, state, saver)
-    progress.enter("checkpoint", state.step)
+            saved = saver.save(state)
     saver.wait()
     on_rank_zero(log.close)
     if signal is not None:
@@ -190,7 +193,7 @@ def start(run: Run) -> tuple[TrainState, RunLog, HealthWatch]:
         on_rank_zero(lambda: health_watch.check_can_go_on(run.inputs))
     state = TrainState()
     if found is not None:
-        state = training_state.load(found, run.student, run.inputs.student, topology, run.identities)
+        state = load_checkpoint(found, run.checkpoint_content)
     on_rank_zero(lambda: describe(run))  # only now: a run that may not go on leaves the folder as it was
     if found is not None and topology.rank == 0:
         print(f"going on from {found}", flush=True)
@@ -229,22 +232,6 @@ def write_step(run: Run, log: RunLog, metrics: dict[str, float], rollouts: list[
     """The line and the rollouts of a step. One rank calls it."""
     log.step(metrics)
     log.rollouts(int(metrics["step"]), rollouts, run.inputs.tokenizer)
-
-
-def save_checkpoint(run: Run, state: TrainState, saver: Saver) -> Path:
-    """Write a training checkpoint, or begin to, and drop the oldest; where it is. Collective over the world."""
-    config = run.inputs.config
-    progress.enter("checkpoint", state.step)
-    return saver.save(
-        run.inputs.run_dir / "checkpoints",
-        run.student,
-        run.inputs.student,
-        run.topology,
-        state,
-        run.identities,
-        source=config.student.path,
-        keep=config.checkpoint.keep,
-    )
 
 
 def evaluate_student(run: Run, log: RunLog, state: TrainState, health: HealthWatch) -> HealthWatch:

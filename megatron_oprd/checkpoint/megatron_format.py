@@ -1,10 +1,16 @@
-"""Weights of a model as a Megatron-Core distributed checkpoint, readable by any parallel layout.
+"""A model's weights as a Megatron-Core distributed checkpoint, which any parallel layout can load.
 
-The folder holds mcore's files (`*.distcp`, `.metadata`, `metadata.json`, `common.pt`), the Hugging Face files beside
-the weights (config.json, tokenizer, chat template, ...), so that everything that reads those works on it too, and
-`megatron_oprd.json`. Every layer is a tensor of its own (`decoder.layers.3.mlp.linear_fc1.weight`): a model that is
-cut above some layer, or that has no LM head, reads just what it has. The experts of a layer are one tensor
-(`decoder.layers.3.mlp.experts.experts.linear_fc1.weight`, experts first), of which each rank writes and reads its own.
+`saver.py` plans writes of the student, `weights.py` and `training_state.py` load, `tools/checkpoint_convert` saves and
+loads. The folder contains:
+
+- mcore's files: `*.distcp`, `.metadata`, `metadata.json`, `common.pt`;
+- the Hugging Face files besides the weights: config.json, tokenizer, chat template. Code that needs these files accepts
+  the folder in place of a Hugging Face folder;
+- the manifest `megatron_oprd.json`.
+
+Every layer is a separate tensor (`decoder.layers.3.mlp.linear_fc1.weight`). A model that ends below the last layer, or
+that has no LM head, loads only its own tensors. The experts of a layer are one tensor with the experts in dimension 0
+(`decoder.layers.3.mlp.experts.experts.linear_fc1.weight`); each rank writes and loads its own experts.
 """
 
 from __future__ import annotations
@@ -35,10 +41,10 @@ FORMAT_VERSION = 1
 
 
 def sharded_weights(stage: torch.nn.ModuleList, topology: Topology) -> dict[str, Any]:
-    """mcore's sharded state dict of all chunks of a stage, by the parameters' names in the whole model, a tensor for
-    each layer, without the modules' extra states.
+    """Return mcore's sharded state dict of all chunks of a stage, with one tensor a layer.
 
-    An extra state is empty without Transformer Engine; leaving it out keeps the files independent of the layer spec.
+    Keys are the parameters' names in the complete model. The modules' extra states are left out: they are empty without
+    Transformer Engine, and the files then do not depend on the layer spec.
     """
     metadata = {"non_homogeneous_layers": True, "dp_cp_group": topology.groups.dp_cp}
     return {
@@ -52,10 +58,10 @@ def sharded_weights(stage: torch.nn.ModuleList, topology: Topology) -> dict[str,
 def save_model(
     stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, topology: Topology, source: str | Path
 ) -> None:
-    """Write the weights of all ranks to the new folder, in the model's dtype, with the companions of `source`.
+    """Write the weights of all ranks to a new folder, in the model's dtype, with the Hugging Face files of `source`.
 
-    Collective over the world, on a file system that all ranks share. The folder appears when it is whole. Raises
-    UserError on every rank for a folder that holds something and for a disk that does not take it.
+    Collective over the world, on a file system that all ranks share. The folder appears when it is complete. Raises
+    UserError on every rank for a folder that is not empty and for a disk error.
     """
     partial = on_rank_zero(lambda: prepare_partial(folder))
     try:
@@ -76,16 +82,20 @@ def save_model(
 
 
 def plan_model(stage: torch.nn.ModuleList, folder: str | Path, topology: Topology) -> PlannedWrite:
-    """Plan to write the weights of all ranks into the empty `folder`. Collective over the world; raises what mcore,
-    torch and the disk raise."""
+    """Plan to write the weights of all ranks into the empty `folder`.
+
+    Collective over the world. Raises what mcore, torch and the disk raise.
+    """
     return plan_write(sharded_weights(stage, topology), folder)
 
 
 def describe_model(
     stage: torch.nn.ModuleList, folder: Path, spec: ModelSpec, topology: Topology, source: str | Path
 ) -> None:
-    """Put beside the weights what says whose they are: the companions of `source`, config.json, the manifest. One rank
-    calls it. Raises UserError for a disk that does not take it."""
+    """Write the files besides the weights: the Hugging Face files of `source`, config.json and the manifest.
+
+    One rank calls this. Raises UserError for a disk error.
+    """
     dtype = next(stage.parameters()).dtype
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -102,13 +112,13 @@ def describe_model(
 
 
 def is_megatron_checkpoint(folder: str | Path) -> bool:
-    """Whether a folder holds the files of a distributed checkpoint, whole or broken."""
+    """Return True if a folder contains files of a distributed checkpoint, complete or damaged."""
     folder = Path(folder)
     return any((folder / name).exists() for name in (".metadata", MANIFEST)) or any(folder.glob("*.distcp"))
 
 
 def checkpoint_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype of the weights in a Megatron checkpoint. Raises UserError for a folder that does not say."""
+    """Return the dtype of the weights in a Megatron checkpoint. Raises UserError for a manifest without a dtype."""
     name = read_json(Path(folder) / MANIFEST).get("dtype")
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
@@ -117,14 +127,16 @@ def checkpoint_dtype(folder: str | Path) -> torch.dtype:
 
 
 def load_model(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
-    """Fill every parameter of a stage, cast to the parameter's dtype. `spec` is the whole model's; this one may be cut
-    above a layer or lack the LM head.
+    """Load every parameter of a stage, cast to the parameter's dtype.
 
-    Collective over the world; every rank reads its part. Raises UserError on every rank, naming the file or the
-    tensor, for a folder that is not whole or does not hold this model.
+    Args:
+        spec: the complete model; `stage` may end below its last layer or lack the LM head.
+
+    Collective over the world; every rank reads its own part. Raises UserError on every rank, with the file or the
+    tensor, for an incomplete folder and for another model's weights.
     """
     folder = Path(folder)
-    check(folder, spec)
+    check_model(folder, spec)
 
     def read() -> dict[str, Any]:
         try:
@@ -135,18 +147,20 @@ def load_model(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, 
         except dist_checkpointing.core.CheckpointingException as error:
             raise UserError(f"{folder} cannot be read: {error}") from None
 
-    loaded = on_every_rank(read)  # not every version of mcore tells all ranks what one of them met
+    loaded = on_every_rank(read)  # some versions of mcore raise an error only on the rank that found it
     with torch.no_grad():
         for name, parameter in named_parameters(stage).items():
-            # mcore reads into the parameter itself, except where it lays a parameter together from pieces, and never in
-            # FP8: that is made of what was read.
+            # mcore loads into the parameter's own storage, with two exceptions: parameters that it joins from pieces,
+            # and FP8 parameters, which are quantized from the loaded values.
             if is_float8tensor(parameter) or loaded[name].data_ptr() != parameter.data_ptr():
                 parameter.copy_(loaded[name])
 
 
 def load_parameter(folder: str | Path, name: str) -> torch.Tensor:
-    """One whole parameter of a Megatron checkpoint, on the CPU, in the dtype of the file. No communication. Raises
-    UserError, naming the folder, for a damaged one."""
+    """Return one unsharded parameter of a Megatron checkpoint, on the CPU, in the dtype of the file.
+
+    No communication. Raises UserError, with the folder, for damaged files.
+    """
     folder = Path(folder)
     stored = check_files(folder).state_dict_metadata[name]
     assert isinstance(stored, TensorStorageMetadata)
@@ -159,14 +173,14 @@ def load_parameter(folder: str | Path, name: str) -> torch.Tensor:
 
 
 def describe_damage(error: BaseException) -> str:
-    """In a few words what torch or mcore raised on reading a damaged file."""
-    if isinstance(error, UnpicklingError):  # its text is advice about torch.load
+    """Describe an exception that torch or mcore raised for a damaged file, in one short line."""
+    if isinstance(error, UnpicklingError):  # its text gives advice about torch.load
         return "a .distcp file is corrupt"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def check(folder: str | Path, spec: ModelSpec) -> None:
-    """Raise UserError, naming the file or the tensor, when the checkpoint is not whole or is another model's.
+def check_model(folder: str | Path, spec: ModelSpec) -> None:
+    """Raise UserError, with the file or the tensor, for an incomplete checkpoint and for another model's weights.
 
     Reads the index and the sizes of the files, not the weights. No communication.
     """
@@ -188,17 +202,17 @@ def check(folder: str | Path, spec: ModelSpec) -> None:
 
 
 def check_files(folder: Path) -> Metadata:
-    """The index of a folder that mcore wrote. Raises UserError, naming the file, for one that is missing or cut."""
+    """Return the index of a folder that mcore wrote. Raises UserError for missing or truncated files."""
     metadata = _read_index(folder)
     sizes: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        sizes[place.relative_path] = max(sizes.get(place.relative_path, 0), place.offset + place.length)
+    for stored in metadata.storage_data.values():
+        sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
     for file, size in sorted(sizes.items()):
         if not (folder / file).exists():
             raise UserError(f"{folder / file} is missing")
         if (folder / file).stat().st_size < size:
             raise UserError(f"{folder / file} is truncated: {(folder / file).stat().st_size} of {size} bytes")
-    # Newer versions of mcore keep the common state among the tensors.
+    # Newer versions of mcore store the common state among the tensors.
     if not any(name.startswith("common_state") for name in metadata.state_dict_metadata):
         try:
             torch.load(folder / "common.pt", weights_only=True)
@@ -210,6 +224,7 @@ def check_files(folder: Path) -> Metadata:
 
 
 def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, Any], spec: ModelSpec) -> None:
+    """Raise UserError for tensors that are missing, unknown, or of another shape than the model's."""
     vocabulary = manifest.get("vocabulary")
     if vocabulary != spec.vocab_size:
         raise UserError(f"{folder}: its vocabulary is {vocabulary}, config.json asks for {spec.vocab_size}")
@@ -225,11 +240,11 @@ def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, An
 
 
 def _stored_shapes(spec: ModelSpec, padded_vocabulary: int | None) -> dict[str, tuple[int | None, ...]]:
-    """Every tensor of a checkpoint with its shape: a parameter each, the experts of a layer stacked."""
+    """Return the shape of every tensor of a checkpoint. The experts of a layer are one stacked tensor."""
     shapes: dict[str, tuple[int | None, ...]] = {}
-    whole = megatron_shapes(spec)
+    unsharded = megatron_shapes(spec)
     for entry in entries(spec):
-        shape = whole[entry.megatron]
+        shape = unsharded[entry.megatron]
         if entry.layout == "vocabulary":
             shapes[entry.megatron] = (padded_vocabulary, *shape[1:])
         elif entry.expert is not None:
@@ -246,5 +261,5 @@ def _read_index(folder: Path) -> Metadata:
     except FileNotFoundError:
         raise UserError(f"{folder / '.metadata'} is missing") from None
     except Exception as error:
-        # It is a pickle: a damaged one raises whatever its bytes happen to mean.
+        # The index is a pickle: a damaged one can raise any exception.
         raise UserError(f"{folder / '.metadata'} is truncated or corrupt: {error}") from None

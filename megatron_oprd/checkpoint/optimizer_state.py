@@ -1,7 +1,8 @@
-"""The optimizer's state on disk, in mcore's format that any layout reads.
+"""Saving and loading of the optimizer's state, in mcore's format, which any parallel layout can load.
 
-mcore writes and reads it for the fused optimizers of CUDA and for models whose buffers have one bucket. What torch's
-AdamW (without Transformer Engine and apex) and a tied embedding need on top is all here.
+`saver.py` calls `plan_optimizer`, `training_state.py` calls `load_optimizer`. mcore itself handles fused CUDA
+optimizers and models with one bucket a buffer. This file adds what torch's AdamW (used without Transformer Engine and
+apex) and tied embeddings need.
 """
 
 from __future__ import annotations
@@ -22,29 +23,36 @@ from megatron_oprd.training.student import Student
 
 
 def plan_optimizer(student: Student, topology: Topology, folder: Path) -> PlannedWrite:
-    """Plan to write the state of all ranks into the empty `folder`. Collective over the world; raises what mcore, torch
-    and the disk raise."""
+    """Plan to write the state of all ranks into the empty `folder`.
+
+    Collective over the world. Raises what mcore, torch and the disk raise.
+    """
     with platform.cpu_devices():
         state = _sharded_state(student, topology, is_loading=False)
         chained = len(student.optimizer.chained_optimizers) > 1
-        for one in state["optimizer"].values() if chained else [state["optimizer"]]:
-            if one.get("param_state") == {}:  # mcore would warn that not all ranks have the same nothing
-                del one["param_state"]
-            for group in one.get("optimizer", one)["param_groups"]:  # an offloaded state names classes: no plain data
+        for single in state["optimizer"].values() if chained else [state["optimizer"]]:
+            if single.get("param_state") == {}:  # mcore would warn that the empty dicts of the ranks differ
+                del single["param_state"]
+            # The groups of an offloaded optimizer contain classes, which the file format does not allow.
+            for group in single.get("optimizer", single)["param_groups"]:
                 for key in [key for key, value in group.items() if isinstance(value, type)]:
                     del group[key]
         return plan_write(state, folder)
 
 
 def state_is_a_copy(student: Student) -> bool:
-    """Whether what `plan_optimizer` writes is in CPU memory and the optimizer's no more: a distributed optimizer's is
-    gathered there."""
-    return all(isinstance(one, DistributedOptimizer) for one in student.optimizer.chained_optimizers)
+    """Return True if the tensors that `plan_optimizer` writes are copies in CPU memory.
+
+    mcore gathers the state of a distributed optimizer in CPU memory before it writes.
+    """
+    return all(isinstance(single, DistributedOptimizer) for single in student.optimizer.chained_optimizers)
 
 
 def load_optimizer(student: Student, topology: Topology, folder: Path) -> None:
-    """Put the optimizer where a checkpoint left it, in this layout. Collective over the world; raises what mcore
-    and torch raise for damaged files."""
+    """Load the optimizer's state in the student's layout.
+
+    Collective over the world. Raises what mcore and torch raise for damaged files.
+    """
     with platform.cpu_devices():
         _make_loadable(student)
         wanted = _sharded_state(student, topology, is_loading=True)
@@ -71,16 +79,21 @@ def _sharded_state(student: Student, topology: Topology, *, is_loading: bool) ->
 
 
 def _groups(optimizer: DistributedOptimizer, *, step: float) -> dict[str, Any]:
-    """The parameter groups of a rank that has nothing to train: a pipeline stage above the highest compared layer.
-    mcore would read the step off a parameter's state."""
+    """Return the optimizer state of a rank that trains nothing: a pipeline stage above the highest compared layer.
+
+    mcore would take the step from the state of a parameter.
+    """
     groups = optimizer.optimizer.state_dict()["param_groups"]
     named = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     return {"optimizer": {"param_groups": [{**group, "step": step} for group in named]}}
 
 
 def _state_of_buffers(optimizer: DistributedOptimizer, **options: Any) -> dict[Any, Any]:
-    """mcore joins a buffer's buckets without the padding between them and cuts at places that count it. Only a tied
-    embedding has a bucket beside others; on the last pipeline stage it comes first and would shift all the rest."""
+    """Return mcore's state of each buffer, with the padding between the buckets put back.
+
+    mcore joins the buckets of a buffer without their padding, but splits them at offsets that count the padding. Only a
+    tied embedding makes several buckets. On the last pipeline stage its bucket is the first and would shift the others.
+    """
     state: dict[Any, Any] = DistributedOptimizer.get_parameter_state_dp_zero(optimizer, **options)
     for number, buffer in enumerate(optimizer.buffers):
         sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
@@ -94,12 +107,12 @@ def _state_of_buffers(optimizer: DistributedOptimizer, **options: Any) -> dict[A
 
 
 def _make_loadable(student: Student) -> None:
-    """Prepare torch's optimizers for mcore's loading, which is written for the fused ones of CUDA."""
+    """Prepare torch's optimizers for mcore's loading code, which is written for fused CUDA optimizers."""
     for optimizer in student.optimizer.chained_optimizers:
-        optimizer.init_state_fn = optimizer.init_state_fn or (lambda *args: None)  # SGD keeps no state
+        optimizer.init_state_fn = optimizer.init_state_fn or (lambda *args: None)  # SGD has no state
         if not isinstance(optimizer.optimizer, torch.optim.AdamW):
             continue
-        # AdamW has no state before its first step, and mcore loads only into state that is there.
+        # AdamW has no state before its first step, and mcore loads into existing state only.
         for group in optimizer.optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.optimizer.state[parameter] = {
@@ -112,7 +125,7 @@ def _make_loadable(student: Student) -> None:
 
 
 def _separate_steps(student: Student) -> None:
-    """mcore gives every parameter's AdamW state one `step` tensor, which would then count once for each of them."""
+    """Give each parameter its own `step` tensor: mcore shares one, which each parameter would then increment."""
     for optimizer in student.optimizer.chained_optimizers:
         if isinstance(optimizer.optimizer, torch.optim.AdamW):
             for state in optimizer.optimizer.state.values():
@@ -120,6 +133,6 @@ def _separate_steps(student: Student) -> None:
 
 
 def _set_states(optimizer: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
-    """mcore's method looks for a `step` among the loaded tensors; it was loaded with the parameter groups."""
+    """Add the `step` that mcore's method expects among the loaded tensors: it was loaded with the parameter groups."""
     step = optimizer._get_main_param_and_optimizer_states(parameter)["step"]
     DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, parameter, {**tensors, "step": step})

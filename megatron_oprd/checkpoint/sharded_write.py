@@ -1,9 +1,11 @@
-"""A folder of mcore's `torch_dist` format on its way to the disk: planned by all ranks, written by each alone.
+"""Writing of a folder in mcore's `torch_dist` format: planned by all ranks, then written by each rank alone.
 
-What needs all ranks (the plan, the index) is apart from what takes long (a file a rank), so that a thread can write
-while training goes on. No collective runs beside training's, and no process is forked: mcore's own writer forks one for
-every file and keeps a spawned manager for the results: seconds for a tiny model, and impossible in a daemonic process
-or in a script without a `__main__` guard.
+`megatron_format.py` and `optimizer_state.py` plan writes; `saver.py` runs them. The steps that need all ranks (the
+plan, the index) are separate from the slow one (one file a rank), so that a thread can write while training continues.
+The thread runs no collective beside those of training.
+
+No process is forked. mcore's own writer forks one process a file and starts a manager for the results. That takes
+seconds for a tiny model, and fails in a daemonic process and in a script without a `__main__` guard.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 
 class PlannedWrite:
-    """This rank's file of a folder that all ranks write: `stage`, if wanted, then `write`, then `finish`."""
+    """This rank's part of a folder that all ranks write. Call `snapshot` (optional), then `write`, then `finish`."""
 
     def __init__(self, state: dict[str, Any], folder: str | Path) -> None:
-        """Agree on who writes what. Collective over the world; raises CheckpointException on every rank."""
+        """Agree on which rank writes what. Collective over the world; raises CheckpointException on every rank."""
         self._ranks = _DistWrapper(None, True, 0)
         self._writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
         self._planner: Any = mcore_torch.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -46,47 +48,52 @@ class PlannedWrite:
         plan = self._ranks.reduce_scatter("plan", plan_own, plan_all)
         self._plan = self._planner.finish_plan(plan)
 
-    def stage(self, *, copy: bool) -> None:
-        """Take what will be written out of reach of training: into CPU memory, for as long as this object lives.
-        `copy=False` for a state that is in CPU memory and that nobody changes. No communication."""
+    def snapshot(self, *, copy: bool) -> None:
+        """Keep the values to write in CPU memory, so that training may change the originals. No communication.
+
+        `copy=False` is for values that are in CPU memory already and that nothing changes.
+        """
         data = {}
         for item in self._plan.items:
             value = self._planner.resolve_data(item)
             if copy and isinstance(value, torch.Tensor):
                 value = value.detach().to("cpu", copy=True)
             data[item.index] = value
-        self._planner = _Staged(data)
-        # Else the writer would open a CUDA stream, in a thread on another device.
+        self._planner = _Snapshot(data)
+        # Otherwise the writer would open a CUDA stream, in a thread whose current device is another one.
         self._writer.per_thread_copy_ahead = 0
 
     def write(self) -> None:
-        """Write the file and force it to the disk. No communication. Never raises: what went wrong comes out in
-        `finish`."""
+        """Write this rank's file and force it to the disk. No communication. `finish` raises an error of the write."""
         try:
             self._outcome = self._writer.write_data(self._plan, self._planner).value()
-        except BaseException as error:  # told to all ranks, whatever it is
+        except BaseException as error:  # `finish` sends every error to all ranks
             self._outcome = error
 
     def finish(self) -> None:
-        """Write the index of what all ranks wrote. Collective over the world; raises CheckpointException on every rank
-        for what went wrong on any."""
+        """Write the index of the files of all ranks.
+
+        Collective over the world. Raises CheckpointException on every rank for an error of any rank.
+        """
 
         def own_results() -> list[WriteResult]:
             if isinstance(self._outcome, BaseException):
                 raise self._outcome
-            assert self._outcome is not None, "finish comes after write"
+            assert self._outcome is not None, "call write before finish"
             return self._outcome
 
         def write_index(results: list[list[WriteResult]]) -> None:
-            assert self._metadata is not None  # on rank 0, where this runs
+            assert self._metadata is not None  # this function runs on rank 0
             self._writer.finish(self._metadata, results)
 
         self._ranks.all_reduce("write", own_results, write_index)
 
 
 def plan_write(state: dict[str, Any], folder: str | Path) -> PlannedWrite:
-    """Plan to write mcore's sharded state dict into the empty `folder`; what is not sharded, rank 0 writes at once.
-    Collective over the world; raises what mcore, torch and the disk raise."""
+    """Plan to write mcore's sharded state dict into the empty `folder`. Rank 0 writes the unsharded values at once.
+
+    Collective over the world. Raises what mcore, torch and the disk raise.
+    """
     strategy = _PlanStrategy()
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
     assert strategy.planned is not None
@@ -94,7 +101,7 @@ def plan_write(state: dict[str, Any], folder: str | Path) -> PlannedWrite:
 
 
 class _PlanStrategy(mcore_torch.TorchDistSaveShardedStrategy):
-    """What mcore calls with the part of a state dict that is sharded."""
+    """A save strategy of mcore that only plans the write of the sharded values."""
 
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
@@ -105,8 +112,8 @@ class _PlanStrategy(mcore_torch.TorchDistSaveShardedStrategy):
         self.planned = PlannedWrite(mcore_torch.mcore_to_pyt_state_dict(grouped, False), checkpoint_dir)
 
 
-class _Staged:
-    """In the planner's place, answers the writer from copies: the plan is made already."""
+class _Snapshot:
+    """Replaces the planner during the write and returns the copied values."""
 
     def __init__(self, data: Mapping[MetadataIndex, Any]) -> None:
         self._data = data

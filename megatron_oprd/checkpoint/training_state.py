@@ -1,10 +1,11 @@
-"""Training checkpoints: the student as a Megatron checkpoint, its optimizer, and where the run stands.
+"""Training checkpoints: the student's weights, the optimizer's state and the position of the run.
 
     checkpoints/step_0000050/   model/ optimizer/ state.json complete
 
-A checkpoint is written under another name, forced to the disk, renamed and then marked `complete`: a process killed at
-any moment leaves the last complete one. `model/` is a Megatron checkpoint of its own: a student can start from it and
-the converter reads it. Any layout reads what another wrote.
+`saver.py` writes a checkpoint under another name, forces it to the disk, renames it and then adds the file `complete`.
+A process killed at any moment leaves the last complete checkpoint intact. This file finds, loads and removes them.
+`model/` is a Megatron checkpoint that a student can start from and that the converter accepts. A run in any parallel
+layout can load the checkpoint of another layout.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,22 +33,35 @@ from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.student import Student
 from megatron_oprd.types import ModelSpec, UserError
 
-MARK = "complete"
+MARK = "complete"  # the file that makes a checkpoint count
 _NAME = re.compile(r"step_\d{7}")
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
+@dataclass(frozen=True)
+class CheckpointContent:
+    """The parts of a run that a checkpoint stores or checks, on this rank."""
+
+    student: Student
+    spec: ModelSpec  # of the student
+    topology: Topology  # of the student
+    teachers: Mapping[str, Identity]  # by data source
+    source: str  # folder whose tokenizer and config files go into `model/`
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint, or None."""
     complete = _complete(folder)
     return complete[-1] if complete else None
 
 
-def prepare(target: Path) -> Path:
-    """Fresh folders to write a checkpoint into, beside `target`. One rank calls it; raises UserError for a disk that
-    does not take them."""
+def prepare_folders(target: Path) -> Path:
+    """Make empty folders for a checkpoint beside `target` and return the outer one.
+
+    One rank calls this. Raises UserError when the disk does not accept the folders.
+    """
     if target.exists() and not (target / MARK).exists():
         with explain_os_errors(target):
-            shutil.rmtree(target)  # renamed, but the process died before marking it
+            shutil.rmtree(target)  # renamed by a process that died before it added the mark
     partial = prepare_partial(target)
     with explain_os_errors(partial):
         for part in ("model", "optimizer"):
@@ -54,25 +69,27 @@ def prepare(target: Path) -> Path:
     return partial
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints. One rank calls it; raises UserError for a disk that does
-    not let go of one."""
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints, and the leftovers of killed processes.
+
+    One rank calls this. Raises UserError when the disk refuses to remove one.
+    """
     kept = _complete(folder)[-keep:]
     for path in folder.glob("step_*"):
-        # Older, or left half-written or half-removed by a process that was killed.
+        # Older checkpoints, and folders that a killed process left half-written or half-removed.
         if path not in kept and _NAME.fullmatch(path.name.removesuffix(".partial")):
             with explain_os_errors(path):
-                (path / MARK).unlink(missing_ok=True)  # first: a half-removed folder must not look complete
+                (path / MARK).unlink(missing_ok=True)  # first, so that a half-removed folder is not complete
                 shutil.rmtree(path)
 
 
-def load(
-    checkpoint: Path, student: Student, spec: ModelSpec, topology: Topology, teachers: Mapping[str, Identity]
-) -> TrainState:
-    """Put student, optimizer and schedule where the checkpoint left them. Collective over the world.
+def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
+    """Load weights, optimizer state and schedule position into the student, and return the position of the run.
 
-    Raises UserError for a checkpoint made with another teacher, layer map or bridge, or one that is damaged.
+    Collective over the world. Raises UserError for a damaged checkpoint, and for one made with other teachers, layer
+    pairs or another bridge.
     """
+    student, topology = content.student, content.topology
     values = read_json(checkpoint / "state.json")
     with _explain_damage(checkpoint / "state.json"):
         state = TrainState(int(values["step"]), PromptState.from_dict(values["prompts"]))
@@ -82,7 +99,7 @@ def load(
             )
             for name, one in values["teachers"].items()
         }
-    _check_teachers(checkpoint, saved, teachers)
+    _check_teachers(checkpoint, saved, content.teachers)
     _check_maps(checkpoint, student)
 
     def read_optimizer() -> None:
@@ -94,9 +111,9 @@ def load(
                 student.map_optimizer.load(checkpoint)
 
     on_every_rank(read_optimizer)
-    # The weights last: mcore makes the state of an optimizer in CPU memory with a step on random gradients.
-    load_model(student.stage, checkpoint / "model", spec, topology)
-    # The rate is a function of the step and the configuration alone.
+    # Weights come last: mcore initialises an optimizer in CPU memory by a step on random gradients.
+    load_model(student.stage, checkpoint / "model", content.spec, topology)
+    # The learning rate is a function of the step and the configuration alone.
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=state.step)
     return state
@@ -106,33 +123,35 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / MARK).exists())
 
 
-def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], asked: Mapping[str, Identity]) -> None:
-    if saved.keys() != asked.keys():
-        then, now = (", ".join(name or "a single teacher" for name in one) for one in (saved, asked))
+def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], current: Mapping[str, Identity]) -> None:
+    """Raise UserError if the teachers of the checkpoint differ from those of the configuration."""
+    if saved.keys() != current.keys():
+        then, now = (", ".join(name or "a single teacher" for name in one) for one in (saved, current))
         raise UserError(
             f"{checkpoint} was made with other teachers ({then}) than the configuration names ({now}); go on with "
             "those or name a new train.run_dir"
         )
-    for name, one in asked.items():
-        if saved[name].hash != one.hash:
+    for name, teacher in current.items():
+        if saved[name].hash != teacher.hash:
             raise UserError(
                 f"{checkpoint} was made with another teacher ({saved[name].path}, {saved[name].hash[:19]}) than "
-                f"{teacher_section(name)}.path={one.path} ({one.hash[:19]}); go on with that one or name a new "
+                f"{teacher_section(name)}.path={teacher.path} ({teacher.hash[:19]}); go on with that one or name a new "
                 "train.run_dir"
             )
-        if saved[name].pairs != one.pairs:
+        if saved[name].pairs != teacher.pairs:
             raise UserError(
                 f"{checkpoint} was made with the layer pairs {_short(saved[name].pairs)}, the configuration asks for "
-                f"{_short(one.pairs)}; go on with those or name a new train.run_dir"
+                f"{_short(teacher.pairs)}; go on with those or name a new train.run_dir"
             )
-        if saved[name].bridge != one.bridge:
+        if saved[name].bridge != teacher.bridge:
             raise UserError(
                 f"{checkpoint} was made {_with(saved[name].bridge)}, loss.representation.bridge asks for a run "
-                f"{_with(one.bridge)}; go on as it was or name a new train.run_dir"
+                f"{_with(teacher.bridge)}; go on as it was or name a new train.run_dir"
             )
 
 
 def _check_maps(checkpoint: Path, student: Student) -> None:
+    """Raise UserError if only one of checkpoint and configuration trains the bridge."""
     trained = (checkpoint / MAPS).exists()
     if trained != (student.map_optimizer is not None):
         then, now = (json.dumps(one) for one in (trained, not trained))
@@ -153,12 +172,12 @@ def _with(bridge: str | None) -> str:
 
 @contextlib.contextmanager
 def _explain_damage(part: Path) -> Iterator[None]:
-    """Turn what mcore and torch raise for a damaged part of a checkpoint into a UserError that names it."""
+    """Turn an exception of mcore or torch about a damaged part of a checkpoint into a UserError with its path."""
     try:
         yield
     except UserError as error:
         raise UserError(f"{error}; remove this checkpoint to go on from the one before") from None
-    except (Exception, CheckpointException) as error:  # torch's is no Exception
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         raise UserError(
             f"{part} cannot be read ({describe_damage(causes[0])}); remove this checkpoint to go on from the one before"

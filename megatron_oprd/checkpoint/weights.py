@@ -1,4 +1,7 @@
-"""Weights from either kind of folder, and what identifies them."""
+"""Loading, checking and hashing of weights in a Hugging Face folder or a Megatron checkpoint.
+
+`launch` calls this file for the student and the teachers; `bridge` for the hashes of its models.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ _HASHED = ("*.safetensors", "*.safetensors.index.json", "*.distcp", ".metadata",
 
 
 def load_weights(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
-    """Fill a stage from a Hugging Face folder or a Megatron checkpoint, cast to the model's dtype.
+    """Load the parameters of a stage from a Hugging Face folder or a Megatron checkpoint, cast to the model's dtype.
 
-    Collective over the world. Raises UserError, naming the folder and what is wrong, on every rank.
+    Collective over the world. Raises UserError on every rank, with the folder and the cause.
     """
     if megatron_format.is_megatron_checkpoint(folder):
         megatron_format.load_model(stage, folder, spec, topology)
@@ -31,8 +34,11 @@ def load_weights(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec
 
 
 def load_lm_head(folder: str | Path, spec: ModelSpec, start: int, end: int) -> torch.Tensor:
-    """Rows `start` to `end` [rows, hidden] of the LM head in either kind of folder (the embedding, of a tied model), on
-    the CPU, in the dtype of the file. No communication. Raises UserError for unreadable files."""
+    """Return rows `start` to `end` of the LM head, or of the embedding of a tied model.
+
+    Returns: [end - start, hidden] on the CPU, in the dtype of the file. No communication.
+    Raises UserError for unreadable files.
+    """
     entry = EMBEDDING if spec.tied_embeddings else LM_HEAD
     if megatron_format.is_megatron_checkpoint(folder):
         return megatron_format.load_parameter(folder, entry.megatron)[start:end]
@@ -41,28 +47,30 @@ def load_lm_head(folder: str | Path, spec: ModelSpec, start: int, end: int) -> t
 
 
 def check_weights(folder: str | Path, spec: ModelSpec) -> None:
-    """Raise UserError when `load_weights` would: files missing, truncated, or of another model. Reads no weights and
-    communicates nothing."""
+    """Raise UserError for missing or truncated files and for another model's weights, without loading any weights.
+
+    No communication.
+    """
     if megatron_format.is_megatron_checkpoint(folder):
-        megatron_format.check(folder, spec)
+        megatron_format.check_model(folder, spec)
     else:
         HFReader(folder).check(spec)
 
 
 def weights_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype in which either kind of folder holds its weights."""
+    """Return the dtype of the weights in the files."""
     if megatron_format.is_megatron_checkpoint(folder):
         return megatron_format.checkpoint_dtype(folder)
     return HFReader(folder).dtype()
 
 
 def content_hash(folder: str | Path) -> str:
-    """What identifies the weights of a folder: `sha256:` and 64 hexadecimal digits. No communication.
+    """Return a hash of the weights in a folder: `sha256:` and 64 hexadecimal digits. No communication.
 
-    SHA-256 over, for each weight file, index and config.json in the order of their names, a line `name size digest`
-    with the SHA-256 of all its bytes. It changes with any bit of any weight and stays when the folder is moved or its
-    tokenizer changes. It reads everything once (1-2 GB/s): let one rank compute it. The same weights saved again, as
-    another kind of folder or in another number of files, have another hash. Raises UserError for unreadable files.
+    The hash is the SHA-256 over one line `name size digest` for each weight file, index and config.json, in the order
+    of their names; `digest` is the SHA-256 of the file. Any changed bit of a weight changes the hash. Moving the folder
+    or changing its tokenizer does not. The same weights in another format or another number of files have another hash.
+    All files are read once (1-2 GB/s): let one rank compute the hash. Raises UserError for unreadable files.
     """
     folder = Path(folder)
     files = sorted({path for pattern in _HASHED for path in folder.glob(pattern) if path.is_file()})

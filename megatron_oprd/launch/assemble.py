@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_oprd.bridge.origin import check_bridge_weights
+from megatron_oprd.checkpoint.training_state import CheckpointContent
 from megatron_oprd.checkpoint.weights import content_hash, load_lm_head, load_weights
 from megatron_oprd.config import Config, EvaluationConfig, ParallelConfig, RolloutConfig
 from megatron_oprd.launch.inputs import Inputs
@@ -55,6 +56,12 @@ class Run:
     engine: RolloutEngine
     evaluator: RolloutEngine | None
     identities: dict[str, Identity]  # of the teachers
+
+    @property
+    def checkpoint_content(self) -> CheckpointContent:
+        """The parts of this run that a checkpoint stores or checks."""
+        source = self.inputs.config.student.path
+        return CheckpointContent(self.student, self.inputs.student, self.topology, self.identities, source)
 
 
 def build_run(inputs: Inputs) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_oprd.bridge.origin import unrecorded_properties
-from megatron_oprd.checkpoint import training_state
+from megatron_oprd.checkpoint.training_state import latest_checkpoint
 from megatron_oprd.config import dump_config
 from megatron_oprd.launch.assemble import Run
 from megatron_oprd.parallel.topology import Topology
@@ -20,7 +20,7 @@ def find_checkpoint(run: Run) -> Path | None:
     run_dir = run.inputs.run_dir
     with explain_os_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    found = training_state.latest(run_dir / "checkpoints")
+    found = latest_checkpoint(run_dir / "checkpoints")
     if run.inputs.config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
         raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set checkpoint.resume=auto")
     return found

@@ -8,8 +8,8 @@ import torch
 from megatron.core.optimizer import distrib_optimizer, optimizer_config
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron_oprd.checkpoint import training_state
 from megatron_oprd.checkpoint.saver import Saver
+from megatron_oprd.checkpoint.training_state import latest_checkpoint, load_checkpoint
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
@@ -70,32 +70,22 @@ def weights_of(run):
 
 
 def three_steps(rank, student, teacher, folder, *settings):
-    """Losses and weights of three steps, the last of them made again from the checkpoint before it."""
+    """Return losses and weights of three steps, and of the third step repeated from the checkpoint before it."""
     with pretended_gpu() if settings else contextlib.nullcontext():
         run = make_run(student, teacher, *SETTINGS, *settings, rollouts=rollouts_of("some"))
         losses = [one_step(run, TrainState())[1]["loss"] for _ in range(2)]
-        Saver(asynchronous=False).save(
-            folder,
-            run.student,
-            run.inputs.student,
-            run.topology,
-            TrainState(2),
-            run.identities,
-            source=student,
-            keep=1,
-        )
+        Saver(folder, run.checkpoint_content, keep=1, asynchronous=False).save(TrainState(2))
         losses.append(one_step(run, TrainState())[1]["loss"])
         weights = weights_of(run)
         run = make_run(student, teacher, *SETTINGS, *settings, rollouts=rollouts_of("some"))
-        found = training_state.latest(folder)
-        training_state.load(found, run.student, run.inputs.student, run.topology, run.identities)
+        load_checkpoint(latest_checkpoint(folder), run.checkpoint_content)
         again = one_step(run, TrainState())[1]["loss"]
         inner = run.student.optimizer.chained_optimizers[0].optimizer
         offloaded = len(inner.cpu_optimizers) if settings else 0
     return losses, weights, (again, weights_of(run)), offloaded
 
 
-def test_a_state_in_cpu_memory_changes_nothing(tmp_path):
+def test_optimizer_state_in_cpu_memory_changes_no_result(tmp_path):
     case = parse("2 qwen3 some")
     models = References(tmp_path).models(case)
     plain = run_distributed(2, three_steps, *models, tmp_path / "plain")

@@ -1,4 +1,4 @@
-"""A checkpoint that is written while training goes on holds what there was when it was begun, bit by bit."""
+"""A checkpoint written while training continues equals, bit for bit, the state at the time of `save`."""
 
 import contextlib
 import errno
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from megatron_oprd.checkpoint import training_state
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite
+from megatron_oprd.checkpoint.training_state import latest_checkpoint
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
@@ -25,7 +25,7 @@ from tests.helpers.runs import replay_run
 
 @contextlib.contextmanager
 def slow_disk():
-    """No rank writes before the event that is yielded is set."""
+    """Let each rank write only after the yielded event is set."""
     may_write, write = threading.Event(), PlannedWrite.write
 
     def wait_and_write(planned):
@@ -36,13 +36,12 @@ def slow_disk():
         yield may_write
 
 
-def save(run, state, folder, saver):
-    source = run.inputs.config.student.path
-    saver.save(folder, run.student, run.inputs.student, run.topology, state, run.identities, source=source, keep=2)
+def make_saver(run, folder, *, asynchronous):
+    return Saver(folder, run.checkpoint_content, keep=2, asynchronous=asynchronous)
 
 
 def tensors_of(run):
-    """Every tensor of the student and its optimizer that training changes."""
+    """Yield every tensor of the student and its optimizer that training changes."""
     yield from run.student.stage.parameters()
     for optimizer in run.student.optimizer.chained_optimizers:
         for group in optimizer.optimizer.param_groups:
@@ -52,19 +51,19 @@ def tensors_of(run):
 
 
 def save_twice(rank, arguments, folder):
-    """The same state at once and in the background; there everything changes before the first byte is written."""
+    """Save a state at once, then in the background, where all tensors change before the first byte is written."""
     run = build_run(read_inputs(load_config(None, arguments)))
     state, _, _ = one_step(run, TrainState())
-    save(run, state, folder / "at_once", Saver(asynchronous=False))
-    saver = Saver(asynchronous=True)
+    make_saver(run, folder / "at_once", asynchronous=False).save(state)
+    saver = make_saver(run, folder / "meanwhile", asynchronous=True)
     with slow_disk() as may_write:
-        save(run, state, folder / "meanwhile", saver)
+        saver.save(state)
         with torch.no_grad():
             for tensor in tensors_of(run):
                 tensor.add_(1)
         one_step(run, state)
-        saver.at_step()
-        incomplete = training_state.latest(folder / "meanwhile") is None
+        saver.after_step()
+        incomplete = latest_checkpoint(folder / "meanwhile") is None
         may_write.set()
         saver.wait()
     return incomplete
@@ -78,7 +77,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_is_written_later_is_what_there_was(name, tmp_path):
+def test_an_asynchronous_checkpoint_equals_the_state_at_the_time_of_saving(name, tmp_path):
     arguments = replay_run(tmp_path, 2, *SETTINGS[name], num_hidden_layers=2)
     assert run_distributed(2, save_twice, arguments, tmp_path) == [True, True]
     expected, actual = (files(tmp_path / folder / "step_0000001") for folder in ("at_once", "meanwhile"))
@@ -88,42 +87,42 @@ def test_what_is_written_later_is_what_there_was(name, tmp_path):
 
 
 def files(folder):
-    """Every file, of an index what says where the tensors are: the rest is a name of its own."""
-    held = {}
+    """Return the content of every file. Of an index, only the tensors' places: the rest contains a unique name."""
+    contents = {}
     for path in folder.rglob("*"):
         if path.name == ".metadata":
             index = pickle.loads(path.read_bytes())
-            held[str(path.relative_to(folder))] = index.state_dict_metadata, index.storage_data
+            contents[str(path.relative_to(folder))] = index.state_dict_metadata, index.storage_data
         elif path.is_file():
-            held[str(path.relative_to(folder))] = path.read_bytes()
-    return held
+            contents[str(path.relative_to(folder))] = path.read_bytes()
+    return contents
 
 
 def fail_on_one_rank(rank, arguments, folder):
-    """A checkpoint, one whose write fails on rank 1, and another; what each rank is told of the second."""
+    """Save three checkpoints, the second of which fails on rank 1, and return the error and the folders after it."""
     run = build_run(read_inputs(load_config(None, arguments)))
-    saver, said = Saver(asynchronous=True), None
+    saver, message = make_saver(run, folder, asynchronous=True), None
     one_step(run, TrainState())
-    save(run, TrainState(1), folder, saver)
+    saver.save(TrainState(1))
     saver.wait()
     full = OSError(errno.ENOSPC, "No space left on device", "/disk/file")
     with mock.patch.object(FileSystemWriter, "write_data", side_effect=full) if rank else contextlib.nullcontext():
-        save(run, TrainState(2), folder, saver)
-        while said is None:  # a step's end after the other
+        saver.save(TrainState(2))
+        while message is None:  # as at the ends of later steps
             try:
-                saver.at_step()
+                saver.after_step()
             except UserError as error:
-                said = str(error)
-    torch.distributed.barrier()  # rank 0 clears up
+                message = str(error)
+    torch.distributed.barrier()  # rank 0 removes the failed checkpoint
     left = sorted(path.name for path in folder.iterdir())
     torch.distributed.barrier()
-    save(run, TrainState(3), folder, saver)
+    saver.save(TrainState(3))
     saver.wait()
-    return said, left
+    return message, left
 
 
-def test_a_full_disk_on_one_rank_is_told_to_all_and_loses_nothing_earlier(tmp_path):
+def test_a_full_disk_of_one_rank_raises_on_all_ranks_and_keeps_earlier_checkpoints(tmp_path):
     arguments = replay_run(tmp_path, 2, num_hidden_layers=1)
-    told = run_distributed(2, fail_on_one_rank, arguments, tmp_path / "checkpoints")
-    assert told[0] == told[1] == ("cannot write /disk/file: No space left on device", ["step_0000001"])
-    assert training_state.latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_0000003"
+    messages = run_distributed(2, fail_on_one_rank, arguments, tmp_path / "checkpoints")
+    assert messages[0] == messages[1] == ("cannot write /disk/file: No space left on device", ["step_0000001"])
+    assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_0000003"

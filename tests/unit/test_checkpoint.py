@@ -1,18 +1,19 @@
-"""Which checkpoint a run goes on from, which it refuses, and what of a run folder survives a killed process."""
+"""Choosing, loading and refusing checkpoints, and the run log after a killed process."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_oprd.checkpoint import training_state
 from megatron_oprd.checkpoint.saver import Saver
+from megatron_oprd.checkpoint.training_state import MARK, latest_checkpoint, load_checkpoint, prune_checkpoints
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import find_checkpoint
-from megatron_oprd.train import one_step, save_checkpoint
+from megatron_oprd.train import one_step
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.types import UserError
@@ -26,52 +27,52 @@ def marked(folder, step, mark=True):
     (path / "model").mkdir(parents=True)
     (path / "model" / "weights").write_text("x")
     if mark:
-        (path / training_state.MARK).touch()
+        (path / MARK).touch()
     return path
 
 
-def test_the_newest_marked_folder_counts(tmp_path):
-    assert training_state.latest(tmp_path / "none") is None
+def test_the_newest_complete_checkpoint_is_found(tmp_path):
+    assert latest_checkpoint(tmp_path / "none") is None
     marked(tmp_path, 8)
     newest = marked(tmp_path, 10)
     marked(tmp_path, 12, mark=False)
     (marked(tmp_path, 14, mark=False)).rename(tmp_path / "step_0000014.partial")
-    assert training_state.latest(tmp_path) == newest
+    assert latest_checkpoint(tmp_path) == newest
 
 
-def test_pruning_keeps_the_newest_and_clears_what_a_killed_process_left(tmp_path):
+def test_pruning_keeps_the_newest_checkpoints_and_removes_leftovers_of_killed_processes(tmp_path):
     for step in (2, 4, 6):
         marked(tmp_path, step)
     marked(tmp_path, 3, mark=False)
     marked(tmp_path, 5, mark=False).rename(tmp_path / "step_0000005.partial")
-    mine = marked(tmp_path, 1).rename(tmp_path / "step_of_my_own")
-    training_state.prune(tmp_path, 2)
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "step_0000004", tmp_path / "step_0000006", mine]
+    unrelated = marked(tmp_path, 1).rename(tmp_path / "step_of_my_own")
+    prune_checkpoints(tmp_path, 2)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "step_0000004", tmp_path / "step_0000006", unrelated]
 
 
-def test_what_is_removed_stops_looking_complete_first(tmp_path, monkeypatch):
+def test_pruning_removes_the_mark_before_the_files(tmp_path, monkeypatch):
     old, _ = marked(tmp_path, 2), marked(tmp_path, 4)
 
     def killed(path):
-        assert not (path / training_state.MARK).exists()
+        assert not (path / MARK).exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        training_state.prune(tmp_path, 1)
+        prune_checkpoints(tmp_path, 1)
     assert (old / "model" / "weights").exists()
-    assert training_state.latest(tmp_path) == tmp_path / "step_0000004"
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_0000004"
 
 
 def load_and_refuse(rank, arguments):
-    """Train a step, save, and load with other identities and after damage; returns what each said."""
+    """Train a step, save, and load with other identities and after damage; return each result or error message."""
     run = build_run(read_inputs(load_config(None, arguments)))
-    folder, student, spec = run.inputs.run_dir / "checkpoints", run.student, run.inputs.student
+    folder = run.inputs.run_dir / "checkpoints"
     state, _, _ = one_step(run, TrainState())
-    marked(folder, 1, mark=False)  # what a process left that died between the rename and the mark
-    save_checkpoint(run, state, Saver(asynchronous=False))
+    marked(folder, 1, mark=False)  # left by a process that died between the rename and the mark
+    Saver(folder, run.checkpoint_content, keep=2, asynchronous=False).save(state)
     found = find_checkpoint(run)
-    own, said = run.identities[""], {}
+    own, results = run.identities[""], {}
     cases = {
         "teacher": Identity("/other", "sha256:" + "0" * 64, own.pairs),
         "pairs": Identity(own.path, own.hash, own.pairs[1:]),
@@ -88,33 +89,35 @@ def load_and_refuse(rank, arguments):
             (found / damage[name]).write_bytes((found / damage[name]).read_bytes()[:100])
         try:
             named = {"math": identity} if name == "several" else {"": identity}
-            said[name] = training_state.load(found, student, spec, run.topology, named)
+            results[name] = load_checkpoint(found, dataclasses.replace(run.checkpoint_content, teachers=named))
         except UserError as error:
-            said[name] = str(error)
-    return said
+            results[name] = str(error)
+    return results
 
 
-def test_another_teacher_other_layers_and_damage_are_refused_in_a_line(tmp_path):
+def test_other_teachers_other_layers_and_damage_are_refused_in_one_line(tmp_path):
     arguments = replay_run(tmp_path, 2, num_hidden_layers=2)
-    (said,) = run_distributed(1, load_and_refuse, arguments)
+    (results,) = run_distributed(1, load_and_refuse, arguments)
     step = tmp_path / "run" / "checkpoints" / "step_0000001"
-    assert said["own"] == said["moved teacher"] == TrainState(1)
-    assert said["teacher"].startswith(f"{step} was made with another teacher ({tmp_path / 'teacher'}, sha256:")
-    assert "teacher.path=/other (sha256:000000" in said["teacher"]
-    assert said["several"].startswith(f"{step} was made with other teachers (a single teacher) than the configuration")
-    assert said["pairs"] == (
+    assert results["own"] == results["moved teacher"] == TrainState(1)
+    assert results["teacher"].startswith(f"{step} was made with another teacher ({tmp_path / 'teacher'}, sha256:")
+    assert "teacher.path=/other (sha256:000000" in results["teacher"]
+    assert results["several"].startswith(
+        f"{step} was made with other teachers (a single teacher) than the configuration"
+    )
+    assert results["pairs"] == (
         f"{step} was made with the layer pairs [1-1, 2-2], the configuration asks for [2-2]; go on with those or name "
         "a new train.run_dir"
     )
-    assert said["optimizer"].startswith(f"{step / 'optimizer' / '__0_0.distcp'} is truncated: 100 of ")
-    assert said["optimizer"].endswith("remove this checkpoint to go on from the one before")
-    assert "__0_0.distcp is truncated" in said["model"]
-    assert "state.json" in said["state"]
-    for text in (said[name] for name in ("teacher", "pairs", "optimizer", "model", "state")):
+    assert results["optimizer"].startswith(f"{step / 'optimizer' / '__0_0.distcp'} is truncated: 100 of ")
+    assert results["optimizer"].endswith("remove this checkpoint to go on from the one before")
+    assert "__0_0.distcp is truncated" in results["model"]
+    assert "state.json" in results["state"]
+    for text in (results[name] for name in ("teacher", "pairs", "optimizer", "model", "state")):
         assert "\n" not in text and "Traceback" not in text and len(text) < 500, text
 
 
-def test_a_refused_run_leaves_the_folder_as_it_was(tmp_path):
+def test_a_refused_run_leaves_the_folder_unchanged(tmp_path):
     arguments = replay_run(tmp_path, 2, "checkpoint.export_hf=false", num_hidden_layers=2)
     finish(arguments, tmp_path / "log")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -140,13 +143,13 @@ def step_values(step):
     return {"step": step, **dict.fromkeys(names, float(step))}
 
 
-def test_the_log_goes_on_after_the_checkpoint(tmp_path):
+def test_the_log_continues_after_the_checkpoint(tmp_path):
     log = opened(tmp_path, 0)
     log.evaluation(0, "before", {"sums": {"avg@1": 0.5}})
     for step in (1, 2, 3):
         log.step(step_values(step))
     log.evaluation(3, "step 3", {"sums": {"avg@1": 0.5}})
-    # Killed here, the board not closed, in the middle of a line and of a replacement.
+    # The process is killed here: tensorboard is not closed, a line and a replaced file are half-written.
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "loss": 1')
     (tmp_path / "metrics.jsonl.77.tmp").write_text('{"step": 1}')
@@ -165,7 +168,7 @@ def test_the_log_goes_on_after_the_checkpoint(tmp_path):
     assert [event.step for event in board.Scalars("evaluation/sums/avg@1")] == [0, 3]
 
 
-def test_a_run_that_starts_over_evaluates_once(tmp_path):
+def test_a_run_that_starts_again_from_step_0_logs_its_first_evaluation_once(tmp_path):
     for _ in range(2):
         opened(tmp_path, 0).evaluation(0, "before", {"sums": {"avg@1": 0.5}})
     assert len((tmp_path / "evaluations.jsonl").read_text().splitlines()) == 1

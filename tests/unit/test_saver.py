@@ -1,4 +1,6 @@
-"""One checkpoint is in flight at a time, and each is finished once: at a step's end, before the next, or at the end."""
+"""One checkpoint is in flight at a time. Each is finished once: after a step, before the next, or at the end."""
+
+from pathlib import Path
 
 import pytest
 
@@ -8,13 +10,13 @@ from megatron_oprd.types import UserError
 
 
 class Recorded:
-    """In the place of a checkpoint: says what is done with it."""
+    """Replaces `Saving` and records the calls."""
 
     events: list
     written = False
     fails = False
 
-    def __init__(self, step, *, asynchronous):
+    def __init__(self, folder, content, step, *, keep, asynchronous):
         self.step, self.target = step, f"step_{step}"
         self.events.append(("begin", step, asynchronous))
 
@@ -34,19 +36,19 @@ def saving(monkeypatch):
     return kind
 
 
-def test_at_once_means_finished_when_save_returns(saving):
-    saver = Saver(asynchronous=False)
+def test_a_synchronous_checkpoint_is_finished_when_save_returns(saving):
+    saver = Saver(Path(), None, keep=1, asynchronous=False)
     assert saver.save(2) == "step_2"
     assert saving.events == [("begin", 2, False), ("finish", 2)]
-    saver.at_step()
+    saver.after_step()
     saver.wait()
     assert len(saving.events) == 2
 
 
-def test_the_next_one_waits_for_the_one_before_and_the_end_for_the_last(saving):
-    saver = Saver(asynchronous=True)
+def test_saving_and_waiting_finish_the_checkpoint_in_flight(saving):
+    saver = Saver(Path(), None, keep=1, asynchronous=True)
     saver.save(2)
-    saver.at_step()
+    saver.after_step()
     assert saving.events == [("begin", 2, True)]
     saver.save(4)
     assert saving.events[1:] == [("finish", 2), ("begin", 4, True)]
@@ -55,18 +57,18 @@ def test_the_next_one_waits_for_the_one_before_and_the_end_for_the_last(saving):
     assert saving.events[3:] == [("finish", 4)]
 
 
-def test_a_step_finishes_what_all_ranks_have_written(saving):
-    saver = Saver(asynchronous=True)
+def test_after_a_step_a_written_checkpoint_is_finished(saving):
+    saver = Saver(Path(), None, keep=1, asynchronous=True)
     saver.save(2)
     saving.written = True
-    saver.at_step()
-    saver.at_step()
+    saver.after_step()
+    saver.after_step()
     assert saving.events == [("begin", 2, True), ("finish", 2)]
 
 
-@pytest.mark.parametrize("finish", ["at_step", "wait"])
-def test_one_that_failed_is_told_once(saving, finish):
-    saver = Saver(asynchronous=True)
+@pytest.mark.parametrize("finish", ["after_step", "wait"])
+def test_a_failed_checkpoint_raises_once(saving, finish):
+    saver = Saver(Path(), None, keep=1, asynchronous=True)
     saver.save(2)
     saving.written = saving.fails = True
     with pytest.raises(UserError):

@@ -25,14 +25,14 @@ def main() -> int:
 
 def convert(args) -> int:
     announce_loading()
-    from megatron_oprd.checkpoint.megatron_format import check, checkpoint_dtype, load_model
+    from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.export import export_hf
     from megatron_oprd.models.build import build_model
     from megatron_oprd.runtime.files import check_new_folder
 
     spec = read_model_spec(args.megatron)
-    check(args.megatron, spec)
+    check_model(args.megatron, spec)
     check_new_folder(args.hf)
     topology = shared.topology_of(args.tensor, args.pipeline)
     model = build_model(spec, topology, checkpoint_dtype(args.megatron))

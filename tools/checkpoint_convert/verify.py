@@ -39,7 +39,7 @@ def verify(args) -> int:
     announce_loading()
     import torch
 
-    from megatron_oprd.checkpoint.megatron_format import check, checkpoint_dtype, load_model
+    from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.stream import HFReader
     from megatron_oprd.models.build import build_model
@@ -47,7 +47,7 @@ def verify(args) -> int:
 
     spec, reader = read_model_spec(args.hf), HFReader(args.hf)
     reader.check(spec)
-    check(args.megatron, spec)
+    check_model(args.megatron, spec)
     name, tolerance = DTYPES[args.dtype]
     compute, stored = getattr(torch, name), checkpoint_dtype(args.megatron)
     topology = shared.topology_of(args.tensor, args.pipeline)
