@@ -28,6 +28,8 @@ from benchmarks.cost_page import markdown
 from benchmarks.pages import installed_versions
 from benchmarks.updates import AUTHORED, LOSSES_IN_TORCH, METHODS, Workload
 from megatron_oprd.launch.layouts import plan_teacher
+from megatron_oprd.launch.lengths import Lengths
+from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
 from tests.helpers.memory import HONEST
 
@@ -86,7 +88,9 @@ def predict(paper: Workload, methods: list[str], sequences: list[int], tokens: l
 def footprint_of(workload: Workload, method: str) -> Footprint:
     """Trace an update without values and return the bytes alive at its peak."""
     config, spec = workload.config(method), workload.spec
-    return trace_update(config, spec, [plan_teacher(config, spec, spec)], workload.rollouts(), rank=0, world=1)
+    lengths = Lengths(workload.prompt + max(workload.responses), max(workload.responses))
+    run = PlannedRun(config, spec, {"": plan_teacher(config, spec, spec)}, lengths, world_size=1)
+    return trace_update(run, workload.rollouts(), rank=0)
 
 
 def step_peak(footprint: Footprint) -> int:

@@ -37,7 +37,8 @@ from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import describe, find_checkpoint
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.parallel.rank_zero import on_rank_zero
-from megatron_oprd.planning.dry_run import Plan, describe_run
+from megatron_oprd.planning.dry_run import describe_run
+from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.resilience.signals import handle_signals, received_by_any
 from megatron_oprd.resilience.straggler import measure_straggler
@@ -66,8 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = PARSER.parse_args(arguments)
     inputs = read_inputs(load_config(options.config, options.overrides), dry_run=options.dry_run)
     if options.dry_run:
-        plan = Plan(inputs.config, inputs.student, inputs.teachers, inputs.lengths, inputs.world, inputs.bridge_rank)
-        describe_run(plan, inputs.missing)
+        planned = PlannedRun(
+            inputs.config, inputs.student, inputs.teachers, inputs.lengths, inputs.world, inputs.bridge_rank
+        )
+        describe_run(planned, inputs.missing)
         return 0
     with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")

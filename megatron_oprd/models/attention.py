@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention import bias as attention_bias
 
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.kv_cache import CachedStep
@@ -95,7 +95,7 @@ class PackedAttention(torch.nn.Module):
                     query[:, :, row : row + chunk],
                     key[:, :, start : start + seen],
                     value[:, :, start : start + seen],
-                    attn_mask=causal_lower_right(chunk, seen),
+                    attn_mask=attention_bias.causal_lower_right(chunk, seen),
                     scale=self.scale,
                     enable_gqa=key.shape[1] != heads,
                 )

@@ -1,71 +1,52 @@
-"""What a configuration would run, told without running it."""
+"""Print what a configuration would run, without running it."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_oprd.config import Config, dump_config, teacher_title
-from megatron_oprd.launch.lengths import Lengths
+from megatron_oprd.config import dump_config, teacher_title
 from megatron_oprd.launch.missing_inputs import MissingInputs
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
-from megatron_oprd.planning.memory_formulas import count_parameters, predict_memory
+from megatron_oprd.planning.memory_formulas import predict_memory
+from megatron_oprd.planning.parameter_counts import count_parameters
 from megatron_oprd.planning.peak_memory import NotTraced, predict_peaks
+from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.step_time import Estimate, estimate_step
 from megatron_oprd.planning.update_trace import Footprint
-from megatron_oprd.types import ModelSpec
 
 NOTHING = MissingInputs()
-COLUMNS = ("weights", "gradients", "optimizer", "teacher", "targets", "activations")  # the parts of a Footprint
+COLUMNS = ("weights", "gradients", "optimizer", "teacher", "targets", "activations")  # the fields of a Footprint
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a dry run tells of: the models with their layouts, and how long sequences can be."""
+def describe_run(run: PlannedRun, missing: MissingInputs = NOTHING) -> None:
+    """Print the configuration, the models, the compared layers, and the predicted memory and time of a step.
 
-    config: Config
-    student: ModelSpec
-    teachers: Mapping[str, PlannedTeacher]
-    lengths: Lengths
-    world: int  # processes
-    bridge_rank: int | None = None  # r of the bridge between the models, if there is one
-
-
-def describe_run(plan: Plan, missing: MissingInputs = NOTHING) -> None:
-    """Print the resolved configuration, the layer pairs with their pipeline stages, parameters, predicted memory and
-    an estimate of a step's time and communication; first, what was not checked as it is `missing`.
-
-    The first of several processes prints. No communication.
+    Lines about `missing` inputs say what was not checked. Of several processes, only rank 0 prints. No communication.
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    config, student, world, planned = plan.config, plan.student, plan.world, list(plan.teachers.values())
     console = Console()
-    console.print(dump_config(config), markup=False, highlight=False)
-    for line in missing.lines(config):
+    console.print(dump_config(run.config), markup=False, highlight=False)
+    for line in missing.lines(run.config):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"student: {student.architecture}, {count_parameters(student):,} parameters")
-    for name, teacher in plan.teachers.items():
-        _describe_teacher(console, name, teacher)
+    console.print(f"student: {run.student.architecture}, {count_parameters(run.student):,} parameters")
+    for name, teacher in run.teachers.items():
+        _print_teacher(console, name, teacher)
     try:
-        peaks = predict_peaks(config, student, planned, plan.lengths, world=world, bridge_rank=plan.bridge_rank)
-        _print_peaks(console, peaks, world)
+        _print_peaks(console, predict_peaks(run), run.world_size)
     except NotTraced as reason:
-        _print_estimate(console, predict_memory(config, student, planned, world, plan.bridge_rank), world, str(reason))
-    _print_step(
-        console,
-        estimate_step(config, student, planned, plan.lengths, world=world, bridge_rank=plan.bridge_rank),
-    )
+        _print_formulas(console, predict_memory(run), run.world_size, str(reason))
+    _print_step(console, estimate_step(run))
 
 
 def _print_step(console: Console, estimate: Estimate) -> None:
-    """The parts of a step, and what was assumed."""
+    """Print a row for each part of a step, and the assumptions."""
     hardware = estimate.hardware
     title = f"A step on {estimate.world} x {hardware.name} (estimated, not measured)"
     columns = ("part", "PFLOP", "NVLink GB", "network GB", "seconds")
@@ -89,7 +70,7 @@ def _print_step(console: Console, estimate: Estimate) -> None:
 
 
 def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int) -> None:
-    """The parts of the peak, a row for ranks that are alike."""
+    """Print the parts of the peak: a row for each group of ranks with the same stages."""
     title = f"Memory, {world} processes: peak of an update, GiB (predicted)"
     table = Table("ranks", *COLUMNS, "peak", title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for ranks, footprint in peaks.items():
@@ -106,7 +87,7 @@ def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int)
     )
 
 
-def _print_estimate(console: Console, parts: Mapping[str, int], world: int, reason: str) -> None:
+def _print_formulas(console: Console, parts: Mapping[str, int], world: int, reason: str) -> None:
     table = Table("on the fullest rank", "GiB (estimated)", title=f"Memory, {world} processes")
     for purpose, size in {**parts, "sum": sum(parts.values())}.items():
         table.add_row(purpose, _gib(size))
@@ -118,7 +99,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.3f}"
 
 
-def _describe_teacher(console: Console, name: str, teacher: PlannedTeacher) -> None:
+def _print_teacher(console: Console, name: str, teacher: PlannedTeacher) -> None:
     plan, spec = teacher.plan, teacher.spec
     title = teacher_title(name)
     if plan.pairs:

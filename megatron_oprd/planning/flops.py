@@ -1,4 +1,7 @@
-"""Floating-point operations of a decoder, counted from its sizes; a multiplication and an addition are two. Pure."""
+"""Floating-point operations of a decoder, computed from its sizes.
+
+A multiplication and an addition count as two operations. All functions are pure.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ from megatron_oprd.types import ModelSpec
 
 
 def linear_flops(spec: ModelSpec, layer: int) -> int:
-    """Of the matrix products of one block (0-based), forward, for a token: those of the experts that it goes to."""
-    width, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
-    attention = spec.hidden_size * (width + 2 * keys) + width * spec.hidden_size
+    """Return the operations of the matrix products of one layer (0-based) in the forward pass, per token.
+
+    In a layer with experts, only the experts that process the token count.
+    """
+    query_width, key_width = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
+    attention = spec.hidden_size * (query_width + 2 * key_width) + query_width * spec.hidden_size
     if layer in spec.sparse_layers:
         experts = spec.experts_per_token * 3 * spec.hidden_size * spec.moe_ffn_hidden_size
         return 2 * (attention + spec.hidden_size * spec.num_experts + experts)
@@ -19,23 +25,32 @@ def linear_flops(spec: ModelSpec, layer: int) -> int:
 
 
 def attention_flops(spec: ModelSpec, lengths: Sequence[int]) -> int:
-    """Of the scores and the weighted values of one block, forward: a token sees itself and what stands before it."""
+    """Return the operations of the causal attention of one layer in the forward pass: scores and weighted values.
+
+    `lengths`: tokens of each sequence. A token attends to itself and to earlier tokens of its sequence.
+    """
     return 2 * spec.num_attention_heads * spec.head_dim * sum(length * length for length in lengths)
 
 
-def forward_flops(spec: ModelSpec, blocks: int, lengths: Sequence[int]) -> int:
-    """Of the lowest `blocks` over whole sequences of these lengths, without LM head."""
-    linear = sum(linear_flops(spec, layer) for layer in range(blocks))
-    return linear * sum(lengths) + blocks * attention_flops(spec, lengths)
+def forward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
+    """Return the operations of a forward pass through the lowest `layers` layers, without the LM head.
+
+    `lengths`: tokens of each sequence.
+    """
+    linear = sum(linear_flops(spec, layer) for layer in range(layers))
+    return linear * sum(lengths) + layers * attention_flops(spec, lengths)
 
 
-def backward_flops(spec: ModelSpec, blocks: int, lengths: Sequence[int]) -> int:
-    """Of the gradients of activations and weights: twice the products, and of attention five products for its two
-    (Dao, arXiv 2307.08691: the scores are made again)."""
-    linear = sum(linear_flops(spec, layer) for layer in range(blocks))
-    return 2 * linear * sum(lengths) + math.ceil(2.5 * blocks * attention_flops(spec, lengths))
+def backward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
+    """Return the operations of the backward pass of `forward_flops`: gradients of activations and of weights.
+
+    Each matrix product needs two products in the backward pass. Attention needs five products where the forward pass
+    has two, because its scores are computed again (Dao, arXiv 2307.08691).
+    """
+    linear = sum(linear_flops(spec, layer) for layer in range(layers))
+    return 2 * linear * sum(lengths) + math.ceil(2.5 * layers * attention_flops(spec, lengths))
 
 
 def head_flops(spec: ModelSpec, tokens: int) -> int:
-    """Of the LM head, forward."""
+    """Return the operations of the LM head in the forward pass."""
     return 2 * spec.hidden_size * spec.vocab_size * tokens

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, followed operation by operation, and what they are for."""
+"""Count the bytes of live tensors, operation by operation and by purpose, without allocating them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-_VALUES = type({}.values())
+_DICT_VALUES = type({}.values())
 _COALESCED = (
     torch.ops.c10d.allreduce_coalesced_.default,
     torch.ops.c10d.allgather_into_tensor_coalesced_.default,
@@ -22,36 +22,29 @@ _COALESCED = (
 )
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Those among values and lists of them."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)) or type(value) is _VALUES:
-            yield from _tensors(value)
-
-
 class LiveBytes(TorchDispatchMode):
-    """Counts every storage made inside the block, from the operation that makes it until it is freed, by purpose.
+    """Count every storage from the operation that creates it until it is freed, by purpose.
 
-    Entered above a FakeTensorMode, whose tensors have sizes and no memory. As there are no values either, a number that
-    is read is 1, a flag false, `nonzero` finds everything and `masked_select` as much as `finding` says.
+    Enter this mode above a FakeTensorMode, whose tensors have shapes and no memory. Where an operation needs a value,
+    this mode answers for the tensor: a number is 1, a flag is False, `nonzero` finds every element, and
+    `masked_select` finds as many elements as `finding` states.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()  # alive now, by purpose
-        self.at_peak: Counter[str] = Counter()  # when the most was alive, since `reset_peak`
+        self.bytes: Counter[str] = Counter()  # live bytes by purpose
+        self.at_peak: Counter[str] = Counter()  # live bytes by purpose when their sum was largest
         self._purpose = ""  # of new storages
-        self._found: int | None = None  # by masked_select
-        self._storages: dict[int, tuple[weakref.ref, str, int]] = {}  # by address: itself, its purpose and size
+        self._found: int | None = None  # number of elements that masked_select finds
+        self._storages: dict[int, tuple[weakref.ref, str, int]] = {}  # address: reference, purpose, bytes
 
     def reset_peak(self) -> None:
+        """Start a new peak at the bytes that are live now."""
         self.at_peak = self.bytes.copy()
 
     @contextlib.contextmanager
     def making(self, purpose: str) -> Iterator[None]:
-        """New storages are for `purpose` inside the block."""
+        """Count new storages for `purpose` inside the block."""
         before, self._purpose = self._purpose, purpose
         try:
             yield
@@ -60,23 +53,15 @@ class LiveBytes(TorchDispatchMode):
 
     @contextlib.contextmanager
     def finding(self, count: int) -> Iterator[None]:
-        """`masked_select` finds `count` elements inside the block."""
+        """Let `masked_select` find `count` elements inside the block."""
         self._found = count
         try:
             yield
         finally:
             self._found = None
 
-    def resize(self, tensor: torch.Tensor, size: int) -> None:
-        """Count `size` bytes for the storage of `tensor` from now on: what another format would take."""
-        self._count(tensor)
-        address = tensor.untyped_storage()._cdata
-        reference, purpose, before = self._storages[address]
-        self._storages[address] = reference, purpose, size
-        self.bytes[purpose] += size - before
-
     def assign(self, purpose: str, tensors: Iterable[torch.Tensor]) -> None:
-        """The storages of `tensors` are for `purpose`."""
+        """Count the storages of `tensors` for `purpose` from now on."""
         for tensor in tensors:
             self._count(tensor)
             address = tensor.untyped_storage()._cdata
@@ -85,17 +70,25 @@ class LiveBytes(TorchDispatchMode):
             self.bytes[before] -= size
             self.bytes[purpose] += size
 
+    def resize(self, tensor: torch.Tensor, size: int) -> None:
+        """Count `size` bytes for the storage of `tensor` from now on: its size in another format."""
+        self._count(tensor)
+        address = tensor.untyped_storage()._cdata
+        reference, purpose, before = self._storages[address]
+        self._storages[address] = reference, purpose, size
+        self.bytes[purpose] += size - before
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = list(_tensors((args, kwargs.values() if kwargs else ())))
-        if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
+        inputs = list(_tensors((args, kwargs.values() if kwargs else ())))
+        if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             with unset_fake_temporarily():  # the states of random generators have values
                 return func(*args, **(kwargs or {}))
         if func is _aten._local_scalar_dense.default:
             dtype = args[0].dtype
             return False if dtype == torch.bool else (1.0 if dtype.is_floating_point else 1)
-        if func in _COALESCED:  # the only collectives that fake tensors do not know
+        if func in _COALESCED:  # fake tensors support all collectives except these
             return FakeWork().boxed()
         if func is _aten.nonzero.default:
             result = args[0].new_empty((args[0].numel(), args[0].ndim), dtype=torch.int64)
@@ -112,14 +105,25 @@ class LiveBytes(TorchDispatchMode):
         address, size = storage._cdata, storage.nbytes()
         if address in self._storages:
             return
-        self._storages[address] = weakref.ref(storage, self._forgetting(address)), self._purpose, size
+        self._storages[address] = weakref.ref(storage, self._forget(address)), self._purpose, size
         self.bytes[self._purpose] += size
         if self.bytes.total() > self.at_peak.total():
             self.at_peak = self.bytes.copy()
 
-    def _forgetting(self, address: int) -> Callable[[weakref.ref], None]:
+    def _forget(self, address: int) -> Callable[[weakref.ref], None]:
+        """Return the callback that subtracts a storage when it is freed."""
+
         def forget(_: weakref.ref) -> None:
             _, purpose, size = self._storages.pop(address)
             self.bytes[purpose] -= size
 
         return forget
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yield the tensors among values and nested lists of values."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)) or type(value) is _DICT_VALUES:
+            yield from _tensors(value)

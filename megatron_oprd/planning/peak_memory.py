@@ -1,6 +1,6 @@
-"""The memory of a run, rank by rank, before anything of its size exists: an update is traced in processes without GPU.
+"""Peak memory of a run, rank by rank, before anything of its size exists.
 
-`python -m megatron_oprd.planning.peak_memory` is such a process.
+`python -m megatron_oprd.planning.peak_memory` is the worker process that traces updates on a CPU.
 """
 
 from __future__ import annotations
@@ -16,63 +16,57 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from megatron_oprd.config import Config
-from megatron_oprd.launch.lengths import Lengths
-from megatron_oprd.models.layer_plan import PlannedTeacher
-from megatron_oprd.planning.memory_formulas import most_selected
+from megatron_oprd.planning.memory_formulas import most_selected_tokens
+from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
-from megatron_oprd.types import ModelSpec, Rollout
+from megatron_oprd.types import Rollout
 
 
 class NotTraced(Exception):
-    """An update that cannot be traced, and why."""
+    """The reason why an update could not be traced."""
 
 
-def predict_peaks(
-    config: Config,
-    student: ModelSpec,
-    planned: Sequence[PlannedTeacher],
-    lengths: Lengths,
-    *,
-    world: int,
-    bridge_rank: int | None = None,
-) -> dict[range, Footprint]:
-    """The footprint of an update on the fullest micro-batch that there can be, for all ranks that hold alike parts of
-    the models: those of one pipeline rank of student and teachers. `bridge_rank`: r of a bridge between them.
+def predict_peaks(run: PlannedRun) -> dict[range, Footprint]:
+    """Return the footprint of an update on the fullest possible micro-batch, for each group of ranks.
 
-    Takes seconds for each, in processes of its own. Raises NotTraced.
+    Ranks with the same pipeline rank in the student and in every teacher form a group: they have the same footprint.
+    Each group takes seconds in a worker process. Raises NotTraced if a worker fails.
     """
-    kinds = alike(
-        world, [layout.pipeline for layout in (config.parallel, *(t.layout or config.parallel for t in planned))]
-    )
-    workers = min(len(kinds), os.cpu_count() or 1)
+    layouts = [run.config.parallel, *(teacher.layout or run.config.parallel for teacher in run.teachers.values())]
+    groups = groups_of_ranks(run.world_size, [layout.pipeline for layout in layouts])
+    workers = min(len(groups), os.cpu_count() or 1)
 
     def trace(some: Sequence[range]) -> list[Footprint]:
-        ranks = [kind.start for kind in some]
-        return _in_a_process(config, student, list(planned), lengths, ranks, world, bridge_rank)
+        return _trace_in_worker(run, [group.start for group in some])
 
     with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(trace, [kinds[number::workers] for number in range(workers)]))
-    return {kind: parts[number % workers][number // workers] for number, kind in enumerate(kinds)}
+        parts = list(pool.map(trace, [groups[number::workers] for number in range(workers)]))
+    return {group: parts[number % workers][number // workers] for number, group in enumerate(groups)}
 
 
-def alike(world: int, pipelines: Sequence[int]) -> list[range]:
-    """The ranks with the same place in pipelines of these sizes. (Megatron counts pipeline ranks slowest.)"""
-    starts = sorted({stage * world // size for size in pipelines for stage in range(size)})
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], world], strict=True)]
+def groups_of_ranks(world_size: int, pipeline_sizes: Sequence[int]) -> list[range]:
+    """Return the groups of ranks that have the same pipeline rank in pipelines of all given sizes.
+
+    Megatron-Core counts pipeline ranks slowest, so a group is a range.
+    """
+    starts = sorted({stage * world_size // size for size in pipeline_sizes for stage in range(size)})
+    return [range(start, end) for start, end in zip(starts, [*starts[1:], world_size], strict=True)]
 
 
-def fullest_micro_batch(config: Config, lengths: Lengths, *, world: int) -> tuple[list[Rollout], int]:
-    """Rollouts that fill a micro-batch, and how many such micro-batches a replica has in a step: full-length ones for a
-    pipeline, which keeps several micro-batches; else as many as bring the most tokens for the loss to read."""
-    parallel = config.parallel
-    replicas = world // (parallel.tensor * parallel.pipeline * parallel.context)
-    most = math.ceil(config.rollout.prompts_per_step * config.rollout.samples_per_prompt / replicas)
+def fullest_micro_batch(run: PlannedRun) -> tuple[list[Rollout], int]:
+    """Return rollouts that fill one micro-batch, and the number of such micro-batches that a replica has in a step.
+
+    A pipeline has several micro-batches in memory: it gets the longest rollouts. Without a pipeline, the micro-batch
+    has as many rollouts as give the loss the most selected tokens.
+    """
+    config, parallel, lengths = run.config, run.config.parallel, run.lengths
+    replicas = run.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    most = math.ceil(run.rollouts_per_step / replicas)
     longest = min(lengths.sequence, config.batch.max_tokens_per_micro_batch)
     tokens = min(config.batch.max_tokens_per_micro_batch, most * longest) if config.batch.packing else longest
     count = math.ceil(tokens / longest)
     if config.batch.packing and parallel.pipeline == 1:
-        count = max(count, min(most, tokens // (most_selected(config.loss) + 1)))
+        count = max(count, min(most, tokens // (most_selected_tokens(config.loss) + 1)))
     sizes = [tokens // count + (number < tokens % count) for number in range(count)]
     return [_rollout(size, lengths.response) for size in sizes], math.ceil(most / count)
 
@@ -82,48 +76,28 @@ def _rollout(tokens: int, longest_response: int) -> Rollout:
     return Rollout((0,) * (tokens - response), (0,) * response, (1,) * response, "length")
 
 
-def _in_a_process(
-    config: Config,
-    student: ModelSpec,
-    planned: list[PlannedTeacher],
-    lengths: Lengths,
-    ranks: list[int],
-    world: int,
-    bridge_rank: int | None,
-) -> list[Footprint]:
+def _trace_in_worker(run: PlannedRun, ranks: list[int]) -> list[Footprint]:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "megatron_oprd.planning.peak_memory"],
-        input=pickle.dumps((config, student, planned, lengths, ranks, world, bridge_rank)),
+        input=pickle.dumps((run, ranks)),
         env=environment,
         capture_output=True,
         check=False,
     )
     if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise NotTraced(said[-1] if said else f"exit code {done.returncode}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise NotTraced(lines[-1] if lines else f"exit code {done.returncode}")
     return [Footprint(**parts) for parts in json.loads(done.stdout.splitlines()[-1])]
 
 
 def main() -> None:
-    """Trace what stands, pickled, on stdin; the last line on stdout are the footprints as JSON."""
-    config, student, planned, lengths, ranks, world, bridge_rank = pickle.load(sys.stdin.buffer)
-    rollouts, count = fullest_micro_batch(config, lengths, world=world)
-    footprints = [
-        trace_update(
-            config,
-            student,
-            planned,
-            rollouts,
-            rank=rank,
-            world=world,
-            micro_batches=count,
-            bridge_rank=bridge_rank,
-        )
-        for rank in ranks
-    ]
+    """Trace the run and ranks that are pickled on stdin. The last line on stdout is the footprints as JSON."""
+    run, ranks = pickle.load(sys.stdin.buffer)
+    rollouts, count = fullest_micro_batch(run)
+    footprints = [trace_update(run, rollouts, rank=rank, micro_batches=count) for rank in ranks]
     print(json.dumps([dataclasses.asdict(footprint) for footprint in footprints]))
 
 

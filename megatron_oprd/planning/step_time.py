@@ -1,62 +1,35 @@
-"""How long a step may take and what it sends, estimated from sizes and a machine's data sheet. Pure; docs/scaling.md
-has every formula. Nothing here is a measurement."""
+"""Estimate of the time and the communication of one training step. docs/scaling.md has every formula.
+
+The estimate is arithmetic over sizes and a data sheet, not a measurement. All functions are pure.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_oprd.config import Config, ParallelConfig
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.models.layer_plan import PlannedTeacher, even_stages
-from megatron_oprd.planning.device_formulas import BYTES, linear_bytes, state_bytes
+from megatron_oprd.planning.device_formulas import BYTES, linear_bytes, optimizer_state_bytes
 from megatron_oprd.planning.flops import backward_flops, forward_flops, head_flops
-from megatron_oprd.planning.memory_formulas import Share, most_selected, rank_parameters
-from megatron_oprd.planning.traffic import Traffic, backward_traffic, forward_traffic, reach, update_traffic
+from megatron_oprd.planning.hardware import H100, Cost, Hardware, Links
+from megatron_oprd.planning.memory_formulas import most_selected_tokens, target_row_bytes
+from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
+from megatron_oprd.planning.planned_run import PlannedRun
+from megatron_oprd.planning.traffic import Traffic, backward_traffic, forward_traffic, update_traffic
 from megatron_oprd.types import ModelSpec
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """One GPU by its data sheet, per second, and the share of it that is assumed to be reached."""
-
-    name: str = "H100 SXM"
-    gpus_per_node: int = 8
-    bf16_flops: float = 989e12
-    fp8_flops: float = 1979e12
-    memory_bytes: float = 3.35e12
-    nvlink_bytes: float = 450e9  # one direction
-    network_bytes: float = 50e9  # 400 Gb/s for each GPU
-    matrix_share: float = 0.45  # of bf16_flops, all kernels of a pass counted
-    fp8_share: float = 0.35  # of fp8_flops
-    expert_share: float = 0.30  # of either where blocks have experts
-    memory_share: float = 0.7
-    link_share: float = 0.7
-    block_seconds: float = 1e-4  # to launch the kernels of a block while generating
-
-
-H100 = Hardware()
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a part of a step takes: operations over all ranks, bytes that a rank sends, seconds."""
-
-    name: str
-    flops: float
-    nvlink: float
-    network: float
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Estimate:
-    costs: tuple[Cost, ...]
-    teacher_bubble: float  # idle seconds for each busy one
-    student_bubble: float
-    world: int
+    """Estimated cost of one step."""
+
+    costs: tuple[Cost, ...]  # in the order in which the parts run
+    teacher_bubble: float  # idle seconds per busy second of the teacher's pipeline
+    student_bubble: float  # idle seconds per busy second of the student's pipeline
+    world: int  # ranks
     hardware: Hardware
 
     @property
@@ -65,165 +38,151 @@ class Estimate:
 
     @property
     def utilisation(self) -> float:
-        """Operations a second, recomputation left out, of what all devices can do in bf16 (MFU)."""
+        """Return the model FLOPs utilisation (MFU): operations without recomputation, divided by the bf16 peak."""
         useful = sum(cost.flops for cost in self.costs if cost.name != "student recompute")
         return useful / (self.seconds * self.world * self.hardware.bf16_flops)
 
 
-def estimate_step(
-    config: Config,
-    student: ModelSpec,
-    planned: Sequence[PlannedTeacher],
-    lengths: Lengths,
-    *,
-    world: int,
-    bridge_rank: int | None = None,
-    hardware: Hardware = H100,
-) -> Estimate:
-    """The parts of a step in which every rollout has the most tokens that it can have."""
-    parallel, size = config.parallel, BYTES[config.precision.dtype]
-    rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    sequences = [lengths.sequence] * rollouts
-    plan, blocks = planned[0].plan, planned[0].plan.student_last_layer
-    wire = _Wire(hardware, world)
-    costs = _rollout(config, student, lengths, wire)
-
-    bubble_of_teacher = 0.0
-    for teacher in planned:
-        layout, built = teacher.layout or parallel, sum(teacher.plan.teacher_stages)
-        taught = sequences[: math.ceil(rollouts / len(planned))]
-        replicas = world // (layout.tensor * layout.pipeline * layout.context)
-        bubble_of_teacher = bubble(layout, _micro_batches(config, len(taught), lengths, replicas))
-        flops = forward_flops(teacher.spec, built, taught)
-        traffic = forward_traffic(teacher.spec, layout, built, sum(taught) / replicas, size)
-        rate = _rate(hardware, teacher.spec, in_fp8=config.precision.teacher_fp8 != "off")
-        seconds = flops / (world * rate) * (1 + bubble_of_teacher)
-        costs.append(wire.cost("teacher pass", flops, seconds, traffic, layout))
-    costs.append(wire.cost("teacher rows", 0, 0, _rows(config, planned, lengths, bridge_rank, world), parallel))
-
-    replicas = world // (parallel.tensor * parallel.pipeline * parallel.context)
-    idle = bubble(parallel, _micro_batches(config, rollouts, lengths, replicas))
-    rate = _rate(hardware, student, in_fp8=config.precision.fp8 is not None) / (1 + idle)
-    forward = forward_flops(student, blocks, sequences)
-    # Of the student's head the loss makes the gradients at once; of the teachers' there is a forward pass alone.
-    head = 3 * head_flops(student, sum(sequences)) + sum(head_flops(t.spec, sum(sequences)) for t in planned)
-    sent = forward_traffic(student, parallel, blocks, sum(sequences) / replicas, size)
-    again = backward_traffic(student, parallel, blocks, sum(sequences) / replicas, size)
-    flops = forward + (head if plan.output else 0)
-    costs.append(wire.cost("student forward", flops, flops / (world * rate), sent, parallel))
-    if config.recompute.granularity == "full":
-        without = dataclasses.replace(sent, pipeline=0.0)
-        costs.append(wire.cost("student recompute", forward, forward / (world * rate), without, parallel))
-    flops = backward_flops(student, blocks, sequences)
-    costs.append(wire.cost("student backward", flops, flops / (world * rate), again, parallel))
-    costs.append(_update(config, student, planned, wire))
-    return Estimate(tuple(costs), bubble_of_teacher, idle, world, hardware)
+def estimate_step(run: PlannedRun, hardware: Hardware = H100) -> Estimate:
+    """Return the cost of a step in which every rollout has the most tokens that it can have."""
+    links = Links(hardware, run.world_size)
+    rollouts, teachers = run.rollouts_per_step, list(run.teachers.values())
+    teacher_rollouts = math.ceil(rollouts / len(teachers))
+    teacher_costs = [_teacher_pass(run, teacher, teacher_rollouts, links) for teacher in teachers]
+    costs = (
+        *_rollout(run, links),
+        *teacher_costs,
+        links.cost("teacher rows", 0, 0, _target_traffic(run), run.config.parallel),
+        *_student_passes(run, links),
+        _update(run, links),
+    )
+    layout = teachers[-1].layout or run.config.parallel
+    teacher_bubble = bubble(layout, _micro_batches(run, layout, teacher_rollouts))
+    student_bubble = bubble(run.config.parallel, _micro_batches(run, run.config.parallel, rollouts))
+    return Estimate(costs, teacher_bubble, student_bubble, run.world_size, hardware)
 
 
 def bubble(layout: ParallelConfig, micro_batches: int) -> float:
-    """Idle time of a pipeline for each busy second (Narayanan et al., arXiv 2104.04473): (p - 1) / (v m)."""
+    """Return the idle seconds of a pipeline per busy second (Narayanan et al., arXiv 2104.04473): (p - 1) / (v m).
+
+    p: pipeline ranks, v: chunks of the model on each, m: micro-batches.
+    """
     return (layout.pipeline - 1) / ((layout.virtual_pipeline or 1) * micro_batches)
 
 
 def decode_seconds(config: Config, spec: ModelSpec, rows: int, lengths: Lengths, hardware: Hardware) -> float:
-    """Seconds of one token of `rows` rows that are generated at once by a replica: weights are read, and keys and
-    values of the tokens so far, on average half of the longest response behind the prompt; or the kernels are launched,
-    if that takes longer. Pipeline stages take turns."""
+    """Return the seconds in which a replica generates one token for each of `rows` sequences.
+
+    This is the time to read the weights and the KV cache, or to launch the kernels if that takes longer. The average
+    cache has the longest prompt and half of the longest response. Pipeline stages work one after the other.
+    """
     parallel, size = config.parallel, BYTES[config.precision.dtype]
-    dense, experts = rank_parameters(spec, _share(config, spec), 0, lm_head=True)
-    hit = 1 - (1 - spec.experts_per_token / spec.num_experts) ** (rows * parallel.expert) if spec.num_experts else 0.0
-    seen = lengths.sequence - lengths.response / 2
-    heads = spec.num_query_groups / parallel.tensor
-    keys = 2 * spec.num_layers / parallel.pipeline * heads * spec.head_dim * size * seen
-    read = (dense + experts * hit) * size + rows * keys
-    seconds = read / (hardware.memory_bytes * hardware.memory_share)
-    return parallel.pipeline * max(seconds, hardware.block_seconds * spec.num_layers / parallel.pipeline)
+    dense, experts = rank_parameters(spec, _division(config, spec), 0, lm_head=True)
+    used_experts = 0.0  # share of the experts that at least one row is sent to
+    if spec.num_experts:
+        used_experts = 1 - (1 - spec.experts_per_token / spec.num_experts) ** (rows * parallel.expert)
+    cached_tokens = lengths.sequence - lengths.response / 2
+    groups = spec.num_query_groups / parallel.tensor
+    keys_and_values = 2 * spec.num_layers / parallel.pipeline * groups * spec.head_dim * size * cached_tokens
+    bytes_read = (dense + experts * used_experts) * size + rows * keys_and_values
+    seconds = bytes_read / hardware.memory_rate()
+    return parallel.pipeline * max(seconds, hardware.layer_seconds * spec.num_layers / parallel.pipeline)
 
 
-class _Wire:
-    """From bytes to seconds: what stays in a node goes over NVLink."""
-
-    def __init__(self, hardware: Hardware, world: int) -> None:
-        self.hardware = hardware
-        self.world = world
-
-    def cost(
-        self, name: str, flops: float, seconds: float, traffic: Traffic, layout: ParallelConfig, hidden: bool = False
-    ) -> Cost:
-        """`hidden`: sent while the rank computes."""
-        hardware, stretches = self.hardware, reach(layout, self.world)
-        sent = {True: 0.0, False: 0.0}
-        for kind, size in dataclasses.asdict(traffic).items():
-            sent[stretches[kind] <= hardware.gpus_per_node] += size
-        wait = (sent[True] / hardware.nvlink_bytes + sent[False] / hardware.network_bytes) / hardware.link_share
-        return Cost(name, flops, sent[True], sent[False], seconds if hidden else seconds + wait)
+def _micro_batches(run: PlannedRun, layout: ParallelConfig, rollouts: int) -> int:
+    """Return the micro-batches of one replica of a model, filled with sequences of the most tokens."""
+    batch, replicas = run.config.batch, run.world_size // (layout.tensor * layout.pipeline * layout.context)
+    sequences = max(batch.max_tokens_per_micro_batch // run.lengths.sequence, 1) if batch.packing else 1
+    return math.ceil(math.ceil(rollouts / replicas) / sequences)
 
 
-def _rate(hardware: Hardware, spec: ModelSpec, *, in_fp8: bool) -> float:
-    """Operations that a rank is assumed to do in a second."""
-    share = hardware.expert_share if spec.num_experts else hardware.fp8_share if in_fp8 else hardware.matrix_share
-    return share * (hardware.fp8_flops if in_fp8 else hardware.bf16_flops)
-
-
-def _micro_batches(config: Config, rollouts: int, lengths: Lengths, replicas: int) -> int:
-    """Of a replica, each as full as whole sequences of the most tokens make it."""
-    fit = max(config.batch.max_tokens_per_micro_batch // lengths.sequence, 1) if config.batch.packing else 1
-    return math.ceil(math.ceil(rollouts / replicas) / fit)
-
-
-def _share(config: Config, spec: ModelSpec) -> Share:
+def _division(config: Config, spec: ModelSpec) -> ModelDivision:
     parallel = config.parallel
     stages = even_stages(spec.num_layers, parallel.pipeline, parallel.virtual_pipeline or 1)
-    return Share(parallel.tensor, parallel.pipeline, parallel.expert, stages)
+    return ModelDivision(parallel.tensor, parallel.pipeline, parallel.expert, stages)
 
 
-def _rollout(config: Config, spec: ModelSpec, lengths: Lengths, wire: _Wire) -> list[Cost]:
-    """Reading prompts, and a token after another; each data- and context-parallel rank generates for itself."""
-    parallel, size, hardware = config.parallel, BYTES[config.precision.dtype], wire.hardware
+def _rollout(run: PlannedRun, links: Links) -> list[Cost]:
+    """Return the costs of prefill and of decoding. Each data- and context-parallel rank generates its own rollouts."""
+    config, spec, lengths = run.config, run.student, run.lengths
+    parallel, size, rollouts = config.parallel, BYTES[config.precision.dtype], run.rollouts_per_step
     if config.rollout.engine != "megatron":
         return []
-    replicas = wire.world // (parallel.tensor * parallel.pipeline)
-    rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    own, prompt = math.ceil(rollouts / replicas), lengths.sequence - lengths.response
-    alone = parallel.model_copy(update={"context": 1, "sequence": False})
-    blocks = spec.num_layers
-    read = forward_flops(spec, blocks, [prompt] * rollouts)
-    seconds = read / (wire.world * _rate(hardware, spec, in_fp8=False)) * parallel.pipeline
-    sent = forward_traffic(spec, alone, blocks, own * prompt, size)
-    made = forward_flops(spec, blocks, [lengths.sequence] * rollouts) - read
-    made += head_flops(spec, rollouts * lengths.response)
-    tokens = lengths.response * decode_seconds(config, spec, own, lengths, hardware)
-    of_tokens = forward_traffic(spec, alone, blocks, own * lengths.response, size)
+    replicas = run.world_size // (parallel.tensor * parallel.pipeline)
+    rows, prompt = math.ceil(rollouts / replicas), lengths.sequence - lengths.response
+    layout = parallel.model_copy(update={"context": 1, "sequence": False})  # in which the engine runs the model
+    prefill_flops = forward_flops(spec, spec.num_layers, [prompt] * rollouts)
+    prefill_seconds = prefill_flops / (run.world_size * links.hardware.flops_rate(spec, in_fp8=False))
+    prefill_traffic = forward_traffic(spec, layout, spec.num_layers, rows * prompt, size)
+    decode_flops = forward_flops(spec, spec.num_layers, [lengths.sequence] * rollouts) - prefill_flops
+    decode_flops += head_flops(spec, rollouts * lengths.response)
+    seconds = lengths.response * decode_seconds(config, spec, rows, lengths, links.hardware)
+    decode_traffic = forward_traffic(spec, layout, spec.num_layers, rows * lengths.response, size)
     return [
-        wire.cost("rollout: prompts", read, seconds, sent, alone),
-        wire.cost("rollout: tokens", made, tokens, of_tokens, alone),
+        links.cost("rollout: prompts", prefill_flops, prefill_seconds * parallel.pipeline, prefill_traffic, layout),
+        links.cost("rollout: tokens", decode_flops, seconds, decode_traffic, layout),
     ]
 
 
-def _rows(
-    config: Config, planned: Sequence[PlannedTeacher], lengths: Lengths, bridge_rank: int | None, world: int
-) -> Traffic:
-    """Teachers' states that travel, on an average rank: each selected token of each compared layer to every rank that
-    reads it, none of which has it already."""
-    parallel, size = config.parallel, BYTES[config.precision.dtype]
-    plan = planned[0].plan
-    if all(teacher.plan.aligned for teacher in planned) and len(planned) == 1:
+def _teacher_pass(run: PlannedRun, teacher: PlannedTeacher, rollouts: int, links: Links) -> Cost:
+    config, layout, layers = run.config, teacher.layout or run.config.parallel, sum(teacher.plan.teacher_stages)
+    sequences = [run.lengths.sequence] * rollouts
+    replicas = run.world_size // (layout.tensor * layout.pipeline * layout.context)
+    flops = forward_flops(teacher.spec, layers, sequences)
+    size = BYTES[config.precision.dtype]
+    traffic = forward_traffic(teacher.spec, layout, layers, sum(sequences) / replicas, size)
+    rate = links.hardware.flops_rate(teacher.spec, in_fp8=config.precision.teacher_fp8 != "off")
+    idle = bubble(layout, _micro_batches(run, layout, rollouts))
+    return links.cost("teacher pass", flops, flops / (run.world_size * rate) * (1 + idle), traffic, layout)
+
+
+def _target_traffic(run: PlannedRun) -> Traffic:
+    """Return the teachers' states that an average rank sends.
+
+    Every selected token of every compared layer goes to each rank that needs it. No such rank has it already.
+    """
+    parallel, plan, teachers = run.config.parallel, run.layer_plan, list(run.teachers.values())
+    if len(teachers) == 1 and plan.aligned:
         return Traffic()
-    rollouts = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    rows = rollouts * min(most_selected(config.loss), lengths.response)
-    row = 4 * bridge_rank if bridge_rank else max(t.spec.hidden_size for t in planned) * size
+    rows = run.rollouts_per_step * min(most_selected_tokens(run.config.loss), run.lengths.response)
+    row_bytes = target_row_bytes(run, max(teacher.spec.hidden_size for teacher in teachers))
     layers = len({pair.teacher for pair in plan.pairs}) + plan.output
-    return Traffic(targets=rows * layers * row * (1 if parallel.sequence else parallel.tensor) / world)
+    copies = 1 if parallel.sequence else parallel.tensor  # ranks that need the same row
+    return Traffic(targets=rows * layers * row_bytes * copies / run.world_size)
 
 
-def _update(config: Config, spec: ModelSpec, planned: Sequence[PlannedTeacher], wire: _Wire) -> Cost:
-    """Gradients reduced, optimizer state read and written, parameters gathered."""
-    parallel, size, hardware = config.parallel, BYTES[config.precision.dtype], wire.hardware
-    head = spec.tied_embeddings or planned[0].plan.output
-    dense, experts = rank_parameters(spec, _share(config, spec), 0, lm_head=head)
-    traffic = update_traffic(parallel, dense, experts, wire.world, size)
-    copies = wire.world // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
-    state = (dense + experts) / copies * (state_bytes(config) + 4 + linear_bytes(config, teacher=False))
-    seconds = 2 * state / (hardware.memory_bytes * hardware.memory_share)
-    hidden = parallel.overlap_grad_reduce and parallel.overlap_param_gather
-    return wire.cost("update", 0, seconds, traffic, parallel, hidden=hidden)
+def _student_passes(run: PlannedRun, links: Links) -> list[Cost]:
+    """Return the costs of the student's forward pass, recomputation and backward pass."""
+    config, student, plan = run.config, run.student, run.layer_plan
+    parallel, size, layers = config.parallel, BYTES[config.precision.dtype], plan.student_last_layer
+    sequences = [run.lengths.sequence] * run.rollouts_per_step
+    tokens = sum(sequences)
+    replicas = run.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    idle = bubble(parallel, _micro_batches(run, parallel, run.rollouts_per_step))
+    rate = links.hardware.flops_rate(student, in_fp8=config.precision.fp8 is not None) / (1 + idle)
+
+    forward = forward_flops(student, layers, sequences)
+    sent = forward_traffic(student, parallel, layers, tokens / replicas, size)
+    # The loss computes the gradients of the student's head at once. The teachers' heads have a forward pass only.
+    heads = 3 * head_flops(student, tokens) + sum(head_flops(one.spec, tokens) for one in run.teachers.values())
+    flops = forward + (heads if plan.output else 0)
+    costs = [links.cost("student forward", flops, flops / (run.world_size * rate), sent, parallel)]
+    if config.recompute.granularity == "full":
+        sent_again, seconds = dataclasses.replace(sent, pipeline=0.0), forward / (run.world_size * rate)
+        costs.append(links.cost("student recompute", forward, seconds, sent_again, parallel))
+    flops = backward_flops(student, layers, sequences)
+    sent = backward_traffic(student, parallel, layers, tokens / replicas, size)
+    return [*costs, links.cost("student backward", flops, flops / (run.world_size * rate), sent, parallel)]
+
+
+def _update(run: PlannedRun, links: Links) -> Cost:
+    """Return the cost of reducing gradients, reading and writing the optimizer state, and gathering parameters."""
+    config, parallel = run.config, run.config.parallel
+    lm_head = run.student.tied_embeddings or run.layer_plan.output
+    dense, experts = rank_parameters(run.student, _division(config, run.student), 0, lm_head=lm_head)
+    traffic = update_traffic(parallel, (dense, experts), run.world_size, BYTES[config.precision.dtype])
+    copies = run.world_size // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
+    bytes_per_parameter = optimizer_state_bytes(config) + 4 + linear_bytes(config, teacher=False)
+    seconds = 2 * ((dense + experts) / copies * bytes_per_parameter) / links.hardware.memory_rate()
+    overlaps = parallel.overlap_grad_reduce and parallel.overlap_param_gather
+    return links.cost("update", 0, seconds, traffic, parallel, overlaps)

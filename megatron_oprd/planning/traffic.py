@@ -1,7 +1,10 @@
-"""What a rank sends to others in a step, in bytes, by the group that it goes to. Pure.
+"""Bytes that one rank sends in a training step, by process group. All functions are pure.
 
-Of a tensor of S bytes over n ranks, gathered or reduced and scattered, a rank sends S (n - 1) / n; reduced for all,
-twice that; exchanged all to all, the same share of its own S.
+For a tensor of S bytes over n ranks, a rank sends
+
+    all-gather or reduce-scatter   S (n - 1) / n
+    all-reduce                     2 S (n - 1) / n
+    all-to-all                     S (n - 1) / n, where S are the rank's own bytes
 """
 
 from __future__ import annotations
@@ -15,73 +18,104 @@ from megatron_oprd.types import ModelSpec
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends to its groups."""
+    """Bytes that one rank sends, by process group."""
 
     tensor: float = 0.0
     context: float = 0.0
     expert: float = 0.0
     pipeline: float = 0.0
     data: float = 0.0
-    targets: float = 0.0  # rows of a teacher in another layout
+    targets: float = 0.0  # the teachers' hidden states, from point to point
 
 
-def forward_traffic(spec: ModelSpec, layout: ParallelConfig, blocks: int, tokens: float, size: int) -> Traffic:
-    """Of a forward pass over `tokens` of a replica (of all its context-parallel ranks) through `blocks` blocks, on an
-    average pipeline rank; numbers of `size` bytes.
+def forward_traffic(
+    spec: ModelSpec, layout: ParallelConfig, layers: int, tokens: float, bytes_per_number: int
+) -> Traffic:
+    """Return the bytes that an average pipeline rank sends in a forward pass.
 
-    tensor: two exchanges around attention, two around a dense MLP, each gathering or scattering all rows. context: keys
-    and values of all rows. expert: a token's row to each of its experts, and back. pipeline: the rows at each boundary.
+    - tensor: two exchanges around attention and two around a dense MLP. Each gathers or scatters all rows.
+    - context: keys and values of all rows.
+    - expert: the row of a token to each of its experts, and back.
+    - pipeline: the rows at each boundary between stages.
+
+    Args:
+        spec: The model.
+        layout: The sizes of its process groups.
+        layers: The number of layers that are computed, from the lowest.
+        tokens: The tokens of one replica, over all its context-parallel ranks.
+        bytes_per_number: Bytes of one number of the hidden states.
     """
-    of_rank = blocks / layout.pipeline
-    sparse = sum(layer < blocks for layer in spec.sparse_layers) / layout.pipeline
-    rows = tokens / layout.context
-    whole = rows * spec.hidden_size * size
-    divided = whole / layout.tensor if layout.sequence else whole
-    keys = 2 * tokens * spec.num_query_groups * spec.head_dim * size / layout.tensor
+    layers_per_rank = layers / layout.pipeline
+    sparse = sum(layer < layers for layer in spec.sparse_layers) / layout.pipeline
+    all_rows = tokens / layout.context * spec.hidden_size * bytes_per_number
+    own_rows = all_rows / layout.tensor if layout.sequence else all_rows
+    keys_and_values = 2 * tokens * spec.num_query_groups * spec.head_dim * bytes_per_number / layout.tensor
     boundaries = (layout.pipeline * (layout.virtual_pipeline or 1) - 1) / layout.pipeline
     return Traffic(
-        tensor=(4 * of_rank - 2 * sparse + 1 / layout.pipeline) * whole * _share(layout.tensor),
-        context=of_rank * keys * _share(layout.context),
-        expert=2 * sparse * divided * spec.experts_per_token * _share(layout.expert),
-        pipeline=boundaries * divided,
+        tensor=(4 * layers_per_rank - 2 * sparse + 1 / layout.pipeline) * all_rows * _sent_share(layout.tensor),
+        context=layers_per_rank * keys_and_values * _sent_share(layout.context),
+        expert=2 * sparse * own_rows * spec.experts_per_token * _sent_share(layout.expert),
+        pipeline=boundaries * own_rows,
     )
 
 
-def backward_traffic(spec: ModelSpec, layout: ParallelConfig, blocks: int, tokens: float, size: int) -> Traffic:
-    """Of the backward pass: what forward did, the other way round. With sequence parallelism the inputs of the first
-    products of attention and MLP are gathered once more, for their weights' gradients."""
-    forward = forward_traffic(spec, layout, blocks, tokens, size)
+def backward_traffic(
+    spec: ModelSpec, layout: ParallelConfig, layers: int, tokens: float, bytes_per_number: int
+) -> Traffic:
+    """Return the bytes that an average pipeline rank sends in a backward pass.
+
+    Every exchange of the forward pass has a counterpart of the same size. With sequence parallelism, the inputs of the
+    first products of attention and MLP are gathered once more for the gradients of their weights. The arguments are
+    those of `forward_traffic`.
+    """
+    forward = forward_traffic(spec, layout, layers, tokens, bytes_per_number)
     if not layout.sequence:
         return forward
-    of_rank = blocks / layout.pipeline
-    sparse = sum(layer < blocks for layer in spec.sparse_layers) / layout.pipeline
-    whole = tokens / layout.context * spec.hidden_size * size
-    again = (2 * of_rank - sparse) * whole * _share(layout.tensor)
-    return dataclasses.replace(forward, tensor=forward.tensor + again)
+    layers_per_rank = layers / layout.pipeline
+    sparse = sum(layer < layers for layer in spec.sparse_layers) / layout.pipeline
+    all_rows = tokens / layout.context * spec.hidden_size * bytes_per_number
+    gathered_again = (2 * layers_per_rank - sparse) * all_rows * _sent_share(layout.tensor)
+    return dataclasses.replace(forward, tensor=forward.tensor + gathered_again)
 
 
-def update_traffic(layout: ParallelConfig, dense: int, experts: int, world: int, size: int) -> Traffic:
-    """Of fp32 gradients and of new parameters, over the ranks that hold the same ones: `dense` and `experts` trained
-    parameters of a rank. With the distributed optimizer gradients are reduced and scattered, parameters gathered: by
-    mcore's 0.16 twice where experts have an optimizer of their own, unless that overlaps the forward pass."""
-    copies, of_experts = world // (layout.tensor * layout.pipeline), world // (layout.expert * layout.pipeline)
+def update_traffic(
+    layout: ParallelConfig, parameters: tuple[int, int], world_size: int, bytes_per_number: int
+) -> Traffic:
+    """Return the bytes that a rank sends to reduce fp32 gradients and to distribute new parameters.
+
+    With the distributed optimizer, gradients are reduce-scattered and parameters gathered. Megatron-Core 0.16 gathers
+    twice if experts have an optimizer of their own, unless the gather overlaps the forward pass.
+
+    Args:
+        layout: The student's layout.
+        parameters: The trained parameters of one rank, (dense, experts).
+        world_size: The number of ranks.
+        bytes_per_number: Bytes of one parameter of the model.
+    """
+    dense, experts = parameters
+    dense_copies = world_size // (layout.tensor * layout.pipeline)
+    expert_copies = world_size // (layout.expert * layout.pipeline)
     gathers = 2 if experts and not layout.overlap_param_gather else 1
-    a_parameter = 4 + gathers * size if layout.distributed_optimizer else 8
-    return Traffic(data=a_parameter * (dense * _share(copies) + experts * _share(of_experts)))
+    bytes_per_parameter = 4 + gathers * bytes_per_number if layout.distributed_optimizer else 8
+    sent = dense * _sent_share(dense_copies) + experts * _sent_share(expert_copies)
+    return Traffic(data=bytes_per_parameter * sent)
 
 
-def reach(layout: ParallelConfig, world: int) -> dict[str, int]:
-    """Over how many consecutive ranks each kind of group stretches: tensor parallelism counts fastest, then context,
-    data and pipeline parallelism; experts are spread over consecutive ranks."""
+def group_spans(layout: ParallelConfig, world_size: int) -> dict[str, int]:
+    """Return the number of consecutive ranks that a process group of each kind spans.
+
+    Ranks count tensor parallelism fastest, then context, data and pipeline parallelism. Experts are divided over
+    consecutive ranks.
+    """
     return {
         "tensor": layout.tensor,
         "context": layout.tensor * layout.context,
         "expert": layout.expert,
-        "pipeline": world,
-        "data": world // layout.pipeline,
-        "targets": world,
+        "pipeline": world_size,
+        "data": world_size // layout.pipeline,
+        "targets": world_size,
     }
 
 
-def _share(ranks: int) -> float:
+def _sent_share(ranks: int) -> float:
     return (ranks - 1) / ranks

@@ -9,17 +9,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import clip_grads
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_oprd.config import Config
-from megatron_oprd.models import attention
 from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
@@ -29,9 +25,10 @@ from megatron_oprd.models.taps import StudentTap
 from megatron_oprd.models.targets import States
 from megatron_oprd.parallel.reshard import Shard
 from megatron_oprd.parallel.topology import Topology, build_topology
-from megatron_oprd.planning.balanced_experts import balanced_experts
-from megatron_oprd.planning.device_formulas import BYTES, as_traced, linear_bytes, linear_parameters, state_bytes
+from megatron_oprd.planning.device_formulas import BYTES, as_traced, fp8_candidates, linear_bytes, optimizer_state_bytes
+from megatron_oprd.planning.megatron_patches import announce_rows, patched, tracing_patches
 from megatron_oprd.planning.memory_trace import LiveBytes
+from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.runtime import platform
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import Student, build_student
@@ -60,79 +57,55 @@ class Footprint:
         return sum(dataclasses.astuple(self))
 
 
-def trace_update(
-    config: Config,
-    student: ModelSpec,
-    planned: Sequence[PlannedTeacher],
-    rollouts: Sequence[Rollout],
-    *,
-    rank: int,
-    world: int,
-    micro_batches: int = 1,
-    bridge_rank: int | None = None,
-) -> Footprint:
-    """What process `rank` of `world` holds at the peak of an update (teacher pass, forward, backward, optimizer) that
-    finds the optimizer's state there.
+def trace_update(run: PlannedRun, rollouts: Sequence[Rollout], *, rank: int, micro_batches: int = 1) -> Footprint:
+    """Return the footprint of one rank at the peak of an update: teacher pass, forward, backward, optimizer step.
 
-    `rollouts` fill one micro-batch, of which every replica has `micro_batches` in a step. `bridge_rank`: r of a bridge
-    between the models, if there is one. Experts get as many tokens as each other. Communicates with no one, in a
-    process group of its own. Raises RuntimeError inside of a process group or with a CUDA device.
+    The optimizer has its state already. Every expert gets the same number of tokens. No communication.
+
+    Args:
+        run: The run.
+        rollouts: The rollouts of one micro-batch, which they must fill.
+        rank: The rank, of `run.world_size`.
+        micro_batches: The number of such micro-batches that every replica has in a step.
+
+    Raises:
+        RuntimeError: This process has a CUDA device or belongs to a process group.
     """
     if torch.cuda.is_available():
         raise RuntimeError("an update is traced on a CPU: hide the CUDA devices (CUDA_VISIBLE_DEVICES='')")
-    asked, config = config, as_traced(config)
-    with _alone(rank, world):
+    student, planned, asked = run.student, list(run.teachers.values()), run.config
+    config = as_traced(asked)
+    live = LiveBytes()
+    with _only_rank(rank, run.world_size), patched(tracing_patches(live)):
         own = [build_topology(t.layout, DEVICE, config.train.seed) if t.layout else None for t in planned]
         topology = build_topology(config.parallel, DEVICE, config.train.seed)  # the last one stays in force
         topologies = [of_teacher or topology for of_teacher in own]
         places = [(topology, _micro_batch(config, student, topology, rollouts))]
         places += [(one, _micro_batch(config, student, one, rollouts, number)) for number, one in enumerate(topologies)]
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, LiveBytes() as live, balanced_experts(live):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, live:
             with live.making("weights"):
-                bridge = _bridge(student, planned[0], bridge_rank) if bridge_rank is not None else {}
+                bridge = _bridge(student, planned[0], run.bridge_rank) if run.bridge_rank is not None else {}
             models = _build(config, asked, student, planned, places, bridge, live)
             with live.making("activations"):
                 mine, *read = (_without_values(batch, mode) for _, batch in places)
                 live.reset_peak()
                 _update(config, models, mine, read, micro_batches, live)
         footprint = Footprint(**live.at_peak)
-        on_device = footprint.optimizer * state_bytes(asked) / (state_bytes(config) or 1)
+        on_device = footprint.optimizer * optimizer_state_bytes(asked) / (optimizer_state_bytes(config) or 1)
         return dataclasses.replace(footprint, optimizer=math.ceil(on_device))
 
 
 @contextlib.contextmanager
-def _alone(rank: int, world: int) -> Iterator[None]:
-    """Process `rank` of `world`, and none of the others: what it sends goes nowhere, what it gets has no values."""
+def _only_rank(rank: int, world_size: int) -> Iterator[None]:
+    """Be one rank of a process group whose other ranks do not exist: messages go nowhere and bring no values."""
     if dist.is_initialized():
         raise RuntimeError("an update is traced outside of any process group")
-    new_group = dist.new_group
-
-    def silent_group(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **{**kwargs, "backend": None})  # mcore asks for gloo by name
-
-    def echo(objects: list[Any], mine: Any, *args: Any, **kwargs: Any) -> None:
-        objects[:] = [mine] * len(objects)
-
     platform.install_cpu_stand_ins()
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        with (
-            mock.patch.object(dist, "new_group", silent_group),
-            mock.patch.object(dist, "all_gather_object", echo),
-            mock.patch.object(clip_grads, "l2_norm_impl", _norm),
-            # Parameters without values cannot be moved, and are where they should be.
-            mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module),
-        ):
-            yield
+        yield
     finally:
         dist.destroy_process_group()
-
-
-def _norm(
-    size: int, overflow: torch.Tensor, tensors: list[list[torch.Tensor]], *args: Any
-) -> tuple[torch.Tensor, None]:
-    """mcore's norm of many tensors without fused kernels, but for the values that it reads on the way."""
-    return torch.stack([torch.norm(tensor) for one in tensors for tensor in one]).norm(), None
 
 
 def _micro_batch(
@@ -202,7 +175,7 @@ def _build(
             student.optimizer.step()
     buffers = [buffer for chunk in student.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     live.assign("weights", [*stage.parameters(), *(chunk.rotary.inverse_frequencies for chunk in stage)])
-    in_fp8 = sum(weight.numel() for weight in linear_parameters(stage, asked, spec.num_layers))
+    in_fp8 = sum(weight.numel() for weight in fp8_candidates(stage, asked, spec.num_layers))
     with live.making("weights"):
         copies = torch.empty(
             in_fp8 * (linear_bytes(asked, teacher=False) - BYTES[config.precision.dtype]), dtype=torch.uint8
@@ -231,7 +204,7 @@ def _teacher(
     def load() -> Stage:
         with live.making("teacher_weights"):
             stage = build_frozen(planned, topology, DTYPES[config.precision.dtype])
-        for weight in linear_parameters(stage, asked, sum(planned.plan.teacher_stages)):
+        for weight in fp8_candidates(stage, asked, sum(planned.plan.teacher_stages)):
             live.resize(weight, weight.numel() * linear_bytes(asked, teacher=True))
         return _with_messages(stage, topology, batch).eval().requires_grad_(False)
 
@@ -256,15 +229,8 @@ def _heads(spec: ModelSpec, planned: Sequence[PlannedTeacher], stage: Stage, top
 
 
 def _with_messages(stage: Stage, topology: Topology, batch: PackedBatch) -> Stage:
-    """The model, knowing what pipeline ranks would tell each other: how many rows they send."""
-    stage.config.rows_sent = batch.num_tokens // (topology.tensor_size if topology.sequence_parallel else 1)
+    announce_rows(stage, batch.num_tokens // (topology.tensor_size if topology.sequence_parallel else 1))
     return stage
-
-
-def _shapes_received(communicator: P2PCommunicator, *args: Any) -> tuple[list[int], list[int]]:
-    config: Any = communicator.config
-    shape = [config.rows_sent, 1, config.hidden_size]
-    return shape, shape
 
 
 def _rows_received(
@@ -291,25 +257,21 @@ def _update(
     topology, plan = models.topology, models.teachers[0].plan
     rounds = topology.pipeline_size if topology.virtual_size > 1 else 1  # of the interleaved schedule
     count = min(-(-micro_batches // rounds) * rounds, 2 * topology.pipeline_size)
-    with (
-        mock.patch.object(P2PCommunicator, "_communicate_shapes", _shapes_received),
-        mock.patch.object(attention, "causal_lower_right", lambda *lengths: None),  # no tensor, where kernels know it
-    ):
-        of_teachers = [[of_teacher] * count for of_teacher in read]
-        targets, _ = run_teachers(models.teachers, of_teachers, [batch] * count, topology, _rows_received)
-        if len(targets):
-            for number in range(count):
-                live.assign("targets", [targets.read(number, layer) for layer in targets.layers])
-        with live.making("targets"):
-            waiting = torch.empty(max(micro_batches - count, 0) * targets.num_bytes // count, dtype=torch.uint8)
+    of_teachers = [[of_teacher] * count for of_teacher in read]
+    targets, _ = run_teachers(models.teachers, of_teachers, [batch] * count, topology, _rows_received)
+    if len(targets):
+        for number in range(count):
+            live.assign("targets", [targets.read(number, layer) for layer in targets.layers])
+    with live.making("targets"):
+        waiting = torch.empty(max(micro_batches - count, 0) * targets.num_bytes // count, dtype=torch.uint8)
 
-        def taps() -> Iterator[StudentTap]:
-            for number in range(count):
-                tap = stage_loss(plan, config.loss, batch, targets, number, models.output, models.student.maps)
-                live.assign("targets", [targets.read(number, layer) for layer in targets.layers])
-                yield tap
+    def taps() -> Iterator[StudentTap]:
+        for number in range(count):
+            tap = stage_loss(plan, config.loss, batch, targets, number, models.output, models.student.maps)
+            live.assign("targets", [targets.read(number, layer) for layer in targets.layers])
+            yield tap
 
-        accumulate_gradients(models.student, topology, plan, [batch] * count, taps())
+    accumulate_gradients(models.student, topology, plan, [batch] * count, taps())
     del waiting
     with platform.cpu_devices():
         models.student.optimizer.step()

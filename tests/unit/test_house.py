@@ -161,7 +161,6 @@ def test_megatron_core_is_imported_only_where_models_are_built_and_run():
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=True, reason="planning still patches with mock")
 def test_the_package_does_not_import_mock():
     assert [module for module, tree in TREES.items() if any("mock" in name for name in imports(tree))] == []
 

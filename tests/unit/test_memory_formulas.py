@@ -1,4 +1,4 @@
-"""The memory that a dry run predicts: the parameters are those that are built, and layouts divide what they divide."""
+"""Parameter counts agree with real models, and the memory formulas with traced updates."""
 
 import dataclasses
 import math
@@ -6,17 +6,24 @@ import math
 import pytest
 import torch
 
-from megatron_oprd.config import ParallelConfig, load_config
+from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.names import entries, megatron_shapes
-from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import build_topology
-from megatron_oprd.planning.memory_formulas import Share, block_bytes, count_parameters, predict_memory, rank_parameters
+from megatron_oprd.planning.memory_formulas import layer_activation_bytes, predict_memory
+from megatron_oprd.planning.parameter_counts import ModelDivision, count_parameters, rank_parameters
 from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save
-from tests.unit.test_update_trace import config_of, rollouts_of, spec_of, traced, with_experts
+from tests.helpers.planning import (
+    dense_spec,
+    expert_spec,
+    filling_rollouts,
+    planned_run,
+    replay_config,
+    trace_in_process,
+)
 
 MODELS = {
     "dense": ("Qwen3", {}),
@@ -52,14 +59,14 @@ def specs(models):
     return {name: read_model_spec(path) for name, path in models.items()}
 
 
-def share_of(spec, layout):
+def division_of(spec, layout):
     parallel = ParallelConfig(**layout)
     stages = even_stages(spec.num_layers, parallel.pipeline, parallel.virtual_pipeline or 1)
-    return Share(parallel.tensor, parallel.pipeline, parallel.expert, stages)
+    return ModelDivision(parallel.tensor, parallel.pipeline, parallel.expert, stages)
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_model_has_as_many_parameters_as_transformers_says(model, models, specs):
+def test_parameter_counts_agree_with_transformers(model, models, specs):
     family, sizes = MODELS[model]
     network = random_hf_model(family, **{"num_key_value_heads": 4, "vocab_size": 132, **sizes})
     assert count_parameters(specs[model]) == sum(parameter.numel() for parameter in network.parameters())
@@ -74,18 +81,18 @@ def test_a_model_has_as_many_parameters_as_transformers_says(model, models, spec
         if "experts" in model or "expert" not in LAYOUTS[layout][1]
     ],
 )
-def test_the_parts_of_a_replica_are_the_model(model, layout, specs):
-    """Over its tensor-, pipeline- and expert-parallel ranks, but for what several of them hold whole."""
+def test_the_ranks_of_a_replica_have_every_parameter(model, layout, specs):
+    """The sum over ranks counts undivided parameters once per tensor-parallel rank."""
     spec, (_, sizes) = specs[model], LAYOUTS[layout]
-    share = share_of(spec, sizes)
-    ranks = [rank_parameters(spec, share, rank, lm_head=True) for rank in range(share.pipeline)]
+    division = division_of(spec, sizes)
+    ranks = [rank_parameters(spec, division, rank, lm_head=True) for rank in range(division.pipeline)]
     shapes = megatron_shapes(spec)
     copied = sum(math.prod(shapes[entry.megatron]) for entry in entries(spec) if entry.layout == "copy")
     embedding = math.prod(shapes["embedding.word_embeddings.weight"])
-    twice = embedding if spec.tied_embeddings and share.pipeline > 1 else 0  # at both ends of the pipeline
+    twice = embedding if spec.tied_embeddings and division.pipeline > 1 else 0  # on the first and the last stage
     dense, experts = (sum(kinds) for kinds in zip(*ranks, strict=True))
-    assert dense * share.tensor + experts * share.expert == (
-        count_parameters(spec) + copied * (share.tensor - 1) + twice
+    assert dense * division.tensor + experts * division.expert == (
+        count_parameters(spec) + copied * (division.tensor - 1) + twice
     )
 
 
@@ -102,37 +109,35 @@ def _built(rank, spec, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_predicted_parameters_are_those_of_real_modules(layout, specs):
-    """A vocabulary that needs padding, and uneven stages; with the LM head and without it, as the teacher is built. The
-    ranks over which the distributed optimizer divides its state are Megatron's own groups."""
+def test_parameter_counts_of_a_rank_agree_with_real_modules(layout, specs):
+    """The vocabulary needs padding, stages are uneven, and models have an LM head (student) or none (teacher).
+
+    The distributed optimizer divides its state over Megatron-Core's own groups.
+    """
     world, sizes = LAYOUTS[layout]
     spec = dataclasses.replace(specs["tied experts" if layout in ("all", "expert") else "experts"], vocab_size=131)
     if "tensor" in sizes and not sizes.get("sequence"):
         spec = dataclasses.replace(specs["tied"], vocab_size=131)
-    share = share_of(spec, sizes)
+    division = division_of(spec, sizes)
     fullest = 0
     for pipeline_rank, counts, copies in run_distributed(world, _built, spec, sizes):
         for lm_head, built in zip((True, False), counts, strict=True):
-            assert rank_parameters(spec, share, pipeline_rank, lm_head=lm_head) == built
+            assert rank_parameters(spec, division, pipeline_rank, lm_head=lm_head) == built
         fullest = max(fullest, sum(count // number for count, number in zip(counts[0], copies, strict=True)))
     overrides = [f"parallel.{name}={str(size).lower()}" for name, size in sizes.items()]
-    assert predict({"it": spec}, "it", "it", world, *overrides)["optimizer state"] == fullest * 12
+    assert predict({"model": spec}, "model", world, *overrides)["optimizer state"] == fullest * 12
 
 
-def predict(specs, student, teacher, world, *overrides):
-    required = ("student.path=s", "teacher.path=t", "train.run_dir=r", "rollout.engine=replay", "rollout.path=f")
-    small = ("batch.max_tokens_per_micro_batch=64", "rollout.max_new_tokens=32", "rollout.prompts_per_step=64")
-    config = load_config(None, [*required, *small, *overrides])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", str(world))
-        planned = plan_teacher(config, specs[student], specs[teacher])
-    return predict_memory(config, specs[student], [planned], world)
+def predict(specs, student, world_size, *overrides, teacher=None):
+    """Return the predicted memory of a run. Without `teacher`, the teacher has the student's sizes."""
+    config = replay_config(64, "rollout.max_new_tokens=32", "rollout.prompts_per_step=64", *overrides)
+    return predict_memory(planned_run(config, specs[student], world_size, teacher=specs[teacher or student]))
 
 
-def test_the_parts_of_one_process(specs):
+def test_memory_of_one_process(specs):
     count = count_parameters(specs["dense"])
     for dtype, size, kept in (("fp32", 4, 8), ("bf16", 2, 12)):
-        predicted = predict(specs, "dense", "dense", 1, f"precision.dtype={dtype}")
+        predicted = predict(specs, "dense", 1, f"precision.dtype={dtype}")
         assert predicted["student weights"] == count * size
         assert predicted["student gradients"] == count * 4
         assert predicted["optimizer state"] == count * kept
@@ -140,121 +145,114 @@ def test_the_parts_of_one_process(specs):
         heads = specs["dense"].head_dim
         block = 16 * 64 + 14 * 8 * heads + 12 * 4 * heads + 10 * 112  # hidden, queries, keys, MLP
         assert predicted["activations"] == 64 * 5 * block * size / 2
-    assert predict(specs, "dense", "dense", 1, "precision.dtype=fp32", "optimizer.name=sgd")["optimizer state"] == 0
+    assert predict(specs, "dense", 1, "precision.dtype=fp32", "optimizer.name=sgd")["optimizer state"] == 0
 
 
 @pytest.mark.parametrize("model", ["dense", "experts"])
 def test_the_distributed_optimizer_divides_its_state_over_copies(model, specs):
-    """Experts have fewer copies than what is held whole by every rank."""
+    """Experts have fewer copies than the parameters that every rank has."""
     count = count_parameters(specs[model])
     experts = sum(math.prod(s) for name, s in megatron_shapes(specs[model]).items() if ".experts." in name)
-    for context in (1, 2):  # all ranks hold everything, experts too
-        state = predict(specs, model, model, 4, f"parallel.context={context}")["optimizer state"]
+    for context in (1, 2):  # every rank has all parameters, also all experts
+        state = predict(specs, model, 4, f"parallel.context={context}")["optimizer state"]
         assert state == ((count - experts) // 4 + experts // 4) * 12
-    assert predict(specs, model, model, 4, "parallel.distributed_optimizer=false")["optimizer state"] == count * 12
+    assert predict(specs, model, 4, "parallel.distributed_optimizer=false")["optimizer state"] == count * 12
     if experts:
-        state = predict(specs, model, model, 4, "parallel.expert=2")["optimizer state"]
+        state = predict(specs, model, 4, "parallel.expert=2")["optimizer state"]
         assert state == ((count - experts) // 4 + experts // 2 // 2) * 12
-        state = predict(specs, model, model, 4, "parallel.expert=4")["optimizer state"]
+        state = predict(specs, model, 4, "parallel.expert=4")["optimizer state"]
         assert state == ((count - experts) // 4 + experts // 4) * 12  # each expert is on one rank
 
 
 def test_experts_have_copies_on_tensor_parallel_ranks(specs):
     layout = ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2")
     spec = specs["experts"]
-    dense, experts = rank_parameters(spec, share_of(spec, {"tensor": 2, "expert": 2}), 0, lm_head=True)
-    state = predict(specs, "experts", "experts", 4, *layout)["optimizer state"]
+    dense, experts = rank_parameters(spec, division_of(spec, {"tensor": 2, "expert": 2}), 0, lm_head=True)
+    state = predict(specs, "experts", 4, *layout)["optimizer state"]
     assert state == (dense // 2 + experts // 2) * 12
 
 
-def test_offloaded_states_take_no_memory_of_the_device(specs):
-    assert predict(specs, "dense", "dense", 2)["teacher states"] > 0
-    assert predict(specs, "dense", "dense", 2, "teacher.offload_targets=true")["teacher states"] == 0
+def test_offloaded_targets_need_no_device_memory(specs):
+    assert predict(specs, "dense", 2)["teacher states"] > 0
+    assert predict(specs, "dense", 2, "teacher.offload_targets=true")["teacher states"] == 0
 
 
 def test_context_and_sequence_parallelism_divide_activations(specs):
-    one = predict(specs, "dense", "dense", 4)
-    two = predict(specs, "dense", "dense", 4, "parallel.context=2")
-    four = predict(specs, "dense", "dense", 4, "parallel.context=4")
+    one = predict(specs, "dense", 4)
+    two = predict(specs, "dense", 4, "parallel.context=2")
+    four = predict(specs, "dense", 4, "parallel.context=4")
     assert one["activations"] == 2 * two["activations"] == 4 * four["activations"]
     assert one["teacher states"] == 2 * two["teacher states"] == 4 * four["teacher states"]
     sequence = ("parallel.tensor=2", "parallel.sequence=true", "recompute.granularity=full")
-    whole = predict(specs, "dense", "dense", 4, "recompute.granularity=full")
-    assert whole["activations"] == 2 * predict(specs, "dense", "dense", 4, *sequence)["activations"]
-    partly = predict(specs, "dense", "dense", 4, sequence[0], sequence[2])["activations"]
-    assert whole["activations"] > partly > whole["activations"] / 2
+    undivided = predict(specs, "dense", 4, "recompute.granularity=full")
+    assert undivided["activations"] == 2 * predict(specs, "dense", 4, *sequence)["activations"]
+    partly = predict(specs, "dense", 4, sequence[0], sequence[2])["activations"]
+    assert undivided["activations"] > partly > undivided["activations"] / 2
 
 
-def test_a_pipeline_keeps_a_micro_batch_for_every_stage(specs):
-    """The first of P ranks has the most blocks and the most micro-batches, though no more than there are rollouts."""
-    block = predict(specs, "dense", "dense", 1)["activations"] // 5
-    assert predict(specs, "dense", "dense", 2, "parallel.pipeline=2")["activations"] == 2 * 3 * block
-    assert predict(specs, "dense", "dense", 4, "parallel.pipeline=4")["activations"] == 4 * 2 * block
+def test_a_pipeline_has_a_micro_batch_for_every_stage(specs):
+    """The first of P ranks has the most layers and the most micro-batches, but not more than there are rollouts."""
+    block = predict(specs, "dense", 1)["activations"] // 5
+    assert predict(specs, "dense", 2, "parallel.pipeline=2")["activations"] == 2 * 3 * block
+    assert predict(specs, "dense", 4, "parallel.pipeline=4")["activations"] == 4 * 2 * block
     virtual = ("parallel.pipeline=2", "parallel.virtual_pipeline=2")
-    assert predict(specs, "dense", "dense", 2, *virtual)["activations"] == (2 + 2 + 1) * 2 * block
+    assert predict(specs, "dense", 2, *virtual)["activations"] == (2 + 2 + 1) * 2 * block
     deep = {"deep": dataclasses.replace(specs["dense"], num_layers=12)}
     virtual = ("parallel.pipeline=3", "parallel.virtual_pipeline=2")
-    assert predict(deep, "deep", "deep", 3, *virtual)["activations"] == (2 * 2 + 3 + 1) * 2 * block
+    assert predict(deep, "deep", 3, *virtual)["activations"] == (2 * 2 + 3 + 1) * 2 * block
     few = ("rollout.prompts_per_step=1", "rollout.samples_per_prompt=1")
-    assert predict(specs, "dense", "dense", 4, "parallel.pipeline=4", *few)["activations"] == 2 * block
+    assert predict(specs, "dense", 4, "parallel.pipeline=4", *few)["activations"] == 2 * block
 
 
 @pytest.mark.parametrize("layout", ["{tensor: 4}", "{pipeline: 4}", "{expert: 4}"])
-def test_a_teacher_in_its_own_layout_is_divided_by_it(layout, specs):
+def test_a_teachers_own_layout_divides_the_teacher_only(layout, specs):
     teacher = "experts" if "expert" in layout else "dense"
-    shared, own = (predict(specs, "dense", teacher, 4, f"teacher.parallel={which}") for which in ("{}", layout))
+    shared, own = (predict(specs, "dense", 4, f"teacher.parallel={which}", teacher=teacher) for which in ("{}", layout))
     assert own["teacher weights"] < shared["teacher weights"]
     same = ("student weights", "student gradients", "optimizer state", "activations")
     assert [own[purpose] for purpose in same] == [shared[purpose] for purpose in same]
 
 
-def test_a_teacher_that_is_cut_needs_less(specs):
-    whole, cut = (
-        predict(specs, "dense", "dense", 1, f"loss.representation.layers={which}") for which in ("[5]", "[1]")
-    )
-    assert cut["teacher weights"] < whole["teacher weights"] / 2
-    assert cut["student weights"] == whole["student weights"]
+def test_a_teacher_is_built_up_to_its_highest_compared_layer(specs):
+    complete, lower = (predict(specs, "dense", 1, f"loss.representation.layers={which}") for which in ("[5]", "[1]"))
+    assert lower["teacher weights"] < complete["teacher weights"] / 2
+    assert lower["student weights"] == complete["student weights"]
 
 
-def test_what_fp8_and_the_optimizer_take(specs):
-    """Of all blocks but the first and the last one."""
+def test_memory_of_fp8_weights_and_of_the_optimizer(specs):
+    """The first and the last layer stay in bf16."""
     name, count = "dense", count_parameters(specs["dense"])
-    head, linears = (
-        132 * 64,
-        3
-        * sum(
-            math.prod(shape)
-            for key, shape in megatron_shapes(specs[name]).items()
-            if "layers.2." in key and "linear_" in key
-        ),
-    )
-    plain = (count - head) * 2
-    taken = {
+    shapes = megatron_shapes(specs[name]).items()
+    linears = 3 * sum(math.prod(shape) for key, shape in shapes if "layers.2." in key and "linear_" in key)
+    plain = (count - 132 * 64) * 2  # without the LM head
+    cases = {
         ("precision.teacher_fp8=weights",): plain - linears,
         ("precision.teacher_fp8=compute",): plain + linears,
         ("precision.teacher_fp8=weights", "precision.keep_bf16={first: 2, last: 2}"): plain - linears // 3,
     }
-    for settings, expected in taken.items():
-        assert predict(specs, name, name, 1, *settings)["teacher weights"] == expected
-    assert predict(specs, name, name, 1, "precision.fp8=hybrid")["student weights"] == count * 2 + 2 * linears
+    for settings, expected in cases.items():
+        assert predict(specs, name, 1, *settings)["teacher weights"] == expected
+    assert predict(specs, name, 1, "precision.fp8=hybrid")["student weights"] == count * 2 + 2 * linears
     for setting, bytes_each in (("precision_aware=true", 6), ("cpu_offload=0.5", 6), ("cpu_offload=1.0", 0)):
-        assert predict(specs, name, name, 1, f"optimizer.{setting}")["optimizer state"] == count * bytes_each
+        assert predict(specs, name, 1, f"optimizer.{setting}")["optimizer state"] == count * bytes_each
 
 
 ACTIVATIONS = {
-    "dense": (spec_of, 1, ()),
-    "experts": (with_experts, 1, ()),
-    "tensor": (spec_of, 2, ("parallel.tensor=2",)),
-    "experts, sequence": (with_experts, 2, ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2")),
+    "dense": (dense_spec, 1, ()),
+    "experts": (expert_spec, 1, ()),
+    "tensor": (dense_spec, 2, ("parallel.tensor=2",)),
+    "experts, sequence": (expert_spec, 2, ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2")),
 }
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_are_those_of_a_traced_update(name):
-    """What eight blocks keep more than four, which leaves out the loss and what is alive for a moment."""
-    model, world, layout = ACTIVATIONS[name]
-    config = config_of(1024, "precision.dtype=bf16", "loss.representation.layers=last", *layout)
+def test_activations_agree_with_a_traced_update(name):
+    """Four more layers add their own activations: the loss and temporary tensors cancel out."""
+    model, world_size, layout = ACTIVATIONS[name]
+    config = replay_config(1024, "precision.dtype=bf16", "loss.representation.layers=last", *layout)
     small, large = (model(layers=layers, hidden=256, vocabulary=256) for layers in (4, 8))
-    where = {"rank": 0, "world": world}
-    more = [traced(config, spec, rollouts_of(1024), **where).activations for spec in (small, large)]
-    assert 1024 * 4 * block_bytes(small, 0, config.parallel, 2) == pytest.approx(more[1] - more[0], rel=0.1)
+    four, eight = (
+        trace_in_process(planned_run(config, spec, world_size), filling_rollouts(1024)).activations
+        for spec in (small, large)
+    )
+    assert 1024 * 4 * layer_activation_bytes(small, 0, config.parallel, 2) == pytest.approx(eight - four, rel=0.1)

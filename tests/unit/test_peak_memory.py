@@ -1,74 +1,71 @@
-"""The dry run's prediction: the rollouts that it takes for the fullest, the ranks that it takes for alike, and what it
-says of an update that cannot be traced."""
+"""The dry run traces the fullest micro-batch, once for each group of ranks with the same stages."""
 
 import sys
 
 import pytest
 
-from megatron_oprd.config import load_config
-from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.launch.lengths import Lengths
-from megatron_oprd.planning.peak_memory import NotTraced, alike, fullest_micro_batch, predict_peaks
+from megatron_oprd.planning.peak_memory import NotTraced, fullest_micro_batch, groups_of_ranks, predict_peaks
+from tests.helpers.planning import planned_run, replay_config
 from tests.helpers.specs import tiny_spec
 
-
-def config_of(*overrides):
-    paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
-    return load_config(None, [*paths, "rollout.engine=replay", *overrides])
-
-
 LENGTHS = Lengths(sequence=100, response=80)
-# Settings, processes, then the tokens of each sequence of the fullest micro-batch, and how many of those a step has.
-# A step has 16 rollouts.
+
+
+def run_of(tokens, world_size, *overrides):
+    """Return a run of 16 rollouts per step."""
+    return planned_run(
+        replay_config(tokens, *overrides), tiny_spec(num_layers=3, vocab_size=1024), world_size, lengths=LENGTHS
+    )
+
+
+# Settings, tokens of a micro-batch, processes; then the tokens of each sequence of the fullest micro-batch, and the
+# number of micro-batches in a step.
 BATCHES = {
-    "the longest fill it": (["positions=all"], 250, 1, [84, 83, 83], 6),
-    "shorter ones, of which the loss reads as much": (["positions=last_k", "k=24"], 250, 1, [25] * 10, 2),
-    "no more than there are": (["positions=last"], 320, 1, [20] * 16, 1),
-    "no more than a replica has": (["positions=last_k", "k=24"], 1000, 8, [100] * 2, 1),
-    "one too long for all": (["positions=all"], 90, 1, [90], 16),
+    "all tokens selected: the longest rollouts": (["positions=all"], 250, 1, [84, 83, 83], 6),
+    "last k selected: many short rollouts": (["positions=last_k", "k=24"], 250, 1, [25] * 10, 2),
+    "as many rollouts as a step has": (["positions=last"], 320, 1, [20] * 16, 1),
+    "as many rollouts as a replica has": (["positions=last_k", "k=24"], 1000, 8, [100] * 2, 1),
+    "a rollout longer than a micro-batch is cut": (["positions=all"], 90, 1, [90], 16),
 }
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_the_fullest_micro_batch_has_the_most_to_read(name):
-    settings, room, world, sizes, count = BATCHES[name]
-    config = config_of(*(f"loss.representation.{one}" for one in settings), f"batch.max_tokens_per_micro_batch={room}")
-    rollouts, micro_batches = fullest_micro_batch(config, LENGTHS, world=world)
-    assert [len(one.prompt_ids) + len(one.response_ids) for one in rollouts] == sizes
+def test_the_fullest_micro_batch_has_the_most_selected_tokens(name):
+    settings, tokens, world_size, sizes, count = BATCHES[name]
+    run = run_of(tokens, world_size, *(f"loss.representation.{setting}" for setting in settings))
+    rollouts, micro_batches = fullest_micro_batch(run)
+    assert [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts] == sizes
     assert micro_batches == count
-    assert all(0 < len(one.response_ids) <= LENGTHS.response and one.prompt_ids for one in rollouts)
+    assert all(0 < len(rollout.response_ids) <= LENGTHS.response and rollout.prompt_ids for rollout in rollouts)
 
 
-def test_a_pipeline_is_filled_with_the_longest():
-    config = config_of("parallel.pipeline=2", "loss.representation.k=24", "batch.max_tokens_per_micro_batch=250")
-    rollouts, micro_batches = fullest_micro_batch(config, LENGTHS, world=2)
+def test_a_pipeline_gets_the_longest_rollouts():
+    rollouts, micro_batches = fullest_micro_batch(run_of(250, 2, "parallel.pipeline=2", "loss.representation.k=24"))
     assert (len(rollouts), micro_batches) == (3, 6)
 
 
 def test_without_packing_a_micro_batch_is_one_sequence():
-    config = config_of("batch.packing=false", "batch.max_tokens_per_micro_batch=250")
-    rollouts, micro_batches = fullest_micro_batch(config, LENGTHS, world=1)
+    rollouts, micro_batches = fullest_micro_batch(run_of(250, 1, "batch.packing=false"))
     assert (len(rollouts), micro_batches) == (1, 16)
 
 
-def test_ranks_are_alike_that_hold_the_same_stages():
-    assert alike(1, [1, 1]) == [range(1)]
-    assert alike(8, [2, 1]) == [range(4), range(4, 8)]
-    assert alike(8, [2, 4]) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+def test_ranks_with_the_same_pipeline_ranks_form_a_group():
+    assert groups_of_ranks(1, [1, 1]) == [range(1)]
+    assert groups_of_ranks(8, [2, 1]) == [range(4), range(4, 8)]
+    assert groups_of_ranks(8, [2, 4]) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
 
 
-def test_every_kind_of_rank_has_its_peak(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    config, spec = config_of("parallel.pipeline=2"), tiny_spec(num_layers=3, vocab_size=1024)
-    peaks = predict_peaks(config, spec, [plan_teacher(config, spec, spec)], LENGTHS, world=4)
+def test_every_group_of_ranks_has_a_footprint():
+    peaks = predict_peaks(run_of(8192, 4, "parallel.pipeline=2"))
     assert list(peaks) == [range(2), range(2, 4)]
     first, last = peaks.values()
-    assert first.weights > last.weights > 0  # two blocks and the embedding; one block and the head
+    assert first.weights > last.weights > 0  # two layers and the embedding; one layer and the head
     assert first.targets > last.targets > 0
 
 
-def test_what_cannot_be_traced_says_why(monkeypatch):
-    config, spec = config_of(), tiny_spec()
+def test_a_failed_trace_says_why(monkeypatch):
+    run = run_of(8192, 1)
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(NotTraced, match="exit code 1"):
-        predict_peaks(config, spec, [plan_teacher(config, spec, spec)], LENGTHS, world=1)
+        predict_peaks(run)

@@ -1,8 +1,7 @@
-"""The estimate of a step: operations are those that torch counts in a real model, bytes those that Megatron-Core sends
-in a real update, and the rest is arithmetic that is done by hand here."""
+"""The estimate of a step: torch counts the operations of real models, Megatron-Core sends the bytes of a traced update,
+and the rest is computed by hand here."""
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -10,24 +9,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.planning import update_trace
 from megatron_oprd.planning.flops import attention_flops, backward_flops, forward_flops, head_flops
-from megatron_oprd.planning.memory_formulas import Share, rank_parameters
+from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.memory_trace import LiveBytes
-from megatron_oprd.planning.step_time import Hardware, bubble, decode_seconds, estimate_step
-from megatron_oprd.planning.traffic import Traffic, backward_traffic, forward_traffic, reach, update_traffic
+from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
+from megatron_oprd.planning.step_time import bubble, decode_seconds, estimate_step
+from megatron_oprd.planning.traffic import Traffic, backward_traffic, forward_traffic, group_spans, update_traffic
 from tests.helpers.distributed import result_of
 from tests.helpers.models import random_hf_model, save
-from tests.unit.test_update_trace import config_of, rollouts_of, spec_of, with_experts
+from tests.helpers.planning import dense_spec, expert_spec, filling_rollouts, planned_run, replay_config
 
 
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Qwen3Moe", "Llama"])
-def test_operations_are_those_of_a_real_model(family, tmp_path):
-    """Hugging Face's, which does not skip the half of the scores that is masked; forward and backward."""
+def test_operations_agree_with_torchs_counter(family, tmp_path):
+    """Forward and backward of a Hugging Face model, which also computes the masked half of the scores."""
     model = random_hf_model(family, attn_implementation="eager", max_position_embeddings=256)
-    model.config._experts_implementation = "eager"  # torch counts no grouped products
+    model.config._experts_implementation = "eager"  # torch does not count grouped products
     spec = read_model_spec(save(model, tmp_path / "hf"))
     tokens = torch.arange(200)[None] % spec.vocab_size
     with FlopCounterMode(display=False) as counter:
@@ -41,75 +40,70 @@ def test_operations_are_those_of_a_real_model(family, tmp_path):
     assert counter.get_total_flops() == pytest.approx(backward, rel=0.01)
 
 
-class _Sent(LiveBytes):
-    """What a rank sends in an update that is traced, in bytes, by the collectives' own operations."""
+class _SentBytes(LiveBytes):
+    """Count the bytes that a rank sends in a traced update, from the operations of its collectives."""
 
     total = 0.0
 
     def reset_peak(self):
         super().reset_peak()
-        _Sent.total = 0.0  # building is over
+        _SentBytes.total = 0.0  # the models are built, the update begins
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
         if name.startswith("c10d."):
-            _Sent.total += sent_by(name.split(".")[1], args)
+            _SentBytes.total += bytes_of_collective(name.split(".")[1], args)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def sent_by(name, args):
-    """Bytes of one collective on a rank; messages of a few numbers are left out."""
-    group = next(torch.distributed.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject))
-    flat = [t for a in args for t in (a if isinstance(a, list) else [a]) if isinstance(t, torch.Tensor)]
-    size = max((t.numel() * t.itemsize for t in flat), default=0)
+def bytes_of_collective(name, args):
+    """Return the bytes that a rank sends in one collective. Messages of a few numbers count as zero."""
+    group = next(torch.distributed.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+    values = [value for arg in args for value in (arg if isinstance(arg, list) else [arg])]
+    size = max((one.numel() * one.itemsize for one in values if isinstance(one, torch.Tensor)), default=0)
     if size < 2048 or name.startswith("recv"):
         return 0.0
     factor = 1.0 if name == "send" else (group.size() - 1) / group.size()
     return size * factor * (2 if name.startswith("allreduce") else 1)
 
 
-def sent(config, spec, world, rank):
-    return result_of(_sent, config, spec, world, rank)
-
-
-def _sent(config, spec, world, rank):
-    os.environ["WORLD_SIZE"] = str(world)
-    update_trace.LiveBytes = _Sent
-    planned = plan_teacher(config, spec, spec)
-    update_trace.trace_update(config, spec, [planned], rollouts_of(512), rank=rank, world=world, micro_batches=1)
-    return _Sent.total
+def _trace_sent_bytes(run, rank):
+    update_trace.LiveBytes = _SentBytes
+    update_trace.trace_update(run, filling_rollouts(512), rank=rank)
+    return _SentBytes.total
 
 
 FULL = ("recompute.granularity=full",)
-# Model, layout, whether blocks are recomputed, the rank that is looked at.
+# Model, layout, recomputation, rank.
 CASES = {
-    "tensor": (spec_of, ("parallel.tensor=2",), (), 1),
-    "sequence": (spec_of, ("parallel.tensor=2", "parallel.sequence=true"), (), 0),
-    "sequence, recomputed": (spec_of, ("parallel.tensor=2", "parallel.sequence=true"), FULL, 0),
-    "context": (spec_of, ("parallel.context=2",), (), 0),
-    "experts": (with_experts, ("parallel.expert=2",), (), 1),
-    "experts, recomputed": (with_experts, ("parallel.expert=2",), FULL, 0),
-    "data": (spec_of, (), (), 0),
-    "data, whole optimizer": (spec_of, ("parallel.distributed_optimizer=false",), (), 1),
+    "tensor": (dense_spec, ("parallel.tensor=2",), (), 1),
+    "sequence": (dense_spec, ("parallel.tensor=2", "parallel.sequence=true"), (), 0),
+    "sequence, recomputed": (dense_spec, ("parallel.tensor=2", "parallel.sequence=true"), FULL, 0),
+    "context": (dense_spec, ("parallel.context=2",), (), 0),
+    "experts": (expert_spec, ("parallel.expert=2",), (), 1),
+    "experts, recomputed": (expert_spec, ("parallel.expert=2",), FULL, 0),
+    "data": (dense_spec, (), (), 0),
+    "data, undivided optimizer": (dense_spec, ("parallel.distributed_optimizer=false",), (), 1),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bytes_are_those_that_megatron_sends(name):
+def test_bytes_agree_with_megatrons_collectives(name):
     model, layout, recompute, rank = CASES[name]
-    config = config_of(512, "precision.dtype=bf16", *layout, *recompute)
+    config = replay_config(512, "precision.dtype=bf16", *layout, *recompute)
     spec, parallel = model(layers=4, hidden=256, vocabulary=1024), config.parallel
     forward = forward_traffic(spec, parallel, 4, 512, 2)
     parts = [forward] * (3 if recompute else 2) + [backward_traffic(spec, parallel, 4, 512, 2)]  # teacher and student
-    share = Share(parallel.tensor, parallel.pipeline, parallel.expert, (4,))
-    dense, experts = rank_parameters(spec, share, 0, lm_head=spec.tied_embeddings)
-    parts.append(update_traffic(parallel, dense, experts, 2, 2))
+    division = ModelDivision(parallel.tensor, parallel.pipeline, parallel.expert, (4,))
+    parameters = rank_parameters(spec, division, 0, lm_head=spec.tied_embeddings)
+    parts.append(update_traffic(parallel, parameters, 2, 2))
     expected = sum(sum(dataclasses.astuple(part)) for part in parts)
-    assert sent(config, spec, 2, rank) == pytest.approx(expected, rel=0.04)
+    sent = result_of(_trace_sent_bytes, planned_run(config, spec, 2), rank)
+    assert sent == pytest.approx(expected, rel=0.04)
 
 
 def test_a_pipeline_sends_its_rows_over_each_boundary():
-    spec = spec_of(layers=4, hidden=256, vocabulary=1024)
+    spec = dense_spec(layers=4, hidden=256, vocabulary=1024)
     rows = 100 * 256 * 2
     assert forward_traffic(spec, ParallelConfig(pipeline=2), 4, 100, 2).pipeline == rows / 2  # the last rank sends none
     assert forward_traffic(spec, ParallelConfig(pipeline=2, virtual_pipeline=2), 4, 100, 2).pipeline == 3 * rows / 2
@@ -118,8 +112,8 @@ def test_a_pipeline_sends_its_rows_over_each_boundary():
     assert forward_traffic(spec, ParallelConfig(), 4, 100, 2) == Traffic()
 
 
-def test_groups_reach_as_far_as_megatron_lays_them():
-    assert reach(ParallelConfig(tensor=2, context=2, expert=8, pipeline=2), 64) == {
+def test_groups_span_the_ranks_that_megatron_gives_them():
+    assert group_spans(ParallelConfig(tensor=2, context=2, expert=8, pipeline=2), 64) == {
         "tensor": 2,
         "context": 4,
         "expert": 8,
@@ -129,48 +123,46 @@ def test_groups_reach_as_far_as_megatron_lays_them():
     }
 
 
-def test_a_bubble_is_the_filling_of_a_pipeline():
+def test_the_bubble_is_the_time_to_fill_the_pipeline():
     assert bubble(ParallelConfig(), 3) == 0
     assert bubble(ParallelConfig(pipeline=4), 12) == 3 / 12
     assert bubble(ParallelConfig(pipeline=4, virtual_pipeline=2), 12) == 3 / 24
 
 
-def test_a_token_takes_as_long_as_its_weights_and_keys_are_read():
-    spec, config = spec_of(layers=4, hidden=256, vocabulary=1024), config_of(100, "precision.dtype=bf16")
-    hardware = Hardware(memory_bytes=1e9, memory_share=0.5, block_seconds=0.0)
-    dense, _ = rank_parameters(spec, Share(1, 1, 1, (4,)), 0, lm_head=True)
-    keys = 2 * 4 * 4 * 64 * 2 * (100 - 80 / 2)  # of each row: blocks, heads, their size, bytes, tokens
+def test_a_token_takes_as_long_as_reading_weights_and_kv_cache():
+    spec, config = dense_spec(layers=4, hidden=256, vocabulary=1024), replay_config(100, "precision.dtype=bf16")
+    hardware = Hardware(memory_bytes=1e9, memory_share=0.5, layer_seconds=0.0)
+    dense, _ = rank_parameters(spec, ModelDivision(1, 1, 1, (4,)), 0, lm_head=True)
+    keys = 2 * 4 * 4 * 64 * 2 * (100 - 80 / 2)  # per row: keys and values, layers, heads, width, bytes, tokens
     seconds = decode_seconds(config, spec, 8, Lengths(100, 80), hardware)
     assert seconds == pytest.approx((2 * dense + 8 * keys) / 0.5e9)
-    slow = dataclasses.replace(hardware, block_seconds=1.0)
+    slow = dataclasses.replace(hardware, layer_seconds=1.0)
     assert decode_seconds(config, spec, 8, Lengths(100, 80), slow) == 4.0
 
 
-def test_the_parts_of_a_step(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
+def test_the_parts_of_a_step_follow_the_formulas():
     settings = ("rollout.engine=megatron", "data.prompts=[p]", "recompute.granularity=full", "precision.dtype=bf16")
     layout = ("parallel.tensor=2", "parallel.pipeline=2", "teacher.parallel={tensor: 4}")
-    config, spec = config_of(256, *settings, *layout), spec_of(layers=4, hidden=256, vocabulary=1024)
+    config, spec = replay_config(256, *settings, *layout), dense_spec(layers=4, hidden=256, vocabulary=1024)
 
     def estimate(config, **hardware):
-        planned = [plan_teacher(config, spec, spec)]
-        where = {"world": 8, "hardware": Hardware(**hardware)}
-        return estimate_step(config, spec, planned, Lengths(128, 64), **where)
+        return estimate_step(planned_run(config, spec, 8, lengths=Lengths(128, 64)), Hardware(**hardware))
 
-    whole = estimate(config)
-    costs = {cost.name: cost for cost in whole.costs}
+    step = estimate(config)
+    costs = {cost.name: cost for cost in step.costs}
     sequences = [128] * 16
     assert costs["teacher pass"].flops == costs["student forward"].flops == forward_flops(spec, 4, sequences)
     assert costs["student recompute"].flops == costs["student forward"].flops
     assert costs["student backward"].flops == backward_flops(spec, 4, sequences)
-    assert costs["teacher rows"].nvlink == 16 * 64 * 4 * 256 * 2 * 2 / 8  # two tensor-parallel ranks read each
-    assert whole.student_bubble == 1 / 4 and whole.teacher_bubble == 0
+    assert costs["teacher rows"].nvlink == 16 * 64 * 4 * 256 * 2 * 2 / 8  # two tensor-parallel ranks need each row
+    assert step.student_bubble == 1 / 4 and step.teacher_bubble == 0
     useful = sum(cost.flops for name, cost in costs.items() if name != "student recompute")
-    assert whole.utilisation == pytest.approx(useful / (whole.seconds * 8 * 989e12))
-    assert all(cost.network == 0 for cost in whole.costs)  # eight of a node
-    apart = {cost.name: cost for cost in estimate(config, gpus_per_node=2).costs}
-    assert apart["teacher pass"].network == costs["teacher pass"].nvlink
-    assert apart["student forward"].nvlink > 0  # tensor parallelism stays in a node of two
+    assert step.utilisation == pytest.approx(useful / (step.seconds * 8 * 989e12))
+    assert all(cost.network == 0 for cost in step.costs)  # eight ranks of one node
+    small_nodes = {cost.name: cost for cost in estimate(config, gpus_per_node=2).costs}
+    assert small_nodes["teacher pass"].network == costs["teacher pass"].nvlink
+    assert small_nodes["student forward"].nvlink > 0  # tensor parallelism stays in a node of two
     parallel = config.parallel.model_copy(update={"overlap_grad_reduce": True, "overlap_param_gather": True})
-    hidden = {cost.name: cost for cost in estimate(config.model_copy(update={"parallel": parallel})).costs}
-    assert hidden["update"].seconds < costs["update"].seconds and hidden["update"].nvlink == costs["update"].nvlink
+    overlapped = {cost.name: cost for cost in estimate(config.model_copy(update={"parallel": parallel})).costs}
+    assert overlapped["update"].seconds < costs["update"].seconds
+    assert overlapped["update"].nvlink == costs["update"].nvlink
