@@ -5,7 +5,7 @@ import torch
 
 from megatron_oprd.bridge.fitting.adamw import initial_map
 from megatron_oprd.bridge.fitting.moments import Moments
-from megatron_oprd.bridge.fitting.procedure import with_one_teacher_map
+from megatron_oprd.bridge.fitting.procedure import share_teacher_maps
 from megatron_oprd.bridge.fitting.solve import fit_pair
 from megatron_oprd.types import LayerPair
 from tests.helpers.fits import RecordedFit, layer_map, recorded_fit, reference_states, write_replay
@@ -252,7 +252,7 @@ def test_pairs_that_share_a_teacher_layer_share_its_map():
         one.add(torch.randn(40, 6, generator=generator), torch.randn(40, 8, generator=generator))
     pairs = LayerPair(1, 3), LayerPair(2, 3), LayerPair(4, 6)
     fits = {pair: fit_pair(one, one, (2, 3), (0.0,)) for pair, one in zip(pairs, moments, strict=True)}
-    agreed = with_one_teacher_map(fits)
+    agreed = share_teacher_maps(fits)
     for rank in (2, 3):
         first, second, other = (agreed[pair][rank].bridge for pair in pairs)
         assert torch.equal(first.teacher_map, second.teacher_map)

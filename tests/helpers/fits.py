@@ -16,10 +16,10 @@ from unittest import mock
 import torch
 import transformers
 
-from megatron_oprd.bridge import fit as fit_module
-from megatron_oprd.bridge.fitting.accumulate import StreamedMoments
+from megatron_oprd.bridge.fitting import procedure
 from megatron_oprd.bridge.fitting.moments import Moments
-from megatron_oprd.bridge.fitting.procedure import Fitting
+from megatron_oprd.bridge.fitting.setup import FitRun, check_inputs, fitting_config
+from megatron_oprd.bridge.fitting.streamed_moments import StreamedMoments
 from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_models
@@ -66,38 +66,38 @@ def recorded_fit(world_size: int, arguments: Sequence[str]) -> RecordedFit:
     return run_distributed(world_size, _recorded_fit, list(arguments))[0]
 
 
-def fit_quietly(arguments: Sequence[str]) -> Fitting:
+def fit_quietly(arguments: Sequence[str]) -> FitRun:
     """What the command does, but for what it prints. Collective over the world."""
-    inputs = read_inputs(fit_module.fitting_config(load_config(None, list(arguments))), fitting=True)
-    fit_module.check(inputs)
-    fitting = Fitting(inputs, build_models(inputs))
+    inputs = read_inputs(fitting_config(load_config(None, list(arguments))), fitting=True)
+    check_inputs(inputs)
+    fit_run = FitRun(inputs, build_models(inputs))
     with contextlib.redirect_stdout(io.StringIO()):
-        fit_module.fit(fitting)
-    return fitting
+        procedure.fit_bridge(fit_run)
+    return fit_run
 
 
 def _recorded_fit(rank: int, arguments: list[str]) -> RecordedFit | None:
-    mine, kept = defaultdict(list), {}
-    visit, gather_moments = StreamedMoments.visit, fit_module.gather_moments
+    local_states, kept = defaultdict(list), {}
+    add, compute_moments = StreamedMoments.add, procedure.compute_moments
 
-    def recording_visit(self, pair, *seen):
-        mine[pair].append(tuple(tensor.clone() for tensor in seen))
-        visit(self, pair, *seen)
+    def recording_add(self, pair, *states):
+        local_states[pair].append(tuple(tensor.clone() for tensor in states))
+        add(self, pair, *states)
 
-    def keeping_gather(*given):
-        kept["moments"] = gather_moments(*given)
+    def recording_moments(*arguments):
+        kept["moments"] = compute_moments(*arguments)
         return kept["moments"]
 
     with (
-        mock.patch.object(StreamedMoments, "visit", recording_visit),
-        mock.patch.object(fit_module, "gather_moments", keeping_gather),
+        mock.patch.object(StreamedMoments, "add", recording_add),
+        mock.patch.object(procedure, "compute_moments", recording_moments),
     ):
-        fitting = fit_quietly(arguments)
-    topology = fitting.models.topology
+        fit_run = fit_quietly(arguments)
+    topology = fit_run.models.topology
     if topology.tensor_rank and not topology.sequence_parallel:
-        mine.clear()  # it has seen what the first one has
+        local_states.clear()  # it has seen what the first one has
     world = torch.distributed.group.WORLD
-    seen = gather_objects(dict(mine), world)
+    seen = gather_objects(dict(local_states), world)
     sums = gather_objects(kept["moments"].total, world)
     if rank:
         return None
@@ -108,7 +108,7 @@ def _recorded_fit(rank: int, arguments: list[str]) -> RecordedFit | None:
             for part, one in parts.items():
                 for name, tensor in one.tensors().items():
                     assert torch.equal(tensor, first[part].tensors()[name]), (pair, part, name)
-    return RecordedFit(fitting.folder, _joined(seen), moments)
+    return RecordedFit(fit_run.folder, _joined(seen), moments)
 
 
 def _joined(seen: Sequence[Mapping[LayerPair, list]]) -> States:

@@ -23,7 +23,7 @@ def test_only_held_out_tokens_count():
     held_out = [torch.rand(len(student), generator=generator) < 0.5 for student, _ in states]
     held_out[1][:] = False  # a batch without any
     for one, mask in zip(states, held_out, strict=True):
-        cosines.visit(PAIR, *one, mask)
+        cosines.add(PAIR, *one, mask)
     x, y = (torch.cat([one[side][mask] for one, mask in zip(states, held_out, strict=True)]) for side in (0, 1))
     assert 0 < len(x) < 40
     for rank, found in cosines.means([])[PAIR].items():
@@ -38,5 +38,5 @@ def test_without_a_token_they_are_zero():
     moments = Moments.empty(6, 8)
     moments.add(torch.randn(30, 6), torch.randn(30, 8))
     cosines = SubspaceCosines({PAIR: fit_pair(moments, moments, (2,), (0.1,))}, SEED, torch.device("cpu"))
-    cosines.visit(PAIR, torch.zeros(0, 6), torch.zeros(0, 8), torch.zeros(0, dtype=torch.bool))
+    cosines.add(PAIR, torch.zeros(0, 6), torch.zeros(0, 8), torch.zeros(0, dtype=torch.bool))
     assert cosines.means([]) == {PAIR: {2: (0.0, 0.0)}}

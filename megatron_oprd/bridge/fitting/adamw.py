@@ -1,4 +1,4 @@
-"""The student's maps fitted with AdamW, as the paper does it; the closed form of `solve.py` is the default."""
+"""Fit the student's maps with AdamW, as in the paper. The closed form of `solve.py` is the default."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from megatron_oprd.types import LayerPair
 
 
 def initial_map(rank: int, width: int, *seed_parts: int) -> torch.Tensor:
-    """A map [rank, width] as `nn.Linear(width, rank, bias=False)` draws it (Kaiming uniform), float32: P_S before
-    fitting. It depends on the seed parts alone, and a smaller rank has the first rows of a larger one."""
+    """Return P_S before fitting: a random map [rank, width], float32, distributed as in `nn.Linear` (Kaiming uniform).
+
+    The map depends on the seed parts only. A smaller rank has the first rows of a larger one.
+    """
     bound = width**-0.5
     numbers = np.random.default_rng(seed_parts).uniform(-bound, bound, (rank, width))
     return torch.from_numpy(numbers).float()
 
 
 class AdamWFit:
-    """P_S of several layer pairs under AdamW without weight decay, float64 (OPRD eq. (13)).
+    """Fit P_S of several layer pairs with AdamW without weight decay, in float64 (OPRD eq. (13)).
 
-    The loss is the mean over `num_pairs`, over a step's tokens and over the r numbers of (P_S x - P_T (y - mu_T))^2.
-    AdamW updates each entry of a map from that entry's gradients alone, and a row's gradient does not depend on the
-    other rows: the maps of the largest rank hold those of every smaller one as their first rows. Fitted on its own, a
-    smaller rank r would have its gradients multiplied by (largest rank) / r, which AdamW's ratio of moments cancels up
-    to its epsilon of 1e-8.
+    The loss is the mean of (P_S x - P_T (y - mu_T))^2 over `num_pairs`, over the tokens of a step and over the r rows.
+
+    One fit of the largest rank contains the fits of all smaller ranks as its first rows: AdamW updates each entry from
+    the gradients of that entry alone, and the gradient of a row does not depend on other rows. A separate fit of rank r
+    has gradients that are larger by (largest rank) / r. AdamW cancels this factor, except for its epsilon of 1e-8.
     """
 
     def __init__(
@@ -41,14 +43,18 @@ class AdamWFit:
         seed: int,
         num_pairs: int,
     ) -> None:
-        """`teachers`: the directions of this process's pairs, as many as the largest of `ranks`; their device is where
-        the fit runs. `num_pairs`: the pairs of all processes together."""
+        """Start from the random initial maps, on the device of the teacher's directions.
+
+        Args:
+            teachers: at least max(ranks) directions for each layer pair of this process.
+            num_pairs: number of layer pairs of all processes.
+        """
         self.ranks = tuple(ranks)
         self.num_pairs = num_pairs
         self.best: dict[LayerPair, dict[int, PairFit]] = {pair: {} for pair in teachers}
         self._teachers = dict(teachers)
         self._maps: dict[LayerPair, torch.Tensor] = {}
-        self._sums: dict[LayerPair, torch.Tensor] = {}  # of half the gradient of the squared error over tokens
+        self._sums: dict[LayerPair, torch.Tensor] = {}  # half the gradient of the squared error, summed over tokens
         self._tokens = dict.fromkeys(teachers, 0)
         for pair, teacher in teachers.items():
             start = initial_map(max(ranks), student_width, seed, pair.student, pair.teacher)
@@ -58,8 +64,10 @@ class AdamWFit:
 
     @torch.no_grad()
     def add(self, pair: LayerPair, student: torch.Tensor, teacher: torch.Tensor) -> None:
-        """Count the states [n, d_S] and [n, d_T] of n tokens, of any float dtype, towards the next step. The gradient
-        of the squared error is (P_S x - z_T) x^T, so autograd keeps nothing. No communication."""
+        """Add the gradient of n tokens to the next step, from states [n, d_S] and [n, d_T] of any float dtype.
+
+        Half the gradient of the squared error is (P_S x - z_T) x^T, so autograd is not needed. No communication.
+        """
         directions, student_map = self._teachers[pair], self._maps[pair]
         for x, y in float64_chunks(student, teacher):
             error = x @ student_map.T - (y - directions.mean) @ directions.directions[: len(student_map)].T
@@ -68,8 +76,10 @@ class AdamWFit:
 
     @torch.no_grad()
     def step(self, groups: Sequence[dist.ProcessGroup]) -> None:
-        """One update from the tokens that were added on the ranks of the groups since the last one. Collective over
-        each group in turn. A pair without tokens stays as it is."""
+        """Update the maps from the tokens that all ranks added since the last step. A pair without tokens is unchanged.
+
+        Communicates over: each of `groups` in turn.
+        """
         for pair, student_map in self._maps.items():
             tokens = torch.tensor(float(self._tokens[pair]), dtype=torch.float64, device=student_map.device)
             for group in groups:
@@ -85,10 +95,10 @@ class AdamWFit:
 
     @torch.no_grad()
     def snapshot(self, held_out: Mapping[LayerPair, Moments]) -> dict[LayerPair, dict[int, float]]:
-        """The error of each pair at each rank on its held-out moments; `best` keeps the maps that had the least so far.
+        """Return the held-out error of each pair and rank, and store the maps with the least error so far in `best`.
 
-        Each pair and rank has a best epoch of its own, since no two depend on each other; the paper keeps one epoch
-        for all pairs of a rank. No communication.
+        Each pair and rank has its own best epoch, since their fits are independent. The paper uses one epoch for all
+        pairs of a rank. No communication.
         """
         errors: dict[LayerPair, dict[int, float]] = {}
         for pair, student_map in self._maps.items():

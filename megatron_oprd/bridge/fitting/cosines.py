@@ -1,4 +1,4 @@
-"""The subspace cosine of fitted maps on held-out tokens, beside that of maps that nobody fitted."""
+"""Measure the subspace cosine on held-out tokens, with fitted and with random initial maps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_oprd.types import LayerPair
 
 
 class SubspaceCosines:
-    """Sums of cos(z_S, z_T) over tokens, for each pair on this rank and each rank of a bridge (the paper's Fig. 12)."""
+    """Means of cos(z_S, z_T) over tokens, for each layer pair on this rank and each rank of a bridge (OPRD Fig. 12)."""
 
     def __init__(self, fits: Mapping[LayerPair, Mapping[int, PairFit]], seed: int, device: torch.device) -> None:
         self._maps: dict[LayerPair, dict[int, tuple[TeacherMap, StudentMap, StudentMap]]] = {}
@@ -22,27 +22,33 @@ class SubspaceCosines:
             for rank, fit in by_rank.items():
                 bridge = fit.bridge
                 before = initial_map(rank, bridge.student_map.shape[1], seed, pair.student, pair.teacher)
-                students = (StudentMap(one.to(device), trained=False) for one in (before, bridge.student_map))
+                student_maps = (StudentMap(m.to(device), trained=False) for m in (before, bridge.student_map))
                 teacher = TeacherMap(bridge.teacher_map.to(device), bridge.teacher_mean.to(device))
-                self._maps.setdefault(pair, {})[rank] = (teacher, *students)
+                self._maps.setdefault(pair, {})[rank] = (teacher, *student_maps)
         self._sums = {
             pair: torch.zeros(len(by_rank), 2, dtype=torch.float64, device=device) for pair, by_rank in fits.items()
         }
         self._tokens = {pair: torch.zeros((), dtype=torch.float64, device=device) for pair in fits}
 
-    def visit(self, pair: LayerPair, student: torch.Tensor, teacher: torch.Tensor, held_out: torch.Tensor) -> None:
-        """Count the held-out ones of the states [tokens, d_S] and [tokens, d_T] of a pair."""
+    def add(self, pair: LayerPair, student: torch.Tensor, teacher: torch.Tensor, held_out: torch.Tensor) -> None:
+        """Add the held-out states of a pair, from states [tokens, d_S] and [tokens, d_T]. No communication.
+
+        Args:
+            held_out: [tokens] bool.
+        """
         student, teacher = student[held_out], teacher[held_out]
         self._tokens[pair] += len(student)
-        for number, (teacher_map, *students) in enumerate(self._maps[pair].values()):
+        for row, (teacher_map, *student_maps) in enumerate(self._maps[pair].values()):
             target = teacher_map(teacher)
-            for place, student_map in enumerate(students):
+            for column, student_map in enumerate(student_maps):
                 cosine = torch.nn.functional.cosine_similarity(student_map(student), target, dim=-1, eps=1e-12)
-                self._sums[pair][number, place] += cosine.double().sum()
+                self._sums[pair][row, column] += cosine.double().sum()
 
     def means(self, groups: list[dist.ProcessGroup]) -> dict[LayerPair, dict[int, tuple[float, float]]]:
-        """(before, after) fitting of each pair and rank, over the tokens of all ranks of the groups. Collective over
-        them; once."""
+        """Return the mean cosines (before, after) of each pair and rank, 0 without tokens. Call it only once.
+
+        Communicates over: `groups`, in turn.
+        """
         means: dict[LayerPair, dict[int, tuple[float, float]]] = {}
         for pair, sums in self._sums.items():
             for group in groups:

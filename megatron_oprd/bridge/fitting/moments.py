@@ -1,4 +1,4 @@
-"""Moments of the states of a layer pair, streamed: all that the closed form of OPRD-Bridge needs to know of them."""
+"""Compute the first and second moments of the states of a layer pair, from which the closed form fits a bridge."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_CHUNK_TOKENS = 2048  # tokens whose states are in float64 at a time
+_CHUNK_TOKENS = 2048  # tokens that are copied to float64 at a time
 
 
 @dataclass
 class Moments:
-    """Count, means and centred second moments of n pairs of states (x, y), float64; no state is kept.
+    """Count, means and centred second moments of n pairs of states (student x, teacher y), float64.
 
-    Second moments are centred from the start and corrected when means move (Chan, Golub and LeVeque 1983): the
-    covariance of states with a large mean, which trained models have, is no difference of two large sums.
+    The second moments are sums of centred products, corrected when the means change (Chan, Golub and LeVeque 1983). A
+    difference of two large sums would lose digits: states of trained models have large means.
     """
 
     tokens: int  # n
@@ -29,7 +29,7 @@ class Moments:
 
     @classmethod
     def empty(cls, student_width: int, teacher_width: int, device: torch.device | str = "cpu") -> Moments:
-        """The moments of no token."""
+        """Return the moments of zero tokens."""
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -45,7 +45,7 @@ class Moments:
 
     @torch.no_grad()
     def add(self, student: torch.Tensor, teacher: torch.Tensor) -> None:
-        """Count the states [n, d_S] and [n, d_T] of the same n tokens, of any float dtype. No communication."""
+        """Add the states [n, d_S] and [n, d_T] of the same n tokens, of any float dtype. No communication."""
         for x, y in float64_chunks(student, teacher):
             student_mean, teacher_mean = x.mean(dim=0), y.mean(dim=0)
             x, y = x - student_mean, y - teacher_mean
@@ -55,15 +55,17 @@ class Moments:
             self._join_means(len(x), student_mean, teacher_mean)
 
     def merge(self, other: Moments) -> None:
-        """Count the tokens of `other` too; it stays as it is. No communication."""
+        """Add the tokens of `other`, which does not change. No communication."""
         self.student_scatter += other.student_scatter
         self.teacher_scatter += other.teacher_scatter
         self.cross_scatter += other.cross_scatter
         self._join_means(other.tokens, other.student_mean, other.teacher_mean)
 
     def reduce(self, group: dist.ProcessGroup) -> None:
-        """Make these the moments of the tokens of all ranks of the group, in place and equal on each. Collective over
-        the group; a second call would count every token again."""
+        """Replace these moments by the moments of the tokens of all ranks, equal on every rank.
+
+        A second call would count every token again. Communicates over: `group`.
+        """
         own = torch.tensor([float(self.tokens)], dtype=torch.float64, device=self.student_mean.device)
         sums = torch.cat([own, self.tokens * self.student_mean, self.tokens * self.teacher_mean])
         dist.all_reduce(sums, group=group)
@@ -75,18 +77,18 @@ class Moments:
         self.tokens, self.student_mean, self.teacher_mean = total, student_mean.clone(), teacher_mean.clone()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What `from_tensors` takes, by name, as safetensors can store it."""
+        """Return all fields as tensors by name, for a safetensors file."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**values, "tokens": torch.tensor([self.tokens], dtype=torch.int64)}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> Moments:
-        """The moments whose `tensors` these are."""
+        """Return the moments from the result of `tensors`."""
         parts: dict[str, Any] = {**tensors, "tokens": int(tensors["tokens"])}
         return cls(**parts)
 
     def _join_means(self, tokens: int, student_mean: torch.Tensor, teacher_mean: torch.Tensor) -> None:
-        """Take `tokens` more with these means, whose scatters around them have been added already."""
+        """Update count and means for `tokens` more tokens whose scatters are already added."""
         if tokens == 0:
             return
         total = self.tokens + tokens
@@ -103,7 +105,11 @@ class Moments:
 
 
 def float64_chunks(student: torch.Tensor, teacher: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """States [n, d_S] and [n, d_T] in float64, so many tokens at a time that the copies stay small."""
+    """Yield the states [n, d_S] and [n, d_T] in float64, a bounded number of tokens at a time.
+
+    Raises:
+        ValueError: the numbers of tokens differ.
+    """
     if len(student) != len(teacher):
         raise ValueError(f"{len(student)} states of the student, {len(teacher)} of the teacher")
     for start in range(0, len(student), _CHUNK_TOKENS):

@@ -1,4 +1,4 @@
-"""Both models read the same rollouts, frozen, and a tap sees each pair of states where the student's is born."""
+"""Compute the hidden states of both models on the same rollouts, layer pair by layer pair, without gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_oprd.config import Config
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.taps import selected_rows
@@ -19,43 +18,48 @@ from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import LayerPair, ModelSpec, PackedBatch
 
-# What a pair of states is for: (pair, student [tokens, d_S], teacher [tokens, d_T], held out [tokens] bool).
-Visit = Callable[[LayerPair, torch.Tensor, torch.Tensor, torch.Tensor], None]
+# Called with (pair, student states [tokens, d_S], teacher states [tokens, d_T], held out [tokens] bool).
+AddStates = Callable[[LayerPair, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
-class Readers:
-    """Student and teacher on this rank, and how their layers belong together."""
+class ModelPair:
+    """This rank's part of the student and of the teacher, and the pairs of layers that the bridge connects."""
 
-    config: Config
-    spec: ModelSpec  # of the student
+    student_spec: ModelSpec
     teacher_spec: ModelSpec
     plan: LayerPlan
     topology: Topology
-    stage: Stage
+    stage: Stage  # of the student
     teacher: Teacher
 
     @property
-    def pairs(self) -> tuple[LayerPair, ...]:
-        """The pairs whose student layer lives on this rank."""
+    def layer_pairs(self) -> tuple[LayerPair, ...]:
+        """The layer pairs whose student layer is on this rank."""
         stages = self.topology.stages
         return tuple(pair for pair in self.plan.pairs if self.plan.student_stage(pair.student) in stages)
 
-    def read(self, global_batch: GlobalBatch, held_out: torch.Tensor, visit: Visit) -> None:
-        """Show `visit` the states of this rank's layers at this rank's share of the selected tokens.
+    def compute_states(self, global_batch: GlobalBatch, held_out: torch.Tensor, add: AddStates) -> None:
+        """Run both models and call `add` with the states of each layer pair on this rank, micro-batch by micro-batch.
 
-        `held_out`: [rollouts] bool. Memory: what `teacher_pass` holds. Communicates over the groups of both models.
+        The states are those of the selected tokens of this rank's micro-batches. Memory: the targets of one global
+        batch, as in `teacher_pass`.
+
+        Args:
+            held_out: [rollouts] bool.
+
+        Communicates over: the process groups of both models.
         """
         micro_batches = global_batch.micro_batches(self.topology)
         targets, _ = teacher_pass((self.teacher,), global_batch, micro_batches, self.topology)
-        counts = torch.tensor([len(chosen) for chosen in global_batch.representation.positions])
-        of_tokens = held_out.repeat_interleave(counts)
+        tokens_per_rollout = torch.tensor([len(chosen) for chosen in global_batch.representation.positions])
+        held_out_tokens = held_out.repeat_interleave(tokens_per_rollout)
         pairs = {pair.student: pair for pair in self.plan.pairs}
 
-        def taps() -> Iterator[_VisitingTap]:
+        def taps() -> Iterator[_PairTap]:
             for number, batch in enumerate(micro_batches):
-                mask = of_tokens[batch.representation.rows.cpu()].to(self.topology.device)
-                yield _VisitingTap(batch, targets.of(number), pairs, mask, visit)
+                mask = held_out_tokens[batch.representation.rows.cpu()].to(self.topology.device)
+                yield _PairTap(batch, targets.of(number), pairs, mask, add)
 
         self.stage.eval()
         run_schedule(
@@ -69,8 +73,8 @@ class Readers:
         )
 
 
-class _VisitingTap:
-    """Shows the states of the compared layers of a micro-batch, the teacher's beside them, and keeps none."""
+class _PairTap:
+    """Tap that passes the student's and the teacher's states of a micro-batch to `add`. It stores no states."""
 
     def __init__(
         self,
@@ -78,16 +82,16 @@ class _VisitingTap:
         targets: MicroBatchTargets,
         pairs: Mapping[int, LayerPair],
         held_out: torch.Tensor,
-        visit: Visit,
+        add: AddStates,
     ) -> None:
         self.batch = batch
         self.targets = targets
         self.pairs = pairs
         self.held_out = held_out
-        self.visit = visit
+        self.add = add
 
     def __call__(self, layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
         if layer in self.targets:
             states = selected_rows(hidden_states, self.batch.representation.selected)
-            self.visit(self.pairs[layer], states, self.targets.take(layer), self.held_out)
+            self.add(self.pairs[layer], states, self.targets.take(layer), self.held_out)
         return hidden_states

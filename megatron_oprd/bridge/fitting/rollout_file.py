@@ -1,4 +1,4 @@
-"""The student's answers on disk, step after step, in the form that `rollout.engine=replay` reads."""
+"""Store the student's answers step by step, in the format of `rollout.engine=replay`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.types import Rollout
 
 
-class StoredRollouts:
-    """A JSONL file of `per_step` rollouts a step. One rank opens, appends and reads. Each method raises UserError for a
-    disk that does not take it."""
+class RolloutFile:
+    """A JSONL file with `per_step` rollouts for each step. Only one rank may use it.
+
+    Each method raises UserError if the disk cannot be read or written.
+    """
 
     def __init__(self, path: Path, per_step: int) -> None:
         self.path = path
@@ -23,11 +25,11 @@ class StoredRollouts:
 
     @property
     def steps(self) -> int:
-        """Whole steps in the file."""
+        """The number of complete steps in the file."""
         return len(self._starts) - 1
 
     def open(self) -> int:
-        """Find the whole steps that are there; what a process that died left of another is dropped. Returns `steps`."""
+        """Count the complete steps, delete an incomplete step at the end of the file, and return `steps`."""
         self._starts, lines = [0], 0
         with explain_os_errors(self.path), self.path.open("a+b") as file:
             file.seek(0)
@@ -41,7 +43,11 @@ class StoredRollouts:
         return self.steps
 
     def append(self, rollouts: Sequence[Rollout]) -> None:
-        """The rollouts of the next step; they are on the disk when this returns."""
+        """Append the rollouts of the next step and flush them to the disk.
+
+        Raises:
+            ValueError: there are not `per_step` rollouts.
+        """
         if len(rollouts) != self.per_step:
             raise ValueError(f"{len(rollouts)} rollouts for a step of {self.per_step}")
         with explain_os_errors(self.path), self.path.open("ab") as file:
@@ -52,7 +58,7 @@ class StoredRollouts:
             self._starts.append(file.tell())
 
     def read(self, step: int) -> list[Rollout]:
-        """The rollouts of a step, from 0."""
+        """Return the rollouts of a step, counted from 0."""
         start, end = self._starts[step : step + 2]
         with self.path.open("rb") as file:
             file.seek(start)
