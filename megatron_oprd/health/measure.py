@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_oprd.config import BatchConfig, LossConfig, OutputConfig, RepresentationConfig
+from megatron_oprd.losses.lm_head import default_chunk_tokens
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from megatron_oprd.models.model import Stage
-from megatron_oprd.models.output_loss import CHUNK_BYTES, Heads
+from megatron_oprd.models.output_loss import Heads
 from megatron_oprd.models.taps import selected_rows
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.collectives import sum_over
@@ -118,7 +119,7 @@ class _Reader:
         self.teacher_head = None if heads is None else heads.teachers[0]
         self.shard = VocabularyShard(first, topology.groups.tp if topology.tensor_size > 1 else None)
         self.sequence_group = topology.groups.tp if topology.sequence_parallel else None
-        self.chunk_tokens = max(CHUNK_BYTES // (4 * len(head)), 1)
+        self.chunk_tokens = default_chunk_tokens(len(head))
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor | None, selection: Selection) -> torch.Tensor:
         """[3] float64 over `student` [rows, d_S] and, with a teacher, its states [rows, d_T] at the same tokens: of the

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses.lm_head import default_chunk_tokens, logits_of
 from megatron_oprd.losses.output_space import METRICS, token_objective
 from megatron_oprd.losses.reduction import output_sums
 from megatron_oprd.losses.vocabulary import VocabularyShard
@@ -15,7 +16,6 @@ from megatron_oprd.parallel.sequence_rows import gather_rows, scatter_sum_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import Selection
 
-CHUNK_BYTES = 2**27  # of one [tokens, vocabulary] buffer in float32; three or four exist at a time
 HEAD_ROWS = 16384  # of a head whose gradient has another dtype than the head: bounds the buffer between them
 
 
@@ -96,8 +96,8 @@ class OutputLoss:
         """This rank's part of the gradient for `student` [tokens, d_S], and the chunk's sums."""
         head = self.heads.student.detach()[: self.heads.rows]
         result = token_objective(
-            _logits(student, head, self.temperature),
-            _logits(teacher[:, : teacher_head.shape[1]], teacher_head, self.config.teacher_temperature),
+            logits_of(student, head, self.temperature),
+            logits_of(teacher[:, : teacher_head.shape[1]], teacher_head, self.config.teacher_temperature),
             token_ids,
             self.shard,
             self.config,
@@ -114,19 +114,12 @@ class OutputLoss:
         """The rows of a teacher, chunk by chunk."""
         size = self.config.chunk_tokens
         if size == "auto":
-            size = max(CHUNK_BYTES // (4 * len(self.heads.student)), 1)
+            size = default_chunk_tokens(len(self.heads.student))
         elif size is None:
             size = max(len(readers), 1)
         if len(self.heads.teachers) == 1:  # slices, which copy nothing
             return [slice(start, start + size) for start in range(0, len(readers), size)]
         return list((readers == teacher).nonzero().flatten().split(size))
-
-
-def _logits(states: torch.Tensor, head: torch.Tensor, temperature: float) -> torch.Tensor:
-    """[tokens, rows] in float32 at least, a tensor of its own."""
-    logits = states @ head.t()
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.div_(temperature) if temperature != 1 else wide
 
 
 def _add_head_gradient(head: torch.nn.Parameter, for_logits: torch.Tensor, states: torch.Tensor) -> None:
