@@ -1,20 +1,27 @@
-"""Loss, norm and every gradient are the one-process reference's in every layout of the covering part of the matrix, for
-every objective however its vocabulary or its tokens are cut, and where communication overlaps with computation.
+"""Loss, gradient norm and every gradient equal the reference in one process, whatever the layout.
 
-`benchmarks/parity.py` runs the whole matrix.
+The cases are the covering part of the matrix, every objective in two of the six ways to cut vocabulary or tokens, and
+layouts whose communication overlaps with computation. ci/nightly.sh runs each objective in all six ways, and
+benchmarks/parity.py the whole matrix.
 """
 
 import functools
 
 import pytest
 
-from tests.helpers.layouts import OBJECTIVE_CASES, OVERLAP_CASES, covering
+from tests.helpers.layouts import OBJECTIVE_CASES, OVERLAP_CASES, covering, two_cuts_each
 from tests.helpers.run_layouts import References, run_cases
+
+IN_CI = (*covering(), *two_cuts_each(), *OVERLAP_CASES)
+CASES = [
+    *IN_CI,
+    *(pytest.param(case, marks=pytest.mark.nightly) for case in OBJECTIVE_CASES if case not in IN_CI),
+]
 
 
 @pytest.fixture(scope="module")
 def outcome_of(request, tmp_path_factory):
-    """The outcome of a case. The cases asked for run together, on one set of processes for each number of ranks."""
+    """Return a function from a case to its outcome. All selected cases of one number of ranks share their processes."""
     folder = tmp_path_factory.mktemp("layouts")
     references = References(folder / "models")
     cases = [item.callspec.params["case"] for item in request.session.items if item.path == request.path]
@@ -27,7 +34,7 @@ def outcome_of(request, tmp_path_factory):
     return lambda case: of_world(case.world)[case.name]
 
 
-@pytest.mark.parametrize("case", [*covering(), *OBJECTIVE_CASES, *OVERLAP_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_update_does_not_depend_on_the_layout(case, outcome_of):
     outcome = outcome_of(case)
     assert outcome.failure is None, f"{outcome.failure}\n{outcome.details}"

@@ -1,5 +1,9 @@
-"""Every command in a README is run, with small models in the place of the reader's."""
+"""The commands in the READMEs work: each program is run once, with tiny models, and every command line is parsed.
 
+The other commands of the same programs run in ci/nightly.sh.
+"""
+
+import importlib
 import json
 import os
 import re
@@ -10,9 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from examples.demo.make_bridge_pair import KINDS, parts_of
+from examples.demo.run import parse_arguments
 from examples.demo.task import split_additions, write_rows
+from megatron_oprd.config import load_config
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.models import save
 from tests.helpers.runs import prompt_run
@@ -84,6 +91,18 @@ RUNS = {
     f"{TOOLS}/verify.py --hf {HF} --megatron {MEGATRON} --tensor 2": "",
     f"{TOOLS}/megatron_to_hf.py --megatron {MEGATRON} --hf {HF}-back": "",
 }
+# One command of each program, and of each branch of the example. ci/run.sh is what runs these tests.
+IN_CI = {
+    f"torchrun --nproc-per-node 2 {EXAMPLE} parallel.tensor=2",
+    f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}",
+    f"bash {EXAMPLE} demo=cross_architecture",
+    *(command for command in RUNS if command.startswith(("python benchmarks/", f"{TOOLS}/"))),
+}
+COMMANDS = [
+    pytest.param(command, marks=[] if command in IN_CI else [pytest.mark.nightly])
+    for command, arguments in RUNS.items()
+    if arguments is not None
+]
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +115,38 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_every_command_of_a_readme_is_run():
+def test_every_command_of_a_readme_is_tested():
+    assert set(RUNS) > IN_CI
     found = {match for file in FILES for match in COMMAND.findall((ROOT / file).read_text())}
     assert found == set(RUNS)
 
 
+def parse(command):
+    """The program of a command line and its arguments; a launcher must accept its own options."""
+    words = shlex.split(command)
+    if words[0] == "torchrun":
+        options = get_args_parser().parse_args(words[1:])
+        return options.training_script, options.training_script_args
+    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_the_program_of_a_readme_exists_and_its_settings_are_valid(command):
+    program, arguments = parse(command)
+    paths = ["student.path=a", "teacher.path=b", "train.run_dir=c"]
+    if program.startswith("megatron_oprd."):
+        options = importlib.import_module(program).PARSER.parse_args(arguments)
+        load_config(ROOT / options.config, [*paths, *options.overrides])
+    else:
+        assert (ROOT / program).is_file()
+    if program == EXAMPLE and any(argument.startswith("student.path=") for argument in arguments):
+        load_config(ROOT / "examples" / "qwen_same_family.yaml", [*paths, *arguments])
+    elif program == EXAMPLE:
+        parse_arguments(arguments)
+
+
 def save_untrained_pair(kind, folder):
-    """What `make_bridge_pair` writes, of models that have learnt nothing."""
+    """Write the files of `make_bridge_pair`, with models that are not trained."""
     splits = split_additions(0)
     for name, part in zip(("student", "teacher"), parts_of(kind), strict=True):
         part.tokenizer.save_pretrained(save(part.build(0), folder / name))
@@ -110,9 +154,9 @@ def save_untrained_pair(kind, folder):
         write_rows(folder / f"{name}.jsonl", problems)
 
 
-@pytest.mark.parametrize("command", [command for command, arguments in RUNS.items() if arguments is not None])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_a_readme_works(command, folder, demo, tmp_path):
-    if RUNS[command] in PAIRS:  # a pair takes a minute to make, and is there already
+    if RUNS[command] in PAIRS:  # making a pair takes a minute; the demo has made it
         shutil.copytree(demo.folder / "pair", tmp_path / "run" / PAIRS[RUNS[command]])
     if command.split()[-1] in UNLIKE:
         save_untrained_pair(UNLIKE[command.split()[-1]], tmp_path / "run" / "pair")

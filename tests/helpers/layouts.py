@@ -293,6 +293,7 @@ CUTS = (
     *("1 qwen3 chunk7", "2 qwen2 tp2 warm chunk1", "4 qwen3 tp4 weighed chunk7", "2 qwen3 tp2 sp headless chunk1000"),
     *("2 qwen2 pp2 tied last3", "2 qwen3 cp2 headless unchunked"),
 )
+VOCABULARY_CUTS, TOKEN_CUTS = (1, 2, 3), (0, 4, 5)  # indices of CUTS
 OBJECTIVE_CASES = tuple(parse(f"{cut} {objective}") for cut in CUTS for objective in OBJECTIVES)
 # Where gradients are reduced, and parameters gathered, while other work goes on: each way to place layers and tokens, a
 # tied head on one stage and on two, and a head whose gradient autograd does not bring.
@@ -303,6 +304,18 @@ OVERLAPS = (
 OVERLAP_CASES = tuple(map(parse, OVERLAPS))
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
 FEATURES = tuple(_features(MATRIX[0]))
+
+
+def two_cuts_each() -> tuple[Case, ...]:
+    """Return the cases of OBJECTIVE_CASES with one cut of the vocabulary and one of the tokens for each objective.
+
+    The cuts rotate over the objectives, so that each cut has several objectives of each kind.
+    """
+    names = set()
+    for number, objective in enumerate(OBJECTIVES):
+        for cut in (VOCABULARY_CUTS[number % 3], TOKEN_CUTS[(number + number // 3) % 3]):
+            names.add(parse(f"{CUTS[cut]} {objective}").name)
+    return tuple(case for case in OBJECTIVE_CASES if case.name in names)
 
 
 def pairs_that_cannot_be() -> dict[frozenset[str], str]:

@@ -1,21 +1,26 @@
 """The matrix of layouts has every feature alone, and every pair of features that can stand together."""
 
 import itertools
+from collections import Counter, defaultdict
 
 import pytest
 
 from megatron_oprd.models.layer_plan import even_stages
 from tests.helpers.layouts import (
     COMPANIONS,
+    CUTS,
     FAMILIES,
     FEATURES,
     LIKE_ANOTHER,
     MATRIX,
+    OBJECTIVES,
     OF_NAMES_AND_ANGLES,
     covered,
     covering,
     pairs,
     pairs_that_cannot_be,
+    parse,
+    two_cuts_each,
 )
 
 
@@ -63,3 +68,15 @@ def test_uneven_stages_are_never_all_divided_by_two():
 def test_the_covering_part_is_small_and_always_the_same():
     assert len(covering()) <= len(MATRIX) // 2
     assert covering() == covering()
+
+
+def test_every_objective_runs_with_a_cut_vocabulary_and_with_cut_tokens_and_every_cut_has_several():
+    chosen = {case.name for case in two_cuts_each()}
+    of_objective, of_cut = defaultdict(list), Counter()
+    for cut, objective in itertools.product(CUTS, OBJECTIVES):
+        case = parse(f"{cut} {objective}")
+        if case.name in chosen:
+            of_objective[objective].append(case.config.parallel.tensor > 1)
+            of_cut[cut] += 1
+    assert all(sorted(of_objective[objective]) == [False, True] for objective in OBJECTIVES), of_objective
+    assert all(of_cut[cut] >= 4 for cut in CUTS), of_cut
