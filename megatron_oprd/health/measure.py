@@ -1,10 +1,13 @@
-"""How likely a student finds given answers, in every layout: forward passes alone, which leave training as it is."""
+"""Measurement of stored answers: forward passes of the student and the teacher that do not change training.
+
+`watch.py` calls `measure_answers`. Works in every parallel layout.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,93 +28,98 @@ from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import FINAL_STATES, ModelSpec, Rollout, Selection, StateKey
 
-# Every token of an answer, at the state that predicted it: what an output-space objective reads.
+# Selects every token of an answer, at the hidden state that predicts it, as an output-space objective does.
 EVERY_TOKEN = LossConfig(
     representation=RepresentationConfig(weight=0.0), output=OutputConfig(objective="full_kl", positions="all")
 )
-MOST_NATS = 700.0  # a token; above it a perplexity is no finite number
+MOST_NATS = 700.0  # per token; the perplexity of a larger loss is not a finite number
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Means over all tokens of the answers, at temperature 1: exp of the mean negative log-likelihood, the entropy of
-    the next-token distribution, and its KL from the teacher's (student || teacher), both in nats."""
+class MeasuredModels:
+    """The student and, for the KL, the teacher, on this rank."""
 
-    perplexity: float
-    entropy: float
-    reverse_kl: float | None
+    stage: Stage  # the student's chunks
+    spec: ModelSpec  # the student
+    topology: Topology  # the student's layout
+    batch: BatchConfig
+    pad_tokens: int = 1  # as in GlobalBatch
+    teacher: Teacher | None = None  # None: no KL is measured
+    # Returns the LM heads of both models on the student's last stage, else None. Called for each measurement.
+    load_heads: Callable[[], Heads | None] = lambda: None
 
 
-def can_be_asked(teachers: Sequence[Teacher]) -> bool:
-    """Whether the next-token distribution of a single teacher is known without building more of it: it reaches up to
-    its final norm."""
+@dataclass(frozen=True)
+class Measurement:
+    """Means over all tokens of the answers, at temperature 1."""
+
+    perplexity: float  # exp of the mean negative log-likelihood
+    entropy: float  # of the next-token distribution, in nats
+    reverse_kl: float | None  # KL(student || teacher) in nats; None without a teacher
+
+
+def has_teacher_distribution(teachers: Sequence[Teacher]) -> bool:
+    """Return True if there is a single teacher and it is built up to its final norm, as its logits require."""
     return len(teachers) == 1 and teachers[0].plan.teacher_final_norm
 
 
-def read_answers(
-    stage: Stage,
-    spec: ModelSpec,
-    topology: Topology,
-    answers: Sequence[Rollout],
-    batch: BatchConfig,
-    *,
-    teacher: Teacher | None = None,
-    heads: Heads | None = None,
-    pad_tokens: int = 1,
-) -> Reading:
-    """Read `answers`, the same on every rank, with the student; the result is the same on every rank.
+def measure_answers(models: MeasuredModels, answers: Sequence[Rollout]) -> Measurement:
+    """Measure perplexity, entropy and KL of `answers`, which are the same on every rank.
 
-    `teacher`: the one to compare with, and then on the student's last stage the `heads` of both. `pad_tokens`: as of a
-    `GlobalBatch`. Log-softmax in float32
-    over the vocabulary without padding; where both models are compared, over what both know. Weights, gradients and
-    random numbers stay as they are. Communicates over all groups.
+    Log-softmax is computed in float32 over the vocabulary without padding; for the KL over the token ids that both
+    models have. Weights, gradients and random-number generators are not changed. Communicates over all groups.
+
+    Returns: the same measurement on every rank.
     """
-    global_batch = GlobalBatch(tuple(answers), (0,) * len(answers), EVERY_TOKEN, batch, spec, pad_tokens)
+    stage, topology, teacher = models.stage, models.topology, models.teacher
+    heads = models.load_heads()
+    global_batch = GlobalBatch(
+        tuple(answers), (0,) * len(answers), EVERY_TOKEN, models.batch, models.spec, models.pad_tokens
+    )
     micro_batches = global_batch.micro_batches(topology)
     sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
     is_last = topology.num_stages - 1 in topology.stages
-    reader = _Reader(stage[-1].lm_head.detach(), spec.vocab_size, topology, heads) if is_last else None
+    sum_tokens = _TokenSums(stage[-1].lm_head.detach(), models.spec.vocab_size, topology, heads) if is_last else None
     targets = None
     if teacher is not None:
-        plan = dataclasses.replace(teacher.plan, pairs=(), output=True)
-        teacher = dataclasses.replace(teacher, plan=plan)
+        teacher = dataclasses.replace(teacher, plan=dataclasses.replace(teacher.plan, pairs=(), output=True))
         targets, _ = teacher_pass([teacher], global_batch, micro_batches, topology)
 
     def taps() -> Iterator[_Tap]:
-        for number, one in enumerate(micro_batches):
-            yield _Tap(one.output, reader, sums, None if targets is None else targets.of(number))
+        for number, micro_batch in enumerate(micro_batches):
+            yield _Tap(micro_batch.output, sum_tokens, sums, None if targets is None else targets.of(number))
 
     training = stage.training
     stage.eval()
     run_schedule(list(stage), topology, micro_batches, taps(), last_layer=None, normed_layer=None, forward_only=True)
     stage.train(training)
     values: list[float] = sums.tolist()
-    for group in (topology.groups.dp_cp, topology.groups.pp):  # tensor-parallel ranks have all sums alike
+    for group in (topology.groups.dp_cp, topology.groups.pp):  # tensor-parallel ranks have equal sums
         values = sum_over(values, group, topology.device)
     loss, entropy, reverse_kl = (value / max(global_batch.output.counts.tokens, 1) for value in values)
-    return Reading(math.exp(min(loss, MOST_NATS)), entropy, None if teacher is None else reverse_kl)
+    return Measurement(math.exp(min(loss, MOST_NATS)), entropy, None if teacher is None else reverse_kl)
 
 
 @dataclass(frozen=True)
 class _Tap:
-    """Adds the sums of one micro-batch to `sums` where the final states are; everything passes through."""
+    """Adds the sums over one micro-batch to `sums` at the final hidden states, and returns all states unchanged."""
 
     selection: Selection
-    reader: _Reader | None
+    sum_tokens: _TokenSums | None  # None: this rank has no last stage
     sums: torch.Tensor
     targets: MicroBatchTargets | None
 
     def __call__(self, layer: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
         if layer == FINAL_STATES:
-            assert self.reader is not None  # only the last stage has final states
+            assert self.sum_tokens is not None  # only the last stage has final states
             student = selected_rows(hidden_states, self.selection.selected)
             teacher = None if self.targets is None else self.targets.take(FINAL_STATES)
-            self.sums.add_(self.reader(student, teacher, self.selection))
+            self.sums.add_(self.sum_tokens(student, teacher, self.selection))
         return hidden_states
 
 
-class _Reader:
-    """Sums over tokens from their final states, chunk by chunk, on this rank's part of the vocabulary."""
+class _TokenSums:
+    """Sums over tokens, computed from final hidden states chunk by chunk on this rank's part of the vocabulary."""
 
     def __init__(self, head: torch.Tensor, vocab_size: int, topology: Topology, heads: Heads | None) -> None:
         first = topology.tensor_rank * len(head)
@@ -122,13 +130,16 @@ class _Reader:
         self.chunk_tokens = default_chunk_tokens(len(head))
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor | None, selection: Selection) -> torch.Tensor:
-        """[3] float64 over `student` [rows, d_S] and, with a teacher, its states [rows, d_T] at the same tokens: of the
-        negative log-likelihood, of the entropy and of the KL. Communicates over the tensor-parallel group."""
-        held = [student, selection.token_ids] if teacher is None else [student, selection.token_ids, teacher]
+        """Return the sums [3] in float64 of negative log-likelihood, entropy and KL over the selected tokens.
+
+        `student`: hidden states [rows, d_S]. `teacher`: hidden states [rows, d_T] of the same tokens, or None.
+        Communicates over the tensor-parallel group.
+        """
+        rows = [student, selection.token_ids] if teacher is None else [student, selection.token_ids, teacher]
         if self.sequence_group is not None:
-            held = [gather_rows(part, selection.of_ranks, self.sequence_group) for part in held]
+            rows = [gather_rows(part, selection.of_ranks, self.sequence_group) for part in rows]
         sums = torch.zeros(3, dtype=torch.float64, device=student.device)
-        for chunk in zip(*(part.split(self.chunk_tokens) for part in held), strict=True):
+        for chunk in zip(*(part.split(self.chunk_tokens) for part in rows), strict=True):
             if len(chunk[0]):
                 sums += self._chunk(*chunk)
         return sums
@@ -142,7 +153,7 @@ class _Reader:
         entropy = self.shard.sum(-(log_p.exp() * log_p).sum(-1))
         reverse_kl = torch.zeros_like(entropy)
         if teacher is not None:
-            assert self.teacher_head is not None  # whoever asks a teacher brings its head
+            assert self.teacher_head is not None  # MeasuredModels.load_heads loads it with the teacher
             head = self.teacher_head
             log_q = (teacher[:, : head.shape[1]] @ head.t()).float()
             log_p = log_p[:, : len(head)]

@@ -1,7 +1,8 @@
-"""Whether a student's health falls while the objective improves: what a run remembers of it, and the rule.
+"""The rule that warns of a collapse: the student's health falls while the objective improves.
 
-Hidden states that are compared in a subspace can come as close as one likes while the model forgets how to speak: the
-objective alone does not see a collapse. Pure, no communication.
+Hidden states that are compared in a subspace can become arbitrarily similar while the model loses its ability to
+generate text. The objective alone does not reveal this. `watch.py` keeps the history and calls the rule. Pure
+functions, no communication.
 """
 
 from __future__ import annotations
@@ -12,29 +13,29 @@ from dataclasses import dataclass
 
 from megatron_oprd.config import Config
 
-KL_RATIO = 1.5  # of the reverse KL to that at the start
-KL_FLOOR = 0.01  # nats by which it must have risen too
-ENTROPY_RATIO = 3.0  # of the entropy to that at the start, or the other way round
-ENTROPY_FLOOR = 0.05  # nats by which it must have changed too: a confident model has little, and may well lose it
-LENGTH_RATIO = 2.0  # of the mean response length to that of the first interval, or the other way round
-ACCURACY_FALL = 0.25  # of the accuracy at the start
-ACCURACY_FLOOR = 0.02  # by which it must have fallen too
+# A warning needs a relative change beyond the ratio and an absolute change beyond the floor.
+KL_RATIO = 1.5  # reverse KL now / at the start
+KL_FLOOR = 0.01  # nats
+ENTROPY_RATIO = 3.0  # entropy now / at the start, or the inverse
+ENTROPY_FLOOR = 0.05  # nats; the small entropy of a confident model may fall by any factor
+LENGTH_RATIO = 2.0  # mean response length now / in the first interval, or the inverse
+ACCURACY_FALL = 0.25  # fraction of the accuracy at the start that is lost
+ACCURACY_FLOOR = 0.02
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was measured after `step`: of the student on the start model's answers, and means over the steps since the
-    last check (None at step 0)."""
+    """The measurements after a training step."""
 
     step: int
-    perplexity: float
+    perplexity: float  # of the start model's answers under the student
     entropy: float  # nats a token
-    reverse_kl: float | None = None  # KL(student || teacher), nats a token; None: the teacher cannot be asked
-    objective: float | None = None
-    length_mean: float | None = None  # tokens of a response; None where the student does not generate them
+    reverse_kl: float | None = None  # KL(student || teacher), nats a token; None: no teacher distribution
+    objective: float | None = None  # mean loss since the previous check; None at step 0
+    length_mean: float | None = None  # mean response tokens since the previous check; None at step 0 and for replay
 
     def metrics(self) -> dict[str, float]:
-        """What the log has of it."""
+        """Return the metrics that `metrics.jsonl` and tensorboard contain."""
         names = ("perplexity", "entropy", "reverse_kl", "objective")
         values = {f"health/{name}": getattr(self, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
@@ -42,61 +43,69 @@ class Check:
 
 @dataclass(frozen=True)
 class HealthWarning:
-    """What got worse (`kind`), said once in a run."""
+    """A warning. Each kind is given once in a run."""
 
     step: int
-    kind: str
+    kind: str  # perplexity, reverse_kl, entropy, length or accuracy
     message: str
 
 
 @dataclass(frozen=True)
-class Health:
-    """What a run remembers for the rule."""
+class HealthHistory:
+    """The measurements of a run so far, as the rule needs them."""
 
     checks: tuple[Check, ...] = ()
-    since: tuple[tuple[float, float], ...] = ()  # objective and mean response length of each step after the last check
-    accuracies: tuple[Mapping[str, float], ...] = ()  # of each evaluation: avg@n by data source
+    steps_since_check: tuple[tuple[float, float], ...] = ()  # (loss, mean response length) of each step
+    accuracies: tuple[Mapping[str, float], ...] = ()  # avg@n by data source, for each evaluation
     warnings: tuple[HealthWarning, ...] = ()
 
-    def with_step(self, metrics: Mapping[str, float]) -> Health:
-        """After a training step."""
-        seen = metrics["loss"], metrics["rollout/length_mean"]
-        return dataclasses.replace(self, since=(*self.since, seen))
+    def with_step(self, metrics: Mapping[str, float]) -> HealthHistory:
+        """Return the history after a training step."""
+        step = metrics["loss"], metrics["rollout/length_mean"]
+        return dataclasses.replace(self, steps_since_check=(*self.steps_since_check, step))
 
-    def with_check(self, check: Check, *, generates: bool) -> Health:
-        """After a check, which gets the means of the steps before it. `generates`: whether the lengths of the responses
-        are the student's doing."""
-        if self.since:
-            objectives, lengths = zip(*self.since, strict=True)
+    def with_check(self, check: Check, *, generates: bool) -> HealthHistory:
+        """Return the history after a check, to which the means over the steps before it are added.
+
+        `generates`: True if the student generates the responses, so that their lengths say something about it.
+        """
+        if self.steps_since_check:
+            objectives, lengths = zip(*self.steps_since_check, strict=True)
             check = dataclasses.replace(
                 check, objective=_mean(objectives), length_mean=_mean(lengths) if generates else None
             )
-        return dataclasses.replace(self, checks=(*self.checks, check), since=())
+        return dataclasses.replace(self, checks=(*self.checks, check), steps_since_check=())
 
-    def with_evaluation(self, data: Mapping[str, Mapping[str, float]]) -> Health:
-        """After an evaluation, from the metrics of every data source."""
+    def with_evaluation(self, scores: Mapping[str, Mapping[str, float]]) -> HealthHistory:
+        """Return the history after an evaluation with these metrics by data source."""
         accuracy = {
-            source: value for source, scores in data.items() for name, value in scores.items() if name[:4] == "avg@"
+            source: value
+            for source, of_source in scores.items()
+            for name, value in of_source.items()
+            if name[:4] == "avg@"
         }
         return dataclasses.replace(self, accuracies=(*self.accuracies, accuracy))
 
-    def with_warnings(self, new: list[HealthWarning]) -> Health:
+    def with_warnings(self, new: list[HealthWarning]) -> HealthHistory:
+        """Return the history with additional warnings."""
         return dataclasses.replace(self, warnings=(*self.warnings, *new))
 
 
-def judge(health: Health, step: int, config: Config) -> list[HealthWarning]:
-    """What is to be warned of after `step` and has not been: signs of a collapse, while the mean of the objective since
-    the last check is lower than before the first one."""
-    start, *intervals = health.checks or (None,)
+def new_warnings(history: HealthHistory, step: int, config: Config) -> list[HealthWarning]:
+    """Return the signs of a collapse after `step` of which the run has not warned yet.
+
+    There are none unless the objective improved: its mean before the last check is below its mean before the first.
+    """
+    start, *intervals = history.checks or (None,)
     if start is None or len(intervals) < 2:
         return []
     first, last = intervals[0], intervals[-1]
-    assert first.objective is not None and last.objective is not None  # only the check at step 0 has none
+    assert first.objective is not None and last.objective is not None  # only the check at step 0 has no objective
     if not last.objective < first.objective:
         return []
     improved = f"step {step}: the objective fell from {first.objective:.4g} to {last.objective:.4g} while"
-    known = {warning.kind for warning in health.warnings}
-    signs = {**dict(_model_signs(start, last, config)), **dict(_behaviour_signs(first, last, health))}
+    known = {warning.kind for warning in history.warnings}
+    signs = {**dict(_model_signs(start, last, config)), **dict(_behaviour_signs(first, last, history))}
     return [
         HealthWarning(step, kind, f"{improved} {sign}: the student may be collapsing; {_advice(config)}")
         for kind, sign in signs.items()
@@ -105,7 +114,7 @@ def judge(health: Health, step: int, config: Config) -> list[HealthWarning]:
 
 
 def _model_signs(start: Check, last: Check, config: Config) -> Iterator[tuple[str, str]]:
-    """Of the distributions on the start model's answers."""
+    """Yield (kind, description) for each sign in the next-token distributions on the start model's answers."""
     ratio = config.health.perplexity_ratio
     if last.perplexity > ratio * start.perplexity:
         change = _change(start.perplexity, last.perplexity)
@@ -118,12 +127,12 @@ def _model_signs(start: Check, last: Check, config: Config) -> Iterator[tuple[st
         yield "entropy", f"entropy of the next token on the start model's answers {change}"
 
 
-def _behaviour_signs(first: Check, last: Check, health: Health) -> Iterator[tuple[str, str]]:
-    """Of what the student generates."""
+def _behaviour_signs(first: Check, last: Check, history: HealthHistory) -> Iterator[tuple[str, str]]:
+    """Yield (kind, description) for each sign in the text that the student generates."""
     before, after = first.length_mean, last.length_mean
     if before is not None and after is not None and _differs(before, after, LENGTH_RATIO):
         yield "length", f"the mean response length {_change(before, after)}"
-    start, now = (health.accuracies[0], health.accuracies[-1]) if health.accuracies else ({}, {})
+    start, now = (history.accuracies[0], history.accuracies[-1]) if history.accuracies else ({}, {})
     lost = [
         f"on {source} {_change(accuracy, now[source])}"
         for source, accuracy in start.items()

@@ -27,21 +27,25 @@ def export_hf(
     source: str | Path,
     target: str | Path,
     *,
-    dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write this model, in `dtype` (None: the model's), to the new folder `target`, with `source`'s tokenizer, chat
-    template and generation config beside it. transformers opens the result like any other folder.
+    """Write a model as a Hugging Face folder, in the model's dtype.
 
-    Collective over the world: one parameter at a time is sent to rank 0, which writes, by the ranks that hold it or its
-    parts. Memory beyond the model, on rank 0: one parameter twice and one shard.
-    Raises UserError on every rank when the folder cannot be written, RuntimeError for a model that lacks a parameter.
+    Args:
+        stage: this rank's chunks of the model.
+        source: folder whose tokenizer, chat template and generation config are copied.
+        target: the new folder.
+        max_shard_bytes: size limit of a safetensors file.
+
+    Collective over the world: the ranks send one parameter at a time to rank 0, which writes it. Rank 0 needs memory
+    for two copies of one parameter and one file. Raises UserError on every rank when the folder cannot be written, and
+    RuntimeError for a model without all parameters.
     """
     on_rank_zero(lambda: check_new_folder(target))
     tensors = gather_hf_tensors(stage, spec, topology)
     failure = None
     if topology.rank == 0:
-        failure = _write(tensors, spec, source, target, dtype or next(stage.parameters()).dtype, max_shard_bytes)
+        failure = _write(tensors, spec, source, target, next(stage.parameters()).dtype, max_shard_bytes)
     else:
         _exhaust(tensors)
 

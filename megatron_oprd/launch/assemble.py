@@ -13,7 +13,7 @@ from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
-from megatron_oprd.models.output_loss import Heads
+from megatron_oprd.models.output_loss import Heads, OutputLoss
 from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.projection import StudentMap, identify, student_maps, teacher_maps
 from megatron_oprd.models.scaled_linear import quantize_weights
@@ -62,6 +62,16 @@ class Run:
         """The parts of this run that a checkpoint stores or checks."""
         source = self.inputs.config.student.path
         return CheckpointContent(self.student, self.inputs.student, self.topology, self.identities, source)
+
+    def output_loss(self, *, with_metrics: bool) -> OutputLoss | None:
+        """Return the output-space objective of one step on the student's last stage; otherwise None."""
+        if self.heads is None:
+            return None
+        config = self.inputs.config
+        temperature = config.rollout.temperature
+        return OutputLoss(
+            config.loss.output, self.heads, self.topology, temperature=temperature, with_metrics=with_metrics
+        )
 
 
 def build_run(inputs: Inputs) -> Run:

@@ -1,28 +1,58 @@
-"""The folder of a run: what to go on from in it, and the files that say what runs where."""
+"""The run folder at the start of a run: the checkpoint to resume from, and the files that describe the run.
+
+`train.fit` calls `open_run_folder`. The run log writes the other files of the folder.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from megatron_oprd.bridge.origin import unrecorded_properties
-from megatron_oprd.checkpoint.training_state import latest_checkpoint
+from megatron_oprd.checkpoint.training_state import latest_checkpoint, load_checkpoint
 from megatron_oprd.config import dump_config
 from megatron_oprd.launch.assemble import Run
+from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.environment import describe_environment, one_line
 from megatron_oprd.runtime.files import explain_os_errors, write_json, write_text
+from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import UserError
 
 
-def find_checkpoint(run: Run) -> Path | None:
-    """Make the run folder; the checkpoint to go on from, if there is one. Raises UserError for a run that is there and
-    may not go on."""
-    run_dir = run.inputs.run_dir
+def open_run_folder(run: Run) -> TrainState:
+    """Load the newest checkpoint of the run folder, if any, and describe the run in the folder.
+
+    Returns: the position to train from. Collective over the world. Raises UserError on every rank if the run may not
+    resume; the folder then stays unchanged.
+    """
+    checkpoint = on_rank_zero(lambda: find_checkpoint(run.inputs))
+    state = TrainState() if checkpoint is None else load_checkpoint(checkpoint, run.checkpoint_content)
+    on_rank_zero(lambda: describe(run))
+    if checkpoint is not None and run.topology.rank == 0:
+        print(f"going on from {checkpoint}", flush=True)
+    return state
+
+
+def find_checkpoint(inputs: Inputs) -> Path | None:
+    """Make the run folder and return the checkpoint to resume from, or None.
+
+    One rank calls this. Raises UserError if the folder contains a run and `checkpoint.resume` is `never`, or if a
+    watched run cannot resume because the files of the health watch are missing.
+    """
+    config, run_dir = inputs.config, inputs.run_dir
     with explain_os_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     found = latest_checkpoint(run_dir / "checkpoints")
-    if run.inputs.config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
+    if config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
         raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set checkpoint.resume=auto")
+    for name in ("answers.jsonl", "checks.jsonl") if found and config.health.every else ():
+        path = run_dir / "health" / name
+        if not path.exists():
+            raise UserError(
+                f"health.every={config.health.every}: {path} is missing, which the start model left at step 0; put it "
+                "back, set health.every=0, or begin anew in another train.run_dir"
+            )
     return found
 
 

@@ -1,4 +1,7 @@
-"""What a run writes while it goes: one line a step for programs, curves for tensorboard, rollouts to read."""
+"""The log of a run: metrics as JSON lines and tensorboard curves, evaluations, health checks and some rollouts.
+
+`health/observers.py` opens the log and writes steps and evaluations; `health/watch.py` writes checks and warnings.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,14 @@ from megatron_oprd.types import Rollout
 
 
 class RunLog:
-    """Appends to the files of a run folder. One rank calls the methods; each raises UserError for a folder that cannot
-    be written."""
+    """Appends to the files of a run folder. One rank calls the methods. Each raises UserError for a disk error."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._board: Any = None
 
     def open(self, start: int) -> None:
-        """Begin at step `start`: drop the lines of later steps, which a killed process wrote after its checkpoint."""
+        """Open the files and remove the lines of steps after `start`, which a killed process left behind."""
         from torch.utils.tensorboard import SummaryWriter
 
         run_dir = self.run_dir
@@ -30,23 +32,23 @@ class RunLog:
             for folder in (".", "rollouts", "evaluations", "health"):
                 for unfinished in (run_dir / folder).glob("*.tmp"):
                     unfinished.unlink()
-            last = start if start else -1  # a run that begins evaluates at step 0
+            last = start if start else -1  # a new run logs an evaluation at step 0
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 _keep_up_to(run_dir / name, last)
             for name in ("checks.jsonl", "warnings.jsonl"):
                 if (run_dir / "health" / name).exists():
                     _keep_up_to(run_dir / "health" / name, last)
-            threading.excepthook = _quiet_board
+            threading.excepthook = _ignore_tensorboard_errors
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1)
 
     def step(self, values: dict[str, float]) -> None:
-        """One line of `metrics.jsonl`, with `step` and every metric; the same numbers as curves."""
+        """Append a line with `step` and every metric to `metrics.jsonl`, and draw the metrics as curves."""
         self._append("metrics.jsonl", values)
-        print(f"step {values['step']}: {', '.join(_told(values))}", flush=True)
+        print(f"step {values['step']}: {', '.join(_summary(values))}", flush=True)
         self._curves({name: value for name, value in values.items() if name != "step"}, int(values["step"]))
 
     def evaluation(self, step: int, name: str, data: dict[str, dict[str, float]]) -> None:
-        """One line of `evaluations.jsonl`: the metrics of every data source."""
+        """Append a line with the metrics of every data source to `evaluations.jsonl`."""
         self._append("evaluations.jsonl", {"step": step, "name": name, "data": data})
         for source, metrics in data.items():
             print(f"{name}, {source}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
@@ -54,17 +56,17 @@ class RunLog:
             self._curves({f"evaluation/{source}/{metric}": value for metric, value in metrics.items()}, step)
 
     def check(self, values: dict[str, Any], curves: dict[str, float]) -> None:
-        """One line of `health/checks.jsonl`; `curves` are drawn at its step."""
+        """Append a line to `health/checks.jsonl`, and draw `curves` at its step."""
         self._append("health/checks.jsonl", values)
         self._curves(curves, int(values["step"]))
 
     def warning(self, values: dict[str, Any]) -> None:
-        """One line of `health/warnings.jsonl`, its `message` on the terminal too."""
+        """Append a line to `health/warnings.jsonl` and print its `message`."""
         self._append("health/warnings.jsonl", values)
         print(f"warning: {values['message']}", flush=True)
 
     def rollouts(self, step: int, rollouts: Sequence[Rollout], tokenizer: Any, most: int = 8) -> None:
-        """The first few rollouts of a step, in `rollouts/step_<step>.jsonl`: text, or ids without a tokenizer."""
+        """Write the first `most` rollouts of a step to `rollouts/`, as text or, without a tokenizer, as token ids."""
         decode = tokenizer.decode if tokenizer is not None else (lambda ids: " ".join(map(str, ids)))
         lines = [
             json.dumps(
@@ -83,7 +85,7 @@ class RunLog:
         write_text(self.run_dir / "rollouts" / f"step_{step:07d}.jsonl", "\n".join(lines) + "\n")
 
     def close(self) -> None:
-        """Flush what tensorboard still holds."""
+        """Write everything that tensorboard has buffered."""
         with explain_os_errors(self.run_dir / "tensorboard"):
             self._board.close()
 
@@ -91,21 +93,21 @@ class RunLog:
         with explain_os_errors(self.run_dir / "tensorboard"):
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
-            self._board.flush()  # a process killed later resumes after this step and does not draw it again
+            self._board.flush()  # a process killed later resumes after this step and will not draw it again
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with explain_os_errors(self.run_dir / name), (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
-def _quiet_board(args: threading.ExceptHookArgs) -> None:
-    """tensorboard's thread prints a full disk as a traceback, and its next call raises it, which is enough."""
+def _ignore_tensorboard_errors(args: threading.ExceptHookArgs) -> None:
+    """Print no traceback when tensorboard's thread meets a full disk: its next call raises the error."""
     if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
         threading.__excepthook__(args)
 
 
-def _told(values: dict[str, float]) -> Iterator[str]:
-    """What a step's line on the terminal says of its metrics, of those that were measured."""
+def _summary(values: dict[str, float]) -> Iterator[str]:
+    """Yield the parts of a step's line on the terminal, for the metrics that exist."""
     for name, text in (
         ("loss", "loss {:.4g}"),
         ("rep/cosine", "cosine {:.4f}"),
@@ -119,7 +121,7 @@ def _told(values: dict[str, float]) -> Iterator[str]:
 
 
 def _keep_up_to(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and what is no line of ours: a last one that was cut off."""
+    """Remove the lines of steps after `step`, and lines that are incomplete."""
     if not path.exists():
         path.touch()
         return

@@ -1,11 +1,13 @@
-"""Perplexity, entropy and KL of given answers are those of transformers in float64, in every layout, and reading them
-leaves training as it is."""
+"""Perplexity, entropy and KL of stored answers equal those of transformers in float64 in every layout.
+
+Measuring them does not change training.
+"""
 
 import pytest
 import torch
 import transformers
 
-from megatron_oprd.health.measure import can_be_asked, read_answers
+from megatron_oprd.health.measure import MeasuredModels, has_teacher_distribution, measure_answers
 from megatron_oprd.launch.assemble import load_heads
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
@@ -13,10 +15,10 @@ from tests.helpers.distributed import run_distributed
 from tests.helpers.models import random_hf_model, save
 from tests.helpers.training import make_run, some_rollouts
 
-VOCABULARY = 131  # of the teacher; no multiple of any layout
+VOCABULARY = 131  # of the teacher; not divisible by any layout
 MASKS = ((1,) * 9, (1,), (1,) * 4, (1,) * 12, (1,) * 2, (1,) * 7)
 LAYERS = 4
-# The processes, and the settings; hidden states alone where an objective on distributions is not named.
+# The number of processes, and the settings. Without an output objective only hidden states are compared.
 LAYOUTS = {
     "one rank, recomputed": (1, "recompute.granularity=full"),
     "a teacher below its top": (1, "loss.representation.layers=[1,2]"),
@@ -39,7 +41,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Student and teacher of each family, the student with a longer vocabulary."""
+    """Return student and teacher of each family. The student has a larger vocabulary."""
     folder = tmp_path_factory.mktemp("models")
     sizes = {"num_hidden_layers": LAYERS, "num_key_value_heads": 4}
 
@@ -53,7 +55,7 @@ def models(tmp_path_factory):
 
 
 def reference(student, teacher):
-    """exp of the mean negative log-likelihood, mean entropy and mean KL, one answer at a time, in float64."""
+    """Return perplexity, mean entropy and mean KL, computed one answer at a time in float64."""
     student_model, teacher_model = (
         transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
         for path in (student, teacher)
@@ -67,55 +69,55 @@ def reference(student, teacher):
         log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
         losses += (-log_p[range(len(log_p)), list(answer.response_ids)]).tolist()
         entropies += (-log_p.exp() * log_p).sum(-1).tolist()
-        log_p = logits[:, :VOCABULARY].log_softmax(-1)  # of what both know
+        log_p = logits[:, :VOCABULARY].log_softmax(-1)  # over the token ids of both models
         divergences += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
     loss, entropy, divergence = (sum(values) / len(values) for values in (losses, entropies, divergences))
     return torch.tensor(loss).exp().item(), entropy, divergence
 
 
-def read(rank, student, teacher, overrides):
-    """What a rank reads, and the losses of steps with readings in between and without."""
+def measure_and_train(rank, student, teacher, overrides):
+    """Return the measurement of a rank, and True if training gives the same losses without measuring."""
 
-    def losses(reading):
+    def losses(measuring):
         run = make_run(student, teacher, *overrides, "optimizer.lr=0.01", rollouts=some_rollouts(VOCABULARY))
         config = run.inputs.config
         heads = run.heads if config.loss.reads_output else load_heads(run.inputs, run.student.stage, run.topology)
-        asked = can_be_asked(run.teachers)
+        with_teacher = has_teacher_distribution(run.teachers)
+        models = MeasuredModels(
+            run.student.stage,
+            run.inputs.student,
+            run.topology,
+            config.batch,
+            teacher=run.teachers[0] if with_teacher else None,
+            load_heads=lambda: heads if with_teacher else None,
+        )
         state, found, values = TrainState(), None, []
         for _ in range(2):
-            if reading:
-                now = read_answers(
-                    run.student.stage,
-                    run.inputs.student,
-                    run.topology,
-                    some_rollouts(VOCABULARY, masks=MASKS),
-                    config.batch,
-                    teacher=run.teachers[0] if asked else None,
-                    heads=heads if asked else None,
-                )
+            if measuring:
+                now = measure_answers(models, some_rollouts(VOCABULARY, masks=MASKS))
                 found = found or now
-            # A replayed step 0 twice: the weights differ.
+            # Step 0 is replayed twice; the weights differ.
             _, metrics, _ = one_step(run, state)
             values.append((metrics["loss"], metrics["grad_norm"]))
         return found, values
 
-    (found, watched), (_, alone) = losses(True), losses(False)
-    return found, watched == alone
+    (found, with_measuring), (_, without) = losses(True), losses(False)
+    return found, with_measuring == without
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_answers_are_read_alike_in_every_layout(name, models):
+def test_measurements_equal_the_reference_in_every_layout_and_do_not_change_training(name, models):
     world, *overrides = LAYOUTS[name]
     paths = models["Qwen3Moe" if name == "experts" else "Qwen3"]
     perplexity, entropy, reverse_kl = reference(*paths)
     below = "layers=[1,2]" in "".join(overrides)
-    results = run_distributed(world, read, *paths, overrides)
-    for reading, unmoved in results:
-        assert reading == results[0][0]
-        assert unmoved
-        assert reading.perplexity == pytest.approx(perplexity, rel=1e-5)
-        assert reading.entropy == pytest.approx(entropy, rel=1e-5)
+    results = run_distributed(world, measure_and_train, *paths, overrides)
+    for measurement, unchanged in results:
+        assert measurement == results[0][0]
+        assert unchanged
+        assert measurement.perplexity == pytest.approx(perplexity, rel=1e-5)
+        assert measurement.entropy == pytest.approx(entropy, rel=1e-5)
         if below:
-            assert reading.reverse_kl is None
+            assert measurement.reverse_kl is None
         else:
-            assert reading.reverse_kl == pytest.approx(reverse_kl, rel=1e-5)
+            assert measurement.reverse_kl == pytest.approx(reverse_kl, rel=1e-5)

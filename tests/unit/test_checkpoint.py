@@ -71,7 +71,7 @@ def load_and_refuse(rank, arguments):
     state, _, _ = one_step(run, TrainState())
     marked(folder, 1, mark=False)  # left by a process that died between the rename and the mark
     Saver(folder, run.checkpoint_content, keep=2, asynchronous=False).save(state)
-    found = find_checkpoint(run)
+    found = find_checkpoint(run.inputs)
     own, results = run.identities[""], {}
     cases = {
         "teacher": Identity("/other", "sha256:" + "0" * 64, own.pairs),

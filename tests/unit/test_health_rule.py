@@ -1,4 +1,4 @@
-"""The rule of the health watch, what it remembers, and which answers it reads."""
+"""The rule of the health watch, its history, and the choice of the answers that it measures."""
 
 import dataclasses
 import json
@@ -9,9 +9,10 @@ import pytest
 from megatron_oprd.config import parse_config
 from megatron_oprd.data.prompts import PromptSet, PromptState, take
 from megatron_oprd.evaluation.report import write_report
-from megatron_oprd.health.measure import can_be_asked
-from megatron_oprd.health.rule import Check, Health, HealthWarning, judge
-from megatron_oprd.health.watch import choose_prompts, keep_answers, read_watch
+from megatron_oprd.health.answers import AnswerCounts, choose_prompts, keep_answers, load_answers
+from megatron_oprd.health.measure import has_teacher_distribution
+from megatron_oprd.health.rule import Check, HealthHistory, HealthWarning, new_warnings
+from megatron_oprd.health.watch import read_history
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.rollout.replay import load_replay
@@ -34,17 +35,17 @@ def config(**sections):
     return parse_config({**base, "health": {"every": 10}, **sections})
 
 
-def warned(last=LAST, accuracies=(), warnings=(), start=START, first=FIRST, **sections):
-    health = Health((start, first, last), (), tuple(accuracies), tuple(warnings))
-    return judge(health, last.step, config(**sections))
+def warnings_of(last=LAST, accuracies=(), warnings=(), start=START, first=FIRST, **sections):
+    history = HealthHistory((start, first, last), (), tuple(accuracies), tuple(warnings))
+    return new_warnings(history, last.step, config(**sections))
 
 
 def kinds(**values):
     accuracies = values.pop("accuracies", ())
-    return [warning.kind for warning in warned(dataclasses.replace(LAST, **values), accuracies)]
+    return [warning.kind for warning in warnings_of(dataclasses.replace(LAST, **values), accuracies)]
 
 
-# Each limit from both sides.
+# Each limit is tested from both sides.
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -82,31 +83,34 @@ def kinds(**values):
         ),
     ],
 )
-def test_each_sign_has_its_limit(values, expected):
+def test_each_sign_warns_beyond_its_limit(values, expected):
     assert kinds(**values) == expected
 
 
 @pytest.mark.parametrize(
     ("objective", "expected"), [(0.2099, ["perplexity"]), (0.21, []), (0.3, []), (float("nan"), [])]
 )
-def test_nothing_is_said_unless_the_objective_improved(objective, expected):
+def test_no_warning_unless_the_objective_improved(objective, expected):
     assert kinds(perplexity=9.0, objective=objective) == expected
 
 
-def test_the_first_interval_has_nothing_to_compare_with():
+def test_no_warning_after_the_first_interval():
     bad = dataclasses.replace(FIRST, perplexity=9.0)
     for checks in ((), (START,), (START, bad)):
-        assert judge(Health(checks), 10, config()) == []
+        assert new_warnings(HealthHistory(checks), 10, config()) == []
 
 
-def test_small_numbers_may_change_by_any_factor():
+def test_small_values_may_change_by_any_factor():
     start = dataclasses.replace(START, entropy=0.02, reverse_kl=0.001)
-    assert warned(dataclasses.replace(LAST, entropy=0.001, reverse_kl=0.01), start=start) == []
-    assert [w.kind for w in warned(dataclasses.replace(LAST, entropy=0.071), start=start)] == ["reverse_kl", "entropy"]
+    assert warnings_of(dataclasses.replace(LAST, entropy=0.001, reverse_kl=0.01), start=start) == []
+    assert [w.kind for w in warnings_of(dataclasses.replace(LAST, entropy=0.071), start=start)] == [
+        "reverse_kl",
+        "entropy",
+    ]
 
 
-def test_a_warning_says_what_improved_what_fell_and_what_to_do():
-    (warning,) = warned(dataclasses.replace(LAST, step=40, perplexity=6.2))
+def test_a_warning_names_what_improved_what_fell_and_what_to_do():
+    (warning,) = warnings_of(dataclasses.replace(LAST, step=40, perplexity=6.2))
     assert warning == HealthWarning(
         40,
         "perplexity",
@@ -115,55 +119,61 @@ def test_a_warning_says_what_improved_what_fell_and_what_to_do():
         "loss.representation.weight, or add loss.output.objective=full_kl",
     )
     loss = {"output": {"objective": "full_kl"}, "representation": {"weight": 0}}
-    (warning,) = warned(dataclasses.replace(LAST, perplexity=6.2), loss=loss)
+    (warning,) = warnings_of(dataclasses.replace(LAST, perplexity=6.2), loss=loss)
     assert warning.message.endswith("may be collapsing; lower optimizer.lr")
 
 
-def test_all_accuracies_that_fell_are_said_in_one_line():
-    (warning,) = warned(accuracies=[{"a": 0.4, "b": 0.5, "all": 0.45}, {"a": 0.1, "b": 0.5, "all": 0.3}])
+def test_all_lost_accuracies_are_in_one_warning():
+    (warning,) = warnings_of(accuracies=[{"a": 0.4, "b": 0.5, "all": 0.45}, {"a": 0.1, "b": 0.5, "all": 0.3}])
     assert "while the accuracy on a fell from 0.4 to 0.1, on all fell from 0.45 to 0.3: the student" in warning.message
 
 
-def test_each_kind_is_said_once():
+def test_each_kind_of_warning_is_given_once():
     bad = dataclasses.replace(LAST, perplexity=9.0, entropy=2.0)
-    first = warned(bad)
+    first = warnings_of(bad)
     assert [warning.kind for warning in first] == ["perplexity", "entropy"]
-    assert [warning.kind for warning in warned(bad, warnings=first[:1])] == ["entropy"]
-    assert warned(bad, warnings=first) == []
+    assert [warning.kind for warning in warnings_of(bad, warnings=first[:1])] == ["entropy"]
+    assert warnings_of(bad, warnings=first) == []
 
 
-def test_a_check_gets_the_means_since_the_last_one():
-    health = Health().with_check(START, generates=True)
+def test_a_check_contains_the_means_since_the_previous_check():
+    history = HealthHistory().with_check(START, generates=True)
     for loss in (1.0, 2.0, 6.0):
-        health = health.with_step({"loss": loss, "rollout/length_mean": 10 * loss})
-    health = health.with_check(Check(3, 1.0, 1.0), generates=True).with_step({"loss": 7.0, "rollout/length_mean": 0.0})
-    health = health.with_check(Check(4, 1.0, 1.0), generates=False)
-    assert [(check.objective, check.length_mean) for check in health.checks] == [(None, None), (3.0, 30.0), (7.0, None)]
-    assert health.checks[2].metrics() == {"health/perplexity": 1.0, "health/entropy": 1.0, "health/objective": 7.0}
+        history = history.with_step({"loss": loss, "rollout/length_mean": 10 * loss})
+    history = history.with_check(Check(3, 1.0, 1.0), generates=True).with_step(
+        {"loss": 7.0, "rollout/length_mean": 0.0}
+    )
+    history = history.with_check(Check(4, 1.0, 1.0), generates=False)
+    assert [(check.objective, check.length_mean) for check in history.checks] == [
+        (None, None),
+        (3.0, 30.0),
+        (7.0, None),
+    ]
+    assert history.checks[2].metrics() == {"health/perplexity": 1.0, "health/entropy": 1.0, "health/objective": 7.0}
 
 
-def test_an_evaluation_is_known_by_its_mean_accuracy():
+def test_the_history_keeps_the_mean_accuracy_of_an_evaluation():
     data = {"a": {"avg@4": 0.5, "best@4": 1.0, "mean_length": 9}, "b": {"mean_length": 3.0}}
-    assert Health().with_evaluation(data).accuracies == ({"a": 0.5},)
+    assert HealthHistory().with_evaluation(data).accuracies == ({"a": 0.5},)
 
 
-def test_a_single_teacher_that_reaches_its_top_can_be_asked():
+def test_only_a_single_teacher_built_up_to_its_final_norm_has_a_distribution():
     spec = SimpleNamespace(hidden_size=8, num_layers=4)
     whole, below = make_plan(config().loss, spec, spec), make_plan(config(loss=BELOW).loss, spec, spec)
     bare = make_plan(config(loss={"representation": {"final_norm": False}}).loss, spec, spec)
     teachers = [Teacher(None, None, plan, 8) for plan in (whole, below, bare)]
-    assert [can_be_asked([teacher]) for teacher in teachers] == [True, False, False]
-    assert not can_be_asked([teachers[0], teachers[0]])
+    assert [has_teacher_distribution([teacher]) for teacher in teachers] == [True, False, False]
+    assert not has_teacher_distribution([teachers[0], teachers[0]])
 
 
-def test_to_stop_there_must_be_a_watch():
+def test_health_stop_needs_health_every():
     with pytest.raises(UserError, match=r"health\.stop=true needs health.every above 0"):
         config(health={"stop": True})
     assert config(health={"stop": True, "every": 5}).health.stop
     assert config(loss={"representation": {"bridge": "b"}}, health={"stop": True}).health.every == 10
 
 
-# Which answers
+# The answers
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +194,12 @@ def prompt_set(count, prefix=0):
     return PromptSet([Prompt(n, (prefix, n)) for n in range(count)], count, 0, 0)
 
 
-def test_the_prompts_that_training_takes_last_are_asked(paths, tmp_path):
+def test_the_last_prompts_of_training_are_chosen(paths, tmp_path):
     prompts = prompt_set(50)
     inputs = inputs_of(paths, tmp_path, "health.prompts=20", "train.seed=3", prompts=prompts)
-    asked, limits = choose_prompts(inputs)
+    chosen, limits = choose_prompts(inputs)
     early, _ = take(prompts.prompts, PromptState(), 30, seed=3, shuffle=True)
-    assert len(asked) == 20 and not {p.index for p in asked} & {p.index for p in early}
+    assert len(chosen) == 20 and not {p.index for p in chosen} & {p.index for p in early}
     assert limits == [14] * 20  # a micro-batch holds 16 tokens
     of_evaluation, _ = choose_prompts(dataclasses.replace(inputs, evaluation_prompts=prompt_set(30, prefix=1)))
     assert len({p.index for p in of_evaluation}) == 20 and all(p.prompt_ids[0] == 1 for p in of_evaluation)
@@ -197,60 +207,60 @@ def test_the_prompts_that_training_takes_last_are_asked(paths, tmp_path):
     assert len(everything) == 50 and set(limits) == {3}
 
 
-def test_a_replay_file_gives_its_last_prompts_once_and_those_without_room_are_left_out(paths, tmp_path):
+def test_the_last_distinct_prompts_of_a_replay_file_with_room_for_an_answer_are_chosen(paths, tmp_path):
     rollouts = [Rollout((1, n // 2), (2,), (1,), "replay", teacher_prompt_ids=(9,) * 5) for n in range(8)]
     rollouts.append(Rollout((1,) * 16, (), (), "replay"))
-    asked, limits = choose_prompts(inputs_of(paths, tmp_path, "health.prompts=3", rollouts=rollouts))
-    assert [(p.prompt_ids, p.teacher_prompt_ids) for p in asked] == [((1, n), (9,) * 5) for n in (1, 2, 3)]
+    chosen, limits = choose_prompts(inputs_of(paths, tmp_path, "health.prompts=3", rollouts=rollouts))
+    assert [(p.prompt_ids, p.teacher_prompt_ids) for p in chosen] == [((1, n), (9,) * 5) for n in (1, 2, 3)]
     assert limits == [11] * 3
     with pytest.raises(UserError, match=r"health.every=1: no prompt leaves room .* health.every=0"):
         choose_prompts(inputs_of(paths, tmp_path, rollouts=rollouts[-1:]))
 
 
 @pytest.mark.parametrize(("total", "right", "kept"), [(40, 8, 8), (40, 7, 40), (12, 3, 3), (12, 2, 12), (4, 0, 4)])
-def test_right_answers_alone_are_kept_where_there_are_enough(total, right, kept, paths, tmp_path):
+def test_only_right_answers_are_kept_if_there_are_enough(total, right, kept, paths, tmp_path):
     tokenizer = byte_tokenizer()
-    inputs = inputs_of(paths, tmp_path, tokenizer=tokenizer)
     prompts = [Prompt(n, (5, n), ground_truth="yes" if n < right else "no", answer_style="exact") for n in range(total)]
     ids = tuple(tokenizer("yes")["input_ids"])
     answers = [Rollout(p.prompt_ids, ids, (1,) * len(ids), "eos", prompt_index=p.index) for p in prompts]
-    found, facts = keep_answers(inputs, prompts, answers)
+    found, counts = keep_answers(tmp_path, tokenizer, prompts, answers)
     assert [answer.prompt_index for answer in found] == list(range(kept))
-    assert facts == {"answers": total, "graded": total, "right": right, "filtered": kept < total}
+    assert counts == AnswerCounts(answers=total, graded=total, right=right, filtered=kept < total)
     stored = load_replay(tmp_path / "health" / "answers.jsonl", read_model_spec(paths[0]).vocab_size)
     assert [(r.prompt_ids, r.response_ids) for r in stored] == [(r.prompt_ids, r.response_ids) for r in found]
     line = json.loads((tmp_path / "health" / "answers.jsonl").read_text().splitlines()[0])
     assert line["ground_truth"] == prompts[0].ground_truth
 
 
-def test_answers_that_nobody_can_grade_are_all_kept(paths, tmp_path):
+def test_answers_without_ground_truth_are_all_kept(tmp_path):
     prompts = [Prompt(n, (5, n)) for n in range(3)]
     answers = [Rollout(p.prompt_ids, (7,), (1,), "eos") for p in prompts]
-    found, facts = keep_answers(inputs_of(paths, tmp_path, tokenizer=byte_tokenizer()), prompts, answers)
+    found, counts = keep_answers(tmp_path, byte_tokenizer(), prompts, answers)
     assert found == answers
-    assert facts == {"answers": 3, "graded": 0, "right": None, "filtered": False}
+    assert counts == AnswerCounts(answers=3, graded=0, right=None, filtered=False)
 
 
-def test_the_files_of_a_run_hold_all_that_is_remembered(paths, tmp_path):
+def test_the_history_is_restored_from_the_files_of_a_run(paths, tmp_path):
     def lines(name, rows):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    inputs = inputs_of(paths, tmp_path)
     prompts = [Prompt(n, (5, n)) for n in range(3)]
-    answers, facts = keep_answers(inputs, prompts, [Rollout(p.prompt_ids, (7,), (1,), "replay") for p in prompts])
-    lines("health/checks.jsonl", [dataclasses.asdict(START) | facts, dataclasses.asdict(FIRST)])
+    generated = [Rollout(p.prompt_ids, (7,), (1,), "replay") for p in prompts]
+    answers, counts = keep_answers(tmp_path, None, prompts, generated)
+    lines("health/checks.jsonl", [dataclasses.asdict(START) | dataclasses.asdict(counts), dataclasses.asdict(FIRST)])
     lines("metrics.jsonl", [{"step": step, "loss": 1 / step, "rollout/length_mean": step} for step in range(1, 13)])
     scores = [{"step": 0, "name": "before", "data": {"a": {"avg@2": 0.5}}}]
     lines("evaluations.jsonl", [*scores, {"step": 0, "name": "teacher", "data": {"a": {"avg@2": 0.9}}}])
-    without = read_watch(inputs)
-    assert [answer.response_ids for answer in without.answers] == [answer.response_ids for answer in answers]
-    assert without.health == Health((START, FIRST), ((1 / 11, 11), (1 / 12, 12)), ({"a": 0.5},), ())
+    loaded = load_answers(tmp_path, read_model_spec(paths[0]).vocab_size)
+    assert [answer.response_ids for answer in loaded] == [answer.response_ids for answer in answers]
+    without_warning = read_history(tmp_path)
+    assert without_warning == HealthHistory((START, FIRST), ((1 / 11, 11), (1 / 12, 12)), ({"a": 0.5},), ())
     warning = HealthWarning(10, "length", "shorter")
     lines("health/warnings.jsonl", [dataclasses.asdict(warning)])
-    assert read_watch(inputs).health == dataclasses.replace(without.health, warnings=(warning,))
+    assert read_history(tmp_path) == dataclasses.replace(without_warning, warnings=(warning,))
 
 
-def test_the_report_has_the_curves_and_the_warnings(tmp_path):
+def test_the_report_shows_the_curves_and_the_warnings(tmp_path):
     (tmp_path / "health").mkdir()
     facts = {"answers": 64, "graded": 60, "right": 23, "filtered": True}
     rows = [dataclasses.asdict(START) | facts, *map(dataclasses.asdict, (FIRST, LAST))]

@@ -1,0 +1,79 @@
+"""The observers of a training run: the run log, the health watch and the search for slow ranks.
+
+`train.fit` calls them once a step and once an evaluation. They do not change the training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from megatron_oprd.evaluation.grading import Sample
+from megatron_oprd.evaluation.sampling import write_samples
+from megatron_oprd.evaluation.scores import score_by_source
+from megatron_oprd.health.watch import HealthWatch, begin_watch, resume_watch
+from megatron_oprd.launch.assemble import Run
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.resilience.straggler import measure_straggler
+from megatron_oprd.runtime import progress
+from megatron_oprd.training.run_log import RunLog
+from megatron_oprd.types import Rollout
+
+
+@dataclass(frozen=True)
+class Observers:
+    """Everything that observes a run. All methods are collective over the world."""
+
+    run: Run
+    log: RunLog
+    watch: HealthWatch | None  # None: health.every is 0
+
+    def after_step(self, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
+        """Check the health and the speed of the ranks where due, and log the step with all its metrics."""
+        inputs, step = self.run.inputs, int(metrics["step"])
+        measured = dict(metrics)
+        progress.enter("health", step)
+        if self.watch is not None:
+            measured |= self.watch.after_step(step, metrics)
+        progress.enter("log", step)
+        measured |= measure_straggler(inputs.config.watchdog, self.run.topology, step)
+
+        def write() -> None:
+            self.log.step(measured)
+            self.log.rollouts(step, rollouts, inputs.tokenizer)
+
+        on_rank_zero(write)
+
+    def after_evaluation(self, step: int, samples: Sequence[Sample]) -> None:
+        """Log the scores of an evaluation, write its samples and check the accuracy."""
+        config = self.run.inputs.config
+        name = {0: "before", config.train.steps: "after"}.get(step, f"step {step}")
+
+        def write() -> dict[str, dict[str, float]]:
+            scores = score_by_source(samples, config.evaluation.samples)
+            self.log.evaluation(step, name, scores)
+            write_samples(self.log.run_dir / "evaluations" / f"step_{step:07d}.jsonl", step, samples)
+            return scores
+
+        scores = on_rank_zero(write)
+        if self.watch is not None:
+            self.watch.after_evaluation(step, scores)
+
+    def reason_to_stop(self) -> str | None:
+        """Return the message of the health watch that ends the run before its last step, or None."""
+        return None if self.watch is None else self.watch.reason_to_stop()
+
+    def close(self) -> None:
+        """Close the run log."""
+        on_rank_zero(self.log.close)
+
+
+def start_observers(run: Run, step: int) -> Observers:
+    """Open the run log at `step` and begin or resume the health watch. Collective over the world."""
+    log = RunLog(run.inputs.run_dir)
+    on_rank_zero(partial(log.open, step))
+    if step > 0:
+        return Observers(run, log, resume_watch(run, log))
+    progress.enter("health", step)
+    return Observers(run, log, begin_watch(run, log))
