@@ -1,7 +1,7 @@
-"""One process on one GPU with Transformer Engine; without either the whole folder is skipped.
+"""Fixtures for one process on one GPU with Transformer Engine; without either the folder is skipped.
 
-With tests/helpers/te_on_cpu first on PYTHONPATH the folder runs on a CPU: Megatron-Core's own modules over a stand-in
-for Transformer Engine. It shows that the tests work; what is true of a GPU only a GPU can show.
+With tests/helpers/te_on_cpu first on PYTHONPATH the folder runs on a CPU, with Megatron-Core's own modules over a
+stand-in for Transformer Engine. This shows that the tests work, not what a GPU does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def reason_to_skip() -> str | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def gpu() -> Gpu:
-    """What the models of the tests run on."""
+    """Return the device and layout of the tests' models."""
     reason = reason_to_skip()
     if reason:
         pytest.skip(reason)
@@ -41,12 +41,12 @@ def gpu() -> Gpu:
 
 @pytest.fixture(scope="session")
 def on_cuda(gpu: Gpu) -> None:
-    """For what only a device can show."""
+    """Skip a test that needs a real device."""
     if gpu.topology.device.type != "cuda":
         pytest.skip("no CUDA device: memory is that of the allocator")
 
 
 def machine() -> Machine:
-    """This one; the stand-in stands on an H100."""
+    """Return this machine; over the stand-in, an H100."""
     found = find_machine()
     return found if found.capability else replace(found, capability=(9, 0), cuda=(13, 0))

@@ -47,12 +47,12 @@ class Gpu:
         return load_config(None, [*paths, "rollout.engine=replay", *settings])
 
     def precision(self, *settings: str) -> Precision:
-        """What `precision.*` settings mean here, as `train` plans it."""
+        """Return the planned precision of `precision.*` settings, as `train` plans it."""
         config = self.config(*settings)
         return plan_precision(config.precision, config.parallel, self.machine)
 
     def load(self, folder: Path, precision: ModelPrecision, dtype: torch.dtype = torch.bfloat16) -> Stage:
-        """The model of a Hugging Face folder."""
+        """Load the model of a Hugging Face folder."""
         spec = read_model_spec(folder)
         stage = build_model(spec, self.topology, dtype, precision=precision)
         load_hf(stage, HFReader(folder), spec)
@@ -60,7 +60,7 @@ class Gpu:
 
 
 def save_model(folder: Path, family: str = "Qwen3", seed: int = 0, **sizes: int | float) -> Path:
-    """A random model whose weights are rounded to bf16, so that all who read it have the same ones."""
+    """Save a random model with weights rounded to bf16, so that every reader gets equal weights."""
     of_blocks = LARGE if torch.cuda.is_available() else SMALL
     shape = {**of_blocks, "num_hidden_layers": 4, "initializer_range": 0.03, "vocab_size": 384, **sizes}
     if family == "Qwen3":
@@ -103,7 +103,7 @@ def run(stage: Stage, rows: Sequence[torch.Tensor], device: torch.device) -> tup
 
 
 def gradients(stage: Stage, rows: Sequence[torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Of a fixed weighted sum of all states, by global name; on the CPU, in float64."""
+    """Return the gradients of a fixed weighted sum of all hidden states, by global name, on the CPU in float64."""
     stage.train()
     stage.zero_grad()
     _, states = run(stage, rows, device)

@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 def errors(gpu, folder, precision):
-    """Of each layer's states."""
+    """Return the relative error of each layer's hidden states."""
     rows = sequences(384)
     with torch.no_grad():
         exact, found = (run(gpu.load(folder, one).eval(), rows, gpu.device)[1] for one in (TE, precision))
@@ -42,13 +42,13 @@ def test_gradients_keep_their_direction(recipe, folder, gpu):
     rows = sequences(384)
     precision = gpu.precision(STUDENT, f"precision.recipe={recipe}").student
     exact, found = (gradients(gpu.load(folder, one), rows, gpu.device) for one in (TE, precision))
-    whole = cosine(*(torch.cat([one[name].flatten() for name in exact]) for one in (found, exact)))
-    assert 0.97 < whole < 1 - 1e-6
+    overall = cosine(*(torch.cat([one[name].flatten() for name in exact]) for one in (found, exact)))
+    assert 0.97 < overall < 1 - 1e-6
     for name in exact:
         assert cosine(found[name], exact[name]) > 0.85, name
 
 
-def test_the_second_update_sees_the_weights_of_the_first(gpu, tmp_path):
+def test_the_second_update_uses_the_weights_of_the_first(gpu, tmp_path):
     """As a model does that is built with those weights, and has no FP8 copies of older ones."""
     folder = save_model(tmp_path / "small", **SMALL)
     reports, stage = training(gpu, folder, STUDENT)
@@ -61,7 +61,7 @@ def test_the_second_update_sees_the_weights_of_the_first(gpu, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_twenty_steps_go_as_in_bf16(recipe, gpu, tmp_path):
+def test_twenty_steps_reach_the_loss_of_bf16(recipe, gpu, tmp_path):
     """At the size of the demo, as far as FP8 in blocks takes it: 4 blocks of width 128."""
     folder = save_model(tmp_path / "demo", **SMALL)
     in_fp8 = (STUDENT, f"precision.recipe={recipe}")

@@ -40,14 +40,14 @@ def test_logits_and_states_equal_hugging_face(folder, gpu):
 
 
 @torch.no_grad()
-def test_packed_sequences_do_not_see_each_other(folder, gpu):
+def test_packed_sequences_do_not_attend_to_each_other(folder, gpu):
     rows, stage = sequences(384), gpu.load(folder, TE).eval()
     packed = run(stage, rows, gpu.device)[0].split(LENGTHS)
     for row, logits in zip(rows, packed, strict=True):
         assert relative(logits, run(stage, [row], gpu.device)[0]) < BF16_ROUNDING / 2
 
 
-def test_gradients_point_where_those_of_own_modules_do(folder, gpu):
+def test_gradients_have_the_direction_of_our_own_modules(folder, gpu):
     rows = sequences(384)
     exact = gradients(gpu.load(folder, PLAIN, torch.float32), rows, gpu.device)
     te, own = (gradients(gpu.load(folder, precision), rows, gpu.device) for precision in (TE, PLAIN))

@@ -34,13 +34,13 @@ def is_linear(name):
     return ".linear_" in name and name.endswith(".weight")
 
 
-def test_bytes_of_the_linear_layers(case, gpu):
+def test_linear_layers_have_one_byte_per_fp8_weight(case, gpu):
     stage = frozen_teacher(scene_of(gpu, case))
     elements = sum(parameter.numel() for name, parameter in stage.named_parameters() if is_linear(name))
     assert held_bytes(stage, is_linear) / elements == pytest.approx(CASES[case][1], rel=SCALES)
 
 
-def test_bytes_that_the_allocator_gives_out(case, gpu, on_cuda):
+def test_the_allocator_gives_out_one_byte_per_fp8_weight(case, gpu, on_cuda):
     scene = scene_of(gpu, case)
     gc.collect()
     before = torch.cuda.memory_allocated(gpu.device)

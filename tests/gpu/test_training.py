@@ -32,17 +32,17 @@ SETTINGS = (
 
 
 def trained(arguments, run_dir):
-    """The loss and gradient norm of every step."""
+    """Train, and return the loss and gradient norm of every step."""
     with mock.patch.object(inputs, "find_machine", machine):
         assert train.main([*arguments, f"train.run_dir={run_dir}"]) == 0
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(line["loss"], line["grad_norm"]) for line in lines]
 
 
-def test_a_run_and_its_continuation(tmp_path, gpu):
+def test_a_resumed_run_continues_as_the_uninterrupted_one(tmp_path, gpu):
     arguments = prompt_run(tmp_path, STEPS, *SETTINGS, **SIZES)
-    whole = trained(arguments, tmp_path / "run")
-    assert len(whole) == STEPS and whole[-1][0] < 0.9 * whole[0][0]
+    uninterrupted = trained(arguments, tmp_path / "run")
+    assert len(uninterrupted) == STEPS and uninterrupted[-1][0] < 0.9 * uninterrupted[0][0]
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["attention"] == "Transformer Engine"
     assert (tmp_path / "run" / "hf" / "model.safetensors").exists()
@@ -51,7 +51,7 @@ def test_a_run_and_its_continuation(tmp_path, gpu):
     resumed = trained(arguments, tmp_path / "resumed")
     first, kept = (tmp_path / run / "checkpoints" / "step_0000001" / "complete" for run in ("run", "resumed"))
     assert first.stat().st_mtime_ns == kept.stat().st_mtime_ns, "it began anew"
-    assert resumed[:-1] == whole[:-1]
+    assert resumed[:-1] == uninterrupted[:-1]
     # Step 3 again, from the checkpoint of step 2. Backward adds up in no fixed order on a GPU.
-    assert resumed[-1][0] == pytest.approx(whole[-1][0], rel=1e-4)
-    assert resumed[-1][1] == pytest.approx(whole[-1][1], rel=1e-2)
+    assert resumed[-1][0] == pytest.approx(uninterrupted[-1][0], rel=1e-4)
+    assert resumed[-1][1] == pytest.approx(uninterrupted[-1][1], rel=1e-2)

@@ -1,6 +1,6 @@
-"""What source code asks of Transformer Engine: every name and every keyword, read with `ast`.
+"""Collect every name and keyword of Transformer Engine that source code uses, with `ast`.
 
-Version guards are weighed for one version: what stands under `if is_te_min_version("3.0")` counts only from 3.0 on.
+Version guards are evaluated for one version: code under `if is_te_min_version("3.0")` counts only from 3.0 on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def uses(tree: ast.Module, file: str, version: str) -> list[Use]:
 
 
 def lacks(use: Use, source: Source) -> list[str]:
-    """What the package does not have of this use: "name", "name(keyword=)" or "name(... required)"."""
+    """Return the parts of a use that the package lacks: "name", "name(keyword=)" or "name(... required)"."""
     definition = source.find(use.name)
     if definition is None:
         return [use.name]
@@ -81,8 +81,10 @@ class _Reader:
                     yield from self._expression(expression, names, owner, function)
 
     def live(self, body: list[ast.stmt]) -> Iterator[ast.stmt]:
-        """The statements that this version reaches, without those of nested functions and classes. Handlers of
-        exceptions are what remains when the package lacks something: not asked for."""
+        """Yield the statements that this version reaches, without those of nested functions and classes.
+
+        Exception handlers run only when the package lacks something, so they are left out.
+        """
         for statement in body:
             yield statement
             if isinstance(statement, ast.If):
@@ -94,7 +96,7 @@ class _Reader:
                     yield from self.live(getattr(statement, part, []))
 
     def holds(self, test: ast.expr) -> bool | None:
-        """A guard's value at this version; None when it asks for something else."""
+        """Return a guard's value at this version, or None for a guard about something else."""
         if isinstance(test, ast.BoolOp):
             values = [self.holds(value) for value in test.values]
             decisive = isinstance(test.op, ast.Or)
@@ -129,7 +131,7 @@ class _Reader:
                 yield self._use(statement, origin)
 
     def _of_self(self, statement: ast.ClassDef, base: str | None) -> Iterator[Use]:
-        """What a class takes from the package's class that it derives from, directly or through one of the file."""
+        """Return what a class uses from its base class in the package, directly or through a class of the same file."""
         near = next((self.derived[ast.unparse(b)] for b in statement.bases if ast.unparse(b) in self.derived), None)
         base, own = (base, set()) if base or near is None else near
         if base is None:
@@ -144,7 +146,7 @@ class _Reader:
 
     @staticmethod
     def _own_expressions(statement: ast.stmt) -> Iterator[ast.expr]:
-        """The expressions of a statement itself, not of the statements inside it."""
+        """Yield the expressions of a statement, not those of the statements inside it."""
         for _, value in ast.iter_fields(statement):
             for node in value if isinstance(value, list) else [value]:
                 if isinstance(node, ast.arguments):
@@ -203,7 +205,7 @@ class _Reader:
         return None
 
     def _keywords(self, keywords: list[ast.keyword], function: ast.AST | None) -> tuple[list[str], bool]:
-        """The names that a call passes, those in a `**` too; and whether one of these stays unknown."""
+        """Return the keywords of a call, with those of `**`, and True if some keyword stays unknown."""
         found, opaque = [], False
         for keyword in keywords:
             if keyword.arg:
@@ -214,7 +216,7 @@ class _Reader:
         return sorted(set(found)), opaque
 
     def _entries(self, node: ast.expr, function: ast.AST | None) -> tuple[list[str], bool]:
-        """The keys of a dictionary that is built in `function`."""
+        """Return the keys of a dictionary that is built in `function`."""
         if isinstance(node, ast.Dict):
             found, opaque = [k.value for k in node.keys if isinstance(k, ast.Constant)], False
             for key, value in zip(node.keys, node.values, strict=True):

@@ -1,5 +1,6 @@
-"""What tests/numerics/test_te_stand_in.py asks, run as processes of their own: Megatron-Core looks for Transformer
-Engine when it is imported.
+"""Run the cases of tests/numerics/test_te_stand_in.py in processes of their own.
+
+Megatron-Core looks for Transformer Engine at import, so a test process that has imported it cannot run them.
 
 usage: python -m tests.helpers.te_cases RANK WORLD_SIZE FOLDER, with tests/helpers/te_on_cpu first on PYTHONPATH.
 Rank 0 writes {case: figures} to FOLDER/figures.json.
@@ -39,7 +40,7 @@ def dense(local: Any, weights: dict, logits: torch.Tensor, **settings: Any) -> d
 
 
 def fp8(weights: dict, logits: torch.Tensor) -> dict[str, Any]:
-    """The contexts of one pass, and how far FP8 moves logits and gradients."""
+    """Return the FP8 contexts of one pass, and by how much FP8 changes logits and gradients."""
     plain = load(build("te"), weights)
     run(plain)
     model = load(build("te", **FP8, first_last_layers_bf16=True), weights)
@@ -53,7 +54,7 @@ def contexts() -> list[list]:
 
 
 def recomputed(weights: dict) -> dict[str, Any]:
-    """Every layer recomputed in backward, after the context around all of them (the delayed recipe's) has ended."""
+    """Recompute every layer in backward, after the context around all layers (of the delayed recipe) has ended."""
     settings = {"fp8": "e4m3", "fp8_recipe": "delayed"}
     kept = load(build("te", **settings), weights)
     again = load(
@@ -71,7 +72,7 @@ def relative_gradients(model: torch.nn.Module, other: torch.nn.Module) -> float:
 
 
 def stale(weights: dict) -> dict[str, float]:
-    """An optimizer step without `set_is_first_microbatch`, and with it."""
+    """Compare an optimizer step with and without `set_is_first_microbatch`."""
     model = load(build("te", **FP8), weights)
     with torch.no_grad():
         before = run(model)
@@ -85,7 +86,7 @@ def stale(weights: dict) -> dict[str, float]:
 
 @torch.no_grad()
 def fp8_weights(weights: dict, logits: torch.Tensor) -> dict[str, Any]:
-    """A frozen model whose weights are FP8, as a teacher's."""
+    """Run a frozen model with FP8 weights, as a teacher."""
     on_cpu.entered.clear()
     model = load(build("te", **FP8, fp8_param=True), weights)
     weight = model.decoder.layers[0].mlp.linear_fc2.weight
@@ -139,7 +140,7 @@ def context_parallel(rank: int, size: int) -> dict[str, float]:
         out = attention(*inputs, qkv_format="thd", **kwargs)
         (out * probe[rows].flatten(-2)).sum().backward()
         found[name] = [out.detach(), *[tensor.grad for tensor in inputs]]
-    errors = [relative(part, whole[own]) for part, whole in zip(found["all"], found["one"], strict=True)]
+    errors = [relative(part, full[own]) for part, full in zip(found["all"], found["one"], strict=True)]
     expected = torch.nn.functional.scaled_dot_product_attention(
         *[x[12:23].transpose(0, 1) for x in (query, key, value)], is_causal=True, enable_gqa=True
     )
@@ -167,8 +168,10 @@ def optimizer() -> dict[str, float]:
 
 
 def training(weights: dict, folder: Path) -> dict[str, float]:
-    """Two steps in FP8 of two data-parallel ranks with the distributed optimizer, resumed from a checkpoint after the
-    first: how far the parameters move in each, and how far those of the resumed run are away at the end."""
+    """Train two FP8 steps on two data-parallel ranks with the distributed optimizer, and resume after the first.
+
+    Return how far the parameters move in each step, and the distance of the resumed run at the end.
+    """
     (folder / "saved").mkdir(exist_ok=True)
     dist.barrier()
     model, trainer = trained(weights)

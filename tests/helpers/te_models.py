@@ -50,7 +50,7 @@ EXPERTS: dict[str, Any] = {
 
 
 def build(spec: str, **settings: Any) -> GPTModel:
-    """A GPTModel of the "te" or the "local" spec on the layout in force; random weights, norms too."""
+    """Build a GPTModel of the "te" or the "local" spec on the active layout, with random weights and norms."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     config = TransformerConfig(**{**SIZES, "tensor_model_parallel_size": size, **settings})
     make = get_gpt_layer_with_transformer_engine_spec if spec == "te" else get_gpt_layer_local_spec
@@ -72,22 +72,22 @@ def build(spec: str, **settings: Any) -> GPTModel:
 
 
 def te_name(name: str) -> str:
-    """Where the TE spec keeps a parameter of the local spec: the norms before fused linears are theirs."""
+    """Return the name in the TE spec of a parameter of the local spec; fused linears contain the norms before them."""
     name = name.replace("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
     return name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
 
 
-def cut(name: str, whole: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a whole parameter. fc1 holds the gate and the up projection, each cut by itself."""
+def cut(name: str, full: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a full parameter; gate and up projection of fc1 are cut separately."""
     rank, size = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
     if size == 1 or not getattr(target, "tensor_model_parallel", False):
-        return whole
+        return full
     if "linear_fc1" in name:
-        return torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
-    return whole.chunk(size, dim=target.partition_dim)[rank]
+        return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
+    return full.chunk(size, dim=target.partition_dim)[rank]
 
 
 def load(model: GPTModel, weights: dict[str, torch.Tensor]) -> GPTModel:
@@ -95,9 +95,9 @@ def load(model: GPTModel, weights: dict[str, torch.Tensor]) -> GPTModel:
     parameters = dict(model.named_parameters())
     assert parameters.keys() == {te_name(name) for name in weights}
     with torch.no_grad():
-        for name, whole in weights.items():
+        for name, full in weights.items():
             target = parameters[te_name(name)]
-            target.copy_(cut(name, whole, target))
+            target.copy_(cut(name, full, target))
     return model
 
 
@@ -141,7 +141,7 @@ def gradients(model: GPTModel) -> dict[str, torch.Tensor]:
 
 
 def compare(model: GPTModel, reference: GPTModel) -> float:
-    """The largest relative error of a parameter's gradient."""
+    """Return the largest relative error of a parameter's gradient."""
     ours, parameters = gradients(model), dict(model.named_parameters())
     errors = {}
     for name, parameter in reference.named_parameters():

@@ -20,7 +20,7 @@ PACKAGE = "transformer_engine"
 
 
 def download(version: str, folder: Path) -> Path:
-    """The wheel of pure Python of this version, through pip, kept in `folder`. Raises OSError when pip has none."""
+    """Download the pure-Python wheel of a version with pip into `folder`. Raises OSError when pip has none."""
     wheel = folder / f"{PACKAGE}-{version}-py3-none-any.whl"
     if not wheel.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Definition:
-    """Where a name leads. `node` is None for a module and for what comes from outside the package (C++, torch)."""
+    """The definition that a name leads to; `node` is None for a module and for names from outside (C++, torch)."""
 
     kind: str  # "module", "class", "function", "value" or "outside"
     module: str
@@ -53,7 +53,7 @@ class Definition:
 
 
 def active(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module or class, also those in `if`, `try` and `with`."""
+    """Yield the statements of a module or class, also those in `if`, `try` and `with`."""
     for statement in body:
         yield statement
         if isinstance(statement, (ast.If, ast.Try, ast.With)):
@@ -82,7 +82,7 @@ class Source:
         return next((file for file in (f"{stem}/__init__.py", f"{stem}.py") if file in self._files), None)
 
     def extract(self, module: str, folder: Path) -> Path:
-        """The module's file, written to `folder`."""
+        """Write the module's file to `folder` and return its path."""
         target = folder / f"{module.rsplit('.', 1)[-1]}.py"
         target.write_text(ast.unparse(self.tree(module)))
         return target
@@ -105,7 +105,7 @@ class Source:
         return here
 
     def lookup(self, module: str, name: str) -> Definition | None:
-        """A name of a module: the last one bound, else a submodule."""
+        """Return the definition of a name in a module: the last binding, else a submodule."""
         if (module, name) in self._under_way:  # modules that import from each other
             return None
         self._under_way.add((module, name))
@@ -176,7 +176,7 @@ class Source:
         return found
 
     def member(self, definition: Definition, name: str) -> Definition | None:
-        """A method or attribute of a class, its instances' too, or of the first base that has it."""
+        """Return a method or attribute of a class (of its instances too), or of the first base that has it."""
         if not isinstance(definition.node, ast.ClassDef):
             return Definition("outside", definition.module, name)
         for statement in active(definition.node.body):
@@ -198,14 +198,14 @@ class Source:
         return None
 
     def callee(self, definition: Definition) -> Definition:
-        """What runs when it is called: a class's constructor."""
+        """Return the function that a call runs: the constructor of a class."""
         if definition.kind != "class":
             return definition
         constructor = None if self.fields(definition) is not None else self.member(definition, "__init__")
         return constructor or definition
 
     def fields(self, definition: Definition) -> list[Parameter] | None:
-        """The parameters of a dataclass; None of any other class."""
+        """Return the parameters of a dataclass, or None for any other class."""
         node = definition.node
         if not isinstance(node, ast.ClassDef) or not any("dataclass" in ast.unparse(d) for d in node.decorator_list):
             return None
@@ -218,7 +218,7 @@ class Source:
         return inherited + own
 
     def signature(self, definition: Definition) -> list[Parameter] | None:
-        """What a call may pass, without `self`; None where the source does not say (C++, a value)."""
+        """Return the parameters of a call without `self`, or None if the source does not tell (C++, a value)."""
         fields = self.fields(definition)
         if fields is not None:
             return fields
@@ -228,8 +228,11 @@ class Source:
         return _parameters(target.node.args)[1 if target.is_method else 0 :]
 
     def accepts(self, definition: Definition, keyword: str) -> bool:
-        """Whether a call may pass `keyword`. What `**kwargs` swallows counts when the body takes it out by name, or
-        when a base's constructor, which is handed the rest, has it."""
+        """Return True if a call may pass `keyword`.
+
+        A keyword that goes to `**kwargs` counts if the body takes it out by name, or if the base's constructor has it
+        and gets the rest.
+        """
         parameters = self.signature(definition)
         if parameters is None or any(p.name == keyword and p.kind in ("positional", "keyword") for p in parameters):
             return True
@@ -248,7 +251,7 @@ def _targets(statement: ast.Assign | ast.AnnAssign) -> list[str]:
 
 
 def _sets(node: ast.ClassDef, name: str) -> bool:
-    """Whether the methods of a class give its instances this attribute, or a parameter whose name is in a variable."""
+    """Return True if the methods of a class set this attribute or parameter, or one by a computed name."""
     nodes = list(ast.walk(node))
     is_set = any(
         isinstance(n, ast.Attribute) and n.attr == name and isinstance(n.ctx, ast.Store) and _is_self(n.value)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """What the cases of tests/helpers/te_cases.py found, on two ranks."""
+    """Return the figures of the cases of tests/helpers/te_cases.py on two ranks."""
     folder = tmp_path_factory.mktemp("te")
     command = [sys.executable, "-m", "tests.helpers.te_cases"]
     ranks = [
@@ -48,7 +48,7 @@ def test_te_layers_equal_the_local_ones(figures, layout):
     assert figures[layout]["gradients"] < ROUNDING_FP32
 
 
-def test_fp8_is_on_in_the_layers_between(figures):
+def test_fp8_is_on_in_all_layers_but_the_outer_ones(figures):
     middle_layers = 2
     assert figures["fp8"]["contexts"] == [["autocast", True, "Float8CurrentScaling", "HYBRID"]] * middle_layers
     assert 1e-3 < figures["fp8"]["logits"] < 0.1
@@ -77,19 +77,19 @@ def test_a_frozen_model_holds_fp8_weights(figures):
     assert 1e-3 < teacher["logits"] < 0.2
 
 
-def test_grouped_experts_equal_one_by_one(figures):
+def test_grouped_experts_equal_sequential_ones(figures):
     assert figures["experts"]["grouped"] < ROUNDING_FP32
     assert figures["experts"]["grouped_gradients"] < ROUNDING_FP32
     assert 1e-3 < figures["experts"]["fp8"] < 0.3
 
 
-def test_attention_over_context_parallel_ranks(figures):
+def test_context_parallel_attention_equals_one_rank(figures):
     assert figures["context_parallel"]["all_ranks"] < ROUNDING_FP32
     assert figures["context_parallel"]["one_rank"] < ROUNDING_FP32
     assert figures["context_parallel"]["gap"] == 0
 
 
-def test_fused_adam_steps_as_torch(figures):
+def test_fused_adam_equals_torch_adam(figures):
     assert figures["optimizer"]["AdamW"] < ROUNDING_FP32
     assert figures["optimizer"]["Adam"] < ROUNDING_FP32
 

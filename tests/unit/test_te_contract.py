@@ -61,7 +61,7 @@ of_this_megatron = pytest.mark.skipif(
 
 @functools.cache
 def opened(version):
-    """The wheel's source, or why there is none."""
+    """Return the wheel's source, or the reason why there is none."""
     try:
         return Source(download(version, CACHE))
     except (OSError, subprocess.SubprocessError) as error:
@@ -74,8 +74,8 @@ def source(version):
 
 
 @functools.cache
-def asked(version):
-    """Every use in Megatron-Core and in this package at a version of Transformer Engine."""
+def uses_of(version):
+    """Return every use of a version of Transformer Engine in Megatron-Core and in this package."""
     core = Path(importlib.util.find_spec("megatron.core").origin).parent
     files = [(core, file) for file in sorted(core.rglob("*.py"))]
     files = [(r, f) for r, f in files if not _under(f.relative_to(r), UNUSED) or _under(f.relative_to(r), USED)]
@@ -95,13 +95,13 @@ def _under(path, folders):
 
 @of_this_megatron
 @pytest.mark.parametrize("version", SUPPORTED)
-def test_transformer_engine_has_all_that_is_asked_of_it(version):
+def test_transformer_engine_has_every_name_that_is_used(version):
     lacking = defaultdict(list)
-    for use in asked(version):
+    for use in uses_of(version):
         for lack in lacks(use, source(version)):
             lacking[lack].append(use.where)
     new = {lack: where for lack, where in lacking.items() if lack not in KNOWN_LACKS}
-    assert not new, f"Transformer Engine {version} lacks what is asked at these lines: {new}"
+    assert not new, f"Transformer Engine {version} lacks names that are used at these lines: {new}"
     assert not KNOWN_LACKS.keys() - lacking.keys(), (
         "Transformer Engine has it, or nobody asks any more: delete the line"
     )
@@ -109,7 +109,7 @@ def test_transformer_engine_has_all_that_is_asked_of_it(version):
 
 @of_this_megatron
 @pytest.mark.parametrize("version", SUPPORTED)
-def test_transformer_engine_has_what_only_runs_ask(version):
+def test_transformer_engine_has_names_that_are_looked_up_at_run_time(version):
     """Names without a call in Megatron-Core, and the packed sequence's fields, which it passes by name at run time."""
     wheel = source(version)
     assert [name for name in OURS if wheel.find(name) is None] == []
@@ -120,14 +120,14 @@ def test_transformer_engine_has_what_only_runs_ask(version):
 
 @of_this_megatron
 @pytest.mark.parametrize("version", SUPPORTED)
-def test_recipes_take_what_megatron_passes(version, tmp_path):
+def test_recipes_accept_the_keywords_of_megatron(version, tmp_path):
     file = source(version).extract("transformer_engine.common.recipe", tmp_path)
     spec = importlib.util.spec_from_file_location("te_recipe", file)
     recipe = importlib.util.module_from_spec(spec)
     sys.modules["te_recipe"] = recipe  # where pydantic looks for the types
     try:
         spec.loader.exec_module(recipe)
-        calls = {u.name.rsplit(".", 1)[1]: u.keywords for u in asked(version) if u.is_call and ".recipe." in u.name}
+        calls = {u.name.rsplit(".", 1)[1]: u.keywords for u in uses_of(version) if u.is_call and ".recipe." in u.name}
         values = {"amax_compute_algo": "most_recent", "amax_history_len": 1, "margin": 0, "qfactory": print}
         for name in ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"):
             for fp8_format in (recipe.Format.E4M3, recipe.Format.HYBRID):
@@ -140,9 +140,9 @@ def test_recipes_take_what_megatron_passes(version, tmp_path):
 
 
 @of_this_megatron
-def test_the_reader_sees_what_megatron_passes():
+def test_uses_include_the_keywords_of_megatron():
     found = defaultdict(set)
-    for use in asked("2.11.0"):
+    for use in uses_of("2.11.0"):
         found[use.name] |= set(use.keywords)
     te = "transformer_engine.pytorch."
     assert {"in_features", "tp_group", "params_dtype", "device", "rng_tracker_name", "ub_name"} <= found[te + "Linear"]
@@ -154,8 +154,8 @@ def test_the_reader_sees_what_megatron_passes():
     assert {"fp8_recipe", "fp8_group", "enabled"} <= found[te + "fp8_autocast"]
     assert {"tp_group", "get_rng_state_tracker"} <= found[te + "distributed.checkpoint"]
     assert {te + "optimizers.FusedAdam", te + "tensor.QuantizedTensor", te + "LayerNormLinear.use_bias"} <= found.keys()
-    old = {keyword for use in asked("1.4.0") for keyword in use.keywords}
-    new = {keyword for use in asked("2.11.0") for keyword in use.keywords}
+    old = {keyword for use in uses_of("1.4.0") for keyword in use.keywords}
+    new = {keyword for use in uses_of("2.11.0") for keyword in use.keywords}
     assert "ub_split_ag" in old - new and "ub_overlap_ag" in new - old
 
 
@@ -190,7 +190,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("code", CASES)
-def test_what_is_lacking_is_found(tmp_path, code):
+def test_a_missing_name_is_found(tmp_path, code):
     for name, text in PACKAGE.items():
         file = tmp_path / "transformer_engine" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ def test_what_is_lacking_is_found(tmp_path, code):
     assert sorted(lacking) == [f"transformer_engine.pytorch.{name}" for name in CASES[code]]
 
 
-def test_the_stand_in_has_only_what_the_package_has():
+def test_the_stand_in_has_no_name_that_the_package_lacks():
     real, ours = source(STAND_IN_VERSION), Source(STAND_IN)
     wrong = []
     for module in ours.modules():
@@ -220,7 +220,7 @@ def test_the_stand_in_has_only_what_the_package_has():
 
 
 def _differences(name, ours, real):
-    """In what the stand-in's definition promises more than the package's, or something else."""
+    """List what the stand-in's definition promises beyond the package's, or differently."""
     own, theirs = ours.find(name), real.find(name)
     if theirs is None:
         return [f"{name}: not in the package"]

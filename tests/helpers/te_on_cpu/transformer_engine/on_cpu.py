@@ -1,4 +1,4 @@
-"""What this stand-in has beyond the real package: a record of the contexts entered, and FP8 arithmetic by rounding."""
+"""Additions of this stand-in to the real package: a record of entered contexts, and FP8 arithmetic by rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Entered:
-    """One context that was entered."""
+    """A context that was entered."""
 
     kind: Literal["autocast", "model_init"]
     enabled: bool
@@ -25,14 +25,14 @@ entered: list[Entered] = []  # in order; a test clears it
 
 
 def scale_and_round(tensor: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[torch.Tensor, float]:
-    """The FP8 values of `tensor` and the factor that they are multiplied by to have it back."""
+    """Return the FP8 values of `tensor` and the factor that restores their scale."""
     largest = tensor.detach().abs().max().float().item() if tensor.numel() else 0.0
     scale = largest / torch.finfo(dtype).max or 1.0
     return (tensor.detach().float() / scale).to(dtype), scale
 
 
 def quantized(tensor: torch.Tensor) -> torch.Tensor:
-    """A Float8Tensor of the values of `tensor`."""
+    """Return a Float8Tensor with the values of `tensor`."""
     from .pytorch.tensor import Float8Tensor
 
     return tensor.detach().clone().as_subclass(Float8Tensor).quantize_(tensor)
@@ -81,8 +81,10 @@ class Gemm(torch.autograd.Function):
 
 
 class Exchange(torch.autograd.Function):
-    """One collective forward and its partner backward, along dimension 0 over `group`: "gather", "reduce_scatter",
-    "reduce" or "keep"."""
+    """A collective in forward and its partner in backward, along dimension 0 over `group`.
+
+    The name is "gather", "reduce_scatter", "reduce" or "keep".
+    """
 
     @staticmethod
     def forward(ctx, tensor, group, forward, backward):

@@ -31,7 +31,7 @@ def is_fp8_activation_recompute_enabled() -> bool:
 
 
 def checkpoint(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The random states of the tracker are not replayed: what is tested here has no dropout."""
+    """Recompute `function` in backward. Random states are not replayed: the tested models have no dropout."""
     use_reentrant = kwargs.pop("use_reentrant", True)
     for ignored in ("distribute_saved_activations", "tp_group", "get_rng_state_tracker"):
         kwargs.pop(ignored, None)

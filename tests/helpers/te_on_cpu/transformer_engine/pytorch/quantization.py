@@ -1,4 +1,4 @@
-"""Which precision is on: two context managers over one global state."""
+"""Two context managers over one global state that holds the active precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller chooses: a format and a way to scale. Only the fields that Megatron-Core sets."""
+"""FP8 formats and scaling recipes, with only the fields that Megatron-Core sets."""
 
 from __future__ import annotations
 

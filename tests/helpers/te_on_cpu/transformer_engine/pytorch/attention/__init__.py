@@ -120,7 +120,7 @@ def _forgive_extra_state(module: torch.nn.Module, incompatible_keys: Any) -> Non
 
 
 def _zigzag(starts: list[int], size: int) -> torch.Tensor:
-    """The positions that the ranks hold, rank after rank: of each sequence, chunk r and chunk 2 * size - 1 - r."""
+    """Return the positions of the ranks, rank after rank: chunks r and 2 * size - 1 - r of each sequence."""
     positions: list[list[int]] = [[] for _ in range(size)]
     for start, end in itertools.pairwise(starts):
         assert (end - start) % (2 * size) == 0, f"a sequence of {end - start} tokens over {size} ranks"

@@ -1,4 +1,4 @@
-"""What the modules share: parameters, tensor parallelism, cached FP8 weights and their extra state."""
+"""Shared parts of the modules: parameters, tensor parallelism, cached FP8 weights and their extra state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def initialize_ub(shape: list, tp_size: int, use_fp8: bool = False) -> None:
 
 
 def get_dummy_wgrad(shape: list, dtype: torch.dtype, zero=False) -> torch.Tensor:
-    """What `weight.grad` is when the gradient went to `weight.main_grad`."""
+    """Return the placeholder for `weight.grad` when the gradient went to `weight.main_grad`."""
     return torch.zeros(shape, dtype=dtype)
 
 
@@ -62,7 +62,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
             raise NotImplementedError("fuse_wgrad_accumulation: Megatron-Core's own layers need apex for it")
 
     def _add_weight(self, name: str, shape: tuple[int, int], dtype: Any, init_method: Any, tracker: Any, rng: Any):
-        """A weight from `init_method` under the tracker's state; held in FP8 inside `quantized_model_init`."""
+        """Add a weight made by `init_method` under the tracker's random state; in FP8 inside `quantized_model_init`."""
         data = torch.empty(shape, dtype=dtype)
         fork = tracker().fork(*([rng] if rng else [])) if tracker else contextlib.nullcontext()
         with fork, torch.no_grad():
@@ -99,7 +99,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return Gemm.apply(inp, weight, self._rounded(weight, name, is_first_microbatch), grad_dtype)
 
     def _rounded(self, weight: torch.Tensor, name: str, is_first_microbatch: bool | None) -> torch.Tensor:
-        """The FP8 weight: of the last first micro-batch, whatever became of the weight since, as TE caches it."""
+        """Return the FP8 weight cached at the last first micro-batch, stale or not, as TE does."""
         if is_first_microbatch is None:
             return fake_quantize(weight)
         if is_first_microbatch or name not in self._fp8_workspaces:

@@ -6,7 +6,7 @@ import torch
 
 
 def _normalize(inp: torch.Tensor, gamma: torch.Tensor, beta: torch.Tensor | None, eps: float, centered: bool):
-    """In float32, rounded once: to the dtype of `inp`."""
+    """Normalize in float32 and round once, to the dtype of `inp`."""
     values = inp.float()
     if centered:
         values = values - values.mean(-1, keepdim=True)
