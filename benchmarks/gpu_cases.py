@@ -140,7 +140,7 @@ class Scene:
         config = workload.config(OPRD, f"recompute.granularity={recompute}", *case.settings)
         planned = plan_teacher(config, spec, spec)
         precision = plan_precision(config.precision, config.parallel, machine)
-        check_precision(config, precision, spec, {"": planned})
+        check_precision(config, precision, spec, planned.plan.student_stages, {"": planned})
         start_process(device)
         topology = build_topology(config.parallel, device, seed=0)
         rollouts = tuple(workload.rollouts())

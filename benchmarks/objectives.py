@@ -46,6 +46,7 @@ from megatron_oprd import train
 from megatron_oprd.config import load_config
 from megatron_oprd.evaluate import evaluate_model
 from megatron_oprd.evaluation.scores import score
+from megatron_oprd.launch.inputs import read_evaluation_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 4
@@ -220,7 +221,7 @@ def accuracies(work: Path, pair: Path, model: Path, arguments: Sequence[str]) ->
 def accuracy(arguments: Sequence[str]) -> float:
     """Return the accuracy of the model at `student.path` with one answer per problem."""
     _, recipe, *overrides = arguments
-    samples, _ = evaluate_model(load_config(recipe, overrides))
+    samples = evaluate_model(read_evaluation_inputs(load_config(recipe, overrides)))
     return score(samples, 1)["avg@1"]
 
 

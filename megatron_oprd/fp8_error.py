@@ -28,6 +28,7 @@ from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
 from megatron_oprd.launch.assemble import build_models, build_teacher
 from megatron_oprd.launch.inputs import Inputs, read_inputs
+from megatron_oprd.launch.step_data import align, make_global_batch, next_prompts
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.runtime.files import explain_os_errors, write_json
 from megatron_oprd.training.fp8_error import LayerError, measure_error
@@ -75,14 +76,15 @@ def measure(inputs: Inputs) -> dict[int, LayerError]:
     """The error of each compared layer, by student layer. Collective over the world."""
     models = build_models(inputs)
     topology = models.topology
-    prompts, _ = inputs.take_prompts(PromptState())
+    prompts, _ = next_prompts(inputs, PromptState())
     mine = models.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), 0)
-    global_batch = inputs.global_batch(share_rollouts(inputs.aligned(mine), topology))
-    precision = dataclasses.replace(inputs.precision, teacher=inputs.precision.exact_teacher)
-    exact = dataclasses.replace(inputs, precision=precision)
+    global_batch = make_global_batch(inputs, share_rollouts(align(inputs, mine), topology))
+    setup = inputs.setup
+    exact_precision = dataclasses.replace(setup.precision, teacher=setup.precision.exact_teacher)
+    exact = dataclasses.replace(inputs, setup=dataclasses.replace(setup, precision=exact_precision))
     of_exact = [
         build_teacher(exact, planned, teacher.topology)
-        for planned, teacher in zip(inputs.teachers.values(), models.teachers, strict=True)
+        for planned, teacher in zip(setup.teachers.values(), models.teachers, strict=True)
     ]
     return measure_error(of_exact, models.teachers, global_batch, topology)
 

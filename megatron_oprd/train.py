@@ -30,6 +30,7 @@ from megatron_oprd.health.observers import Observers, start_observers
 from megatron_oprd.launch.assemble import Run, build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import open_run_folder
+from megatron_oprd.launch.step_data import align, make_global_batch, next_prompts
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.planning.dry_run import describe_run
 from megatron_oprd.planning.planned_run import PlannedRun
@@ -59,7 +60,12 @@ def main(arguments: list[str] | None = None) -> int:
     inputs = read_inputs(load_config(options.config, options.overrides), dry_run=options.dry_run)
     if options.dry_run:
         planned = PlannedRun(
-            inputs.config, inputs.student, inputs.teachers, inputs.lengths, inputs.world, inputs.bridge_rank
+            inputs.config,
+            inputs.setup.student,
+            inputs.setup.teachers,
+            inputs.lengths,
+            inputs.setup.world_size,
+            inputs.bridge_rank,
         )
         describe_run(planned, inputs.missing)
         return 0
@@ -120,11 +126,11 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     config = inputs.config
     progress.enter("batch", state.step + 1)
     meter = StepMeter(topology.device)
-    prompts, position = inputs.take_prompts(state.prompts)
+    prompts, position = next_prompts(inputs, state.prompts)
     with meter.stage("rollout"):
         local_prompts = split(prompts, topology.replica_rank, topology.num_replicas)
-        local_rollouts = inputs.aligned(run.engine.generate(local_prompts, state.step))
-    global_batch = inputs.global_batch(share_rollouts(local_rollouts, topology))
+        local_rollouts = align(inputs, run.engine.generate(local_prompts, state.step))
+    global_batch = make_global_batch(inputs, share_rollouts(local_rollouts, topology))
     micro_batches = global_batch.micro_batches(topology)
     with progress.stage("teacher"):
         targets, teacher_report = teacher_pass(run.teachers, global_batch, micro_batches, topology)
@@ -134,7 +140,7 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
         report = student_step(
             run.student,
             topology,
-            inputs.plan,
+            inputs.setup.layer_plan,
             config.loss,
             global_batch,
             micro_batches,

@@ -23,6 +23,7 @@ from megatron_oprd.bridge import fit
 from megatron_oprd.config import load_config
 from megatron_oprd.evaluate import evaluate_model
 from megatron_oprd.evaluation.scores import score
+from megatron_oprd.launch.inputs import read_evaluation_inputs
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.runtime import platform
@@ -108,7 +109,7 @@ def make_and_convert(pair: Path, seed: int) -> None:
 def _accuracy(recipe: Path, model: Path, temperature: float, arguments: list[str]) -> float:
     """Return the exact-match accuracy on the held-out additions, sampled by the embedded engine in the run's layout."""
     settings = [f"student.path={model}", f"evaluation.temperature={temperature}", "evaluation.top_p=1.0"]
-    samples, _ = evaluate_model(load_config(recipe, [*arguments, *settings]))
+    samples = evaluate_model(read_evaluation_inputs(load_config(recipe, [*arguments, *settings])))
     return score(samples, 1)["avg@1"]
 
 

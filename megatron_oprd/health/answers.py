@@ -67,9 +67,9 @@ def choose_prompts(inputs: Inputs) -> tuple[list[Prompt], list[int]]:
         prompts = prompt_set.prompts
         prompts, _ = take(prompts, PromptState(), len(prompts), seed=config.train.seed, shuffle=shuffle)
     most_tokens = min(
-        inputs.student.max_position_embeddings,
+        inputs.setup.student.max_position_embeddings,
         config.batch.max_tokens_per_micro_batch,
-        *(teacher.spec.max_position_embeddings for teacher in inputs.teachers.values()),
+        *(teacher.spec.max_position_embeddings for teacher in inputs.setup.teachers.values()),
     )
     room = [most_tokens - max(len(prompt.prompt_ids), len(prompt.teacher_prompt_ids or ())) for prompt in prompts]
     chosen = [pair for pair in zip(prompts, room, strict=True) if pair[1] > 0][-config.health.prompts :]
@@ -95,11 +95,11 @@ def generate_answers(
     longest = max(len(prompt.prompt_ids) + limit for prompt, limit in zip(prompts, limits, strict=True))
     engine = EmbeddedEngine(
         stage,
-        inputs.student,
+        inputs.setup.student,
         topology,
         Sampling(temperature=0.0, max_new_tokens=inputs.config.health.max_new_tokens),
         seed=inputs.config.train.seed,
-        max_batch=rows_at_a_time(inputs.student, topology, stage, longest),
+        max_batch=rows_at_a_time(inputs.setup.student, topology, stage, longest),
         vocab_size=inputs.vocab_size,
     )
     local_prompts = split(prompts, topology.replica_rank, topology.num_replicas)

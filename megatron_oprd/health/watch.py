@@ -128,7 +128,7 @@ def resume_watch(run: Run, log: RunLog) -> HealthWatch | None:
     if not inputs.config.health.every:
         return None
     answers, history = on_rank_zero(
-        lambda: (load_answers(inputs.run_dir, inputs.student.vocab_size), read_history(inputs.run_dir))
+        lambda: (load_answers(inputs.run_dir, inputs.setup.student.vocab_size), read_history(inputs.run_dir))
     )
     return HealthWatch(inputs.config, _measured_models(run), log, answers, history)
 
@@ -154,12 +154,12 @@ def read_history(run_dir: Path) -> HealthHistory:
 
 
 def _measured_models(run: Run) -> MeasuredModels:
-    inputs, stage = run.inputs, run.student.stage
-    models = MeasuredModels(stage, inputs.student, run.topology, inputs.config.batch, inputs.precision.pad_tokens)
+    inputs, setup, stage = run.inputs, run.inputs.setup, run.student.stage
+    models = MeasuredModels(stage, setup.student, run.topology, inputs.config.batch, setup.precision.pad_tokens)
     if not has_teacher_distribution(run.teachers) or inputs.aligner is not None:  # a KL needs a common vocabulary
         return models
     (teacher,) = run.teachers
-    heads = (lambda: run.heads) if inputs.plan.output else partial(load_heads, inputs, stage, run.topology)
+    heads = (lambda: run.heads) if setup.layer_plan.output else partial(load_heads, inputs, stage, run.topology)
     return dataclasses.replace(models, teacher=teacher, load_heads=heads)
 
 

@@ -10,11 +10,11 @@ from megatron_oprd.checkpoint.training_state import CheckpointContent
 from megatron_oprd.checkpoint.weights import content_hash, load_lm_head, load_weights
 from megatron_oprd.config import Config, EvaluationConfig, ParallelConfig, RolloutConfig
 from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.launch.setup import Setup
 from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
-from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.projection import StudentMap, identify, student_maps, teacher_maps
 from megatron_oprd.models.scaled_linear import quantize_weights
 from megatron_oprd.models.tp_overlap import start_tp_overlap
@@ -61,7 +61,7 @@ class Run:
     def checkpoint_content(self) -> CheckpointContent:
         """The parts of this run that a checkpoint stores or checks."""
         source = self.inputs.config.student.path
-        return CheckpointContent(self.student, self.inputs.student, self.topology, self.identities, source)
+        return CheckpointContent(self.student, self.inputs.setup.student, self.topology, self.identities, source)
 
     def output_loss(self, *, with_metrics: bool) -> OutputLoss | None:
         """Return the output-space objective of one step on the student's last stage; otherwise None."""
@@ -76,11 +76,11 @@ class Run:
 
 def build_run(inputs: Inputs) -> Run:
     """Start the process group and build this rank's part of every model. Collective over the world."""
-    config, plan, models = inputs.config, inputs.plan, build_models(inputs)
-    topology, stage = models.topology, models.stage
+    config, setup, models = inputs.config, inputs.setup, build_models(inputs)
+    topology, stage, plan = models.topology, models.stage, setup.layer_plan
     evaluator = None
     if inputs.evaluation_prompts is not None:
-        evaluator = make_evaluator(config, stage, inputs.student, topology)
+        evaluator = make_evaluator(config, stage, setup.student, topology)
     return Run(
         inputs,
         topology,
@@ -89,24 +89,23 @@ def build_run(inputs: Inputs) -> Run:
         load_heads(inputs, stage, topology) if plan.output else None,
         models.engine,
         evaluator,
-        {name: _identity(inputs, teacher) for name, teacher in inputs.teachers.items()},
+        {name: _identity(inputs, teacher) for name, teacher in setup.teachers.items()},
     )
 
 
 def build_models(inputs: Inputs) -> Models:
     """Start the process group and load this rank's part of student and teachers. Collective over the world."""
-    config = inputs.config
-    planned = list(inputs.teachers.values())
+    config, setup = inputs.config, inputs.setup
+    planned = list(setup.teachers.values())
     own_topologies = [
         (layout, start_topology(config, layout)) for layout in _distinct([teacher.layout for teacher in planned])
     ]
     topology = start_topology(config, config.parallel)  # the last one stays in force
     if config.parallel.tp_comm_overlap:
-        tokens = inputs.precision.pad_tokens * topology.tensor_size
-        start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=inputs.student.hidden_size)
+        tokens = setup.precision.pad_tokens * topology.tensor_size
+        start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=setup.student.hidden_size)
     on_rank_zero(partial(_check_bridge, inputs))
-    stages, precision = inputs.plan.student_stages, inputs.precision.student
-    stage = build_and_load(config, inputs.student, topology, stages, precision)
+    stage = load_student(config, setup, topology)
     teachers = []
     for teacher in planned:
         own = next((own for layout, own in own_topologies if layout == teacher.layout), topology)
@@ -153,7 +152,7 @@ def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
 def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -> Teacher:
     """A frozen teacher up to its highest compared layer. With `teachers_in_memory: one` it is built for each pass.
     Collective over the world."""
-    config, precision = inputs.config, inputs.precision.teacher
+    config, precision = inputs.config, inputs.setup.precision.teacher
 
     def load() -> Stage:
         stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype], precision)
@@ -169,8 +168,8 @@ def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -
         load if kept is None else lambda: kept,
         topology,
         teacher.plan,
-        inputs.widest_teacher,
-        own_prompts=inputs.own_prompts,
+        inputs.setup.widest_teacher,
+        own_prompts=inputs.own_teacher_prompts,
         offload=teacher.config.offload_targets,
         maps=teacher_maps(inputs.bridge.maps, topology.device) if inputs.bridge else {},
     )
@@ -186,23 +185,23 @@ def load_heads(inputs: Inputs, stage: Stage, topology: Topology) -> Heads | None
         head = stage[-1].lm_head
         first = topology.tensor_rank * len(head)
         end = max(min(first + len(head), inputs.vocab_size), first)
-        teachers = (load_lm_head(t.config.path, t.spec, first, end) for t in inputs.teachers.values())
+        teachers = (load_lm_head(t.config.path, t.spec, first, end) for t in inputs.setup.teachers.values())
         return Heads(head, tuple(rows.to(topology.device, head.dtype) for rows in teachers), first)
 
     return on_every_rank(read)
 
 
-def build_and_load(
-    config: Config,
-    spec: ModelSpec,
-    topology: Topology,
-    stages: tuple[int, ...],
-    precision: ModelPrecision = PLAIN,
-) -> Stage:
-    """This rank's chunks of the student with their weights. Collective over the world."""
-    dtype = DTYPES[config.precision.dtype]
-    stage = build_model(spec, topology, dtype, stages=stages, recompute=config.recompute, precision=precision)
-    load_weights(stage, config.student.path, spec, topology)
+def load_student(config: Config, setup: Setup, topology: Topology) -> Stage:
+    """Return this rank's chunks of the student with their weights. Collective over the world."""
+    stage = build_model(
+        setup.student,
+        topology,
+        DTYPES[config.precision.dtype],
+        stages=setup.student_stages,
+        recompute=config.recompute,
+        precision=setup.precision.student,
+    )
+    load_weights(stage, config.student.path, setup.student, topology)
     return stage
 
 
@@ -246,10 +245,12 @@ def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
             inputs.replayed, per_step, replica_rank=topology.replica_rank, num_replicas=topology.num_replicas
         )
     sampling = sampling_of(config.rollout)
-    rows = rows_at_a_time(inputs.student, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens)
+    rows = rows_at_a_time(
+        inputs.setup.student, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens
+    )
     return EmbeddedEngine(
         stage,
-        inputs.student,
+        inputs.setup.student,
         topology,
         sampling,
         seed=config.train.seed,

@@ -1,280 +1,206 @@
-"""What the user brought, read and checked. What can be known to be wrong is found here, before a model is built."""
+"""What the user provides: read and checked before a model is built, so that a mistake ends a command at once."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.bridge.origin import expected_origin, load_bridge
 from megatron_oprd.bridge.record import Bridge, Origin
-from megatron_oprd.checkpoint.weights import check_weights
-from megatron_oprd.config import MAKE_A_BRIDGE, Config, teacher_section
-from megatron_oprd.data.alignment import Aligner, align_rollouts, end_of_turn_id, make_aligner
+from megatron_oprd.config import Config
+from megatron_oprd.data.alignment import Aligner
 from megatron_oprd.data.packing import num_tokens
-from megatron_oprd.data.prompts import PromptSet, PromptState, load_prompts, take
-from megatron_oprd.data.tokenizer import check_tokenizer, has_tokenizer, load_tokenizer, same_vocabulary, tokenizer_hash
-from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.launch.layouts import check_optimizer, check_precision, plan_teacher, planned_world
-from megatron_oprd.launch.lengths import (
-    Lengths,
-    check_lengths,
-    check_replayed_lengths,
-    check_room,
-    longest_prompt,
-    teacher_room,
-)
+from megatron_oprd.data.prompts import PromptSet, load_prompts
+from megatron_oprd.data.tokenizer import has_tokenizer
+from megatron_oprd.launch.lengths import Lengths, check_lengths, check_replayed_lengths, check_room, longest_prompt
 from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, longest_prompts
-from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
-from megatron_oprd.models.precision import Precision, plan_precision
-from megatron_oprd.parallel.topology import check_layout
+from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup
+from megatron_oprd.launch.tokenizers import Tokenizers, read_student_tokenizer, read_tokenizers
 from megatron_oprd.rollout.replay import check_enough, load_replay
-from megatron_oprd.runtime import platform
-from megatron_oprd.runtime.environment import Machine, find_machine
-from megatron_oprd.runtime.files import check_writable
-from megatron_oprd.training.global_batch import GlobalBatch, longest_reading
-from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
+from megatron_oprd.training.global_batch import longest_reading
+from megatron_oprd.types import Prompt, Rollout, UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the user brought, read and checked; no model is built and no process has spoken to another yet."""
+    """The inputs of a training run or of a bridge fit. No model is built and no process group exists yet."""
 
     config: Config
-    student: ModelSpec
-    teachers: dict[str, PlannedTeacher]  # by the data_source that they teach; a single one teaches all, without a name
-    tokenizer: PreTrainedTokenizerBase | None  # None: replayed rollouts need none
-    prompts: PromptSet | None
-    evaluation_prompts: PromptSet | None
-    replayed: list[Rollout]
-    aligner: Aligner | None = None  # for a teacher with another tokenizer, the only one; None: all read the same ids
-    bridge: Bridge | None = None  # None: states are compared as they are
-    bridge_origin: Origin | None = None  # models, tokenizers and positions that the bridge must be fitted for
-    precision: Precision = field(default_factory=Precision)
-    world: int = 1  # processes of the run
-    missing: MissingInputs = field(default_factory=MissingInputs)  # what a dry run did without
+    setup: Setup
+    tokenizer: PreTrainedTokenizerBase | None  # the student's; None: replayed rollouts need no tokenizer
+    aligner: Aligner | None  # for a single teacher with another tokenizer; None: all models read the same token ids
+    prompts: PromptSet | None  # None: rollouts are replayed
+    evaluation_prompts: PromptSet | None  # None: training does not evaluate
+    replayed: list[Rollout]  # empty if an engine generates
+    bridge: Bridge | None  # None: hidden states are compared without maps
+    bridge_origin: Origin | None  # models, tokenizers and positions that the bridge must be fitted for
+    missing: MissingInputs  # what a dry run does without
 
     @property
-    def plan(self) -> LayerPlan:
-        """The student's layers that are compared, the same with every teacher, and the first teacher's."""
-        return next(iter(self.teachers.values())).plan
+    def run_dir(self) -> Path:
+        """Return the run folder."""
+        return Path(self.config.train.run_dir)
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that all models know which read them, as a teacher with another tokenizer does not. (Models of one
-        tokenizer pad their vocabularies to different sizes.)"""
+        """Return the number of token ids that all models which read the student's ids have.
+
+        Models with one tokenizer may pad their vocabularies to different sizes.
+        """
+        student, teachers = self.setup.student, self.setup.teachers.values()
         if self.aligner is not None:
-            return self.student.vocab_size
-        return min(self.student.vocab_size, *(teacher.spec.vocab_size for teacher in self.teachers.values()))
+            return student.vocab_size
+        return min(student.vocab_size, *(teacher.spec.vocab_size for teacher in teachers))
 
     @property
-    def widest_teacher(self) -> int:
-        """The largest hidden size of the teachers."""
-        return max(teacher.spec.hidden_size for teacher in self.teachers.values())
-
-    @property
-    def own_prompts(self) -> bool:
-        """Whether teachers may read other prompts than the student."""
+    def own_teacher_prompts(self) -> bool:
+        """Return True if teachers may read other prompts than the student."""
         replayed = any(rollout.teacher_prompt_ids is not None for rollout in self.replayed)
         return self.config.data.own_teacher_prompts or self.aligner is not None or replayed
 
     @property
     def bridge_rank(self) -> int | None:
-        """r of the bridge; None without one."""
+        """Return the rank r of the bridge, in a dry run of the bridge to come; None without a bridge."""
         planned = self.config.bridge.ranks[0] if self.missing.bridge else None
         return self.bridge.rank if self.bridge else planned
 
     @property
     def lengths(self) -> Lengths:
-        """How long a sequence of this run can be, and a response in it."""
+        """Return the most tokens that a sequence of this run and its response can have."""
         if self.prompts is None:
             responses = (len(rollout.response_ids) for rollout in self.replayed)
             return Lengths(max(map(longest_reading, self.replayed), default=1), max(responses, default=1))
         response = self.config.rollout.max_new_tokens
         longest = longest_prompt(self.prompts.prompts) + response
-        return Lengths(min(longest, self.student.max_position_embeddings), response)
+        return Lengths(min(longest, self.setup.student.max_position_embeddings), response)
 
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.config.train.run_dir)
 
-    def take_prompts(self, position: PromptState) -> tuple[list[Prompt], PromptState]:
-        """The prompts of a step and the position after them; none when rollouts are replayed."""
-        if self.prompts is None:
-            return [], position
-        count, seed, shuffle = self.config.rollout.prompts_per_step, self.config.train.seed, self.config.data.shuffle
-        return take(self.prompts.prompts, position, count, seed=seed, shuffle=shuffle)
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """The inputs of an evaluation without training."""
 
-    def global_batch(self, rollouts: Sequence[Rollout]) -> GlobalBatch:
-        """The rollouts of a step, taught each by the teacher of its data_source, where there are several."""
-        names = list(self.teachers)
-        numbers = (names.index(rollout.data_source) if len(names) > 1 else 0 for rollout in rollouts)
-        config = self.config
-        return GlobalBatch(
-            tuple(rollouts), tuple(numbers), config.loss, config.batch, self.student, self.precision.pad_tokens
-        )
-
-    def aligned(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with what a teacher with another tokenizer reads of them; else as they are. No communication."""
-        if self.aligner is None:
-            return list(rollouts)
-        (teacher,) = self.teachers.values()
-        return align_rollouts(self.aligner, rollouts, teacher_room(self.config, teacher))
+    config: Config
+    setup: Setup  # without teachers
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
 
 
 def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False) -> Inputs:
-    """Read and check everything but the weights themselves. Raises UserError, one line, for the first thing wrong.
-    `fitting`: for making the bridge between its models. `dry_run`: for telling what would run, of which all but the
-    models' config.json may be yet to come."""
-    platform.choose_device(config.train.device)
-    check_writable(config.train.run_dir)
-    world = planned_world(config.parallel, dry_run=dry_run)
-    check_layout(config.parallel, world)
-    precision, planned_for = _plan_precision(config, fitting=fitting, dry_run=dry_run)
-    student = read_model_spec(config.student.path)
-    specs = {name: read_model_spec(teacher.path) for name, teacher in config.named_teachers.items()}
-    teachers = {name: plan_teacher(config, student, spec, name, world) for name, spec in specs.items()}
-    check_precision(config, precision, student, teachers)
-    missing = find_missing(config, planned_for) if dry_run else MissingInputs()
-    models = [(config.student.path, student), *((teacher.config.path, teacher.spec) for teacher in teachers.values())]
-    for path, spec in models:
-        if path not in missing.weights:
-            check_weights(path, spec)
-    tokenizer = other = aligner = prompts = evaluation_prompts = None
+    """Read and check everything except the weights. No communication.
+
+    Args:
+        config: The configuration.
+        fitting: True if a bridge is fitted between the models.
+        dry_run: True if nothing runs: then all inputs but the models' `config.json` may be missing.
+
+    Raises:
+        UserError: The first mistake, in one line.
+    """
+    setup = read_setup(config, config.named_teachers, trains=not fitting, dry_run=dry_run)
+    missing = find_missing(config, setup.planned_device) if dry_run else MissingInputs()
+    check_model_weights(config, setup, skipped=missing.weights)
     with_bridge = fitting or (config.loss.reads_layers and config.loss.representation.bridge is not None)
-    if not missing.tokenizers and (
-        config.rollout.engine == "megatron"
-        or config.evaluation.every
-        or (with_bridge and any(has_tokenizer(path) for path, _ in models))
-    ):
-        tokenizer, other = _tokenizers(config, student, teachers, with_bridge=with_bridge)
-    if tokenizer is not None and other is not None:
-        end = end_of_turn_id(other, config.data.teacher_kwargs)
-        aligner = make_aligner(tokenizer, other, student_eos_ids=student.eos_token_ids, teacher_end_of_turn_id=end)
-    replayed = _replayed(config, student, teachers, aligner) if config.rollout.engine == "replay" else []
-    if (missing.tokenizers or missing.prompts) and config.rollout.engine == "megatron":
-        prompts = longest_prompts(config)
-    elif tokenizer is not None and config.rollout.engine == "megatron":
-        prompts = load_prompts(config.data.prompts, tokenizer, config.data, teacher_tokenizer=other)
-    if tokenizer is not None and config.evaluation.every and not missing.prompts:
-        evaluation_prompts = read_evaluation_prompts(config, tokenizer)
-    _check_sources(config, prompts.prompts if prompts else replayed)
-    for asked in filter(None, (prompts, evaluation_prompts)):
-        check_room(config, student, asked.prompts)
-    if prompts is not None:
-        check_lengths(config, student, teachers, prompts.prompts, other_tokenizer=other is not None)
-    check_replayed_lengths(config, student, teachers, replayed, other_tokenizer=other is not None)
-    origin = _bridge_origin(config, student, teachers, tokenizer, other) if with_bridge else None
+    tokenizers = _read_tokenizers(config, setup, missing, with_bridge=with_bridge)
+    aligner = tokenizers.aligner(config, setup.student)
+    replayed = _read_replayed(config, setup, aligner)
+    prompts = _read_prompts(config, tokenizers, missing)
+    evaluation_prompts = None
+    if tokenizers.student is not None and config.evaluation.every and not missing.prompts:
+        evaluation_prompts = _read_evaluation_prompts(config, tokenizers.student)
+    _check_data_sources(config, prompts.prompts if prompts else replayed)
+    _check_lengths(config, setup, prompts, evaluation_prompts, replayed, other_tokenizer=aligner is not None)
+    origin = _bridge_origin(config, setup, tokenizers) if with_bridge else None
     bridge = None
     if origin is not None and not fitting and not missing.bridge:
-        bridge = load_bridge(config, next(iter(teachers.values())).plan.pairs, origin)
+        bridge = load_bridge(config, setup.layer_plan.pairs, origin)
     return Inputs(
-        config,
-        student,
-        teachers,
-        tokenizer,
-        prompts,
-        evaluation_prompts,
-        replayed,
-        aligner,
-        bridge,
-        origin,
-        precision,
-        world=world,
+        config=config,
+        setup=setup,
+        tokenizer=tokenizers.student,
+        aligner=aligner,
+        prompts=prompts,
+        evaluation_prompts=evaluation_prompts,
+        replayed=replayed,
+        bridge=bridge,
+        bridge_origin=origin,
         missing=missing,
     )
 
 
-def _plan_precision(config: Config, *, fitting: bool, dry_run: bool) -> tuple[Precision, str | None]:
-    """How this run computes, and in a dry run what it computes on where this machine could not: the device that the
-    recipes are for."""
+def read_evaluation_inputs(config: Config) -> EvaluationInputs:
+    """Read and check what an evaluation of the student needs, except the weights. No communication.
 
-    def on(machine: Machine) -> Precision:
-        if not fitting:
-            check_optimizer(config, machine)
-        return plan_precision(config.precision, config.parallel, machine)
-
-    machine = find_machine()
-    try:
-        return on(machine), None
-    except UserError:
-        if not dry_run or machine.capability is not None or config.train.device == "cpu":
-            raise
-    return on(Machine("2.11.0", (9, 0), (13, 0))), "an H100 with Transformer Engine 2.11"
+    Raises UserError for the first mistake, with the line that training has for it. Teachers are not read.
+    """
+    setup = read_setup(config, {}, trains=False)
+    check_model_weights(config, setup)
+    tokenizer = read_student_tokenizer(config, setup.student)
+    prompts = _read_evaluation_prompts(config, tokenizer)
+    check_room(config, setup.student, prompts.prompts)
+    return EvaluationInputs(config, setup, tokenizer, prompts)
 
 
-def _bridge_origin(
-    config: Config,
-    student: ModelSpec,
-    teachers: dict[str, PlannedTeacher],
-    tokenizer: PreTrainedTokenizerBase | None,
-    other: PreTrainedTokenizerBase | None,
-) -> Origin:
-    """Return the origin that a bridge of this run must have. Raises UserError for several teachers."""
-    if config.teachers:
-        raise UserError("loss.representation.bridge joins the student with one teacher; name it as teacher.path")
-    (teacher,) = teachers.values()
-    of_student, of_teacher = (None if one is None else tokenizer_hash(one) for one in (tokenizer, other))
-    return expected_origin(config, student, teacher, (of_student, of_student if other is None else of_teacher))
+def _read_tokenizers(config: Config, setup: Setup, missing: MissingInputs, *, with_bridge: bool) -> Tokenizers:
+    folders = [config.student.path, *(teacher.config.path for teacher in setup.teachers.values())]
+    needed = (
+        config.rollout.engine == "megatron"
+        or bool(config.evaluation.every)
+        or (with_bridge and any(has_tokenizer(folder) for folder in folders))
+    )
+    if missing.tokenizers or not needed:
+        return Tokenizers()
+    return read_tokenizers(config, setup.student, setup.teachers, with_bridge=with_bridge)
 
 
-def read_evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """The prompts of `evaluation.data`. Raises UserError when none are named."""
+def _read_prompts(config: Config, tokenizers: Tokenizers, missing: MissingInputs) -> PromptSet | None:
+    if config.rollout.engine != "megatron":
+        return None
+    if missing.tokenizers or missing.prompts:
+        return longest_prompts(config)
+    assert tokenizers.student is not None  # read, as nothing is missing
+    return load_prompts(config.data.prompts, tokenizers.student, config.data, teacher_tokenizer=tokenizers.other)
+
+
+def _read_evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
     if not config.evaluation.data:
         raise UserError("evaluation.data: name at least one prompt file with answers to evaluate on")
-    # No teacher reads these.
+    # Teachers do not read evaluation prompts.
     data = config.data.model_copy(update={"teacher_prompt_key": None, "teacher_chat_template_kwargs": None})
     return load_prompts(config.evaluation.data, tokenizer, data)
 
 
-def _tokenizers(
-    config: Config, student: ModelSpec, teachers: dict[str, PlannedTeacher], *, with_bridge: bool
-) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
-    """The student's tokenizer, and the teacher's where it is another one: without it the teachers read the student's
-    token ids, which must mean the same to them."""
-    tokenizer, other = load_tokenizer(config.student.path), None
-    check_tokenizer(tokenizer, student)
-    for name, teacher in teachers.items():
-        path = teacher.config.path
-        model = f"{teacher_section(name)}.path={path}"
-        own = load_tokenizer(path) if has_tokenizer(path) or with_bridge else tokenizer
-        if own is not tokenizer and not same_vocabulary(tokenizer, own):
-            _check_another_tokenizer(config, model, with_bridge=with_bridge)
-            other = own
-        check_tokenizer(tokenizer if other is None else other, teacher.spec, model)
-    return tokenizer, other
-
-
-def _check_another_tokenizer(config: Config, teacher: str, *, with_bridge: bool) -> None:
-    """Raise UserError where a teacher with another tokenizer than the student's cannot take part."""
-    differ = f"the tokenizers of student.path={config.student.path} and {teacher} give the same text other ids"
-    if config.teachers:
+def _read_replayed(config: Config, setup: Setup, aligner: Aligner | None) -> list[Rollout]:
+    rollout, student_size = config.rollout, setup.student.vocab_size
+    if rollout.engine != "replay":
+        return []
+    assert rollout.path is not None  # required by the configuration
+    teacher_sizes = [teacher.spec.vocab_size for teacher in setup.teachers.values()]
+    if aligner is None:
+        rollouts = load_replay(rollout.path, min(student_size, *teacher_sizes))
+    else:
+        rollouts = load_replay(rollout.path, student_size, teacher_vocab_size=teacher_sizes[0])
+    check_enough(rollouts, config.train.steps, rollout.prompts_per_step * rollout.samples_per_prompt)
+    # For a teacher with another tokenizer, tokens beyond its room are cut: only the student's tokens count.
+    longest = max(map(longest_reading if aligner is None else num_tokens, rollouts), default=0)
+    if longest > config.batch.max_tokens_per_micro_batch:
         raise UserError(
-            f"{differ}; use teachers with the student's tokenizer: a bridge joins a single one (teacher.path)"
+            f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "
+            f"rollout of {rollout.path} ({longest} tokens)"
         )
-    if config.loss.reads_output:
-        raise UserError(
-            f"{differ}, so loss.output.objective={config.loss.output.objective} has no distributions to compare; use "
-            "none, with a bridge, or a teacher with the student's tokenizer"
-        )
-    if not with_bridge:
-        raise UserError(
-            f"{differ}; use a teacher with the student's tokenizer, or {MAKE_A_BRIDGE} and name it in "
-            "loss.representation.bridge"
-        )
+    return rollouts
 
 
-def _check_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout]) -> None:
-    """Raise UserError when several teachers leave out the data_source of what they are to teach."""
+def _check_data_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout]) -> None:
+    """Raise UserError for a prompt or rollout whose data_source has none of several teachers."""
     if not config.teachers:
         return
-    sources = Counter(one.data_source for one in taught)
     known = f"teachers has {', '.join(config.teachers)}"
-    for source, number in sources.items():
-        if not source:  # of rollouts alone: prompts without one have the name of their file
+    for source, number in Counter(one.data_source for one in taught).items():
+        if not source:  # only in rollouts: a prompt without data_source gets the name of its file
             raise UserError(
                 f"{number} rollouts of {config.rollout.path} have no data_source to say who teaches; {known}"
             )
@@ -283,21 +209,25 @@ def _check_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout])
             raise UserError(f"data_source {source!r} of {number} {what} has no teacher; {known}")
 
 
-def _replayed(
-    config: Config, student: ModelSpec, teachers: dict[str, PlannedTeacher], aligner: Aligner | None
-) -> list[Rollout]:
-    rollout, of_teachers = config.rollout, [teacher.spec.vocab_size for teacher in teachers.values()]
-    assert rollout.path is not None  # the configuration requires it
-    if aligner is None:
-        rollouts = load_replay(rollout.path, min(student.vocab_size, *of_teachers))
-    else:
-        rollouts = load_replay(rollout.path, student.vocab_size, teacher_vocab_size=of_teachers[0])
-    check_enough(rollouts, config.train.steps, rollout.prompts_per_step * rollout.samples_per_prompt)
-    # What a teacher with another tokenizer has no room for is cut.
-    longest = max(map(longest_reading if aligner is None else num_tokens, rollouts), default=0)
-    if longest > config.batch.max_tokens_per_micro_batch:
-        raise UserError(
-            f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "
-            f"rollout of {rollout.path} ({longest} tokens)"
-        )
-    return rollouts
+def _check_lengths(
+    config: Config,
+    setup: Setup,
+    prompts: PromptSet | None,
+    evaluation_prompts: PromptSet | None,
+    replayed: Sequence[Rollout],
+    *,
+    other_tokenizer: bool,
+) -> None:
+    """Raise UserError if a prompt or a rollout is too long for a micro-batch or for a model."""
+    for chosen in filter(None, (prompts, evaluation_prompts)):
+        check_room(config, setup.student, chosen.prompts)
+    if prompts is not None:
+        check_lengths(config, setup.student, setup.teachers, prompts.prompts, other_tokenizer=other_tokenizer)
+    check_replayed_lengths(config, setup.student, setup.teachers, replayed, other_tokenizer=other_tokenizer)
+
+
+def _bridge_origin(config: Config, setup: Setup, tokenizers: Tokenizers) -> Origin:
+    if config.teachers:
+        raise UserError("loss.representation.bridge joins the student with one teacher; name it as teacher.path")
+    (teacher,) = setup.teachers.values()
+    return expected_origin(config, setup.student, teacher, tokenizers.hashes())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
 from megatron_oprd.models.build import check_divisible, check_recompute
-from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
+from megatron_oprd.models.layer_plan import PlannedTeacher, even_stages, make_plan
 from megatron_oprd.models.precision import Precision, check_dimensions, check_head_exchange
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime.environment import Machine
@@ -51,6 +51,18 @@ def plan_teacher(
     return PlannedTeacher(of_teacher, teacher, own_layout, plan)
 
 
+def plan_student(config: Config, student: ModelSpec) -> tuple[int, ...]:
+    """Return the number of transformer layers on each pipeline stage of a student that runs without a teacher.
+
+    Raises UserError, naming what would work, for a layout that does not suit the student.
+    """
+    parallel = config.parallel
+    stages = even_stages(student.num_layers, parallel.pipeline, parallel.virtual_pipeline or 1)
+    check_student_layout(parallel, student)
+    check_recompute(config.recompute, stages)
+    return stages
+
+
 def world_size() -> int:
     """How many processes torchrun has started; one without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -80,29 +92,34 @@ def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:
     return None if layout.model_copy(update=of_training) == student else layout
 
 
+def check_tp_overlap(config: Config, machine: Machine) -> None:
+    """Raise UserError if `parallel.tp_comm_overlap` needs another machine or another `precision.pad_tokens`."""
+    parallel, pad_tokens = config.parallel, config.precision.pad_tokens
+    if not parallel.tp_comm_overlap:
+        return
+    _check_te("parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", machine)
+    if pad_tokens == "auto":  # Transformer Engine copies only micro-batches that fill its buffers
+        raise UserError(
+            "parallel.tp_comm_overlap=true needs micro-batches of one length; set precision.pad_tokens to the "
+            "tokens of a rank in the fullest one"
+        )
+    fullest = -(-config.batch.max_tokens_per_micro_batch // (parallel.tensor * parallel.context))
+    if pad_tokens < fullest:
+        raise UserError(
+            f"parallel.tp_comm_overlap=true needs micro-batches of one length, and precision.pad_tokens="
+            f"{pad_tokens} is less than a rank has of the fullest one; set it to {fullest} or "
+            "lower batch.max_tokens_per_micro_batch"
+        )
+
+
 def check_optimizer(config: Config, machine: Machine) -> None:
-    """Raise UserError, naming what would work, for an optimizer, or communication beside computation, that the other
-    settings or this machine do not allow."""
+    """Raise UserError if the other settings or this machine do not allow the optimizer or its overlap."""
     parallel, optimizer = config.parallel, config.optimizer
     if parallel.overlap_param_gather and optimizer.name != "adamw":
         raise UserError(
             "parallel.overlap_param_gather=true gathers what a distributed optimizer updates, and "
             f"optimizer.name={optimizer.name} is none; use adamw or parallel.overlap_param_gather=false"
         )
-    if parallel.tp_comm_overlap:
-        _check_te("parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false", machine)
-        if config.precision.pad_tokens == "auto":  # its buffers take what fills them
-            raise UserError(
-                "parallel.tp_comm_overlap=true needs micro-batches of one length; set precision.pad_tokens to the "
-                "tokens of a rank in the fullest one"
-            )
-        fullest = -(-config.batch.max_tokens_per_micro_batch // (parallel.tensor * parallel.context))
-        if config.precision.pad_tokens < fullest:
-            raise UserError(
-                f"parallel.tp_comm_overlap=true needs micro-batches of one length, and precision.pad_tokens="
-                f"{config.precision.pad_tokens} is less than a rank has of the fullest one; set it to {fullest} or "
-                "lower batch.max_tokens_per_micro_batch"
-            )
     if optimizer.precision_aware and optimizer.cpu_offload:
         raise UserError(
             f"optimizer.precision_aware=true and optimizer.cpu_offload={optimizer.cpu_offload}: a state in CPU memory "
@@ -149,14 +166,16 @@ def check_student_layout(
 
 
 def check_precision(
-    config: Config, precision: Precision, student: ModelSpec, teachers: Mapping[str, PlannedTeacher]
+    config: Config,
+    precision: Precision,
+    student: ModelSpec,
+    student_stages: Sequence[int],
+    teachers: Mapping[str, PlannedTeacher],
 ) -> None:
     """Raise UserError, naming what would work, for models whose sizes in these layouts do not suit the precision."""
     recipe, parallel = config.precision.recipe, config.parallel
-    stages = next(iter(teachers.values())).plan.student_stages
-    check_dimensions(
-        precision.student, recipe, student, parallel.tensor, _ranks(stages, parallel), "student", "parallel"
-    )
+    of_student = _ranks(student_stages, parallel)
+    check_dimensions(precision.student, recipe, student, parallel.tensor, of_student, "student", "parallel")
     check_head_exchange(precision.student, student, parallel, "student")
     for name, teacher in teachers.items():
         layout, key = teacher.layout or parallel, f"{teacher_section(name)}.parallel" if teacher.layout else "parallel"

@@ -59,18 +59,18 @@ def find_checkpoint(inputs: Inputs) -> Path | None:
 def describe(run: Run) -> None:
     """Write down, and print in a few lines, what runs where."""
     inputs, topology = run.inputs, run.topology
-    layout, attention = describe_layout(topology), inputs.precision.attention
+    layout, attention = describe_layout(topology), inputs.setup.precision.attention
     environment = describe_environment(str(topology.device), topology.world_size, layout, attention)
     own = {
         name: describe_layout(teacher.topology)
-        for name, teacher in zip(inputs.teachers, run.teachers, strict=True)
+        for name, teacher in zip(inputs.setup.teachers, run.teachers, strict=True)
         if teacher.topology is not topology
     }
     if own:
         environment["teacher_layout"] = own.get("", own)
     write_text(inputs.run_dir / "config.yaml", dump_config(inputs.config))
     write_json(inputs.run_dir / "environment.json", environment)
-    plans = {name: teacher.plan.as_json() for name, teacher in inputs.teachers.items()}
+    plans = {name: teacher.plan.as_json() for name, teacher in inputs.setup.teachers.items()}
     write_json(inputs.run_dir / "plan.json", plans.get("", {"teachers": plans}))
     print(one_line(environment), flush=True)
     if inputs.prompts is not None:

@@ -85,7 +85,7 @@ def measure_and_train(rank, student, teacher, overrides):
         with_teacher = has_teacher_distribution(run.teachers)
         models = MeasuredModels(
             run.student.stage,
-            run.inputs.student,
+            run.inputs.setup.student,
             run.topology,
             config.batch,
             teacher=run.teachers[0] if with_teacher else None,

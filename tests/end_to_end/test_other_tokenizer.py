@@ -8,6 +8,7 @@ import pytest
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
+from megatron_oprd.launch.step_data import align
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import UserError
@@ -68,7 +69,7 @@ def refused(scene, *words, **options):
 def test_a_step_compares_what_both_have_read(scene, replay):
     scene.write("replay.jsonl", [rollout(n, teacher_prompt_ids=[1009, n]) for n in range(4)])
     inputs = read(scene, "rollout.max_new_tokens=12", replay=replay)
-    assert inputs.own_prompts and inputs.vocab_size == 259  # the teacher's 1010 say nothing about the student's
+    assert inputs.own_teacher_prompts and inputs.vocab_size == 259  # the teacher's 1010 say nothing about the student's
     if not replay:
         tokenizer = llama_3_tokenizer()
         for prompt in inputs.prompts.prompts:
@@ -101,10 +102,10 @@ def test_one_tokenizer_needs_no_alignment(scene, fitting):
     for replay in (False, True):
         inputs = read(scene, teacher="teacher", replay=replay, fitting=fitting)
         assert inputs.aligner is None and inputs.vocab_size == 259
-        assert inputs.own_prompts == replay  # the stored ones have some
+        assert inputs.own_teacher_prompts == replay  # the stored ones have some
         if not replay:
             assert all(prompt.teacher_prompt_ids is None for prompt in inputs.prompts.prompts)
-    assert read(scene, "data.teacher_chat_template_kwargs={}", teacher="teacher", replay=False).own_prompts
+    assert read(scene, "data.teacher_chat_template_kwargs={}", teacher="teacher", replay=False).own_teacher_prompts
 
 
 def test_without_a_bridge_it_is_refused_with_the_way_to_one(scene):
@@ -178,7 +179,7 @@ def test_a_stored_prompt_that_leaves_the_teacher_no_position_is_refused(scene):
     for length, works in ((29, True), (30, False)):
         scene.write("replay.jsonl", [rollout(n, teacher_prompt_ids=[1] * length) for n in range(4)])
         if works:
-            (one, *_) = read(scene, teacher="short").aligned(read(scene, teacher="short").replayed)
+            (one, *_) = align(read(scene, teacher="short"), read(scene, teacher="short").replayed)
             assert len(one.alignment.teacher_ids) == 1 and one.alignment.teacher_tokens_cut > 0
         else:
             words = ("line 1: teacher_prompt_ids has 30 tokens", "short has 30 positions")

@@ -189,9 +189,9 @@ def _new_world(rank: int, world: int, store: Path) -> None:
 def _fewest_bytes(run: Run) -> int:
     """Bytes of teacher states that some rank reads and does not hold, from the micro-batches of both layouts.
     Collective over the world."""
-    plan, (teacher,) = run.inputs.plan, run.teachers
+    plan, (teacher,) = run.inputs.setup.layer_plan, run.teachers
     readers = plan.readers(run.topology.stages)
-    (planned,) = run.inputs.teachers.values()
+    (planned,) = run.inputs.setup.teachers.values()
     width, total = planned.spec.hidden_size, 0
     for term in ("representation", "output"):
         born, read = (
@@ -210,5 +210,5 @@ def _fewest_bytes(run: Run) -> int:
 def _selected_rows(run: Run, topology: Topology, term: str) -> torch.Tensor:
     config, rollouts = run.inputs.config, run.inputs.replayed
     teachers = (0,) * len(rollouts)
-    global_batch = GlobalBatch(tuple(rollouts), teachers, config.loss, config.batch, run.inputs.student)
+    global_batch = GlobalBatch(tuple(rollouts), teachers, config.loss, config.batch, run.inputs.setup.student)
     return torch.cat([getattr(batch, term).rows for batch in global_batch.micro_batches(topology)])

@@ -6,7 +6,6 @@ To be started with the stand-in (tests/helpers/te_on_cpu) first on PYTHONPATH.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import sys
 import tempfile
@@ -14,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
-from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.models.precision import ModelPrecision, Precision
 from megatron_oprd.models.te_spec import FusedAttention
 from tests.helpers import training
@@ -26,9 +24,8 @@ from tests.helpers.run_layouts import References, run_cases
 def on_transformer_engine(exchange: str = "p2p") -> Iterator[None]:
     """Student and teacher on Transformer Engine's modules; in float32, which a configuration does not combine."""
     modules = ModelPrecision(transformer_engine=True, arguments={"cp_comm_type": exchange})
-    inputs = functools.partial(Inputs, precision=Precision(modules, modules))
     fused = mock.patch.object(FusedAttention, "forward", autospec=True, side_effect=FusedAttention.forward)
-    with mock.patch.object(training, "Inputs", inputs), fused as forward:
+    with mock.patch.object(training, "PRECISION", Precision(modules, modules)), fused as forward:
         yield
     assert forward.called, "the models were built of other modules"
 

@@ -19,7 +19,10 @@ from megatron_oprd.hf.export import gather_hf_tensors
 from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.launch.assemble import Run, build_run
 from megatron_oprd.launch.inputs import Inputs
-from megatron_oprd.launch.layouts import plan_teacher
+from megatron_oprd.launch.layouts import plan_teacher, world_size
+from megatron_oprd.launch.missing_inputs import MissingInputs
+from megatron_oprd.launch.setup import Setup
+from megatron_oprd.models.precision import Precision
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.train import one_step
 from megatron_oprd.training import overlap
@@ -31,6 +34,7 @@ from megatron_oprd.types import Rollout
 # A rate at which one step moves the weights by far more than a float32 rounding of them: the change is the gradient.
 LEARNING_RATE = 1e4
 LOSS_TOLERANCE = 1e-6
+PRECISION = Precision()  # of `make_inputs`
 BUCKET_PARAMETERS = 4_000  # most matrices of the tiny models have one each
 SETTINGS = (
     "train.run_dir=unused",
@@ -98,18 +102,30 @@ def make_config(student: Path, teacher: Teachers, *overrides: str) -> Config:
 
 
 def make_inputs(config: Config, rollouts: Sequence[Rollout]) -> Inputs:
-    """What `read_inputs` makes of a replayed run, the rollouts given instead of read."""
+    """Return the inputs of a replayed run with the given rollouts, without reading them from a file."""
     student = read_model_spec(config.student.path)
     teachers = {
         name: plan_teacher(config, student, read_model_spec(teacher.path), name)
         for name, teacher in config.named_teachers.items()
     }
-    if config.loss.representation.bridge is None:
-        return Inputs(config, student, teachers, None, None, None, list(rollouts))
-    (teacher,) = teachers.values()
-    origin = expected_origin(config, student, teacher, (None, None))
-    bridge = load_bridge(config, teacher.plan.pairs, origin)
-    return Inputs(config, student, teachers, None, None, None, list(rollouts), bridge=bridge, bridge_origin=origin)
+    stages = next(iter(teachers.values())).plan.student_stages
+    bridge = origin = None
+    if config.loss.representation.bridge is not None:
+        (teacher,) = teachers.values()
+        origin = expected_origin(config, student, teacher, (None, None))
+        bridge = load_bridge(config, teacher.plan.pairs, origin)
+    return Inputs(
+        config=config,
+        setup=Setup(student, stages, teachers, PRECISION, world_size(), None),
+        tokenizer=None,
+        aligner=None,
+        prompts=None,
+        evaluation_prompts=None,
+        replayed=list(rollouts),
+        bridge=bridge,
+        bridge_origin=origin,
+        missing=MissingInputs(),
+    )
 
 
 def megatron_update(
@@ -137,7 +153,7 @@ def update_of(run: Run) -> Update:
         for name, parameter in parameters.items():
             parameter.copy_((before[name] - parameter) / LEARNING_RATE)
     assert_copies_agree(parameters, run)
-    changes = dict(gather_hf_tensors(run.student.stage, run.inputs.student, run.topology))
+    changes = dict(gather_hf_tensors(run.student.stage, run.inputs.setup.student, run.topology))
     return Update(metrics["loss"], metrics["grad_norm"], metrics, changes)
 
 
@@ -172,7 +188,7 @@ def _adam_epsilon() -> Iterator[None]:
 
 def assert_copies_agree(parameters: dict[str, torch.Tensor], run: Run) -> None:
     """What several ranks hold is the same on all of them, bit for bit."""
-    table, topology = parameter_table(run.inputs.student), run.topology
+    table, topology = parameter_table(run.inputs.setup.student), run.topology
     mine = {}
     for name, parameter in parameters.items():
         entry = table[name]

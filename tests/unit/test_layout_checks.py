@@ -9,6 +9,7 @@ from megatron_oprd.launch.layouts import (
     check_experts,
     check_optimizer,
     check_student_layout,
+    check_tp_overlap,
     plan_teacher,
     teacher_layout,
     world_size,
@@ -340,24 +341,26 @@ def test_a_teacher_in_another_layout_has_its_own(own, student):
 GATHER = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true")
 TP_OVERLAP = ("parallel.tensor=2", "parallel.sequence=true", "parallel.tp_comm_overlap=true")
 AWARE, OFFLOAD = "optimizer.precision_aware=true", "optimizer.cpu_offload=0.5"
-# Settings, whether a GPU and Transformer Engine are there, what is said.
+# Settings, whether a GPU and Transformer Engine exist, part of the error.
+TP_OVERLAPS = {
+    "on a CPU": (TP_OVERLAP, (False, True), "needs a CUDA device, and this process has none; use"),
+    "without Transformer Engine": (
+        TP_OVERLAP,
+        (True, False),
+        "needs Transformer Engine, which is not installed; use parallel.tp_c",
+    ),
+    "micro-batches of any length": (TP_OVERLAP, (True, True), "micro-batches of one length; set precision.pad_tokens"),
+    "less than a micro-batch": (
+        [*TP_OVERLAP, "precision.pad_tokens=4096"],
+        (True, True),
+        "precision.pad_tokens=4096 is less than a rank has of the fullest one; set it to 16384 or lower",
+    ),
+}
 OPTIMIZERS = {
     "gather of sgd": (
         [*GATHER, "optimizer.name=sgd"],
         (True, True),
         "use adamw or parallel.overlap_param_gather=false",
-    ),
-    "tensor overlap on a CPU": (TP_OVERLAP, (False, True), "needs a CUDA device, and this process has none; use"),
-    "tensor overlap": (
-        TP_OVERLAP,
-        (True, False),
-        "needs Transformer Engine, which is not installed; use parallel.tp_c",
-    ),
-    "tensor overlap of any length": (TP_OVERLAP, (True, True), "micro-batches of one length; set precision.pad_tokens"),
-    "tensor overlap of less than a micro-batch": (
-        [*TP_OVERLAP, "precision.pad_tokens=4096"],
-        (True, True),
-        "precision.pad_tokens=4096 is less than a rank has of the fullest one; set it to 16384 or lower",
     ),
     "both": (
         [AWARE, OFFLOAD],
@@ -385,8 +388,14 @@ def machine_with(gpu, te):
     return Machine("2.11.0" if te else None, (9, 0) if gpu else None, (13, 0) if gpu else None)
 
 
+@pytest.mark.parametrize("case", TP_OVERLAPS)
+def test_tensor_parallel_overlap_that_cannot_work_is_refused(case):
+    settings, machine, words = TP_OVERLAPS[case]
+    assert words in message(check_tp_overlap, config(*settings), machine_with(*machine))
+
+
 @pytest.mark.parametrize("case", OPTIMIZERS)
-def test_optimizers_that_cannot_be(case):
+def test_an_optimizer_that_cannot_work_is_refused(case):
     settings, machine, words = OPTIMIZERS[case]
     assert words in message(check_optimizer, config(*settings), machine_with(*machine))
 
@@ -402,5 +411,6 @@ def test_optimizers_that_cannot_be(case):
         ([*TP_OVERLAP, "precision.pad_tokens=16384"], (True, True)),
     ],
 )
-def test_optimizers_that_can_be(settings, machine):
+def test_an_optimizer_or_overlap_that_works_is_accepted(settings, machine):
     check_optimizer(config(*settings), machine_with(*machine))
+    check_tp_overlap(config(*settings), machine_with(*machine))

@@ -22,6 +22,7 @@ from megatron_oprd.bridge.record import Counts
 from megatron_oprd.data.packing import chosen_positions
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
+from megatron_oprd.launch.step_data import align, make_global_batch, next_prompts
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.rank_zero import on_every_rank, on_rank_zero
 from megatron_oprd.training.global_batch import share_rollouts
@@ -55,7 +56,7 @@ def generate_answers(run: FitRun, file: RolloutFile) -> None:
     """Append the student's answers to all prompts to the file, from the first step that the file lacks."""
     topology, count = run.models.topology, run.config.rollout.prompts_per_step
     for step in run.steps("answers of the student", on_rank_zero(file.open)):
-        prompts, _ = run.inputs.take_prompts(PromptState(0, step * count))
+        prompts, _ = next_prompts(run.inputs, PromptState(0, step * count))
         local_prompts = split(prompts, topology.replica_rank, topology.num_replicas)
         rollouts = share_rollouts(run.models.engine.generate(local_prompts, step), topology)
         on_rank_zero(lambda rollouts=rollouts: file.append(rollouts))
@@ -68,7 +69,7 @@ def load_rollouts(run: FitRun, file: RolloutFile, step: int) -> tuple[list[Rollo
         local_rollouts = run.models.engine.generate([], step)
     else:
         local_rollouts = split(on_rank_zero(lambda: file.read(step)), topology.replica_rank, topology.num_replicas)
-    rollouts = share_rollouts(inputs.aligned(local_rollouts), topology)
+    rollouts = share_rollouts(align(inputs, local_rollouts), topology)
     prompts, samples = config.rollout.prompts_per_step, config.rollout.samples_per_prompt
     numbers = (step * prompts + index // samples for index in range(len(rollouts)))
     return rollouts, [is_held_out(number, config.bridge.held_out_fraction) for number in numbers]
@@ -80,7 +81,7 @@ def compute_moments(run: FitRun, file: RolloutFile) -> StreamedMoments:
     moments = StreamedMoments(pair, run.folder / "moments")
     for step in run.steps("moments of the states", moments.resume()):
         rollouts, held_out = load_rollouts(run, file, step)
-        pair.compute_states(run.inputs.global_batch(rollouts), torch.tensor(held_out), moments.add)
+        pair.compute_states(make_global_batch(run.inputs, rollouts), torch.tensor(held_out), moments.add)
         if (step + 1) % every == 0 or step + 1 == steps:
             moments.all_reduce()
             moments.save(step + 1)
@@ -129,7 +130,7 @@ def fit_adamw(run: FitRun, file: RolloutFile, moments: StreamedMoments) -> Fits:
         directions = directions_by_pair(moments, model_pair.layer_pairs, config.ranks)
         if not directions:
             return None  # no compared layer is on this stage
-        width, seed, num_pairs = run.inputs.student.hidden_size, run.config.train.seed, len(model_pair.plan.pairs)
+        width, seed, num_pairs = run.inputs.setup.student.hidden_size, run.config.train.seed, len(model_pair.plan.pairs)
         return AdamWFit(directions, width, config.ranks, lr=config.lr, seed=seed, num_pairs=num_pairs)
 
     fit = on_every_rank(start)
@@ -141,7 +142,7 @@ def fit_adamw(run: FitRun, file: RolloutFile, moments: StreamedMoments) -> Fits:
     for epoch in range(config.epochs):
         for step in run.steps(f"AdamW, epoch {epoch + 1} of {config.epochs}"):
             rollouts, held_out = load_rollouts(run, file, step)
-            model_pair.compute_states(run.inputs.global_batch(rollouts), torch.tensor(held_out), add)
+            model_pair.compute_states(make_global_batch(run.inputs, rollouts), torch.tensor(held_out), add)
             if fit is not None:
                 fit.step(model_pair.topology.token_groups)
         if fit is not None:
@@ -164,8 +165,8 @@ def measure_cosines(run: FitRun, file: RolloutFile, fits: Fits) -> tuple[Cosines
     for step in run.steps("cosines on held-out answers"):
         rollouts, held_out = load_rollouts(run, file, step)
         held_out_rollouts = [rollout for rollout, chosen in zip(rollouts, held_out, strict=True) if chosen]
-        held_out_batch = run.inputs.global_batch(held_out_rollouts)
-        all_counts = run.inputs.global_batch(rollouts).representation.counts
+        held_out_batch = make_global_batch(run.inputs, held_out_rollouts)
+        all_counts = make_global_batch(run.inputs, rollouts).representation.counts
         counts = Counts(
             counts.prompts,
             counts.sequences + all_counts.sequences,

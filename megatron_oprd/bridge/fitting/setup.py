@@ -50,9 +50,9 @@ class FitRun:
     @property
     def pair(self) -> ModelPair:
         """The student and the teacher on this rank."""
-        (planned,), (teacher,) = self.inputs.teachers.values(), self.models.teachers
+        (planned,), (teacher,) = self.inputs.setup.teachers.values(), self.models.teachers
         return ModelPair(
-            self.inputs.student,
+            self.inputs.setup.student,
             planned.spec,
             planned.plan,
             self.models.topology,
@@ -104,8 +104,8 @@ def fitting_config(config: Config) -> Config:
 
 def check_inputs(inputs: Inputs) -> None:
     """Raise UserError for ranks above a hidden size, too few prompts, and a fraction that holds out none or all."""
-    config, (teacher,) = inputs.config, inputs.teachers.values()
-    check_ranks(config.bridge.ranks, inputs.student.hidden_size, teacher.spec.hidden_size)
+    config, (teacher,) = inputs.config, inputs.setup.teachers.values()
+    check_ranks(config.bridge.ranks, inputs.setup.student.hidden_size, teacher.spec.hidden_size)
     needed = config.train.steps * config.rollout.prompts_per_step
     if inputs.prompts is not None and len(inputs.prompts.prompts) < needed:
         raise UserError(

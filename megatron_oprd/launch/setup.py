@@ -1,0 +1,109 @@
+"""The models of a run, their layouts, layer plans and precision: read and checked before any model is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_oprd.checkpoint.weights import check_weights
+from megatron_oprd.config import Config, TeacherConfig
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.launch.layouts import (
+    check_optimizer,
+    check_precision,
+    check_tp_overlap,
+    plan_student,
+    plan_teacher,
+    planned_world,
+)
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.models.precision import Precision, plan_precision
+from megatron_oprd.parallel.topology import check_layout
+from megatron_oprd.runtime import platform
+from megatron_oprd.runtime.environment import Machine, find_machine
+from megatron_oprd.runtime.files import check_writable
+from megatron_oprd.types import ModelSpec, UserError
+
+# The device that a dry run plans for on a machine without a GPU.
+DRY_RUN_MACHINE = Machine("2.11.0", (9, 0), (13, 0))
+DRY_RUN_DEVICE = "an H100 with Transformer Engine 2.11"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The models of a run, and how they are divided over processes and computed."""
+
+    student: ModelSpec
+    student_stages: tuple[int, ...]  # transformer layers on each pipeline stage of the student
+    teachers: dict[str, PlannedTeacher]  # by data_source; the name of a single teacher is ""; empty in an evaluation
+    precision: Precision
+    world_size: int
+    planned_device: str | None  # a dry run on a machine without a GPU: the device that it plans for
+
+    @property
+    def layer_plan(self) -> LayerPlan:
+        """Return the layer plan of the first teacher. All teachers are compared at the same student layers."""
+        return next(iter(self.teachers.values())).plan
+
+    @property
+    def widest_teacher(self) -> int:
+        """Return the largest hidden size of the teachers."""
+        return max(teacher.spec.hidden_size for teacher in self.teachers.values())
+
+
+def read_setup(
+    config: Config, teachers: Mapping[str, TeacherConfig], *, trains: bool = True, dry_run: bool = False
+) -> Setup:
+    """Read the models' `config.json` and plan layouts, layers and precision. No communication.
+
+    Every command plans with this function, so that a mistake gives the same error from all of them.
+
+    Args:
+        config: The configuration.
+        teachers: The teachers that the command uses, by data_source. Empty for an evaluation.
+        trains: True if an optimizer updates the student.
+        dry_run: True if nothing runs: the number of processes and the device may then differ from those planned for.
+
+    Raises:
+        UserError: The models, the layouts, the precision and this machine do not fit together.
+    """
+    platform.choose_device(config.train.device)
+    check_writable(config.train.run_dir)
+    world_size = planned_world(config.parallel, dry_run=dry_run)
+    check_layout(config.parallel, world_size)
+    precision, planned_device = _plan_precision(config, trains=trains, dry_run=dry_run)
+    student = read_model_spec(config.student.path)
+    specs = {name: read_model_spec(teacher.path) for name, teacher in teachers.items()}
+    planned = {name: plan_teacher(config, student, spec, name, world_size) for name, spec in specs.items()}
+    stages = next((teacher.plan.student_stages for teacher in planned.values()), None) or plan_student(config, student)
+    check_precision(config, precision, student, stages, planned)
+    return Setup(student, stages, planned, precision, world_size, planned_device)
+
+
+def check_model_weights(config: Config, setup: Setup, skipped: tuple[str, ...] = ()) -> None:
+    """Raise UserError if the weights in a model folder are missing, truncated or of another model.
+
+    Reads no weights. Folders in `skipped` are not checked.
+    """
+    models = [(teacher.config.path, teacher.spec) for teacher in setup.teachers.values()]
+    for path, spec in [(config.student.path, setup.student), *models]:
+        if path not in skipped:
+            check_weights(path, spec)
+
+
+def _plan_precision(config: Config, *, trains: bool, dry_run: bool) -> tuple[Precision, str | None]:
+    """Return the precision, and the device if a dry run plans for another machine than this one."""
+
+    def plan(machine: Machine) -> Precision:
+        if trains:
+            check_optimizer(config, machine)
+        check_tp_overlap(config, machine)
+        return plan_precision(config.precision, config.parallel, machine)
+
+    machine = find_machine()
+    try:
+        return plan(machine), None
+    except UserError:
+        if not dry_run or machine.capability is not None or config.train.device == "cpu":
+            raise
+    return plan(DRY_RUN_MACHINE), DRY_RUN_DEVICE
