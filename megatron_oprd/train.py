@@ -25,8 +25,7 @@ from megatron_oprd.checkpoint.hf_export import export_student
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.report import write_report
-from megatron_oprd.evaluation.sampling import evaluate_over_ranks
-from megatron_oprd.health.observers import Observers, start_observers
+from megatron_oprd.health.observers import start_observers
 from megatron_oprd.launch.assemble import Run, build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import open_run_folder
@@ -81,30 +80,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fit(run: Run) -> Stop | None:
-    """Train from the newest checkpoint of the run folder, or from step 0, to `train.steps`.
+    """Train from the newest checkpoint of the run folder, or from step 0, up to `train.steps`.
 
     Returns: None, or why training ended earlier. Collective over the world.
     """
-    config, run_dir = run.inputs.config, run.inputs.run_dir
+    config, settings = run.inputs.config, run.inputs.config.checkpoint
     state = open_run_folder(run)
     observers = start_observers(run, state.step)
-    settings = config.checkpoint
-    saver = Saver(
-        run_dir / "checkpoints", run.checkpoint_content, keep=settings.keep, asynchronous=settings.asynchronous
-    )
+    folder = run.inputs.run_dir / "checkpoints"
+    saver = Saver(folder, run.checkpoint_content, keep=settings.keep, asynchronous=settings.asynchronous)
     signal = None
 
     def last_step() -> int:
         return state.step if observers.reason_to_stop() else config.train.steps
 
-    if state.step == 0:
-        evaluate(run, state, observers)
     while state.step < last_step() and signal is None:
         state, metrics, rollouts = one_step(run, state)
         saver.after_step()
         observers.after_step(metrics, rollouts)
         if due(state.step, config.evaluation.every, last_step()):
-            evaluate(run, state, observers)
+            observers.evaluate(state.step)
         signal = received_by_any(run.topology)
         if signal is not None or due(state.step, settings.every, last_step()):
             saved = saver.save(state)
@@ -151,16 +146,6 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     state = TrainState(state.step + 1, position)
     metrics = meter.metrics(state.step, report, global_batch, targets, teacher_report)
     return state, metrics, list(global_batch.rollouts)
-
-
-def evaluate(run: Run, state: TrainState, observers: Observers) -> None:
-    """Evaluate the student on `evaluation.data` if the configuration asks for it. Collective over the world."""
-    inputs = run.inputs
-    if run.evaluator is None or inputs.evaluation_prompts is None or inputs.tokenizer is None:
-        return
-    progress.enter("evaluation", state.step)
-    samples = evaluate_over_ranks(run.evaluator, inputs.evaluation_prompts.prompts, inputs.tokenizer, run.topology)
-    observers.after_evaluation(state.step, samples)
 
 
 def finish(run: Run) -> None:

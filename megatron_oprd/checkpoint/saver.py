@@ -70,7 +70,7 @@ class Saver:
 
 
 class Saving:
-    """One checkpoint in flight: begun by all ranks, written by each rank alone, finished by all ranks."""
+    """A checkpoint in flight: begun by all ranks, written by each rank alone, finished by all ranks."""
 
     def __init__(
         self, folder: Path, content: CheckpointContent, state: TrainState, *, keep: int, asynchronous: bool = False

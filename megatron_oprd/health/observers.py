@@ -1,6 +1,6 @@
 """The observers of a training run: the run log, the health watch and the search for slow ranks.
 
-`train.fit` calls them once a step and once an evaluation. They do not change the training.
+`train.fit` calls them after each step and evaluates through them. They do not change the training.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from megatron_oprd.evaluation.grading import Sample
-from megatron_oprd.evaluation.sampling import write_samples
+from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
 from megatron_oprd.evaluation.scores import score_by_source
 from megatron_oprd.health.watch import HealthWatch, begin_watch, resume_watch
 from megatron_oprd.launch.assemble import Run
@@ -45,9 +44,14 @@ class Observers:
 
         on_rank_zero(write)
 
-    def after_evaluation(self, step: int, samples: Sequence[Sample]) -> None:
-        """Log the scores of an evaluation, write its samples and check the accuracy."""
-        config = self.run.inputs.config
+    def evaluate(self, step: int) -> None:
+        """Evaluate the student on `evaluation.data`, if it is configured; log the scores and check the accuracy."""
+        run, config = self.run, self.run.inputs.config
+        prompts, tokenizer = run.inputs.evaluation_prompts, run.inputs.tokenizer
+        if run.evaluator is None or prompts is None or tokenizer is None:
+            return
+        progress.enter("evaluation", step)
+        samples = evaluate_over_ranks(run.evaluator, prompts.prompts, tokenizer, run.topology)
         name = {0: "before", config.train.steps: "after"}.get(step, f"step {step}")
 
         def write() -> dict[str, dict[str, float]]:
@@ -70,10 +74,15 @@ class Observers:
 
 
 def start_observers(run: Run, step: int) -> Observers:
-    """Open the run log at `step` and begin or resume the health watch. Collective over the world."""
+    """Open the run log at `step`, and begin or resume the health watch. At step 0, evaluate the start model.
+
+    Collective over the world.
+    """
     log = RunLog(run.inputs.run_dir)
     on_rank_zero(partial(log.open, step))
     if step > 0:
         return Observers(run, log, resume_watch(run, log))
     progress.enter("health", step)
-    return Observers(run, log, begin_watch(run, log))
+    observers = Observers(run, log, begin_watch(run, log))
+    observers.evaluate(step)
+    return observers

@@ -28,12 +28,12 @@ SETTINGS = (
 
 @contextlib.contextmanager
 def pretended_gpu():
-    """Where mcore's optimizer asks which tensors are a GPU's, and for pinned memory."""
+    """Make mcore's offloading optimizer take CPU tensors for GPU tensors, except those marked `on_host`."""
     divide, gradients = HybridDeviceOptimizer._get_sub_optimizer_param_groups, "_set_sub_optimizer_grads"
     set_gradients, empty = getattr(HybridDeviceOptimizer, gradients), torch.empty
 
     def on_host(name):
-        """A method of tensors whose result is where its tensor is."""
+        """Patch a tensor method so that its result inherits the mark `on_host` of the tensor."""
         method = getattr(torch.Tensor, name)
 
         def keep_place(tensor, *args, **kwargs):

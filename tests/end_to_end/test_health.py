@@ -1,4 +1,4 @@
-"""The health watch in whole runs: it changes nothing, sees a collapse, ends a run where asked, and goes on exactly."""
+"""The health watch in complete runs: it does not change training, detects a collapse, and resumes exactly."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ from tests.helpers.runs import (
 )
 
 WATCH = ("health.every=2", "health.max_new_tokens=5")
-# The rate is so high that the objective falls, to states that are the same for every token, and the model is lost.
+# At this learning rate the objective falls because the hidden states become equal for all tokens: a collapse.
 COLLAPSE = (
     "optimizer.lr=0.03",
     "optimizer.schedule=constant",
@@ -39,13 +39,13 @@ def watched_files(run_dir):
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """A run of five steps with the watch and evaluations: its arguments, its folder and what it printed."""
+    """Run five steps with the watch and evaluations; return the arguments, the folder and the output."""
     folder = tmp_path_factory.mktemp("watched")
     arguments = prompt_run(folder, 5, *WATCH, "evaluation.every=2", num_hidden_layers=2)
     return arguments, folder / "run", finish(arguments, folder / "log")
 
 
-def test_a_watched_run_is_the_run_that_is_not_watched(watched, tmp_path):
+def test_the_watch_does_not_change_training(watched, tmp_path):
     arguments, run_dir, _ = watched
     finish([*in_folder(arguments, tmp_path / "run"), "health.every=0"], tmp_path / "log")
     assert without_health(metrics(run_dir)) == metrics(tmp_path / "run")
@@ -55,7 +55,7 @@ def test_a_watched_run_is_the_run_that_is_not_watched(watched, tmp_path):
         assert (run_dir / name).read_text() == (tmp_path / "run" / name).read_text()
 
 
-def test_what_is_measured_and_when(watched):
+def test_checks_happen_at_health_every_and_the_last_step(watched):
     _, run_dir, log = watched
     rows = metrics(run_dir)
     measured = {row["step"]: row for row in rows if "health/perplexity" in row}
@@ -72,8 +72,8 @@ def test_what_is_measured_and_when(watched):
     assert "<h2>Health</h2>" in (run_dir / "report.html").read_text()
 
 
-def likelihood(model, rows):
-    """exp of the mean negative log-likelihood of stored answers, by transformers."""
+def perplexity(model, rows):
+    """Return the perplexity of stored answers under a model of transformers."""
     losses = []
     for row in rows:
         ids = torch.tensor([[*row["prompt_ids"], *row["response_ids"]]])
@@ -83,7 +83,7 @@ def likelihood(model, rows):
     return torch.tensor(losses).double().mean().exp().item()
 
 
-def test_the_start_models_greedy_answers_are_read_by_the_student_of_each_step(watched):
+def test_each_check_measures_the_start_models_greedy_answers_under_the_current_student(watched):
     arguments, run_dir, _ = watched
     opened = transformers.AutoModelForCausalLM.from_pretrained
     student = next(argument.partition("=")[2] for argument in arguments if argument.startswith("student.path="))
@@ -94,15 +94,15 @@ def test_the_start_models_greedy_answers_are_read_by_the_student_of_each_step(wa
         said = start.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
         assert row["response_ids"] == said
     checks = read_lines(run_dir / "health" / "checks.jsonl")
-    assert checks[0]["perplexity"] == pytest.approx(likelihood(start, answers), rel=1e-5)
-    assert checks[-1]["perplexity"] == pytest.approx(likelihood(end, answers), rel=1e-5)
+    assert checks[0]["perplexity"] == pytest.approx(perplexity(start, answers), rel=1e-5)
+    assert checks[-1]["perplexity"] == pytest.approx(perplexity(end, answers), rel=1e-5)
 
 
 def collapse_run(folder, steps, *settings):
     return prompt_run(folder, steps, *WATCH, *COLLAPSE, *settings, num_hidden_layers=2)
 
 
-def test_a_collapse_is_said_once_in_a_line(tmp_path):
+def test_a_collapse_gives_one_warning(tmp_path):
     log = finish(collapse_run(tmp_path, 8), tmp_path / "log")
     warnings = read_lines(tmp_path / "run" / "health" / "warnings.jsonl")
     (found,) = [warning for warning in warnings if warning["kind"] == "perplexity"]
@@ -114,7 +114,7 @@ def test_a_collapse_is_said_once_in_a_line(tmp_path):
     assert "the student may be collapsing" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_right_answers_alone_are_read_and_a_falling_accuracy_ends_a_run(tmp_path):
+def test_only_right_answers_are_measured_and_a_falling_accuracy_stops_the_run(tmp_path):
     settings = (
         "evaluation.every=4",
         "checkpoint.every=30",
@@ -124,7 +124,7 @@ def test_right_answers_alone_are_read_and_a_falling_accuracy_ends_a_run(tmp_path
     )
     arguments = collapse_run(tmp_path, 9, *settings, "health.perplexity_ratio=1e9", "health.stop=true")
     finish([*in_folder(arguments, tmp_path / "asked"), "train.steps=0"], tmp_path / "log")
-    # What the start model says is made the truth, but for one prompt.
+    # The answers of the start model become the ground truth, except for one prompt.
     rows = read_lines(tmp_path / "prompts.jsonl")
     for sample in read_lines(tmp_path / "asked" / "evaluations" / "step_0000000.jsonl")[:4]:
         rows[sample["prompt_index"]]["reward_model"]["ground_truth"] = sample["response"]
@@ -134,7 +134,7 @@ def test_right_answers_alone_are_read_and_a_falling_accuracy_ends_a_run(tmp_path
     assert "health: 5 answers of the start model, 4 of 5 right; the 4 right ones are read: " in outcome.stdout
     assert len(read_lines(tmp_path / "run" / "health" / "answers.jsonl")) == 4
     (warning,) = read_lines(tmp_path / "run" / "health" / "warnings.jsonl")
-    # The evaluation comes after the check of its step.
+    # The evaluation of a step comes after its check.
     assert (warning["step"], warning["kind"]) == (4, "accuracy")
     assert (
         "while the accuracy on sums/0 fell from " in warning["message"]
@@ -143,7 +143,7 @@ def test_right_answers_alone_are_read_and_a_falling_accuracy_ends_a_run(tmp_path
     assert complete_steps(tmp_path / "run") == [4]
 
 
-def test_a_run_that_may_stop_ends_as_at_its_end_and_stays_ended(tmp_path):
+def test_a_stopped_run_exports_and_reports_and_stays_stopped(tmp_path):
     arguments = collapse_run(tmp_path, 40, "health.stop=true", "checkpoint.every=30", "evaluation.every=30")
     outcomes = run_ranks(2, tmp_path, "train", *arguments)
     assert [outcome.code for outcome in outcomes] == [3, 3], outcomes[0].stderr
@@ -165,9 +165,9 @@ def test_a_run_that_may_stop_ends_as_at_its_end_and_stays_ended(tmp_path):
 @pytest.mark.parametrize(
     "settings", [(1,), (2, "parallel.pipeline=2", "loss.representation.layers=all")], ids=["one rank", "two stages"]
 )
-def test_a_killed_run_remembers_what_it_watched(settings, tmp_path):
+def test_a_killed_run_restores_the_history_of_the_watch(settings, tmp_path):
     world, *layout = settings
-    # Checkpoints between the checks and after a warning: what was known must come back.
+    # Checkpoints lie between the checks and after a warning: the history must be restored.
     arguments = collapse_run(tmp_path, 9, "checkpoint.every=3", "evaluation.every=3", *layout)
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     finish(in_folder(arguments, expected), tmp_path / "log", world_size=world)
@@ -181,7 +181,7 @@ def test_a_killed_run_remembers_what_it_watched(settings, tmp_path):
     assert {"answers.jsonl", "checks.jsonl", "warnings.jsonl"} == watched_files(expected).keys()
 
 
-def test_a_run_cannot_go_on_without_its_answers(tmp_path):
+def test_a_watched_run_cannot_resume_without_its_answers(tmp_path):
     arguments = replay_run(tmp_path, 2, *WATCH, num_hidden_layers=1)
     assert run(tmp_path, "train", *arguments).code == 0
     answers = tmp_path / "run" / "health" / "answers.jsonl"
@@ -196,5 +196,5 @@ def test_a_run_cannot_go_on_without_its_answers(tmp_path):
     )
 
 
-def test_the_exit_codes_are_told(tmp_path):
+def test_help_lists_the_exit_codes(tmp_path):
     assert "3 where health.stop=true ended the training" in " ".join(run(tmp_path, "train", "--help").stdout.split())

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again is the run that was not killed."""
+"""A run that is killed at any moment and started again ends exactly like an undisturbed run."""
 
 import json
 import random
@@ -30,7 +30,7 @@ SEED = 20
 
 
 def assert_same_run(actual, expected):
-    """Every metric of every step, the exported weights bit by bit, the curves, and no traces of a killed process."""
+    """Compare every metric, the exported weights bit by bit, the curves and the names of all files."""
     assert [row["step"] for row in metrics(actual)] == list(range(1, len(metrics(expected)) + 1))
     assert metrics(actual) == metrics(expected)
     assert_same_export(actual, expected)
@@ -49,7 +49,7 @@ def files(run_dir):
 
 
 class Killer:
-    """Starts `train` again and again, kills it, and checks what each kill cost."""
+    """Starts `train` again and again, kills it, and checks how many steps each kill loses."""
 
     def __init__(self, arguments, folder, run_dir, pace, draw):
         self.arguments, self.folder, self.run_dir, self.pace, self.draw = arguments, folder, run_dir, pace, draw
@@ -89,7 +89,7 @@ class Killer:
         assert command.wait() == -signal.SIGKILL, command.log.read_text()
 
     def check(self, before):
-        """What was lost, and that the next attempt will not start further back than that."""
+        """Check that at most the steps since the last checkpoint are lost; return the step of that checkpoint."""
         complete = complete_steps(self.run_dir)
         kept = complete[-1] if complete else 0
         assert kept >= before
@@ -108,10 +108,10 @@ def first_step(log):
 
 
 def kill_and_compare(arguments, tmp_path, moments, seed, way_names):
-    """Run once to the end, once with a kill at each of the ascending `moments` (steps), and compare the two."""
+    """Run once undisturbed and once with a kill at each of the ascending `moments` (steps), and compare both runs."""
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     finish(in_folder(arguments, expected), tmp_path / "expected.log")
-    # Of the steps alone: with the start of the process in it, a kill comes after the end of a short run.
+    # Without the time to start the process: otherwise a short run could end before the kill.
     seconds = [json.loads(line)["time/step"] for line in (expected / "metrics.jsonl").read_text().splitlines()]
     pace = sum(seconds) / len(seconds)
     killer = Killer(in_folder(arguments, actual), tmp_path, actual, pace, random.Random(seed))
@@ -125,8 +125,8 @@ def kill_and_compare(arguments, tmp_path, moments, seed, way_names):
     return killer
 
 
-def test_ten_kills_change_nothing(tmp_path):
-    # Few layers, but wide: writing a checkpoint takes long enough to be hit.
+def test_ten_kills_do_not_change_the_result(tmp_path):
+    # The layers are wide, so that writing a checkpoint takes long enough to be interrupted.
     arguments = replay_run(tmp_path, STEPS, hidden_size=192, intermediate_size=768, num_hidden_layers=2)
     draw = random.Random(SEED)
     ways = (
@@ -137,7 +137,7 @@ def test_ten_kills_change_nothing(tmp_path):
     assert killer.within_a_write
 
 
-def test_generated_rollouts_and_evaluations_go_on_too(tmp_path):
+def test_generated_rollouts_and_evaluations_resume_exactly(tmp_path):
     arguments = prompt_run(tmp_path, 8, "evaluation.every=3", num_hidden_layers=2)
     kill_and_compare(
         arguments, tmp_path, [0, 3, 5], SEED, ["die_at_an_operation", "kill_while_writing", "kill_on_the_clock"]
@@ -148,7 +148,7 @@ def test_generated_rollouts_and_evaluations_go_on_too(tmp_path):
         assert (tmp_path / "actual" / name).read_text() == (tmp_path / "expected" / name).read_text()
 
 
-def test_generated_rollouts_of_an_objective_go_on_too(tmp_path):
+def test_an_output_objective_on_generated_rollouts_resumes_exactly(tmp_path):
     settings = ("objective=sampled", "metrics_every=2", "teacher_temperature=1.2")
     arguments = prompt_run(
         tmp_path, 6, *(f"loss.output.{one}" for one in settings), "rollout.temperature=0.8", num_hidden_layers=2
@@ -158,15 +158,15 @@ def test_generated_rollouts_of_an_objective_go_on_too(tmp_path):
     assert measured == [2, 4, 6]
 
 
-# What to die before, and the steps of the complete checkpoints that are left then.
+# (operation before which the process dies, steps of the complete checkpoints left, situation)
 CRASHES = [
     (DieBefore("os.remove", r"^common\.pt$"), [4], "the checkpoint of step 2 half-removed"),
-    (DieBefore("os.rename", r"/metrics\.jsonl\."), [4], "the log not cut back yet"),
+    (DieBefore("os.rename", r"/metrics\.jsonl\."), [4], "the log not yet shortened to the checkpoint"),
     (DieBefore("open", r"/step_0000006/complete\."), [4], "a checkpoint renamed but not marked"),
-    (DieBefore("os.rename", r"/step_0000006\.partial$"), [4], "a checkpoint whole but not renamed"),
-    (DieBefore("os.rename", r"/hf\.new\.partial$"), [6], "the export whole but not renamed"),
+    (DieBefore("os.rename", r"/step_0000006\.partial$"), [4], "a checkpoint complete but not renamed"),
+    (DieBefore("os.rename", r"/hf\.new\.partial$"), [6], "the export complete but not renamed"),
     (DieBefore("os.rename", r"/hf\.new$"), [6], "the old export removed, the new one not renamed"),
-    (DieBefore("os.rename", r"/report\.html\."), [6], "the export there, the report not"),
+    (DieBefore("os.rename", r"/report\.html\."), [6], "the export written, the report not"),
 ]
 
 
@@ -187,19 +187,19 @@ def test_no_crash_point_does_harm(tmp_path):
     assert_same_run(actual, expected)
 
 
-# The same of a checkpoint that a thread writes: one that is begun first finishes the one before.
+# The same for asynchronous checkpoints. Beginning a checkpoint first completes the one before.
 CRASHES_OF_THE_THREAD = [
     (
         DieBefore("open", r"/step_0000004\.partial/optimizer/__0_0\.distcp$"),
         [2],
         "the model written, its optimizer not",
     ),
-    (DieBefore("os.rename", r"/step_0000006\.partial/model/\.metadata\.tmp$"), [4], "the index not there yet"),
+    (DieBefore("os.rename", r"/step_0000006\.partial/model/\.metadata\.tmp$"), [4], "the index not written yet"),
     (DieBefore("open", r"/step_0000006/complete\."), [4], "a checkpoint renamed but not marked"),
 ]
 
 
-def test_no_crash_point_does_harm_while_a_thread_writes(tmp_path):
+def test_no_crash_point_of_an_asynchronous_checkpoint_does_harm(tmp_path):
     arguments = replay_run(tmp_path, 6, "checkpoint.keep=1", num_hidden_layers=1)
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     finish(in_folder(arguments, expected), tmp_path / "log")
@@ -215,16 +215,16 @@ def test_no_crash_point_does_harm_while_a_thread_writes(tmp_path):
 FULL_KL = ("loss.output.objective=full_kl", "loss.output.metrics_every=3")
 SETTINGS = {
     "tensor 2": (2, {}, "parallel.tensor=2"),
-    "pipeline 2, one matrix on both stages": (2, {"tie_word_embeddings": True}, "parallel.pipeline=2"),
-    "data 2, bf16, optimizer cut over the ranks": (2, {}, "precision.dtype=bf16"),
-    "data 2, optimizer on every rank": (2, {}, "parallel.distributed_optimizer=false"),
-    "bf16, optimizer whole": (1, {}, "precision.dtype=bf16", "parallel.distributed_optimizer=false"),
+    "pipeline 2, tied embeddings": (2, {"tie_word_embeddings": True}, "parallel.pipeline=2"),
+    "data 2, bf16, distributed optimizer": (2, {}, "precision.dtype=bf16"),
+    "data 2, optimizer not distributed": (2, {}, "parallel.distributed_optimizer=false"),
+    "bf16, optimizer not sharded": (1, {}, "precision.dtype=bf16", "parallel.distributed_optimizer=false"),
     "sgd": (1, {}, "optimizer.name=sgd", "optimizer.lr=0.1"),
     "part of the student frozen": (1, {}, "loss.representation.layers=[1]", "student.freeze=[embedding]"),
     "hidden states and distributions": (1, {}, *FULL_KL),
-    "distributions, head cut": (2, {}, *FULL_KL, "loss.representation.weight=0", "parallel.tensor=2"),
+    "distributions, LM head sharded": (2, {}, *FULL_KL, "loss.representation.weight=0", "parallel.tensor=2"),
     "a stage with nothing to train": (2, {}, "parallel.pipeline=2", "loss.representation.layers=[1]"),
-    "the same, all that overlaps, data 2": (
+    "a stage with nothing to train, all overlaps, data 2": (
         4,
         {"tie_word_embeddings": True},
         "parallel.pipeline=2",
@@ -238,7 +238,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_every_optimizer_and_layout_goes_on_exactly(name, tmp_path):
+def test_every_optimizer_and_layout_resumes_exactly(name, tmp_path):
     world_size, options, *settings = SETTINGS[name]
     arguments = replay_run(tmp_path, 4, *settings, num_hidden_layers=2, **options)
     expected, actual = tmp_path / "expected", tmp_path / "actual"
@@ -248,5 +248,5 @@ def test_every_optimizer_and_layout_goes_on_exactly(name, tmp_path):
     shutil.rmtree(actual / "hf")
     log = finish(in_folder(arguments, actual), tmp_path / "resumed.log", world_size=world_size)
     assert first_step(log) == 3
-    assert "differs from rank 0" not in log  # mcore, of what all ranks should save alike
+    assert "differs from rank 0" not in log  # a warning of mcore about values that must be equal on all ranks
     assert_same_run(actual, expected)

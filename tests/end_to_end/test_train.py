@@ -1,4 +1,4 @@
-"""The commands train and evaluate, from checkpoints and prompts to everything that they leave."""
+"""The commands train and evaluate: the files of a run folder and their contents."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One whole run with generated rollouts: its arguments, its folder and what it printed."""
+    """Run a training with generated rollouts; return its arguments, its folder and its output."""
     folder = tmp_path_factory.mktemp("train")
     arguments = prompt_run(folder, STEPS, "evaluation.every=2", num_hidden_layers=2)
     return arguments, folder / "run", finish(arguments, folder / "log")
@@ -30,7 +30,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_run_folder_says_what_was_run(run):
+def test_the_run_folder_records_configuration_environment_and_plan(run):
     arguments, run_dir, log = run
     assert load_config(run_dir / "config.yaml", []) == load_config(None, arguments)
     environment = json.loads((run_dir / "environment.json").read_text())
@@ -41,7 +41,7 @@ def test_the_run_folder_says_what_was_run(run):
     assert log.splitlines()[-1] == f"report: {run_dir / 'report.html'}"
 
 
-def test_every_step_has_every_metric(run):
+def test_every_step_logs_every_metric(run):
     _, run_dir, _ = run
     rows = read_lines(run_dir / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -57,7 +57,7 @@ def test_every_step_has_every_metric(run):
     assert rows[-1]["lr"] < rows[0]["lr"] == 1e-3
 
 
-def test_the_run_folder_holds_samples_curves_and_checkpoints(run):
+def test_the_run_folder_contains_rollouts_evaluations_curves_and_checkpoints(run):
     _, run_dir, _ = run
     assert complete_steps(run_dir) == [2, 4]
     for step in range(1, STEPS + 1):
@@ -73,17 +73,17 @@ def test_the_run_folder_holds_samples_curves_and_checkpoints(run):
     assert not [path for path in run_dir.rglob("*") if path.suffix in (".tmp", ".partial", ".new")]
 
 
-def test_the_export_opens_in_transformers_and_is_the_trained_student(run):
+def test_transformers_loads_the_export_and_all_trained_weights_have_changed(run):
     arguments, run_dir, _ = run
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
     assert tokenizer.decode(tokenizer("1+2=")["input_ids"]) == "1+2="
     student = load_config(None, arguments).student.path
     before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (student, run_dir / "hf"))
-    # No hidden state sees the untied head; everything else has learnt.
+    # No hidden state depends on the untied LM head; all other weights have changed.
     assert {name for name, tensor in before.items() if torch.equal(tensor, after[name])} == {"lm_head.weight"}
 
 
-def test_a_run_that_is_finished_stays_as_it_is(run):
+def test_running_a_finished_run_again_changes_no_file(run):
     arguments, run_dir, _ = run
     changing = ("tensorboard", "environment.json")
     before = {path: data for path, data in contents(run_dir).items() if not any(name in str(path) for name in changing)}
@@ -104,13 +104,13 @@ def test_a_student_can_start_from_a_training_checkpoint(run, tmp_path):
         read_lines(run_dir / "evaluations.jsonl"),
     )
     assert first["data"] == last["data"]
-    # The cosine rate starts at its maximum here: the exported tokenizer and weights are whole.
+    # A new run begins at the maximum of the cosine schedule.
     assert metrics(tmp_path / "next")[0]["lr"] == 1e-3
     AutoTokenizer.from_pretrained(tmp_path / "next" / "hf")
 
 
 def greedy(model, tokenizer, length):
-    """transformers' own answers, one prompt at a time."""
+    """Return a function that generates greedy answers with transformers, one prompt at a time."""
 
     def generate(prompts, step):
         rollouts = []
@@ -125,7 +125,7 @@ def greedy(model, tokenizer, length):
     return generate
 
 
-def test_evaluate_grades_what_transformers_would_answer(run, tmp_path):
+def test_evaluate_samples_and_grades_the_same_answers_as_transformers(run, tmp_path):
     arguments, run_dir, _ = run
     settings = ["evaluation.temperature=0", "evaluation.samples=1", f"student.path={run_dir / 'hf'}"]
     arguments = [*in_folder(arguments, tmp_path / "run"), *settings]

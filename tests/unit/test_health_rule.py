@@ -159,9 +159,9 @@ def test_the_history_keeps_the_mean_accuracy_of_an_evaluation():
 
 def test_only_a_single_teacher_built_up_to_its_final_norm_has_a_distribution():
     spec = SimpleNamespace(hidden_size=8, num_layers=4)
-    whole, below = make_plan(config().loss, spec, spec), make_plan(config(loss=BELOW).loss, spec, spec)
+    complete, below = make_plan(config().loss, spec, spec), make_plan(config(loss=BELOW).loss, spec, spec)
     bare = make_plan(config(loss={"representation": {"final_norm": False}}).loss, spec, spec)
-    teachers = [Teacher(None, None, plan, 8) for plan in (whole, below, bare)]
+    teachers = [Teacher(None, None, plan, 8) for plan in (complete, below, bare)]
     assert [has_teacher_distribution([teacher]) for teacher in teachers] == [True, False, False]
     assert not has_teacher_distribution([teachers[0], teachers[0]])
 

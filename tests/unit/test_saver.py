@@ -1,4 +1,4 @@
-"""One checkpoint is in flight at a time. Each is finished once: after a step, before the next, or at the end."""
+"""At most one checkpoint is in flight. Each is finished once: after a step, before the next, or at the end."""
 
 from pathlib import Path
 
