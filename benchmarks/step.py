@@ -27,7 +27,7 @@ from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.topology import build_topology, start_process
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins, platform
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import run_schedule
 from megatron_oprd.training.student import build_student
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict:
         taps = [stage_loss(plan, config.loss, batches[0], targets, 0, None) if with_loss else CaptureTap({})]
         begin = time.perf_counter()
         accumulate_gradients(trained, topology, plan, batches, taps)
-        with platform.cpu_devices():
+        with cpu_stand_ins.cpu_devices():
             trained.optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.runtime.cli import announce_loading
+from megatron_oprd.runtime.cli import start_loading
 from megatron_oprd.types import UserError
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ def run_demo(arguments: list[str]) -> int:
     folder below `runs/`. Raises UserError for a wrong argument before torch is imported.
     """
     run = parse_arguments(arguments)
-    announce_loading()
+    start_loading()
     from examples.demo.pipeline import run_pipeline
 
     run_pipeline(run)

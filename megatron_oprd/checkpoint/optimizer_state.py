@@ -18,7 +18,7 @@ from megatron.core.optimizer import DistributedOptimizer
 from megatron_oprd.checkpoint.megatron_format import sharded_weights
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.student import Student
 
 
@@ -27,7 +27,7 @@ def plan_optimizer(student: Student, topology: Topology, folder: Path) -> Planne
 
     Collective over the world. Raises what mcore, torch and the disk raise.
     """
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         state = _sharded_state(student, topology, is_loading=False)
         chained = len(student.optimizer.chained_optimizers) > 1
         for single in state["optimizer"].values() if chained else [state["optimizer"]]:
@@ -53,7 +53,7 @@ def load_optimizer(student: Student, topology: Topology, folder: Path) -> None:
 
     Collective over the world. Raises what mcore and torch raise for damaged files.
     """
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         _make_loadable(student)
         wanted = _sharded_state(student, topology, is_loading=True)
         student.optimizer.load_state_dict(dist_checkpointing.load(wanted, str(folder))["optimizer"])

@@ -20,7 +20,7 @@ from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.models.specs import block_spec
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.types import ModelSpec, UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -111,7 +111,7 @@ def build_model(
     for chunk, number in enumerate(topology.stages):
         first_layer = sum(stages[:number])
         sparse = [layer in spec.sparse_layers for layer in range(first_layer, first_layer + stages[number])]
-        with platform.cpu_devices():
+        with cpu_stand_ins.cpu_devices():
             model = HiddenStateModel(
                 config,
                 block_spec(sparse, spec.qk_norm, transformer_engine=precision.transformer_engine),

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_oprd.config import ParallelConfig, WatchdogConfig
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins, platform
 from megatron_oprd.types import UserError
 
 # How long ranks wait for each other, if nothing else is said. Data-parallel ranks end their rollouts at other times.
@@ -101,7 +101,7 @@ def collective_timeout(watchdog: WatchdogConfig) -> float:
 def start_process(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     """Join torch.distributed as torchrun describes it, or alone without torchrun. A time-out turns a dead rank into
     an error on the others instead of a wait without end."""
-    platform.install_cpu_stand_ins()
+    cpu_stand_ins.install()
     if dist.is_initialized():
         return
     if device.type == "cuda":
@@ -159,7 +159,7 @@ def build_topology(
     topology = _made.get((world, layout, device)) or _make(layout, device, timeout_seconds)
     _made[world, layout, device] = topology
     _set_megatron_state(topology.megatron_state)
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return topology
 
@@ -167,7 +167,7 @@ def build_topology(
 def _make(parallel: ParallelConfig, device: torch.device, timeout_seconds: float) -> Topology:
     """A layout with groups of its own, in force."""
     _set_megatron_state(_NO_LAYOUT)
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,

@@ -29,7 +29,7 @@ from megatron_oprd.planning.device_formulas import BYTES, as_traced, fp8_candida
 from megatron_oprd.planning.megatron_patches import announce_rows, patched, tracing_patches
 from megatron_oprd.planning.memory_trace import LiveBytes
 from megatron_oprd.planning.planned_run import PlannedRun
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
@@ -100,7 +100,7 @@ def _only_rank(rank: int, world_size: int) -> Iterator[None]:
     """Be one rank of a process group whose other ranks do not exist: messages go nowhere and bring no values."""
     if dist.is_initialized():
         raise RuntimeError("an update is traced outside of any process group")
-    platform.install_cpu_stand_ins()
+    cpu_stand_ins.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
@@ -171,7 +171,7 @@ def _build(
         stage = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
         maps = student_maps(bridge, DEVICE, trained=config.loss.representation.train_bridge)
         student = build_student(_with_messages(stage, topology, batch), config, plan, topology, maps)
-        with platform.cpu_devices():
+        with cpu_stand_ins.cpu_devices():
             student.optimizer.step()
     buffers = [buffer for chunk in student.ddp for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     live.assign("weights", [*stage.parameters(), *(chunk.rotary.inverse_frequencies for chunk in stage)])
@@ -273,5 +273,5 @@ def _update(
 
     accumulate_gradients(models.student, topology, plan, [batch] * count, taps())
     del waiting
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         models.student.optimizer.step()

@@ -57,13 +57,16 @@ def check_command_line(parser: ArgumentParser) -> None:
     with exit_on_mistake():
         options = parser.parse_args()
         load_config(options.config, options.overrides)
-    announce_loading()
+    start_loading()
 
 
-def announce_loading() -> None:
-    """Print on rank 0 that the slow imports begin."""
+def start_loading() -> None:
+    """Print on rank 0 that the slow imports begin, then import torch and Megatron-Core."""
     if _is_rank_zero():
         print("loading PyTorch and Megatron-Core ...", flush=True)
+    from megatron_oprd.runtime.megatron_import import import_megatron
+
+    import_megatron()
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -19,7 +19,7 @@ from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.map_optimizer import MapOptimizer
 from megatron_oprd.training.optimizer_arguments import optimizer_arguments
 from megatron_oprd.training.overlap import wrap
@@ -48,7 +48,7 @@ def build_student(
     Communicates over the world (mcore aligns parameter groups)."""
     freeze_unreached(stage, config, plan)
     distributed = config.parallel.distributed_optimizer and config.optimizer.name == "adamw"  # SGD has no state to cut
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         ddp = wrap(stage, config.parallel, distributed=distributed)
         bf16 = config.precision.dtype == "bf16"
         arguments = optimizer_arguments(config.optimizer, bf16=bf16, distributed=distributed)

@@ -19,7 +19,7 @@ from megatron_oprd.models.taps import OutputTap, StageLoss, StudentTap
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.overlap import start_gather
 from megatron_oprd.training.schedule import run_schedule
@@ -56,7 +56,7 @@ def student_step(
     if len(targets):
         raise RuntimeError(f"{len(targets)} layers of micro-batches were never compared with their targets")
     learning_rate = student.scheduler.get_lr({})
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
     start_gather(student.ddp)
     if student.map_optimizer is not None:

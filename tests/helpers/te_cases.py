@@ -21,7 +21,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from transformer_engine import on_cpu
 
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins
 from tests.helpers.te_models import EXPERTS, build, compare, gradients, load, relative, run
 
 FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
@@ -30,7 +30,7 @@ FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
 def set_layout(tensor: int) -> None:
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
 
 
@@ -193,7 +193,7 @@ def training(weights: dict, folder: Path) -> dict[str, float]:
 
 def trained(weights: dict) -> tuple[Any, Any]:
     model = load(build("te", **FP8), weights)
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
         ddp = DistributedDataParallel(model.config, settings, model)
         config = OptimizerConfig(optimizer="adam", lr=1e-3, clip_grad=1.0, use_distributed_optimizer=True)
@@ -205,7 +205,7 @@ def step(model: Any, trainer: Any) -> None:
     model.module.set_is_first_microbatch()
     run(model)
     finalize_model_grads([model])
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         trainer.step()
 
 
@@ -225,7 +225,7 @@ def sharded_state(model: Any, trainer: Any, is_loading: bool = False) -> dict[st
 
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    platform.install_cpu_stand_ins()
+    cpu_stand_ins.install()
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size)
     set_layout(1)
     local = build("local")

@@ -15,7 +15,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import cpu_stand_ins
 
 LENGTHS = (16, 8, 24)
 TOKENS = sum(LENGTHS)
@@ -57,7 +57,7 @@ def build(spec: str, **settings: Any) -> GPTModel:
     grouped = settings.get("moe_grouped_gemm", False)
     kwargs = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": grouped, "qk_layernorm": True}
     layers = make(**kwargs, **({} if spec == "te" else {"normalization": "RMSNorm"}))
-    with platform.cpu_devices():
+    with cpu_stand_ins.cpu_devices():
         model = GPTModel(
             config, layers, VOCAB, 64, position_embedding_type="rope", share_embeddings_and_output_weights=False
         )
@@ -115,7 +115,7 @@ def run(model: GPTModel, packed: bool = True) -> torch.Tensor:
         params = PackedSeqParams("thd", bounds, bounds, bounds, bounds, max(LENGTHS), max(LENGTHS))
         logits = model(tokens()[None], positions[None], None, packed_seq_params=params)[0]
     else:
-        with platform.cpu_devices():
+        with cpu_stand_ins.cpu_devices():
             parts = [
                 model(
                     ids[None], torch.arange(len(ids))[None], torch.ones(len(ids), len(ids)).triu(1).bool()[None, None]

@@ -23,8 +23,8 @@ try:
     else:
         runpy.run_module(command, run_name="__main__", alter_sys=True)
 finally:
-    slow = ("torch", "megatron.core", "transformers", "datasets", "pandas", "pyarrow", "sympy", "scipy")
-    print("imported:", *(name for name in slow if name in sys.modules))
+    slow = "torch megatron.core transformers datasets pandas pyarrow sympy scipy torch._inductor.compile_fx"
+    print("imported:", *(name for name in slow.split() if name in sys.modules))
 """
 
 
@@ -80,7 +80,27 @@ def test_an_unknown_demo_is_reported_before_the_slow_imports():
     assert result.stderr == "error: demo=other: there are same_architecture, cross_architecture, cross_tokenizer\n"
 
 
-def test_loading_is_announced_once_the_configuration_is_right():
+def test_loading_is_announced_and_quiet_and_leaves_the_compiler_out():
     result = run("megatron_oprd.train", *REQUIRED)
-    assert result.stdout.startswith("loading PyTorch and Megatron-Core ...\n")
-    assert result.returncode == 2 and result.stderr.endswith("error: s is not a folder with a Hugging Face model\n")
+    assert (result.returncode, result.stderr) == (2, "error: s is not a folder with a Hugging Face model\n")
+    announced, imported = result.stdout.splitlines()
+    assert announced == "loading PyTorch and Megatron-Core ..."
+    assert "torch" in imported and "megatron.core" in imported and "torch._inductor.compile_fx" not in imported
+
+
+def test_a_function_that_is_compiled_later_computes_the_same():
+    code = """
+import torch
+from megatron_oprd.runtime import megatron_import
+compiled = []
+torch.compile = lambda function, **options: compiled.append(options) or (lambda x: function(x) + 1)
+with megatron_import._compile_on_first_call():
+    @torch.compile
+    def double(x): return 2 * x
+    @torch.compile(mode="default")
+    def triple(x): return 3 * x
+assert compiled == [] and double.__name__ == "double"
+assert [double(1), double(2), triple(1)] == [3, 5, 4] and compiled == [{}, {"mode": "default"}]
+assert torch.compile(lambda x: x)(1) == 2
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

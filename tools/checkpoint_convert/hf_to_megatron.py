@@ -5,7 +5,7 @@ import shared
 
 shared.prepare()
 
-from megatron_oprd.runtime.cli import ArgumentParser, announce_loading, run_command  # noqa: E402
+from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading  # noqa: E402
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -22,7 +22,7 @@ def main() -> int:
 
 
 def convert(args) -> int:
-    announce_loading()
+    start_loading()
     import torch
 
     from megatron_oprd.checkpoint.megatron_format import save_model

@@ -5,7 +5,7 @@ import shared
 
 shared.prepare()
 
-from megatron_oprd.runtime.cli import ArgumentParser, announce_loading, run_command  # noqa: E402
+from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading  # noqa: E402
 
 
 def main() -> int:
@@ -24,7 +24,7 @@ def main() -> int:
 
 
 def convert(args) -> int:
-    announce_loading()
+    start_loading()
     from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.export import export_hf

@@ -9,7 +9,7 @@ import shared
 
 shared.prepare()
 
-from megatron_oprd.runtime.cli import ArgumentParser, announce_loading, run_command  # noqa: E402
+from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading  # noqa: E402
 
 # Bit-equal weights leave the order of summation; half of a bf16 model's digits are gone after a few layers.
 DTYPES = {"fp32": ("float32", 1e-4), "bf16": ("bfloat16", 5e-2)}
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def verify(args) -> int:
-    announce_loading()
+    start_loading()
     import torch
 
     from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model

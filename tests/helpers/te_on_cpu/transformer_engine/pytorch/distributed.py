@@ -50,7 +50,7 @@ def checkpoint(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 class CudaRNGStatesTracker:
-    """torch.cuda's states, which on a CPU are torch's own once `install_cpu_stand_ins` ran."""
+    """torch.cuda's states, which on a CPU are torch's own once `cpu_stand_ins.install` ran."""
 
     def __init__(self):
         self.reset()
