@@ -1,5 +1,8 @@
-"""Where a run stands. Everything random in a run is a function of the seed and of these numbers: no generator's state
-has to be kept (rollouts draw from seed, step, prompt and sample; prompts are ordered by seed and epoch)."""
+"""The position of a run, which a checkpoint stores, and the identity of its teachers.
+
+Everything random in a run is a function of the seed and of this position: rollouts of (seed, step, prompt, sample), the
+order of prompts of (seed, epoch). No state of a random-number generator has to be stored.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +13,22 @@ from megatron_oprd.data.prompts import PromptState
 
 @dataclass(frozen=True)
 class TrainState:
-    """`step` updates have been made and the prompts taken up to `prompts`."""
+    """The position of a run between two steps."""
 
-    step: int = 0
-    prompts: PromptState = field(default_factory=PromptState)
+    step: int = 0  # updates made so far
+    prompts: PromptState = field(default_factory=PromptState)  # prompts taken so far
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same for a run to go on: a teacher's weights, the map of layers to it, the bridge between."""
+    """The properties of a teacher that must not change when a run resumes (the path may)."""
 
     path: str
-    hash: str
-    pairs: tuple[tuple[int, int], ...]
-    bridge: str | None = None  # what identifies it
+    hash: str  # of the teacher's weights
+    pairs: tuple[tuple[int, int], ...]  # compared layers (student, teacher)
+    bridge: str | None = None  # hash of the bridge between student and teacher
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Whether something that happens every `every` steps, and at the end, happens after this one (0: never)."""
+    """Return True after every `every` steps and after the last of `steps`; never if `every` is 0."""
     return every > 0 and (step % every == 0 or step == steps)

@@ -1,5 +1,7 @@
-"""mcore's optimizer with part of its state in CPU memory makes the update of the one without, and goes on from its
-checkpoint. No GPU is here: tensors that were not moved to pinned memory are taken for a GPU's."""
+"""An optimizer with part of its state in CPU memory makes the same updates, and resumes exactly from a checkpoint.
+
+The test needs no GPU: tensors outside of pinned memory stand for GPU tensors.
+"""
 
 import contextlib
 from unittest import mock
