@@ -1,4 +1,7 @@
-"""The covering part of the matrix sees mistakes: cells that feel one turn red, and the others stay green."""
+"""A mistake in the product makes the cases fail that can see it, and no others.
+
+Each mistake runs in one case of each kind; benchmarks/parity.py --defects runs all cases of the covering part.
+"""
 
 import pytest
 
@@ -7,7 +10,7 @@ from tests.helpers.layouts import covering
 from tests.helpers.run_layouts import References, run_cases
 
 RANKS = 4
-OF_EACH_COLOUR = 2
+OF_EACH_COLOUR = 1
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,7 @@ def references(tmp_path_factory):
 
 
 def handful(defect):
-    """A few cells that feel a mistake and a few that do not."""
+    """Return a few cases in which a mistake shows and a few in which it does not."""
     cells = [case for case in covering() if case.world == RANKS]
     felt = [case for case in cells if defect.felt_by(case)]
     unfelt = [case for case in cells if not defect.felt_by(case)]

@@ -60,6 +60,7 @@ def kill_when(reached, arguments, log):
     command.kill()
 
 
+@pytest.mark.nightly
 def test_a_fit_that_is_killed_goes_on(whole, tmp_path):
     """Once while answers are written, once between the steps of the moments; again where the killer came too late."""
     arguments, expected = whole

@@ -94,6 +94,7 @@ def test_every_rank_of_a_pipeline_has_a_row(tmp_path):
     assert all(peak > 0 for peak in peaks.values())
 
 
+@pytest.mark.nightly
 def test_the_peak_is_what_a_run_takes(tmp_path):
     """The difference between a run and one that is tiny, which is also what the process itself takes."""
     predicted, measured = [], []

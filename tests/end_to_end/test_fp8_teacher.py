@@ -3,6 +3,8 @@ from them all the same."""
 
 import json
 
+import pytest
+
 from tests.helpers.commands import run
 
 IN_FP8 = "precision.teacher_fp8=weights"
@@ -20,6 +22,7 @@ def test_a_trained_teacher_moves_by_less_than_five_per_cent(demo, tmp_path):
     assert f"{written['loss_floor']:.3e}" in outcome.stdout and f"{errors[4]['relative']:.4f}" in outcome.stdout
 
 
+@pytest.mark.nightly  # the demo a second time
 def test_the_demo_learns_from_it(demo, tmp_path):
     arguments = ("--config", f"{demo.folder}/config.yaml", IN_FP8, f"train.run_dir={tmp_path / 'run'}")
     outcome = run(tmp_path, "train", *arguments, timeout_seconds=900)

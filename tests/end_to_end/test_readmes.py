@@ -78,6 +78,7 @@ RUNS = {
     "python -m megatron_oprd.train --config examples/qwen3_235b_a22b_to_30b_a3b_512xh100.yaml --dry-run": None,
     "bash ci/run.sh": "--collect-only -q tests/unit",  # this very test is part of it
     "bash ci/run.sh tests/unit -k sharding": "--collect-only -q",
+    "bash ci/nightly.sh": "--collect-only -q tests/unit",
     "bash ci/lint.sh": "",
     "python benchmarks/rollout.py": "--batch 2 --repeats 1 --layers 1 --hidden 64 --vocabulary 64",
     "python benchmarks/parity.py": "--only 2-qwen3-tp2-sp",

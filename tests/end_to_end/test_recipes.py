@@ -32,7 +32,9 @@ def test_the_models_are_as_large_as_their_cards_say(name):
     assert spec.eos_token_ids == (151645, 151643)
 
 
-@pytest.mark.parametrize(("recipe", "world", "rows"), [(DENSE, 64, 1), (EXPERTS, 512, 2)])
+@pytest.mark.parametrize(
+    ("recipe", "world", "rows"), [(DENSE, 64, 1), pytest.param(EXPERTS, 512, 2, marks=pytest.mark.nightly)]
+)
 def test_a_recipe_fits_its_machines(recipe, world, rows, tmp_path, monkeypatch):
     """On any machine, without weights: each rank below 80 GB, with room for what the table leaves out."""
     monkeypatch.chdir(ROOT)

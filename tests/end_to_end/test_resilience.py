@@ -124,6 +124,7 @@ def test_a_killed_rank_is_named_and_the_restarted_run_ends_the_same(arguments, e
     assert_as_expected(actual, expected)
 
 
+@pytest.mark.nightly
 def test_the_rank_that_hangs_fails_or_is_stopped_is_named(arguments, tmp_path):
     """Three attempts of one run: rank 1 sleeps, then rank 3 raises, then rank 2 is stopped from outside."""
     actual = tmp_path / "run"

@@ -125,6 +125,7 @@ def kill_and_compare(arguments, tmp_path, moments, seed, way_names):
     return killer
 
 
+@pytest.mark.nightly
 def test_ten_kills_do_not_change_the_result(tmp_path):
     # The layers are wide, so that writing a checkpoint takes long enough to be interrupted.
     arguments = replay_run(tmp_path, STEPS, hidden_size=192, intermediate_size=768, num_hidden_layers=2)
@@ -148,6 +149,7 @@ def test_generated_rollouts_and_evaluations_resume_exactly(tmp_path):
         assert (tmp_path / "actual" / name).read_text() == (tmp_path / "expected" / name).read_text()
 
 
+@pytest.mark.nightly
 def test_an_output_objective_on_generated_rollouts_resumes_exactly(tmp_path):
     settings = ("objective=sampled", "metrics_every=2", "teacher_temperature=1.2")
     arguments = prompt_run(

@@ -98,6 +98,7 @@ def test_fp8_weights_follow_every_update(runs):
     assert train(arguments, stopped_after_two_steps(runs, "resumed"), *IN_FP8)[0] == metrics
 
 
+@pytest.mark.nightly
 def test_a_checkpoint_goes_on_without_transformer_engine(runs):
     _, arguments, (metrics, _) = runs
     own, _ = train(arguments, stopped_after_two_steps(runs, "own"), "precision.attention=sdpa")
@@ -106,6 +107,7 @@ def test_a_checkpoint_goes_on_without_transformer_engine(runs):
     assert own[2]["grad_norm"] == pytest.approx(metrics[2]["grad_norm"], rel=0.15)
 
 
+@pytest.mark.nightly
 def test_fp8_weights_are_the_same_from_either_kind_of_folder(runs):
     folder, arguments, (metrics, _) = runs
     run_distributed(1, to_megatron, folder / "teacher", folder / "megatron-teacher", 1, torch.bfloat16)

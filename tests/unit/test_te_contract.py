@@ -53,6 +53,8 @@ OURS = (
 )
 
 
+needs_wheels = pytest.mark.nightly  # downloads three wheels of Transformer Engine
+
 # The table is of one Megatron-Core; a newer one asks for more, mostly in a try.
 of_this_megatron = pytest.mark.skipif(
     importlib.metadata.version("megatron-core") != "0.16.1", reason="the known gaps are those of Megatron-Core 0.16.1"
@@ -94,6 +96,7 @@ def _under(path, folders):
 
 
 @of_this_megatron
+@needs_wheels
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_transformer_engine_has_every_name_that_is_used(version):
     lacking = defaultdict(list)
@@ -108,6 +111,7 @@ def test_transformer_engine_has_every_name_that_is_used(version):
 
 
 @of_this_megatron
+@needs_wheels
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_transformer_engine_has_names_that_are_looked_up_at_run_time(version):
     """Names without a call in Megatron-Core, and the packed sequence's fields, which it passes by name at run time."""
@@ -119,6 +123,7 @@ def test_transformer_engine_has_names_that_are_looked_up_at_run_time(version):
 
 
 @of_this_megatron
+@needs_wheels
 @pytest.mark.parametrize("version", SUPPORTED)
 def test_recipes_accept_the_keywords_of_megatron(version, tmp_path):
     file = source(version).extract("transformer_engine.common.recipe", tmp_path)
@@ -200,6 +205,7 @@ def test_a_missing_name_is_found(tmp_path, code):
     assert sorted(lacking) == [f"transformer_engine.pytorch.{name}" for name in CASES[code]]
 
 
+@needs_wheels
 def test_the_stand_in_has_no_name_that_the_package_lacks():
     real, ours = source(STAND_IN_VERSION), Source(STAND_IN)
     wrong = []

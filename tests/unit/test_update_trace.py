@@ -76,9 +76,9 @@ def update(tokens, spec, overrides):
     ("kind", "overrides"),
     [
         ("dense", ("precision.dtype=fp32",)),
-        ("dense", ("precision.dtype=bf16", *FULL)),
-        ("experts", ("precision.dtype=fp32",)),
-        ("experts", ("precision.dtype=bf16", *FULL)),
+        pytest.param("dense", ("precision.dtype=bf16", *FULL), marks=pytest.mark.nightly),
+        pytest.param("experts", ("precision.dtype=fp32",), marks=pytest.mark.nightly),
+        pytest.param("experts", ("precision.dtype=bf16", *FULL), marks=pytest.mark.nightly),
     ],
 )
 def test_the_traced_peak_is_the_peak_of_a_real_update(kind, overrides):
