@@ -1,4 +1,4 @@
-"""What a Hugging Face folder's `config.json` asks for, or a refusal that names what we do not support."""
+"""Read the `config.json` of a Hugging Face folder. A config with an unsupported feature is refused by name."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_oprd.hf.checks import check_positive, check_whole
+from megatron_oprd.hf.checks import check_integers, check_positive
 from megatron_oprd.hf.rope import rope_fields
 from megatron_oprd.types import ModelSpec, UserError
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the models of an architecture have, beside what their `config.json` says."""
+    """Properties of an architecture that are not in its `config.json`."""
 
     qkv_bias: bool = False
     qk_norm: bool = False
-    experts: bool = False
-    rope_types: tuple[str, ...] = ()  # kinds of rope scaling
-    partial_rotary: bool = False
-    always_slides: bool = False  # whether a `sliding_window` holds without `use_sliding_window`
+    experts: bool = False  # True for a mixture of experts
+    rope_types: tuple[str, ...] = ()  # supported types of rope scaling
+    partial_rotary: bool = False  # True if partial_rotary_factor below 1 is supported
+    always_slides: bool = False  # True if `sliding_window` applies without `use_sliding_window`
 
 
 FAMILIES = {
@@ -31,7 +31,7 @@ FAMILIES = {
     "LlamaForCausalLM": Family(rope_types=("llama3",)),
     "Phi3ForCausalLM": Family(rope_types=("longrope",), partial_rotary=True, always_slides=True),
 }
-WHOLE = (
+INTEGERS = (
     "num_hidden_layers",
     "hidden_size",
     "intermediate_size",
@@ -39,15 +39,18 @@ WHOLE = (
     "vocab_size",
     "max_position_embeddings",
 )
-OPTIONAL_WHOLE = ("num_key_value_heads", "head_dim", "decoder_sparse_step")
+OPTIONAL_INTEGERS = ("num_key_value_heads", "head_dim", "decoder_sparse_step")
 DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
 
 
 def read_model_spec(path: str | Path) -> ModelSpec:
-    """The model of a Hugging Face folder. Raises UserError, naming file, key and value, for a broken config or for
-    anything in it that would be ignored: other rope scaling, sliding windows, quantisation, shared experts, other
-    architectures."""
+    """Read the model specification of a Hugging Face folder.
+
+    Raises:
+        UserError: the config is invalid or asks for an unsupported feature (rope scaling, sliding windows,
+            quantisation, shared experts, architecture). Names file, key and value.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder with a Hugging Face model")
@@ -86,21 +89,21 @@ def read_model_spec(path: str | Path) -> ModelSpec:
 
 
 def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a mixture of experts, or none when every layer is dense all the same."""
-    # transformers 5 calls it num_local_experts and reads either name.
+    """Return the ModelSpec fields of a mixture of experts; an empty dictionary if every layer is dense."""
+    # transformers 5 writes num_local_experts and accepts both names.
     key = "num_local_experts" if "num_local_experts" in values else "num_experts"
-    check_whole(values, (key,), where, least=0)
+    check_integers(values, (key,), where, least=0)
     if values.get("num_experts", values[key]) != values[key]:
         raise UserError(f"{where}: num_experts={values['num_experts']!r} contradicts {key}={values[key]}")
     step, dense = values.get("decoder_sparse_step") or 1, values.get("mlp_only_layers") or ()
     sparse = tuple(n for n in range(values["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0)
     if not values[key] or not sparse:
         return {}
-    check_whole(values, ("moe_intermediate_size", "num_experts_per_tok"), where)
+    check_integers(values, ("moe_intermediate_size", "num_experts_per_tok"), where)
     if values["num_experts_per_tok"] > values[key]:
         raise UserError(f"{where}: num_experts_per_tok={values['num_experts_per_tok']} exceeds {key}={values[key]}")
     if values["num_experts_per_tok"] == 1 and values.get("norm_topk_prob"):
-        # The one probability would be 1 whatever the router says; Megatron refuses it, too.
+        # A single normalised probability is always 1, so the router has no effect. Megatron refuses it, too.
         raise UserError(f"{where}: norm_topk_prob=true with num_experts_per_tok=1 is not supported")
     return {
         "num_experts": values[key],
@@ -112,12 +115,12 @@ def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises UserError naming the file."""
+    """Return the JSON object of a file. Raises UserError that names the file."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # what is not UTF-8, not JSON, or nested too deeply
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}")
@@ -125,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _check_types(values: dict[str, Any], where: str) -> None:
-    check_whole(values, (*WHOLE, *(key for key in OPTIONAL_WHOLE if values.get(key) is not None)), where)
+    check_integers(values, (*INTEGERS, *(key for key in OPTIONAL_INTEGERS if values.get(key) is not None)), where)
     check_positive(values, ("rms_norm_eps",), where)
     for key, kind in (
         ("architectures", list),
@@ -145,10 +148,10 @@ def _check_types(values: dict[str, Any], where: str) -> None:
 
 def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> None:
     layer_types = set(values.get("layer_types") or ())
-    # A window that no sequence outgrows changes nothing.
+    # A window that is not shorter than the longest sequence has no effect.
     window = values.get("sliding_window") if family.always_slides else None
     if window is not None:
-        check_whole(values, ("sliding_window",), where)
+        check_integers(values, ("sliding_window",), where)
     positions = values["max_position_embeddings"]
     unsupported = {
         f"sliding_window {window} below its {positions} positions": window is not None and window < positions,
@@ -161,13 +164,13 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
         **{key: bool(values.get(key)) for key in SHARED_EXPERTS},
         **{f"{key} {values.get(key)}": bool(values.get(key)) for key in DROPOUTS},
     }
-    for name, asked in unsupported.items():
-        if asked:
+    for name, present in unsupported.items():
+        if present:
             raise UserError(f"{where} asks for {name}, which is not supported")
 
 
 def _eos_token_ids(folder: Path, values: dict[str, Any]) -> tuple[int, ...]:
-    """Every id that ends a response: `generation_config.json` lists several for Qwen, `config.json` has one."""
+    """Return the ids that end a response: those of `generation_config.json` if it has any, else of `config.json`."""
     generation = folder / "generation_config.json"
     found = read_json(generation).get("eos_token_id") if generation.exists() else None
     found = values.get("eos_token_id") if found is None else found

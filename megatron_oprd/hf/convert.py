@@ -1,4 +1,4 @@
-"""Hugging Face tensors to Megatron parameters and back, bit for bit. Pure functions, no communication."""
+"""Convert Hugging Face tensors to Megatron parameters and back, bit for bit. No communication."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megatron_oprd.types import ModelSpec
 
 
 def to_megatron(entry: Entry, tensors: Sequence[torch.Tensor], spec: ModelSpec) -> torch.Tensor:
-    """The whole Megatron parameter of an entry, from its Hugging Face tensors in the table's order."""
+    """Return the full Megatron parameter of an entry from its Hugging Face tensors, in the order of `entry.hf`."""
     if entry.layout == "qkv":
-        # [groups, (queries of the group + key + value) * d, ...]: mcore splits the projection by query group.
+        # [groups, (queries of the group + key + value) * d, ...]: Megatron-Core splits the projection by query group.
         if len(tensors) == 1:
             keys = spec.num_query_groups * spec.head_dim
             tensors = tensors[0].split((spec.num_attention_heads * spec.head_dim, keys, keys))
@@ -23,7 +23,7 @@ def to_megatron(entry: Entry, tensors: Sequence[torch.Tensor], spec: ModelSpec) 
 
 
 def from_megatron(entry: Entry, parameter: torch.Tensor, spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors of a whole Megatron parameter; vocabulary padding is cut off."""
+    """Return the Hugging Face tensors of a full Megatron parameter by name, without vocabulary padding."""
     if entry.layout == "qkv":
         queries = spec.num_attention_heads // spec.num_query_groups * spec.head_dim
         groups = parameter.unflatten(0, (spec.num_query_groups, -1))
@@ -40,7 +40,7 @@ def from_megatron(entry: Entry, parameter: torch.Tensor, spec: ModelSpec) -> dic
 
 
 def shard(entry: Entry, parameter: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """What tensor-parallel rank `rank` of `size` holds of a whole Megatron parameter, if it holds it at all."""
+    """Return the shard of a full Megatron parameter on tensor-parallel rank `rank` of `size`."""
     if not entry.cut:
         return parameter
     if entry.layout == "columns":
@@ -54,8 +54,10 @@ def shard(entry: Entry, parameter: torch.Tensor, rank: int, size: int) -> torch.
 
 
 def unshard(entry: Entry, shards: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The whole Megatron parameter from the shards of all tensor-parallel ranks, in rank order; of an entry that is not
-    cut, the first is enough."""
+    """Return the full Megatron parameter from the shards of all tensor-parallel ranks, in rank order.
+
+    For an entry that is not sharded, the first element is enough.
+    """
     if not entry.cut:
         return shards[0]
     if entry.layout == "columns":

@@ -1,4 +1,4 @@
-"""A Megatron-Core model, spread over tensor-, expert- and pipeline-parallel ranks, back into a Hugging Face folder."""
+"""Export a distributed Megatron-Core model to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -64,8 +64,10 @@ def _write(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> Exception | None:
-    """Write all tensors; returns the error instead of raising it, after taking the remaining tensors from their
-    senders: they would wait for ever."""
+    """Write all tensors. Return an error instead of raising it, after the remaining tensors have been received.
+
+    Otherwise the sending ranks would wait forever.
+    """
     config = config_with_dtype(spec.hf_config, dtype)
     try:
         with HFWriter(target, max_shard_bytes, companions=source, config=config) as writer:
@@ -83,10 +85,10 @@ def _exhaust(tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Which ranks send a parameter, or a part of it each, and what each of them sends."""
+class _Source:
+    """The ranks that send a parameter or its shards, and the shape and dtype of what each rank sends."""
 
-    ranks: tuple[int, ...]  # tensor-parallel ranks in order, or one rank
+    ranks: tuple[int, ...]  # all tensor-parallel ranks in order, or one rank
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -94,42 +96,44 @@ class _Place:
 def gather_hf_tensors(
     stage: torch.nn.ModuleList, spec: ModelSpec, topology: Topology
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every Hugging Face tensor of the model in the table's order, on rank 0; nothing elsewhere.
+    """Yield (name, tensor) for every Hugging Face tensor of the model on rank 0, and nothing on other ranks.
 
-    Collective over the world; every rank must exhaust it. The tensors are whole, on the model's device and in its
-    dtype. Of the replicas of a parameter only the first sends. Raises RuntimeError, on every rank, for a model that
-    misses a parameter or has one of another shape.
+    The tensors are complete, on the device and in the dtype of the model, in the order of the table. Only the first
+    replica of a parameter sends. Collective over the world: every rank must exhaust the iterator.
+
+    Raises:
+        RuntimeError: on every rank, if a parameter is missing or has a wrong shape.
     """
     table = named_parameters(stage)
-    return _stream(table, _places(table, spec, topology), spec, topology)
+    return _stream(table, _sources(table, spec, topology), spec, topology)
 
 
 def _stream(
-    table: dict[str, torch.nn.Parameter], places: dict[str, _Place], spec: ModelSpec, topology: Topology
+    table: dict[str, torch.nn.Parameter], sources: dict[str, _Source], spec: ModelSpec, topology: Topology
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    # No rank can wait for ever: all send in the order in which rank 0 receives.
+    # All ranks send in the order in which rank 0 receives, so no rank waits forever.
     for entry in entries(spec):
-        place = places[entry.megatron]
+        source = sources[entry.megatron]
         if topology.rank == 0:
-            pieces = [_receive(table.get(entry.megatron), rank, place, topology) for rank in place.ranks]
+            pieces = [_receive(table.get(entry.megatron), rank, source, topology) for rank in source.ranks]
             yield from from_megatron(entry, unshard(entry, pieces), spec).items()
-        elif topology.rank in place.ranks:
+        elif topology.rank in source.ranks:
             dist.send(table[entry.megatron].detach().contiguous(), dst=0)
     dist.barrier()
 
 
-def _receive(own: torch.nn.Parameter | None, rank: int, place: _Place, topology: Topology) -> torch.Tensor:
-    """What `rank` sends of a parameter, on rank 0; `own`: what rank 0 itself holds."""
+def _receive(own: torch.nn.Parameter | None, rank: int, source: _Source, topology: Topology) -> torch.Tensor:
+    """Return on rank 0 what `rank` sends of a parameter. `own` is rank 0's own part of the parameter."""
     if rank == 0:
         assert own is not None
         return own.detach()
-    piece = torch.empty(place.shape, dtype=place.dtype, device=topology.device)
+    piece = torch.empty(source.shape, dtype=source.dtype, device=topology.device)
     dist.recv(piece, src=rank)
     return piece
 
 
-def _places(table: dict[str, torch.nn.Parameter], spec: ModelSpec, topology: Topology) -> dict[str, _Place]:
-    """Where each parameter comes from. The copy of a tied head on the last stage is not asked for."""
+def _sources(table: dict[str, torch.nn.Parameter], spec: ModelSpec, topology: Topology) -> dict[str, _Source]:
+    """Return the sending ranks of each parameter. The copy of a tied LM head on the last stage is not sent."""
     sends = {
         entry.megatron: (tuple(table[entry.megatron].shape), table[entry.megatron].dtype)
         for entry in entries(spec)
@@ -137,25 +141,25 @@ def _places(table: dict[str, torch.nn.Parameter], spec: ModelSpec, topology: Top
     }
     senders: dict[str, dict[int, tuple[tuple[int, ...], torch.dtype]]] = {}
     for rank, sent in enumerate(gather_objects(sends, dist.group.WORLD)):
-        for name, what in sent.items():
-            senders.setdefault(name, {})[rank] = what
-    places, shapes = {}, megatron_shapes(spec, topology.tensor_size)
+        for name, shape_and_dtype in sent.items():
+            senders.setdefault(name, {})[rank] = shape_and_dtype
+    sources, shapes = {}, megatron_shapes(spec, topology.tensor_size)
     for entry in entries(spec):
-        held = senders.get(entry.megatron, {})
-        if len(held) != (topology.tensor_size if entry.cut else 1):
+        by_rank = senders.get(entry.megatron, {})
+        if len(by_rank) != (topology.tensor_size if entry.cut else 1):
             raise RuntimeError(f"the model has no {entry.megatron}: only a whole model can be exported")
         expected = shard_shape(entry, shapes[entry.megatron], topology.tensor_size)
-        for shape, _ in held.values():
+        for shape, _ in by_rank.values():
             if shape != expected:
                 raise RuntimeError(f"{entry.megatron} has shape {shape}, the configuration says {expected}")
-        _, dtype = next(iter(held.values()))
-        places[entry.megatron] = _Place(tuple(held), expected, dtype)
-    return places
+        _, dtype = next(iter(by_rank.values()))
+        sources[entry.megatron] = _Source(tuple(by_rank), expected, dtype)
+    return sources
 
 
 def _is_sender(entry: Entry, topology: Topology) -> bool:
-    """Whether this rank is the first of those that hold the same, given that it holds the entry."""
-    # Experts are replicated over other ranks than the rest: expert parallelism spans tensor, context and data ranks.
+    """Return True if this rank is the first replica of an entry that it has."""
+    # Expert parallelism spans tensor-, context- and data-parallel ranks, so experts have replicas of their own.
     replicas = topology.groups.dp_cp if entry.expert is None else topology.groups.expt_dp
     first = dist.get_process_group_ranks(replicas)[0] == topology.rank
     return first and (entry.cut or entry.expert is not None or topology.tensor_rank == 0)

@@ -1,4 +1,4 @@
-"""Hugging Face weights straight into the chunks that a rank holds of a Megatron-Core model, one tensor at a time."""
+"""Load Hugging Face weights into this rank's part of a Megatron-Core model, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ _EXPERT = re.compile(r"(?<=\.mlp\.experts\.local_experts\.)\d+")
 
 
 def global_name(name: str, first_layer: int, first_expert: int) -> str:
-    """A chunk's parameter name as the tables have it, its layer and its expert numbered from 0 over the whole model."""
+    """Return the name of a chunk's parameter in the full model: layers and experts counted from 0 over all ranks."""
     name = _LAYER.sub(lambda number: str(int(number[0]) + first_layer), own_name(name))
     return _EXPERT.sub(lambda number: str(int(number[0]) + first_expert), name)
 
 
 def parameter_table(spec: ModelSpec) -> dict[str, Entry]:
-    """The entry of every parameter by its global name. A tied last pipeline stage has a head of its own, which is made
-    from the embedding."""
+    """Return the table entry of every parameter by its global name.
+
+    With tied embeddings, the LM head of the last pipeline stage is a copy that is filled from the embedding.
+    """
     table: dict[str, Entry] = {entry.megatron: entry for entry in entries(spec)}
     if spec.tied_embeddings:
         table[LM_HEAD.megatron] = EMBEDDING
@@ -32,7 +34,7 @@ def parameter_table(spec: ModelSpec) -> dict[str, Entry]:
 
 
 def named_parameters(stage: torch.nn.ModuleList) -> dict[str, torch.nn.Parameter]:
-    """The parameters of all chunks of a stage by their name in the whole model."""
+    """Return the parameters of all chunks of a stage by their global name."""
     return {
         global_name(name, chunk.first_layer, chunk.first_expert): parameter
         for chunk in stage
@@ -49,15 +51,17 @@ def load_hf(
     tensor_rank: int = 0,
     tensor_size: int = 1,
 ) -> None:
-    """Fill every parameter of a stage, cast to the parameter's dtype. Reads the tensors of its own layers and experts
-    only.
+    """Fill every parameter of a stage, cast to the dtype of the parameter. No communication.
 
-    A tied last stage has a head of its own, filled from the embedding. Raises KeyError for a parameter that the
-    family's table does not know. No communication.
+    Only the tensors of this rank's layers and experts are read. With tied embeddings, the LM head of the last stage is
+    filled from the embedding.
+
+    Raises:
+        KeyError: a parameter is not in the table of the model family.
     """
     table = parameter_table(spec)
     for name, parameter in named_parameters(stage).items():
         progress.beat()
         entry = table[name]
-        whole = to_megatron(entry, [reader.read(hf_name) for hf_name in entry.hf], spec)
-        parameter.copy_(shard(entry, whole, tensor_rank, tensor_size))
+        full = to_megatron(entry, [reader.read(hf_name) for hf_name in entry.hf], spec)
+        parameter.copy_(shard(entry, full, tensor_rank, tensor_size))

@@ -1,4 +1,4 @@
-"""One declarative table per family: which Hugging Face tensors make which Megatron-Core parameter, and how."""
+"""Tables that map the Hugging Face tensors of each model family to Megatron-Core parameters."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ Layout = Literal["copy", "rows", "columns", "vocabulary", "qkv", "gate_up"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A Megatron parameter, the Hugging Face tensors it is made of, and how tensor parallelism divides it.
+    """A Megatron parameter, its Hugging Face tensors, and how tensor parallelism shards it.
 
-    copy: held whole by every rank. rows, columns: cut along dimension 0 or 1. vocabulary: rows, padded with zeros to
-    a multiple of the ranks. qkv: query, key and value interleaved by query group, cut between groups. gate_up: the
-    two halves are cut each for itself and laid one after the other on every rank. Of the last two, Hugging Face may
-    hold the parts as tensors of their own or one below the other in a single tensor.
-
-    `expert`: the number of the expert that it belongs to. Expert parallelism gives each rank whole experts, so tensor
-    parallelism never cuts one.
+    Layouts:
+        copy: every rank has the full parameter.
+        rows, columns: sharded along dimension 0 or 1.
+        vocabulary: rows, padded with zeros to a multiple of the tensor-parallel size.
+        qkv: query, key and value interleaved by query group, sharded between groups.
+        gate_up: each of the two halves is sharded separately, and every rank concatenates its two shards.
+    For qkv and gate_up, Hugging Face has either separate tensors or one tensor with the parts concatenated.
     """
 
-    megatron: str
-    hf: tuple[str, ...]
+    megatron: str  # parameter name
+    hf: tuple[str, ...]  # tensor names
     layout: Layout
-    expert: int | None = None
+    expert: int | None = None  # number of the expert; each rank has complete experts, which are never sharded
 
     @property
     def cut(self) -> bool:
-        """Whether each tensor-parallel rank holds a part of its own; otherwise who holds it holds the whole."""
+        """True if each tensor-parallel rank has a different shard; otherwise a rank has the full parameter."""
         return self.layout != "copy" and self.expert is None
 
     def inside(self, layer: int, expert: int | None = None) -> Entry:
-        """This entry of a layer table in block `layer`, and with `{expert}` in its names filled in."""
+        """Return this entry of a layer table with the names of block `layer` and, for experts, of `expert`."""
         return Entry(
             f"decoder.layers.{layer}.{self.megatron.format(expert=expert)}",
             tuple(f"model.layers.{layer}.{name.format(expert=expert)}" for name in self.hf),
@@ -81,7 +81,7 @@ EXPERT = (
     ),
 )
 EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")
-# How Transformer Engine's fused modules call what the tables know by the names of our own.
+# Names in Transformer Engine's fused modules, and the names of the same norms in our own layer spec.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
@@ -92,15 +92,17 @@ LM_HEAD = Entry("output_layer.weight", ("lm_head.weight",), "vocabulary")
 
 
 def own_name(name: str) -> str:
-    """A parameter of a model on Transformer Engine by the name that it has in our own layer spec; others stay."""
+    """Return the name in our own layer spec of a parameter in a Transformer Engine model; other names are unchanged."""
     for fused, own in FUSED_NORMS.items():
         name = name.replace(fused, own)
     return _GROUPED_EXPERT.sub(r"mlp.experts.local_experts.\2.\1.weight", name)
 
 
 def entries(spec: ModelSpec) -> tuple[Entry, ...]:
-    """The table of a whole model, layers numbered from 0 over all pipeline stages and experts over all
-    expert-parallel ranks; no LM head when it is tied."""
+    """Return the table of the full model, without the LM head if the embeddings are tied.
+
+    Layers are counted from 0 over all pipeline stages, experts from 0 over all expert-parallel ranks.
+    """
     layers = tuple(entry for layer in range(spec.num_layers) for entry in _layer_entries(spec, layer))
     return (EMBEDDING, *layers, FINAL_NORM, *(() if spec.tied_embeddings else (LM_HEAD,)))
 
@@ -114,7 +116,7 @@ def _layer_entries(spec: ModelSpec, layer: int) -> tuple[Entry, ...]:
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a Hugging Face checkpoint of this model must hold, with its shape."""
+    """Return the shape of every tensor of a Hugging Face checkpoint of this model, by name."""
     dense, expert = _shapes_by_suffix(spec, spec.ffn_hidden_size), _shapes_by_suffix(spec, spec.moe_ffn_hidden_size)
     return {
         name: next(
@@ -131,7 +133,7 @@ def _shapes_by_suffix(spec: ModelSpec, ffn: int) -> dict[str, tuple[int, ...]]:
     return {
         "embed_tokens.weight": (spec.vocab_size, hidden),
         "lm_head.weight": (spec.vocab_size, hidden),
-        # The fused ones first: their names end like those of their parts.
+        # Fused names come first, because the names of their parts are suffixes of them.
         "qkv_proj.weight": (queries + 2 * keys, hidden),
         "gate_up_proj.weight": (2 * ffn, hidden),
         "q_proj.weight": (queries, hidden),
@@ -153,12 +155,12 @@ def _shapes_by_suffix(spec: ModelSpec, ffn: int) -> dict[str, tuple[int, ...]]:
 
 
 def padded_vocab_size(spec: ModelSpec, tensor_size: int) -> int:
-    """The vocabulary as Megatron holds it: a multiple of the tensor-parallel size."""
+    """Return the vocabulary size in Megatron: the next multiple of the tensor-parallel size."""
     return -(-spec.vocab_size // tensor_size) * tensor_size
 
 
 def megatron_shapes(spec: ModelSpec, tensor_size: int = 1) -> dict[str, tuple[int, ...]]:
-    """Every whole Megatron parameter with its shape, the vocabulary padded to a multiple of `tensor_size` rows."""
+    """Return the shape of every full Megatron parameter by name. The vocabulary is padded for `tensor_size` ranks."""
     shapes, result = hf_shapes(spec), {}
     for entry in entries(spec):
         rows = sum(shapes[name][0] for name in entry.hf)
@@ -168,10 +170,10 @@ def megatron_shapes(spec: ModelSpec, tensor_size: int = 1) -> dict[str, tuple[in
     return result
 
 
-def shard_shape(entry: Entry, whole: tuple[int, ...], tensor_size: int) -> tuple[int, ...]:
-    """The shape of what a rank that has an entry of shape `whole`, or its part of it, holds under `tensor_size`."""
+def shard_shape(entry: Entry, full: tuple[int, ...], tensor_size: int) -> tuple[int, ...]:
+    """Return the shape of one rank's shard of an entry of shape `full`, with `tensor_size` ranks."""
     if not entry.cut:
-        return whole
+        return full
     if entry.layout == "columns":
-        return (whole[0], whole[1] // tensor_size)
-    return (whole[0] // tensor_size, *whole[1:])
+        return (full[0], full[1] // tensor_size)
+    return (full[0] // tensor_size, *full[1:])

@@ -1,27 +1,32 @@
-"""The rotary position embedding that a `config.json` asks for, as transformers reads it."""
+"""Read the rotary position embedding of a `config.json`, with the rules of transformers."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from megatron_oprd.hf.checks import check_positive, check_whole, is_positive
+from megatron_oprd.hf.checks import check_integers, check_positive, is_positive
 from megatron_oprd.types import Llama3Scaling, LongRope, UserError
 
-_NAMES = {"su": "longrope"}  # what the first Phi-3 called it
+_NAMES = {"su": "longrope"}  # "su" is the name in the first Phi-3 configs
 _ORIGINAL = "original_max_position_embeddings"
 
 
 def rope_fields(
     values: dict[str, Any], head_dim: int, rope_types: tuple[str, ...], partial: bool, where: str
 ) -> dict[str, Any]:
-    """The fields of a `ModelSpec` that say how heads of `head_dim` dimensions are rotated.
+    """Return the ModelSpec fields of the rotary embedding: rope_theta, rotary_dim and rope_scaling.
 
-    `rope_types`: the kinds of scaling that the family has beside none; `partial`: whether it may rotate a part of each
-    head. Raises UserError, naming `where`, key and value, for another kind, or one that lacks what it needs.
+    Args:
+        rope_types: types of rope scaling that the family supports, besides "default".
+        partial: True if the family may rotate only a part of each head.
+        where: file name for error messages.
+
+    Raises:
+        UserError: the type is not supported, or one of its values is missing or invalid.
     """
-    # transformers 5 writes `rope_parameters`, earlier versions `rope_scaling` beside a top-level `rope_theta`; of both,
-    # transformers takes the latter.
+    # transformers 5 writes `rope_parameters`; earlier versions write `rope_scaling` and a top-level `rope_theta`. If
+    # both are present, transformers uses `rope_scaling`.
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = _NAMES.get(kind, kind) if isinstance(kind, str) else kind
@@ -52,7 +57,7 @@ def rope_fields(
 def _llama3(values: dict[str, Any], rope: dict[str, Any], where: str) -> Llama3Scaling:
     rope = {**rope, _ORIGINAL: values.get(_ORIGINAL) or rope.get(_ORIGINAL)}
     check_positive(rope, ("factor", "low_freq_factor", "high_freq_factor"), where)
-    check_whole(rope, (_ORIGINAL,), where)
+    check_integers(rope, (_ORIGINAL,), where)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     if high <= low:
         raise UserError(f"{where}: high_freq_factor={high} must be larger than low_freq_factor={low}")
@@ -60,8 +65,8 @@ def _llama3(values: dict[str, Any], rope: dict[str, Any], where: str) -> Llama3S
 
 
 def _longrope(values: dict[str, Any], rope: dict[str, Any], frequencies: int, where: str) -> LongRope:
-    # transformers reads the top-level key alone; the logarithm of 1 would divide by zero.
-    check_whole(values, (_ORIGINAL,), where, least=2)
+    # transformers uses only the top-level key. The value 1 would divide by log(1) = 0.
+    check_integers(values, (_ORIGINAL,), where, least=2)
     for key in ("short_factor", "long_factor"):
         factors = rope.get(key)
         if not isinstance(factors, list) or not all(map(is_positive, factors)) or len(factors) != frequencies:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints one tensor at a time: checked before reading, and written whole or not at all."""
+"""Read and write Hugging Face checkpoints one tensor at a time."""
 
 from __future__ import annotations
 
@@ -40,9 +40,10 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 class HFReader:
-    """The tensors of a folder with `model.safetensors` or an index and its shards.
+    """Reads the tensors of a folder with `model.safetensors`, or with an index and its shards. No communication.
 
-    Raises UserError for a missing, truncated or corrupt file, by name. No communication.
+    Raises:
+        UserError: a file is missing, truncated or corrupt. Names the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -50,9 +51,9 @@ class HFReader:
         self._shard_of = self._locate()
         self._opened: dict[str, Any] = {}
         for file, names in self._names_by_file().items():
-            held = self._names_in(file)
+            present = self._names_in(file)
             for name in names:
-                if name not in held:
+                if name not in present:
                     raise UserError(f"{self.folder / file} does not hold {name}, which {INDEX} says it does")
 
     def _locate(self) -> dict[str, str]:
@@ -74,7 +75,7 @@ class HFReader:
         raise UserError(f"{self.folder} holds neither {SINGLE} nor {INDEX}")
 
     def _names_by_file(self) -> dict[str, list[str]]:
-        """A mixture of experts has thousands of tensors: each file is opened once, not once a tensor."""
+        """Return the tensor names of each file, so that each file is opened once and not once per tensor."""
         names: dict[str, list[str]] = {}
         for name, file in sorted(self._shard_of.items()):
             names.setdefault(file, []).append(name)
@@ -91,28 +92,31 @@ class HFReader:
             raise UserError(f"{path} is truncated or corrupt: {error}") from None
 
     def names(self) -> list[str]:
-        """The names of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return sorted(self._shard_of)
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the dtype of the file. Files stay open (mapped, not read) with the reader."""
+        """Return one tensor on the CPU, in the dtype of the file. The file stays open (memory-mapped)."""
         tensor: torch.Tensor = self._open(name).get_tensor(name)
         return tensor
 
     def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Rows `start` to `end` of one tensor; no others are read."""
+        """Return the rows from `start` to `end` (exclusive) of a tensor without reading the others."""
         rows: torch.Tensor = self._open(name).get_slice(name)[start:end]
         return rows
 
     def _open(self, name: str) -> Any:
         file = self._shard_of[name]
-        if file not in self._opened:  # parsing its header for every tensor would take longer than reading it
+        if file not in self._opened:  # opening it for every tensor would take longer than reading the tensor
             self._opened[file] = safe_open(self.folder / file, framework="pt")
         return self._opened[file]
 
     def dtype(self) -> torch.dtype:
-        """The dtype that holds every tensor exactly: theirs, or the widest when they differ. Raises UserError for
-        tensors that are not bfloat16, float16 or float32."""
+        """Return the dtype that represents every tensor exactly: the common dtype, or the widest if they differ.
+
+        Raises:
+            UserError: a tensor is not bfloat16, float16 or float32.
+        """
         found: set[torch.dtype] = set()
         for file, names in self._names_by_file().items():
             with safe_open(self.folder / file, framework="pt") as opened:
@@ -125,17 +129,21 @@ class HFReader:
         return _DTYPES[stored]
 
     def check(self, spec: ModelSpec) -> None:
-        """Raise UserError when a tensor is missing, unknown, of another shape than the model's config says, or not
-        stored as bfloat16, float16 or float32."""
+        """Check the names, shapes and dtypes of all tensors.
+
+        Raises:
+            UserError: a tensor is missing, unknown, of a shape that differs from config.json, or not stored as
+                bfloat16, float16 or float32.
+        """
         expected = hf_shapes(spec)
-        # A tied model may be saved with its LM head all the same; the embedding is what counts.
+        # A model with tied embeddings may contain an LM head, too; only the embedding is used.
         found = set(self._shard_of) - ({"lm_head.weight"} if spec.tied_embeddings else set())
         for problem, names in (("misses", expected.keys() - found), ("holds unknown", found - expected.keys())):
             if names:
                 raise UserError(f"{self.folder} {problem} {len(names)} tensors, the first is {min(names)}")
-        for file, held in self._names_by_file().items():
+        for file, names_in_file in self._names_by_file().items():
             with safe_open(self.folder / file, framework="pt") as opened:
-                for name in (name for name in held if name in expected):
+                for name in (name for name in names_in_file if name in expected):
                     stored, shape = opened.get_slice(name), list(expected[name])
                     self._torch_dtype(name, stored.get_dtype())
                     if stored.get_shape() != shape:
@@ -144,11 +152,16 @@ class HFReader:
 
 
 class HFWriter:
-    """Writes tensors in shards to `<folder>.partial` and renames it to `folder` when the block ends without an error.
+    """Writes tensors in shards to `<folder>.partial` and renames it to `folder` if the block ends without an error.
 
-    `companions`: a folder whose tokenizer, generation config and chat template are copied beside the weights; `config`
-    becomes config.json. Memory: one shard, at most `max_shard_bytes` (or one tensor, when that is larger).
-    Raises UserError for a folder that holds something and for a disk that does not take the files. No communication.
+    Memory: one shard of at most `max_shard_bytes`, or one tensor if that is larger. No communication.
+
+    Args:
+        companions: folder whose tokenizer, generation config and chat template are copied.
+        config: content of config.json.
+
+    Raises:
+        UserError: the folder is not empty, or the disk cannot be written.
     """
 
     def __init__(
@@ -173,7 +186,7 @@ class HFWriter:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Add one tensor; it is written out with its shard."""
+        """Add one tensor. It is written to the disk with its shard."""
         pending = sum(t.nbytes for t in self._pending.values())
         if self._pending and pending + tensor.nbytes > self.max_shard_bytes:
             self._flush()
@@ -213,8 +226,10 @@ class HFWriter:
 
 
 def copy_companions(source: str | Path, target: str | Path) -> None:
-    """Copy the files beside the weights: tokenizer, generation config, chat templates, licence. Not config.json, which
-    says the dtype of the weights. Raises OSError."""
+    """Copy tokenizer, generation config, chat templates and licence. Raises OSError.
+
+    config.json is not copied, because it contains the dtype of the weights.
+    """
     source, target = Path(source), Path(target)
     for path in sorted({path for pattern in COMPANIONS for path in source.glob(pattern)}):
         if path.is_dir():
@@ -224,7 +239,9 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
 
 
 def config_with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json's content that names the dtype of the weights under the key it used (transformers 5 says `dtype`,
-    earlier versions `torch_dtype`)."""
+    """Return the content of config.json with the dtype of the weights.
+
+    The key is `torch_dtype` if only that one is present, as in transformers 4, else `dtype`.
+    """
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     return {**config, key: str(dtype).removeprefix("torch.")}

@@ -1,4 +1,4 @@
-"""The embedded engine: the student itself generates, with a cache of keys and values and slots that refill."""
+"""The embedded rollout engine: generate with the student's training weights, a KV cache and continuous batching."""
 
 from __future__ import annotations
 
@@ -18,26 +18,36 @@ from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import max_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
-from megatron_oprd.rollout.inference_mode import plain_linears, whole_tokens, without_fp8
-from megatron_oprd.rollout.longrope_refill import read_again
+from megatron_oprd.rollout.inference_mode import (
+    without_fp8,
+    without_linear_autograd,
+    without_sequence_parallelism,
+)
+from megatron_oprd.rollout.longrope_refill import refill_crossing_rows
 from megatron_oprd.rollout.sampling import sample
 from megatron_oprd.rollout.slots import Request, Slots
 from megatron_oprd.runtime import progress
 from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 
-PROMPT_TOKENS_PER_STEP = 8192  # bounds the activations of reading prompts; one prompt is always read whole
+PROMPT_TOKENS_PER_STEP = 8192  # limits the activations of prefill; a longer prompt is still processed in one pass
 
 
 class EmbeddedEngine:
-    """Generates with this rank's chunks of the student, at most `max_batch` rollouts of a replica at a time.
+    """Generates rollouts with this rank's part of the student, at most `max_batch` rows per replica at a time.
 
-    Each step is one forward pass: a token of every row at work, together with the prompts that start now. Rows that
-    end leave at once and waiting prompts take their slots. Only while `generate` runs there is a cache, of
-    2 * layers * key-value heads * head size * itemsize bytes a token on one rank (both divided by the layout), times
-    `max_batch` times the longest row. Pipeline stages take turns: one token passes through all before the next.
-    Only ids below `vocab_size` are sampled, by default and at most all of the student's: a teacher may know fewer.
-    Context-parallel ranks are replicas of their own here. Where experts are spread over replicas, all keep step, and
-    one that has finished goes on with a token that nobody reads until the last has.
+    Each step is one forward pass that decodes one token of every active row and prefills the prompts that start.
+    The slot of a row that ends is free for a prompt in the next step.
+
+    Memory: the KV cache exists only during `generate`. It has `max_batch` rows of the longest length, with
+    2 * layers * key-value heads * head size * itemsize bytes per token. Layers and heads are those of one rank.
+
+    Parallelism: pipeline stages work one after the other on each token. Context-parallel ranks are separate replicas.
+    With expert parallelism over replicas, all replicas run the same number of steps; a replica without work passes
+    one unused token through the experts.
+
+    Args:
+        vocab_size: only token ids below it are sampled (default: all of the student's). A teacher may have fewer ids.
+        progress: show a progress bar on a terminal.
     """
 
     def __init__(
@@ -62,12 +72,18 @@ class EmbeddedEngine:
         self.progress = progress
 
     def generate(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> list[Rollout]:
-        """The rollouts of training step `step`, by prompt in the order given, then by sample.
+        """Return the rollouts of a training step, ordered by prompt and then by sample.
 
-        Every rank of the replica calls it with the same prompts and gets the same rollouts. `limits`, one a prompt,
-        takes the place of `max_new_tokens`. Communicates over the tensor- and the pipeline-parallel group, with experts
-        on other replicas over those too: then all replicas call it at the same time, without prompts if need be. Raises
-        UserError for a prompt that is empty or leaves no position for an answer.
+        All ranks of a replica pass the same prompts and receive the same rollouts. With expert parallelism over
+        replicas, all replicas must call this at the same time, if necessary without prompts.
+
+        Args:
+            limits: most tokens of a response, one for each prompt; replaces `max_new_tokens`.
+
+        Raises:
+            UserError: a prompt is empty or leaves no position for an answer.
+
+        Communicates over: the tensor- and the pipeline-parallel group, and the groups of the experts.
         """
         requests = self._requests(prompts, limits)
         rollouts: dict[int, Rollout] = {}
@@ -76,9 +92,9 @@ class EmbeddedEngine:
         try:
             with (
                 torch.inference_mode(),
-                whole_tokens(self.stage),
+                without_sequence_parallelism(self.stage),
                 without_fp8(self.stage),
-                plain_linears(self.stage),
+                without_linear_autograd(self.stage),
                 _progress(len(requests), self.progress) as advance,
             ):
                 for order, rollout in self._run(requests, step):
@@ -107,40 +123,42 @@ class EmbeddedEngine:
         return requests
 
     def _run(self, requests: Sequence[Request], step: int) -> Iterator[tuple[int, Rollout]]:
-        """Generates until no request is left; yields each rollout when it ends, with its place in the result."""
+        """Yield each rollout when it ends, with its index in the result, until no request is left."""
         waiting = deque(requests)
         device, dtype = self.topology.device, self.stage.config.params_dtype
         longest_answer = max((request.max_new_tokens for request in requests), default=1)
         slots = Slots(min(self.max_batch, len(requests)), longest_answer, self.spec.eos_token_ids, device)
         cache = self._cache(slots.size)
-        while self._anyone_works(bool(waiting or slots.count)):
+        while self._any_replica_has_work(bool(waiting or slots.count)):
             progress.beat()
             if not (waiting or slots.count):
                 pass_through(self.stage, self.topology, *_idle_micro_batch(device))
                 continue
-            read_again(self.stage, self.spec, self.topology, slots, cache, PROMPT_TOKENS_PER_STEP)
+            refill_crossing_rows(self.stage, self.spec, self.topology, slots, cache, PROMPT_TOKENS_PER_STEP)
             decoding = slots.count
             starting = self._admit(waiting, slots, step)
             cache.reserve(max([slots.longest, *(len(prompt.prompt_ids) for prompt, _ in starting)]))
             step_input = _micro_batch(slots, cache, decoding, starting, dtype)
             output = pass_through(self.stage, self.topology, *step_input)
-            ended = slots.accept(self._sample(output, slots))
+            ended = slots.append(self._sample(output, slots))
             moves = None
             if ended.any():
                 yield from slots.rollouts(ended)
                 moves = slots.compact(ended)
-                slots.measure()
+                slots.update_lengths()
             elif starting:
-                slots.measure()
+                slots.update_lengths()
             if moves is not None:
                 cache.move(*moves, slots.longest)
 
-    def _anyone_works(self, working: bool) -> bool:
-        """Whether any replica that this one shares experts with has work left. The other ranks of this replica see the
-        same: their groups over the replicas have one rank of each."""
+    def _any_replica_has_work(self, has_work: bool) -> bool:
+        """Return True if this replica, or one that shares experts with it, has work left.
+
+        The result is equal on all ranks of a replica, since each group over replicas has one rank of every replica.
+        """
         if not self.spec.num_experts or self.topology.expert_size == 1:
-            return working
-        return max_over([working], self.topology.groups.dp_cp, self.topology.device)[0] > 0
+            return has_work
+        return max_over([has_work], self.topology.groups.dp_cp, self.topology.device)[0] > 0
 
     def _cache(self, slots: int) -> KeyValueCache:
         return KeyValueCache(
@@ -157,22 +175,27 @@ class EmbeddedEngine:
         )
 
     def _admit(self, waiting: deque[Request], slots: Slots, step: int) -> list[tuple[Prompt, list[int]]]:
-        """Give free slots to waiting requests; returns the prompts to read, each with the slots of its samples."""
+        """Assign free slots to waiting requests. Return the prompts to prefill, each with the slots of its samples."""
         starting: list[tuple[Prompt, list[int]]] = []
-        read = 0
+        prompt_tokens = 0
         while waiting and slots.free:
             request = waiting[0]
             if not starting or starting[-1][0] is not request.prompt:
-                read += len(request.prompt.prompt_ids)
-                if starting and read > PROMPT_TOKENS_PER_STEP:
+                prompt_tokens += len(request.prompt.prompt_ids)
+                if starting and prompt_tokens > PROMPT_TOKENS_PER_STEP:
                     break
                 starting.append((request.prompt, []))
             starting[-1][1].append(slots.admit(waiting.popleft(), self.seed, step))
         return starting
 
     def _sample(self, logits: torch.Tensor | None, slots: Slots) -> torch.Tensor:
-        """The next token of each row, [rows] int64, the same on every rank of the replica, from what `pass_through`
-        returns. Communicates over the tensor- and the pipeline-parallel group."""
+        """Return the next token of each row, [rows] int64, equal on every rank of the replica.
+
+        Args:
+            logits: the result of `pass_through`; None on stages without the LM head.
+
+        Communicates over: the tensor- and the pipeline-parallel group.
+        """
         topology = self.topology
         if logits is None:
             tokens = slots.tokens.new_empty(slots.count)
@@ -180,7 +203,7 @@ class EmbeddedEngine:
             logits = gather_vocabulary(logits, topology, self.vocab_size)
             tokens = sample(logits, self.sampling, slots.next_numbers())
             if topology.tensor_size > 1:
-                # Sums on a GPU may differ in the last bit between ranks; one other token and they wait for ever.
+                # GPU sums may differ in the last bit between ranks. With different tokens, the ranks would deadlock.
                 dist.broadcast(tokens, dist.get_global_rank(topology.groups.tp, 0), group=topology.groups.tp)
         if topology.pipeline_size > 1:
             last = dist.get_global_rank(topology.groups.pp, topology.pipeline_size - 1)
@@ -189,7 +212,7 @@ class EmbeddedEngine:
 
 
 def _idle_micro_batch(device: torch.device) -> tuple[torch.Tensor, MicroBatch]:
-    """One token without a cache: what a replica without work passes through the experts that it shares."""
+    """Return one token without KV cache, which a replica without work passes through the shared experts."""
     token = torch.zeros(1, dtype=torch.int64, device=device)
     return token, MicroBatch(position_ids=token, lengths=token + 1, bounds=(0, 1))
 
@@ -197,9 +220,9 @@ def _idle_micro_batch(device: torch.device) -> tuple[torch.Tensor, MicroBatch]:
 def _micro_batch(
     slots: Slots, cache: KeyValueCache, decoding: int, starting: list[tuple[Prompt, list[int]]], dtype: torch.dtype
 ) -> tuple[torch.Tensor, MicroBatch]:
-    """Tokens [tokens] and packing of one step: the last token of `decoding` rows, then the prompts that start.
+    """Return tokens [tokens] and packing of one step: the last token of `decoding` rows, then the starting prompts.
 
-    Its logit rows are in the order of the slots.
+    The logit rows are in the order of the slots.
     """
     device = slots.rows.device
     rows, positions = slots.rows[:decoding], slots.positions[:decoding]
@@ -227,8 +250,10 @@ def _micro_batch(
 
 @contextlib.contextmanager
 def _progress(total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """A bar of finished rollouts and tokens a second on standard error, where that is a terminal; yields the function
-    that counts one finished rollout of so many tokens."""
+    """Show finished rollouts and tokens per second on standard error, if that is a terminal.
+
+    Yields a function to call with the number of tokens of each finished rollout.
+    """
     if not (wanted and sys.stderr.isatty()):
         yield lambda tokens: None
         return

@@ -1,4 +1,4 @@
-"""What makes rollouts, whoever makes them: the embedded engine, or a file of stored ones."""
+"""The interface of rollout engines: the embedded engine and replay of stored rollouts."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from megatron_oprd.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the logits: temperature (0: the most likely token), then `top_k` (0: all tokens),
-    then `top_p`; and how many tokens and samples are drawn."""
+    """Sampling parameters. Temperature is applied first, then `top_k`, then `top_p`."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int = 16384
+    temperature: float = 1.0  # 0: the most likely token
+    top_p: float = 1.0  # share of the probability that is kept
+    top_k: int = 0  # 0: all tokens
+    max_new_tokens: int = 16384  # per response
     samples_per_prompt: int = 1
 
 
 class RolloutEngine(Protocol):
-    """Every rank of one model replica (tensor x pipeline group) gives the same prompts and gets the same rollouts;
-    data- and context-parallel ranks give different ones. Where experts are spread over replicas, all call it together.
+    """Generates rollouts.
+
+    All ranks of one model replica (tensor x pipeline group) pass the same prompts and receive the same rollouts. Data-
+    and context-parallel ranks pass different prompts. With expert parallelism over replicas, all replicas call
+    `generate` at the same time.
     """
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-        """The rollouts of training step `step`, by prompt in the order given, then by sample from 0."""
+        """Return the rollouts of a training step, ordered by prompt and then by sample, from sample 0."""
         ...

@@ -1,4 +1,4 @@
-"""What a training model does that generation does not want, switched off for the time of a block."""
+"""Context managers that switch off the parts of a training model that generation does not need."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from megatron_oprd.models.model import Stage
 
 
 @contextlib.contextmanager
-def whole_tokens(stage: Stage) -> Iterator[None]:
-    """Switch sequence parallelism off inside the block, and with it what overlaps: a few tokens a step do not divide
-    over the ranks."""
+def without_sequence_parallelism(stage: Stage) -> Iterator[None]:
+    """Switch off sequence parallelism and its communication overlap inside the block.
+
+    The few tokens of a decoding step cannot be divided over the ranks.
+    """
     names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-    names += ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop")  # of Transformer Engine's modules
+    names += ("ub_overlap_ag_fprop", "ub_overlap_rs_fprop")  # attributes of Transformer Engine's modules
     holders = [stage.config, *stage.modules()] if stage.config.sequence_parallel else []
     switched = [(holder, name) for holder in holders for name in names if getattr(holder, name, False) is True]
     try:
@@ -30,8 +32,10 @@ def whole_tokens(stage: Stage) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_fp8(stage: Stage) -> Iterator[None]:
-    """Compute in the weights' own dtype inside the block: FP8 takes no products of a few rows. Megatron-Core asks the
-    configuration, one object for all chunks, at each forward."""
+    """Compute in the dtype of the weights inside the block, since FP8 products need more than a few rows.
+
+    Megatron-Core checks `config.fp8` at each forward pass. All chunks share one config object.
+    """
     before = stage.config.fp8
     stage.config.fp8 = None
     try:
@@ -41,9 +45,12 @@ def without_fp8(stage: Stage) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_linears(stage: Stage) -> Iterator[None]:
-    """Multiply without Megatron's autograd functions inside the block. They prepare a backward that does not come and
-    run in Python: a fifth of the time of a small model. The reduction over the tensor-parallel group stays."""
+def without_linear_autograd(stage: Stage) -> Iterator[None]:
+    """Replace the autograd functions of Megatron's linear layers by a plain matrix product inside the block.
+
+    These functions run in Python and take a fifth of the time of a small model. The reduction over the tensor-parallel
+    group remains.
+    """
     linears = [x for x in stage.modules() if isinstance(x, ColumnParallelLinear | RowParallelLinear)]
     columns = [(x, x.disable_grad_reduce) for x in linears if isinstance(x, ColumnParallelLinear)]
     try:

@@ -1,4 +1,4 @@
-"""LongRoPE while generating: a row that outgrows the short factors is read again with the long ones."""
+"""LongRoPE during generation: recompute the cache of a row when its length passes the range of the short factors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from megatron_oprd.rollout.slots import Slots
 from megatron_oprd.types import LongRope, ModelSpec
 
 
-def read_again(
+def refill_crossing_rows(
     stage: Stage, spec: ModelSpec, topology: Topology, slots: Slots, cache: KeyValueCache, tokens_per_pass: int
 ) -> None:
-    """Fill the cache anew for the rows whose last token, not yet in it, is the first beyond LongRoPE's
-    `original_positions`; nothing for a model without LongRoPE.
+    """Recompute the cached keys of rows that are about to pass LongRoPE's `original_positions`.
 
-    Their keys were made with the short factors, and all of a longer sequence have the long ones: what is sampled from
-    here on is what a forward pass over the whole sequence gives. A pass reads `tokens_per_pass` tokens, or one row.
-    Communicates over the tensor- and the pipeline-parallel group when there are such rows.
+    A sequence of at most `original_positions` tokens uses the short factors for all its keys, a longer one the long
+    factors. After the recomputation, sampling equals a forward pass over the complete sequence. Does nothing for a
+    model without LongRoPE.
+
+    Args:
+        tokens_per_pass: most tokens of one forward pass; a longer row gets a pass of its own.
+
+    Communicates over: the tensor- and the pipeline-parallel group, if there are such rows.
     """
     if not isinstance(spec.rope_scaling, LongRope):
         return
@@ -35,8 +39,8 @@ def read_again(
         tokens = torch.cat([slots.sequence(row)[:short] for row in rows])
         positions = torch.arange(short, device=tokens.device).repeat(len(rows))
         targets = tuple(torch.tensor([row], device=tokens.device) for row in rows)
-        nothing = tokens[:0]
-        step = CachedStep(cache, 0, nothing, nothing, slots.longest, None, targets)
+        empty = tokens[:0]
+        step = CachedStep(cache, 0, empty, empty, slots.longest, None, targets)
         batch = MicroBatch(
             position_ids=positions,
             lengths=torch.full_like(positions, short + 1),

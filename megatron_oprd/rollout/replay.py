@@ -1,4 +1,4 @@
-"""Stored rollouts instead of generated ones: a JSONL file, read in order. Needs no tokenizer and no model."""
+"""Replay stored rollouts from a JSONL file, in order. Needs no tokenizer and no model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ from megatron_oprd.types import Prompt, Rollout, UserError
 def load_replay(
     path: str | Path, vocab_size: int | None = None, *, teacher_vocab_size: int | None = None
 ) -> list[Rollout]:
-    """All rollouts of a file with one object a line: `prompt_ids`, `response_ids` and, where not all response tokens
-    are the student's own, `response_mask` (0 or 1 a response token). Optional too: `teacher_prompt_ids`, which the
-    teacher reads in place of `prompt_ids`, and `data_source`, a string. With `teacher_vocab_size` the teacher has a
-    vocabulary of its own, that of `teacher_prompt_ids`, which every line then has.
+    """Read all rollouts of a JSONL file. Empty lines are skipped. No communication.
 
-    `prompt_index` is the line number, from 0. Lines that are empty are passed over. No communication. Raises
-    UserError, naming the file and the line, for anything else, and for an id that a vocabulary of `vocab_size` lacks.
+    Each line is an object with these keys:
+        prompt_ids, response_ids: lists of token ids.
+        response_mask (optional): 1 for each response token that the student sampled, else 0. Default: all 1.
+        teacher_prompt_ids (optional): the prompt for the teacher, if different from `prompt_ids`.
+        data_source (optional): a string.
+
+    Args:
+        vocab_size: limit of the token ids; None for no check.
+        teacher_vocab_size: limit of `teacher_prompt_ids` for a teacher with another tokenizer. Every line must then
+            have `teacher_prompt_ids`.
+
+    Returns:
+        The rollouts; `prompt_index` is the line number, from 0.
+
+    Raises:
+        UserError: the file cannot be read, or a line is invalid. Names the file and the line.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -39,13 +50,13 @@ def load_replay(
 
 
 def rollouts_of_step(rollouts: Sequence[Rollout], step: int, per_step: int) -> list[Rollout]:
-    """The `per_step` rollouts that training step `step`, from 0, reads. Raises UserError when they are not there."""
+    """Return the `per_step` rollouts of a training step, counted from 0. Raises UserError if there are too few."""
     check_enough(rollouts, step + 1, per_step)
     return list(rollouts[step * per_step : (step + 1) * per_step])
 
 
 def check_enough(rollouts: Sequence[Rollout], steps: int, per_step: int) -> None:
-    """Raise UserError, saying how many lines are missing, when `steps` steps need more rollouts than there are."""
+    """Raise UserError with the number of missing lines if `steps` steps need more rollouts."""
     missing = steps * per_step - len(rollouts)
     if missing > 0:
         raise UserError(
@@ -55,8 +66,10 @@ def check_enough(rollouts: Sequence[Rollout], steps: int, per_step: int) -> None
 
 
 class ReplayEngine:
-    """Serves a replay file step by step. Replica `replica_rank` of `num_replicas` gets the contiguous part of a
-    step that is its own; the parts of different ranks differ by one rollout at most. No communication."""
+    """Returns stored rollouts step by step. No communication.
+
+    Each of the `num_replicas` replicas gets a contiguous part of a step. The sizes of the parts differ by at most one.
+    """
 
     def __init__(
         self, rollouts: Sequence[Rollout], per_step: int, *, replica_rank: int = 0, num_replicas: int = 1
@@ -67,7 +80,7 @@ class ReplayEngine:
         self.num_replicas = num_replicas
 
     def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-        """This rank's rollouts of step `step`, from 0; the file says what was asked, so `prompts` is not read."""
+        """Return this replica's rollouts of a step, counted from 0. `prompts` is ignored: the file has the prompts."""
         return split(rollouts_of_step(self.rollouts, step, self.per_step), self.replica_rank, self.num_replicas)
 
 
@@ -76,7 +89,7 @@ class _BadLineError(Exception):
 
 
 def replay_record(rollout: Rollout) -> dict[str, object]:
-    """A rollout as a line of a replay file has it."""
+    """Return the JSON object of a rollout for a replay file."""
     record: dict[str, object] = {
         "prompt_ids": rollout.prompt_ids,
         "response_ids": rollout.response_ids,
@@ -91,7 +104,7 @@ def replay_record(rollout: Rollout) -> dict[str, object]:
 def parse_rollout(
     line: bytes, index: int, vocab_size: int | None = None, teacher_vocab_size: int | None = None
 ) -> Rollout:
-    """The rollout of one line, number `index`; see `load_replay`."""
+    """Return the rollout of line number `index`; the arguments are those of `load_replay`."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -106,7 +119,7 @@ def parse_rollout(
         teacher_prompt_ids = _prompt_ids(record, "teacher_prompt_ids", teacher_vocab_size or vocab_size)
     elif teacher_vocab_size is not None:
         raise _BadLineError(
-            "teacher_prompt_ids is missing: the teacher has another tokenizer, and reads the prompt in its own ids"
+            "teacher_prompt_ids is missing: the teacher has another tokenizer and needs the prompt in its own token ids"
         )
     return Rollout(
         _prompt_ids(record, "prompt_ids", vocab_size),

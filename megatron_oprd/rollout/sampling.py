@@ -1,4 +1,4 @@
-"""From logits and uniform numbers to tokens: no generator in here, so the same numbers give the same tokens."""
+"""Sample tokens from logits with given uniform numbers: equal logits and numbers give equal tokens."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ import torch
 
 from megatron_oprd.rollout.engine import Sampling
 
-BLOCK = 512  # tokens summed at once by `inverse_cdf`
+BLOCK = 512  # tokens per block of `inverse_cdf`
 
 
 def uniforms(seed: int, step: int, prompt_index: int, sample_index: int, count: int) -> np.ndarray:
-    """The numbers in [0, 1) that draw the first `count` tokens of a rollout, float64 [count].
+    """Return the uniform numbers in [0, 1) for the first `count` tokens of a rollout, float64 [count].
 
-    They depend on nothing else: not on the rank, the other prompts of the batch or the slot.
+    The numbers depend on the arguments only, not on the rank, the slot or the other prompts of the batch.
     """
     return np.random.default_rng([seed, step, prompt_index, sample_index]).random(count)
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, numbers: torch.Tensor | None) -> torch.Tensor:
-    """One token a row, [rows] int64, from logits [rows, vocabulary] (without padding) and `numbers` [rows] float64 in
-    [0, 1), which temperature 0 does not read. No communication."""
+    """Return one sampled token for each row, [rows] int64. No communication.
+
+    Args:
+        logits: [rows, vocabulary], without vocabulary padding.
+        numbers: uniform numbers in [0, 1), [rows] float64; not used with temperature 0.
+    """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     return inverse_cdf(token_weights(logits, sampling), numbers)
 
 
 def token_weights(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Weights [rows, vocabulary] float32 proportional to the probabilities after temperature, top-k and top-p.
+    """Return weights [rows, vocabulary] float32, proportional to the probabilities after temperature, top-k and top-p.
 
-    A token ruled out weighs 0. Of tokens with equal logits at the edge of the top k, any may be kept.
+    Excluded tokens have weight 0. Among tokens with equal logits at the limit of top-k, any may be kept.
     """
     logits = logits.float()
     weights = ((logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature).exp()
@@ -38,19 +42,23 @@ def token_weights(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         return weights
     kept, ids = weights.topk(min(sampling.top_k, vocabulary) or vocabulary, dim=-1)
     if sampling.top_p < 1.0:
-        # A token stays when those before it do not reach top_p yet: the first one always does.
+        # A token is kept if the more likely tokens together are below top_p. The first token is always kept.
         before = kept.cumsum(dim=-1, dtype=torch.float64) - kept
         kept = kept.masked_fill(before >= sampling.top_p * kept.sum(dim=-1, keepdim=True, dtype=torch.float64), 0.0)
-    # Back to the order of the vocabulary: among sorted tokens a rounding error that swaps two nearly equal ones would
-    # change which of them a number draws.
+    # Restore the order of the vocabulary. In sorted order, a rounding error that swaps two nearly equal tokens would
+    # change which of them a uniform number selects.
     return torch.zeros_like(weights).scatter_(1, ids, kept)
 
 
 def inverse_cdf(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The token of each row at which the cumulative weight passes `numbers` * total: [rows] int64.
+    """Return the first token of each row whose cumulative weight exceeds `numbers` * total, [rows] int64.
 
-    weights [rows, vocabulary] >= 0, not all 0, need not sum to 1; numbers [rows] float64. In two levels, blocks and
-    then tokens of one block, in float64: a cumulative sum over 150,000 tokens would cost more than the LM head.
+    The search has two levels in float64, blocks and then tokens of one block: a cumulative sum over 150,000 tokens
+    would cost more than the LM head.
+
+    Args:
+        weights: [rows, vocabulary], not negative, not all 0; need not sum to 1.
+        numbers: [rows] float64.
     """
     rows, vocabulary = weights.shape
     blocks = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
@@ -63,8 +71,10 @@ def inverse_cdf(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(ends: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Index of the first of the ascending `ends` [rows, n] above `target` [rows]. Rounding can leave none: then the
-    last one that adds weight, never one of weight 0."""
+    """Return the index of the first of the ascending `ends` [rows, n] above `target` [rows].
+
+    If none is above because of rounding, return the last index with a weight above 0.
+    """
     first = (ends <= target[:, None]).sum(dim=-1)
     last = (ends < ends[:, -1:]).sum(dim=-1)
     return torch.minimum(first, last)

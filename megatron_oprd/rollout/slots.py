@@ -1,4 +1,4 @@
-"""The rows that generate together: row i lives in slot i of the cache, and rows 0 to `count` - 1 are at work."""
+"""State of the rows in generation: row i uses slot i of the KV cache, and rows 0 to count - 1 are active."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from megatron_oprd.types import Prompt, Rollout
 
 @dataclass(frozen=True)
 class Request:
-    """One rollout to make."""
+    """A rollout to generate."""
 
     prompt: Prompt
     sample_index: int
-    order: int  # its place in the result
+    order: int  # index in the result of `generate`
     max_new_tokens: int
 
 
 class Slots:
-    """What is known of each row, as tensors over the slots: a step costs no Python work per row, only rows that
-    start or end do. Every rank of a replica holds the same. No communication."""
+    """The state of each row, as tensors over the slots. Equal on every rank of a replica. No communication.
+
+    A decoding step needs no Python loop over the rows; only rows that start or end do.
+    """
 
     def __init__(self, slots: int, max_new_tokens: int, eos_token_ids: tuple[int, ...], device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -31,16 +33,16 @@ class Slots:
         self.size = slots
         self.requests: list[Request] = []
         self.tokens = zeros(slots)  # the last token of each row, not yet in the cache
-        self.positions = zeros(slots)  # its position
-        self.generated = zeros(slots)  # how many tokens each row has sampled
-        self.limits = zeros(slots)  # how many it may sample
+        self.positions = zeros(slots)  # position of that token
+        self.generated = zeros(slots)  # sampled tokens of each row
+        self.limits = zeros(slots)  # most tokens that each row may sample
         self.responses = zeros(slots, max_new_tokens)
-        self.numbers = zeros(slots, max_new_tokens, dtype=torch.float64)  # the uniform number behind each token
+        self.numbers = zeros(slots, max_new_tokens, dtype=torch.float64)  # the uniform number of each token
         self.rows = torch.arange(slots, device=device)
         self.eos_token_ids = eos_token_ids
         self.eos = torch.tensor(eos_token_ids, dtype=torch.int64, device=device)
-        self.longest = 0  # positions of the longest row, its last token included
-        self.ragged = False  # whether the rows differ in length
+        self.longest = 0  # length of the longest row, including its last token
+        self.ragged = False  # True if the rows have different lengths
 
     @property
     def count(self) -> int:
@@ -51,7 +53,7 @@ class Slots:
         return self.size - self.count
 
     def admit(self, request: Request, seed: int, step: int) -> int:
-        """Give a request the next slot; its first token comes with `accept`. Returns the slot."""
+        """Assign the next free slot to a request and return the slot. Its first token is added by `append`."""
         slot, limit = self.count, request.max_new_tokens
         numbers = sampling.uniforms(seed, step, request.prompt.index, request.sample_index, limit)
         self.numbers[slot, :limit] = torch.from_numpy(numbers).to(self.numbers)
@@ -62,11 +64,11 @@ class Slots:
         return slot
 
     def next_numbers(self) -> torch.Tensor:
-        """The uniform number of each active row's next token, [count] float64."""
+        """Return the uniform number for the next token of each active row, [count] float64."""
         return self.numbers[self.rows[: self.count], self.generated[: self.count]]
 
-    def accept(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Append one token a row, [count] int64; returns which rows end with it, [count] bool."""
+    def append(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append one token to each active row, [count] int64, and return which rows end with it, [count] bool."""
         n = self.count
         self.tokens[:n] = tokens
         self.responses[self.rows[:n], self.generated[:n]] = tokens
@@ -76,26 +78,27 @@ class Slots:
         return (self.generated[:n] >= self.limits[:n]) | torch.isin(tokens, self.eos)
 
     def sequence(self, slot: int) -> torch.Tensor:
-        """The tokens of a row so far, prompt and response, [tokens] int64."""
+        """Return prompt and response tokens of a row, [tokens] int64."""
         prompt = torch.tensor(self.requests[slot].prompt.prompt_ids, device=self.rows.device)
         return torch.cat((prompt, self.responses[slot, : int(self.generated[slot])]))
 
     def rollouts(self, ended: torch.Tensor) -> list[tuple[int, Rollout]]:
-        """The rows marked in `ended` [count] bool, each with its place in the result."""
+        """Return the rollouts of the rows in `ended` [count] bool, each with its index in the result."""
         return [self._rollout(slot) for slot in ended.nonzero()[:, 0].tolist()]
 
     def compact(self, ended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Drop the rows marked in `ended` [count] bool; the last rows move into the gaps.
+        """Remove the rows in `ended` [count] bool and move the last rows into the gaps.
 
-        Returns (sources, targets), slots [n] int64, for what is stored by slot elsewhere; None when nothing moves.
+        Returns:
+            (sources, targets), slots [n] int64, so that the KV cache can move its rows too; None if no row moves.
         """
-        gone = ended.tolist()
-        left = len(gone) - sum(gone)
-        targets = [slot for slot in range(left) if gone[slot]]
-        sources = [slot for slot in range(left, len(gone)) if not gone[slot]]
+        removed = ended.tolist()
+        remaining = len(removed) - sum(removed)
+        targets = [slot for slot in range(remaining) if removed[slot]]
+        sources = [slot for slot in range(remaining, len(removed)) if not removed[slot]]
         for source, target in zip(sources, targets, strict=True):
             self.requests[target] = self.requests[source]
-        del self.requests[left:]
+        del self.requests[remaining:]
         if not targets:
             return None
         source, target = (torch.tensor(slots, device=self.rows.device) for slots in (sources, targets))
@@ -103,8 +106,8 @@ class Slots:
             state[target] = state[source]
         return source, target
 
-    def measure(self) -> None:
-        """Look the lengths up again after rows came or went; in between, all grow by one."""
+    def update_lengths(self) -> None:
+        """Recompute `longest` and `ragged` after rows were added or removed. `append` adds one to all lengths."""
         if not self.count:
             self.longest = 0
             return
