@@ -39,7 +39,7 @@ DEFAULT = Positions("last_k", 2000, 0, final_norm=True)
 def save_random_bridge(
     folder: Path, student: Path, teacher: Path, rank: int, positions: Positions | None = DEFAULT
 ) -> Path:
-    """A bridge between two models on disk; without `positions` it serves any."""
+    """Save a random bridge between two models; without `positions` it fits any positions."""
     specs = read_model_spec(student), read_model_spec(teacher)
     return save_bridge(folder, student, teacher, random_maps(*specs, rank), positions)
 
@@ -51,7 +51,7 @@ def save_bridge(
     maps: Mapping[LayerPair, PairBridge],
     positions: Positions | None = DEFAULT,
 ) -> Path:
-    """The same with maps that are given."""
+    """Save a bridge with the given maps."""
     specs = read_model_spec(student), read_model_spec(teacher)
     rank = len(next(iter(maps.values())).student_map)
     models = [

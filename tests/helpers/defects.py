@@ -70,7 +70,7 @@ def mean_of_micro_batch_means() -> Iterator[None]:
 
 @contextlib.contextmanager
 def gradient_summed_over_tensor_ranks() -> Iterator[None]:
-    """The gradient that the loss adds at a layer goes through a plain all_reduce, as if each rank had a part of it."""
+    """Send the gradient that the loss adds at a layer through a plain all_reduce, as if each rank had a part of it."""
     backward = taps._WithStageLoss.backward
 
     def summed(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -87,7 +87,7 @@ def gradient_summed_over_tensor_ranks() -> Iterator[None]:
 
 @contextlib.contextmanager
 def states_gradient_of_own_vocabulary() -> Iterator[None]:
-    """What the other ranks' parts of the vocabulary say of the final states is not added."""
+    """Leave out the gradient of the final hidden states from the other ranks' parts of the vocabulary."""
 
     def own(self: OutputLoss, gradient: torch.Tensor, selection: Selection) -> torch.Tensor:
         if self.sequence_group is None:
@@ -100,7 +100,7 @@ def states_gradient_of_own_vocabulary() -> Iterator[None]:
 
 @contextlib.contextmanager
 def rows_not_cut_by_sequence_rank() -> Iterator[None]:
-    """Every rank of sequence parallelism takes the rows of the first one for its own."""
+    """Give every sequence-parallel rank the rows of the first rank."""
     cut = global_batch.cut
     with mock.patch.object(global_batch, "cut", lambda batch, **kwargs: cut(batch, **{**kwargs, "sequence_rank": 0})):
         yield
@@ -162,8 +162,7 @@ def gradient_divided_by_data_ranks() -> Iterator[None]:
 
 
 def _micro_batches(case: Case) -> list[list[list[int]]]:
-    """The sampled tokens of each sequence of each micro-batch of each data-parallel rank. (Costs matter little: lengths
-    will do.)"""
+    """Return the sampled tokens of each sequence, by data-parallel rank and micro-batch; lengths stand for costs."""
     config, parallel = case.config, case.config.parallel
     useful = [rollout for rollout in rollouts_of(case.rollouts) if any(rollout.response_mask)]
     lengths = [num_tokens(rollout) for rollout in useful]
@@ -179,7 +178,7 @@ def _micro_batches(case: Case) -> list[list[list[int]]]:
 
 
 def _has_uneven_micro_batches(case: Case) -> bool:
-    """The mean of means is the mean of as many sequences each, or tokens."""
+    """Return True unless all micro-batches have equally many sequences and tokens, where a mean of means is right."""
     every = [batch for share in _micro_batches(case) for batch in share]
     by_tokens = case.config.loss.reads_output and case.config.loss.output.aggregation == "token_mean"
     return len(set(map(len, every))) > 1 or (by_tokens and len(set(map(sum, every))) > 1)

@@ -91,7 +91,7 @@ class Command:
         return self.wait()
 
     def wait(self, timeout_seconds: int = 120) -> int:
-        """The exit code of the first rank that has another than 0, or 0. AssertionError for one that does not end."""
+        """Return the first exit code that is not 0, or 0. Raises AssertionError for a rank that does not end."""
         for process in self._processes:
             process.join(timeout_seconds)
         ended = not self.is_running
@@ -152,6 +152,6 @@ def _die_where(dies: Death) -> None:
 
 
 def _step_of(path: str) -> int:
-    """The number in `.../step_0000012...`, or -1."""
+    """Return the number in `.../step_0000012...`, or -1."""
     _, found, rest = path.rpartition("/step_")
     return int(rest[:7]) if found and rest[:7].isdigit() else -1

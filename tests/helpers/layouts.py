@@ -83,7 +83,7 @@ TEACHERS = ("TP4", "TP2", "DP4", "PP4", "TP2xPP2")  # layouts of its own that a 
 
 @dataclass(frozen=True)
 class Case:
-    """One cell: a layout, the models that run in it and the rollouts that they read."""
+    """A case of the matrix: a layout, the models that run in it, and their rollouts."""
 
     name: str
     world: int
@@ -105,7 +105,7 @@ class Case:
 
     @cached_property
     def features(self) -> frozenset[str]:
-        """What this case is an instance of, read from its configuration."""
+        """Return the features of this case, derived from its configuration."""
         return frozenset(name for name, present in _features(self).items() if present)
 
 
@@ -319,7 +319,7 @@ def two_cuts_each() -> tuple[Case, ...]:
 
 
 def pairs_that_cannot_be() -> dict[frozenset[str], str]:
-    """Every pair of features that has no layout, and why."""
+    """Return every pair of features that no layout can have, with the reason."""
     recomputations = [name for name in FEATURES if name.startswith("recompute ")]
     teachers = [name for name in FEATURES if name.startswith("teacher ")]
     reasons = {frozenset(pair): "a run recomputes in one way" for pair in itertools.combinations(recomputations, 2)}
@@ -329,13 +329,13 @@ def pairs_that_cannot_be() -> dict[frozenset[str], str]:
 
 
 def pairs() -> list[frozenset[str]]:
-    """Every pair of features that can stand together."""
+    """Return every pair of features that a layout can have."""
     every = (frozenset(pair) for pair in itertools.combinations(FEATURES, 2))
     return [pair for pair in every if pair not in pairs_that_cannot_be()]
 
 
 def covered(case: Case) -> set[frozenset[str]]:
-    """What a case speaks for: its features, with its family and in pairs."""
+    """Return the features of a case, alone, with its family, and in pairs."""
     features = sorted(case.features)
     return {
         *(frozenset(pair) for pair in itertools.combinations(features, 2)),

@@ -1,4 +1,4 @@
-"""How processes are started whose resident memory is measured."""
+"""Environment variables for processes whose resident memory is measured."""
 
 # Freed memory goes back to the machine at once, so that residency is what is alive. It costs time. oneDNN keeps a
 # compiled kernel for every shape of a bf16 product, and experts have many.

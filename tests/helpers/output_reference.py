@@ -13,7 +13,7 @@ DIRECTIONS = [{"direction": "reverse"}, {"direction": "forward"}] + [
 
 
 def every_config(ks):
-    """Every objective with every option."""
+    """Yield every objective with every option."""
     supports = [{"support": support, "k": k} for support in ("student", "teacher", "union") for k in ks]
     yield OutputConfig(objective="sampled")
     for direction in DIRECTIONS:
@@ -25,9 +25,10 @@ def every_config(ks):
 
 
 def token_loss(student_logits, teacher_logits, token_id, config):
-    """A scalar with the value and, by autograd for student_logits, the gradient of method.md section 6.
+    """Return a scalar with the value of the loss and, through autograd for student_logits, its gradient.
 
-    student_logits, teacher_logits: [vocabulary], already divided by their temperatures; token_id: y_t.
+    The formulas are those of docs/losses.md. student_logits, teacher_logits: [vocabulary], already divided by their
+    temperatures; token_id: y_t.
     """
     log_p = torch.log_softmax(student_logits.double(), dim=-1)
     log_q = torch.log_softmax(teacher_logits.double().detach(), dim=-1)

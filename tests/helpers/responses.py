@@ -12,7 +12,10 @@ UNKNOWN_ID = 10**6  # as of a padded embedding
 
 @functools.cache
 def tokenizer_named(name, folder):
-    """One of `tests/helpers/vocabularies.py` by its first name, `qwen` or `bytes`. `folder`: an empty one for it."""
+    """Return a tokenizer of `tests/helpers/vocabularies.py` by its first name, `qwen` or `bytes`.
+
+    `folder` is an empty folder for its files.
+    """
     if name in ("qwen", "bytes"):
         return qwen_tokenizer() if name == "qwen" else byte_tokenizer()
     make = getattr(vocabularies, f"{name}_tokenizer")
@@ -30,7 +33,7 @@ def gpt2_bytes():
 
 
 class Speller:
-    """What each id says, by other means than the code under test: GPT-2's rule, or sentencepiece's own library."""
+    """The bytes of each token id, by other means than the tested code: GPT-2's rule, or sentencepiece's own library."""
 
     def __init__(self, tokenizer, model=None, leading_space=False):
         self.tokenizer, self.leading_space = tokenizer, leading_space
@@ -41,7 +44,7 @@ class Speller:
 
     @classmethod
     def of(cls, name, tokenizer, folder):
-        """For `tokenizer_named(name)`."""
+        """Return the speller of `tokenizer_named(name)`."""
         if name not in ("llama_2", "gemma"):
             return cls(tokenizer)
         vocabularies.llama_2_tokenizer(folder, {"llama_2": 1000, "gemma": 800}[name])
@@ -60,7 +63,7 @@ class Speller:
         return bytes([int(piece[1:-1], 16)]) if self.model.IsByte(index) else piece.replace("▁", " ").encode()
 
     def prefixes(self, ids):
-        """The bytes read after each token."""
+        """Return the bytes up to and including each token."""
         text = b"".join(map(self.piece, ids))
         skip = self.leading_space and text[:1] == b" "
         read = [b"".join(map(self.piece, ids[: end + 1])) for end in range(len(ids))]
@@ -97,7 +100,7 @@ def random_text(generator):
 
 
 def random_response(generator, tokenizer):
-    """A response that was encoded, cut anywhere, disturbed, or sampled at random; with and without EOS."""
+    """Return a response that was encoded, cut anywhere, disturbed, or sampled at random; with and without EOS."""
     ids = ids_of(tokenizer, random_text(generator))
     way = generator.randrange(4)
     if way == 1:
@@ -111,6 +114,6 @@ def random_response(generator, tokenizer):
 
 
 def brute_force(said, read):
-    """Every pair of tokens that both add bytes and after which both have read the same."""
+    """Return every pair of tokens that both add bytes and end at the same byte."""
     grown = [[u for u in range(len(each)) if each[u] != (each[u - 1] if u else b"")] for each in (said, read)]
     return [(t, u) for t in grown[0] for u in grown[1] if said[t] == read[u]]

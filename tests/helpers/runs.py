@@ -27,8 +27,10 @@ def models(
     sources: Sequence[str] = (),
     **sizes: Any,
 ) -> list[str]:
-    """A random student and teacher below `folder`, with `sources` a teacher for each of them; the arguments that name
-    them."""
+    """Save a random student and teacher below `folder`; return the arguments that name them.
+
+    With `sources` there is one teacher per source.
+    """
     names = ("student", *(sources or ("teacher",)))
     for seed, name in enumerate(names):
         save(random_hf_model(family, seed=seed, **{"vocab_size": VOCAB_SIZE, **sizes}), folder / name)
@@ -95,23 +97,23 @@ def _common(folder: Path, steps: int) -> list[str]:
 
 
 def in_folder(arguments: list[str], run_dir: Path) -> list[str]:
-    """The same run in another run folder."""
+    """Return the arguments of the same run in another run folder."""
     return [*arguments, f"train.run_dir={run_dir}"]
 
 
 def read_lines(path: Path) -> list[Any]:
-    """The values of a JSONL file."""
+    """Return the values of a JSONL file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without what no two runs have in common: times and memory."""
+    """Return the lines of metrics.jsonl without times and memory, which differ between any two runs."""
     rows = read_lines(run_dir / "metrics.jsonl")
     return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
 
 
 def last_step(run_dir: Path) -> int:
-    """The last whole line of metrics.jsonl, 0 without one; the file may be being written."""
+    """Return the step of the last complete line of metrics.jsonl, or 0; a process may be writing the file."""
     try:
         text = (run_dir / "metrics.jsonl").read_text()
     except FileNotFoundError:
@@ -121,13 +123,13 @@ def last_step(run_dir: Path) -> int:
 
 
 def complete_steps(run_dir: Path) -> list[int]:
-    """The steps of the complete checkpoints."""
+    """Return the steps of the complete checkpoints."""
     marked = (run_dir / "checkpoints").glob("step_???????/complete")
     return sorted(int(path.parent.name.removeprefix("step_")) for path in marked)
 
 
 def assert_same_export(actual: Path, expected: Path) -> None:
-    """Two run folders hold the same Hugging Face weights, bit for bit."""
+    """Assert that two run folders have the same Hugging Face weights, bit for bit."""
     ours, theirs = (load_file(folder / "hf" / "model.safetensors") for folder in (actual, expected))
     assert ours.keys() == theirs.keys()
     for name in ours:

@@ -26,7 +26,7 @@ class Scene:
         return self.folder / name
 
     def options(self, *overrides: str) -> list[str]:
-        """A run of one step on stored rollouts."""
+        """Return the arguments of a run of one step on stored rollouts."""
         return [
             f"student.path={self.student}",
             f"teacher.path={self.teacher}",
@@ -42,7 +42,7 @@ class Scene:
         ]
 
     def generating(self, *overrides: str) -> list[str]:
-        """The same with rollouts of the student's own."""
+        """Return the arguments of a run that generates its rollouts."""
         prompts = f"data.prompts=[{self.folder / 'prompts.jsonl'}]"
         return self.options("rollout.engine=megatron", "rollout.max_new_tokens=4", prompts, *overrides)
 
@@ -53,11 +53,11 @@ class Scene:
         (self.folder / path).write_text(json.dumps(values))
 
     def write(self, name: str, rows: Iterable[object]) -> None:
-        """A JSONL file."""
+        """Write a JSONL file and return its path."""
         (self.folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
     def contents(self) -> dict[str, str]:
-        """Every file and folder, with what is in it."""
+        """Return every file and folder with its content."""
         return {
             str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
             for path in self.folder.rglob("*")
@@ -66,7 +66,7 @@ class Scene:
 
 
 def make_scene(folder: Path) -> Scene:
-    """Two models with their tokenizers (`student`, `teacher`), prompts with answers and rollouts."""
+    """Make two models with their tokenizers (`student`, `teacher`), prompts with answers, and rollouts."""
     scene = Scene(folder)
     for seed, name in enumerate(["student", "teacher"]):
         save_model(scene.folder / name, seed)
@@ -78,7 +78,7 @@ def make_scene(folder: Path) -> Scene:
 
 
 def save_model(folder: Path, seed: int, family: str = "Qwen3", **overrides: object) -> None:
-    """A tiny model, and beside it the tokenizer that it shares with all others."""
+    """Save a tiny model with the tokenizer that all models of the scene share."""
     sizes = {"vocab_size": 259, "num_hidden_layers": 2, "hidden_size": 32, **overrides}
     save(random_hf_model(family, seed, **sizes), folder)
     byte_tokenizer().save_pretrained(folder)
@@ -122,6 +122,6 @@ def accept(command: str, *arguments: str) -> None:
 
 
 def waiting_for(world_size: int) -> dict[str, str]:
-    """The first process of a group whose others never come: whoever starts the group does not end."""
+    """Return the environment of rank 0 in a group whose other ranks never start, so that joining it hangs."""
     values = {"WORLD_SIZE": world_size, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     return {name: str(value) for name, value in values.items()}

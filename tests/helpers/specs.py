@@ -1,4 +1,4 @@
-"""What a Hugging Face config says, without one, and where ranks stand, without processes."""
+"""Model specs without a Hugging Face config, and topologies without processes."""
 
 import itertools
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ TINY: dict[str, Any] = {
 
 
 def tiny_spec(**fields: Any) -> ModelSpec:
-    """A tiny dense Qwen3, with anything else given by name."""
+    """Return the spec of a tiny dense Qwen3, with other fields by name."""
     return ModelSpec(**{**TINY, **fields})
 
 
 def ranks(data: int, context: int, sequence: int) -> Iterator[Topology]:
-    """The topology of every rank of a layout; packing asks for no group."""
+    """Return the topology of every rank of a layout, without process groups: packing needs none."""
     sizes = dict(pipeline_size=1, pipeline_rank=0, expert_size=1, expert_rank=0, virtual_size=1)
     sizes |= dict(tensor_size=sequence, context_size=context, data_size=data, sequence_parallel=sequence > 1)
     for d, c, s in itertools.product(range(data), range(context), range(sequence)):

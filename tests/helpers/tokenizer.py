@@ -21,7 +21,10 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 def byte_tokenizer(*, chat: str | None = None, bos: bool = False) -> PreTrainedTokenizerBase:
-    """One token a byte (ids 0..255), special tokens 256..258; with `bos`, plain text gets <|endoftext|> first."""
+    """Return a tokenizer with one token per byte (ids 0..255) and special tokens 256..258.
+
+    With `bos`, plain text begins with <|endoftext|>.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -38,7 +41,7 @@ def byte_tokenizer(*, chat: str | None = None, bos: bool = False) -> PreTrainedT
 
 
 def qwen_tokenizer() -> PreTrainedTokenizerBase:
-    """The genuine Qwen byte-level BPE with its plain chat template, built once; skips the test where it cannot be."""
+    """Return the genuine Qwen byte-level BPE with its chat template, built once; skip the test if that fails."""
     folder = Path(tempfile.gettempdir()) / f"megatron_oprd-qwen-tokenizer-{os.getuid()}"
     if not (folder / "tokenizer.json").is_file():
         _build_qwen(folder)

@@ -80,7 +80,7 @@ def llama_2_tokenizer(folder: Path, size: int = 1000) -> PreTrainedTokenizerBase
 
 
 def legacy_llama_2_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The same vocabulary with the pipeline of older files: the marks are made by a normaliser."""
+    """Build the same vocabulary with the pipeline of older files, where a normaliser makes the marks."""
     backend = json.loads(llama_2_tokenizer(folder).backend_tokenizer.to_str())
     return PreTrainedTokenizerFast(
         tokenizer_object=_with_normalizer(backend, [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
