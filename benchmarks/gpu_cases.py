@@ -25,7 +25,7 @@ from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss, student_step
 from megatron_oprd.training.teacher import Teacher, build_frozen
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import PackedBatch
+from megatron_oprd.types import DeviceBatch
 
 OPRD = "OPRD, last tokens"
 Part = Literal["student update", "teacher pass", "blocks, forward and backward", "blocks, forward", "cost"]
@@ -130,7 +130,7 @@ class Scene:
     topology: Topology
     planned: PlannedTeacher
     global_batch: GlobalBatch
-    micro_batches: list[PackedBatch]
+    micro_batches: list[DeviceBatch]
 
     @classmethod
     def of(cls, case: Case, device: torch.device, machine: Machine) -> Scene:
@@ -177,11 +177,11 @@ def student_case(scene: Scene, part: Part) -> Prepared:
         return made
 
     def update() -> None:
-        student_step(student, topology, plan, config.loss, scene.global_batch, batches, targets())
+        student_step(student, scene.global_batch, batches, targets())
 
     def passes() -> None:
-        tap = stage_loss(plan, config.loss, batches[0], targets(), 0, None)
-        accumulate_gradients(student, topology, plan, batches, [tap])
+        tap = stage_loss(student, config.loss, batches[0], targets().of(0))
+        accumulate_gradients(student, batches, [tap])
 
     def forward() -> None:
         run_teacher(Teacher(lambda: stage, topology, plan, scene.workload.hidden), scene)

@@ -29,7 +29,7 @@ from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime import cpu_stand_ins, platform
 from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.training.schedule import run_schedule
+from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
 from megatron_oprd.types import ModelSpec, Rollout
@@ -74,23 +74,16 @@ def measure(options: argparse.Namespace) -> dict:
     batches = global_batch.micro_batches(topology)
     selected = batches[0].representation.selected
     capture = CaptureTap(dict.fromkeys(plan.teacher_layers(topology.stages), selected))
-    run_schedule(
-        teacher.eval(),
-        topology,
-        batches,
-        [capture],
-        last_layer=None,
-        normed_layer=plan.teacher_normed_layer,
-        forward_only=True,
-    )
+    settings = PassSettings(normed_layer=plan.teacher_normed_layer)
+    run_schedule(teacher.eval(), topology, batches, [capture], settings)
 
     def step(with_loss: bool) -> float:
         readers = plan.readers(topology.stages)
         targets = TeacherTargets(readers, device)
         targets.put(0, {layer: capture.states[teacher_layer] for layer, teacher_layer in readers.items()})
-        taps = [stage_loss(plan, config.loss, batches[0], targets, 0, None) if with_loss else CaptureTap({})]
+        taps = [stage_loss(trained, config.loss, batches[0], targets.of(0)) if with_loss else CaptureTap({})]
         begin = time.perf_counter()
-        accumulate_gradients(trained, topology, plan, batches, taps)
+        accumulate_gradients(trained, batches, taps)
         with cpu_stand_ins.cpu_devices():
             trained.optimizer.step()
         if device.type == "cuda":

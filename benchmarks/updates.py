@@ -38,7 +38,7 @@ from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher import Teacher, build_frozen
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
+from megatron_oprd.types import DeviceBatch, ModelSpec, Rollout
 
 Update = Callable[[], None]
 K = 16
@@ -159,7 +159,7 @@ def megatron_update(workload: Workload, method: str, device: torch.device) -> Up
         output = None
         if heads is not None:
             output = OutputLoss(config.loss.output, heads, topology, temperature=1.0, with_metrics=False)
-        student_step(student, topology, planned.plan, config.loss, global_batch, micro_batches, targets, output)
+        student_step(student, global_batch, micro_batches, targets, output)
 
     return update
 
@@ -182,9 +182,9 @@ def fill_randomly(*models: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _rank_tokens(stage: Stage, batch: PackedBatch) -> None:
+def _rank_tokens(stage: Stage, batch: DeviceBatch) -> None:
     """Run the authors' extra pass: the student's top 16 and entropy from the logits of all tokens."""
-    bounds = tuple(batch.cu_seqlens.tolist())
+    bounds = batch.host.bounds
     micro_batch = MicroBatch(
         position_ids=batch.position_ids, lengths=batch.lengths, bounds=bounds, logit_rows=batch.output.selected
     )

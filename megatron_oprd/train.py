@@ -132,17 +132,7 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps)
     output = run.output_loss(with_metrics=with_metrics)
     with meter.stage("student"):
-        report = student_step(
-            run.student,
-            topology,
-            inputs.setup.layer_plan,
-            config.loss,
-            global_batch,
-            micro_batches,
-            targets,
-            output,
-            with_metrics=with_metrics,
-        )
+        report = student_step(run.student, global_batch, micro_batches, targets, output, with_metrics=with_metrics)
     state = TrainState(state.step + 1, position)
     metrics = meter.metrics(state.step, report, global_batch, targets, teacher_report)
     return state, metrics, list(global_batch.rollouts)

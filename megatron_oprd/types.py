@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -95,14 +95,16 @@ class GlobalCounts:
 
 @dataclass(frozen=True)
 class Selection:
-    """The N tokens of a micro-batch that a term of the loss reads, and the states that it reads of them."""
+    """The N tokens of a micro-batch that one term of the loss compares, on this rank. All tensors are on the CPU."""
 
-    selected: torch.Tensor  # [N] int64: rows of this rank's hidden states, none twice
-    rows: torch.Tensor  # [N] int64: the number of each token among all that the term reads in the global batch
-    weights: torch.Tensor  # [N] float64: weight of each token in the global aggregate (without the layer mean)
-    token_ids: torch.Tensor  # [N] int64: the response tokens themselves, as the student sampled them
-    teachers: torch.Tensor  # [N] int64: which teacher each is compared with, counted as in the configuration
-    of_ranks: tuple[int, ...]  # N of each sequence-parallel rank; of this one alone where they hold no other rows
+    selected: torch.Tensor  # [N] int64: rows of this rank's hidden states, without duplicates
+    token_numbers: torch.Tensor  # [N] int64: the number of each token among all selected tokens of the global batch
+    weights: torch.Tensor  # [N] float64: weight of each token in the global mean (not divided by the number of layers)
+    token_ids: torch.Tensor  # [N] int64: the response tokens, as the student sampled them
+    teachers: torch.Tensor  # [N] int64: the number of the teacher of each token
+    # Sequence-parallel ranks hold different tokens. Their rows are gathered in the order of the ranks.
+    rows_per_rank: tuple[int, ...]  # N on each sequence-parallel rank; (N,) without sequence parallelism
+    rows_of_teacher: Mapping[int, torch.Tensor]  # teacher -> [n] int64: its rows among the gathered ones
 
     def __len__(self) -> int:
         return len(self.selected)
@@ -110,26 +112,66 @@ class Selection:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch: whole sequences laid end to end, T tokens, some of them selected for the terms of the loss.
+    """One micro-batch of T tokens in its host form: whole sequences, one after the other. All tensors are on the CPU.
 
-    Padding (at the end of a sequence for context parallelism, as a sequence of its own for sequence parallelism) is
-    never selected. Under context parallelism this is one rank's part, and T counts its tokens; `cu_seqlens` are those
-    of the whole micro-batch all the same.
+    Padding stands at the end of a sequence (context parallelism) or is a sequence of its own (sequence parallelism,
+    FP8); it is never selected. Under context parallelism a rank has a part of every sequence, and T counts its tokens.
     """
 
     tokens: torch.Tensor  # [T] int64
     position_ids: torch.Tensor  # [T] int64, from 0 in each sequence
-    cu_seqlens: torch.Tensor  # [sequences + 1] int32
-    response_mask: torch.Tensor  # [T] bool
-    sequence_ids: torch.Tensor  # [T] int64: index of the sequence in this micro-batch
-    lengths: torch.Tensor  # [T] int64: tokens of the sequence that each belongs to, without padding
-    representation: Selection  # what the loss on hidden states reads
-    output: Selection  # what the output-space objective reads: the last states one position before the tokens
-    context_order: torch.Tensor  # [T * context size] int64: where each row of the whole lies among all ranks' parts
+    lengths: torch.Tensor  # [T] int64: the length of each token's sequence, without padding
+    bounds: tuple[int, ...]  # [sequences + 1] cumulative lengths of the whole sequences, with padding
+    representation: Selection  # tokens whose hidden states the representation loss compares
+    output: Selection  # tokens whose next-token distributions the output-space objective compares
+    # Context parallelism: [T * context size] int64, the place of each row among the gathered rows of all ranks.
+    context_order: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        return int(self.tokens.numel())
+        return len(self.tokens)
+
+    def selection(self, key: StateKey) -> Selection:
+        """Return the tokens at which the states with this key are compared."""
+        return self.output if key == FINAL_STATES else self.representation
+
+
+@dataclass(frozen=True)
+class DeviceSelection:
+    """The device form of a `Selection`: what a loss reads during forward and backward."""
+
+    selected: torch.Tensor
+    weights: torch.Tensor
+    token_ids: torch.Tensor
+    rows_per_rank: tuple[int, ...]
+    rows_of_teacher: Mapping[int, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.selected)
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """The device form of a micro-batch: what a forward pass reads.
+
+    Nothing in it is ever copied back to the CPU. Code that runs on the CPU reads `host`.
+    """
+
+    host: PackedBatch
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: torch.Tensor
+    representation: DeviceSelection
+    output: DeviceSelection
+    context_order: torch.Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    def selection(self, key: StateKey) -> DeviceSelection:
+        """Return the tokens at which the states with this key are compared."""
+        return self.output if key == FINAL_STATES else self.representation
 
 
 # The key of the final states (layer L after the final norm), which the LM head and output-space objectives read.

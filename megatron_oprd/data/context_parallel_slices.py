@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
+from megatron_oprd.data.packing import rows_of_teacher
 from megatron_oprd.types import PackedBatch, Selection
 
 
@@ -26,44 +27,51 @@ def zigzag_rows(bounds: Sequence[int], rank: int, size: int) -> torch.Tensor:
     return torch.cat(pieces)
 
 
-def cut(
-    batch: PackedBatch, *, context_rank: int = 0, context_size: int = 1, sequence_rank: int = 0, sequence_size: int = 1
-) -> PackedBatch:
-    """The part of a whole micro-batch that one rank works on.
+@dataclass(frozen=True)
+class Slice:
+    """The place of a rank among the ranks that share the tokens of a micro-batch."""
 
-    Tokens are those of the context-parallel rank. The rows that the loss reads are those of its hidden states, which
-    sequence parallelism cuts once more, into `sequence_size` runs: `selected` counts from the start of this rank's.
-    `cu_seqlens` stay those of the whole.
+    context_rank: int = 0
+    context_size: int = 1
+    sequence_rank: int = 0
+    sequence_size: int = 1  # 1 without sequence parallelism
+
+
+def cut(batch: PackedBatch, place: Slice) -> PackedBatch:
+    """Return the part of a whole micro-batch that one rank works on.
+
+    The part has the tokens of the context-parallel rank. Sequence parallelism cuts the hidden states of these tokens
+    once more, into `sequence_size` runs: `selected` counts from the start of this rank's run. `bounds` remain those of
+    the whole sequences.
     """
-    rows, order = torch.arange(batch.num_tokens), batch.context_order
-    if context_size > 1:
-        bounds = batch.cu_seqlens.tolist()
-        of_ranks = [zigzag_rows(bounds, rank, context_size) for rank in range(context_size)]
-        rows, order = of_ranks[context_rank], torch.cat(of_ranks).argsort()
-    rank_of_row, place = torch.full((batch.num_tokens,), -1), torch.full((batch.num_tokens,), -1)
-    for rank, held in enumerate(rows.chunk(sequence_size)):
-        rank_of_row[held], place[held] = rank, torch.arange(len(held))
+    rows, order = torch.arange(batch.num_tokens), None
+    if place.context_size > 1:
+        of_ranks = [zigzag_rows(batch.bounds, rank, place.context_size) for rank in range(place.context_size)]
+        rows, order = of_ranks[place.context_rank], torch.cat(of_ranks).argsort()
+    rank_of_row, place_of_row = torch.full((batch.num_tokens,), -1), torch.full((batch.num_tokens,), -1)
+    for rank, own in enumerate(rows.chunk(place.sequence_size)):
+        rank_of_row[own], place_of_row[own] = rank, torch.arange(len(own))
 
-    def mine(selection: Selection) -> Selection:
+    def part_of(selection: Selection) -> Selection:
         ranks = rank_of_row[selection.selected]
-        kept = ranks == sequence_rank
+        by_rank = [(ranks == rank).nonzero().flatten() for rank in range(place.sequence_size)]
+        own = by_rank[place.sequence_rank]
         return Selection(
-            selected=place[selection.selected][kept],
-            rows=selection.rows[kept],
-            weights=selection.weights[kept],
-            token_ids=selection.token_ids[kept],
-            teachers=selection.teachers[kept],
-            of_ranks=tuple(ranks[ranks >= 0].bincount(minlength=sequence_size).tolist()),
+            selected=place_of_row[selection.selected[own]],
+            token_numbers=selection.token_numbers[own],
+            weights=selection.weights[own],
+            token_ids=selection.token_ids[own],
+            teachers=selection.teachers[own],
+            rows_per_rank=tuple(len(places) for places in by_rank),
+            rows_of_teacher=rows_of_teacher(selection.teachers[torch.cat(by_rank)]),
         )
 
-    return dataclasses.replace(
-        batch,
+    return PackedBatch(
         tokens=batch.tokens[rows],
         position_ids=batch.position_ids[rows],
-        response_mask=batch.response_mask[rows],
-        sequence_ids=batch.sequence_ids[rows],
         lengths=batch.lengths[rows],
-        representation=mine(batch.representation),
-        output=mine(batch.output),
+        bounds=batch.bounds,
+        representation=part_of(batch.representation),
+        output=part_of(batch.output),
         context_order=order,
     )

@@ -6,14 +6,13 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from megatron_oprd.config import OutputConfig, RepresentationConfig
 from megatron_oprd.losses.positions import select_positions
 from megatron_oprd.losses.reduction import count, token_weight
-from megatron_oprd.types import GlobalCounts, PackedBatch, Rollout, Selection
+from megatron_oprd.types import DeviceBatch, DeviceSelection, GlobalCounts, PackedBatch, Rollout, Selection
 
 
 @dataclass(frozen=True)
@@ -87,104 +86,118 @@ def _term(
     )
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Multiples to which a micro-batch is padded."""
+
+    sequence_multiple: int = 1  # of the length of each sequence (context parallelism)
+    batch_multiple: int = 1  # of the tokens of the micro-batch (sequence parallelism, FP8); of sequence_multiple too
+
+
 def pack(
     rollouts: Sequence[Rollout],
     numbers: Sequence[int],
     representation: Term,
     output: Term,
-    *,
-    teachers: Sequence[int] | None = None,
-    sequence_multiple: int = 1,
-    batch_multiple: int = 1,
-    pad_id: int = 0,
+    teachers: Sequence[int],
+    padding: Padding,
 ) -> PackedBatch:
-    """One micro-batch of whole sequences, laid end to end; none at all make one of padding alone, for a rank that has
-    nothing to do while the schedule needs a micro-batch everywhere.
+    """Pack rollouts into one micro-batch, one after the other.
 
-    `rollouts` and the positions of the terms are those of the model that runs. `numbers`: which rollout of the global
-    batch each is; `teachers`: the teacher of each, by default the first. Each sequence is padded at its end to a
-    multiple of `sequence_multiple` (context parallelism), the whole by a sequence of padding to one of `batch_multiple`
-    (sequence parallelism, FP8), itself a multiple of `sequence_multiple`. It reads as the micro-batch begins: states
-    like those that are there already change no scale that FP8 finds over all of them.
+    Without rollouts the micro-batch is padding alone: the schedule needs the same number of micro-batches on every
+    rank. The padding that fills up a micro-batch repeats its first tokens, so that it does not raise the maximum from
+    which FP8 scales are computed.
+
+    Args:
+        rollouts: in the tokens of the model that runs; the terms' positions too.
+        numbers: which rollout of the global batch each one is.
+        teachers: the number of the teacher of each rollout.
     """
     tokens: list[int] = []
-    positions: list[int] = []
-    response: list[bool] = []
-    sequence_ids: list[int] = []
+    position_ids: list[int] = []
     lengths: list[int] = []
-    starts: list[int] = []  # the row of each sequence's first response token
+    starts: list[int] = []  # the row of each rollout's first response token
     bounds = [0]
-    for place, rollout in enumerate(rollouts):
+    for rollout in rollouts:
         starts.append(len(tokens) + len(rollout.prompt_ids))
         length = num_tokens(rollout)
-        padding = -length % sequence_multiple
-        tokens += [*rollout.prompt_ids, *rollout.response_ids, *[pad_id] * padding]
-        response += [False] * len(rollout.prompt_ids)
-        response += [flag == 1 for flag in rollout.response_mask] + [False] * padding
-        positions += range(length + padding)
-        sequence_ids += [place] * (length + padding)
-        lengths += [length] * (length + padding)
+        padded = length + -length % padding.sequence_multiple
+        tokens += [*rollout.prompt_ids, *rollout.response_ids, *[0] * (padded - length)]
+        position_ids += range(padded)
+        lengths += [length] * padded
         bounds.append(len(tokens))
-    padding = -len(tokens) % batch_multiple if tokens else batch_multiple
-    if padding:
-        tokens += list(itertools.islice(itertools.cycle(tokens or [pad_id]), padding))
-        positions += range(padding)
-        response += [False] * padding
-        sequence_ids += [len(rollouts)] * padding
-        lengths += [padding] * padding
+    missing = -len(tokens) % padding.batch_multiple if tokens else padding.batch_multiple
+    if missing:
+        tokens += list(itertools.islice(itertools.cycle(tokens or [0]), missing))
+        position_ids += range(missing)
+        lengths += [missing] * missing
         bounds.append(len(tokens))
-    of_teacher = [0] * len(rollouts) if teachers is None else list(teachers)
     return PackedBatch(
         tokens=torch.tensor(tokens, dtype=torch.int64),
-        position_ids=torch.tensor(positions, dtype=torch.int64),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        response_mask=torch.tensor(response, dtype=torch.bool),
-        sequence_ids=torch.tensor(sequence_ids, dtype=torch.int64),
+        position_ids=torch.tensor(position_ids, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
-        representation=_select(representation, numbers, starts, of_teacher),
-        output=_select(output, numbers, starts, of_teacher),
-        context_order=torch.arange(len(tokens)),
+        bounds=tuple(bounds),
+        representation=_select(representation, numbers, starts, teachers),
+        output=_select(output, numbers, starts, teachers),
     )
 
 
 def _select(term: Term, numbers: Sequence[int], starts: Sequence[int], teachers: Sequence[int]) -> Selection:
     selected: list[int] = []
-    rows: list[int] = []
+    token_numbers: list[int] = []
     weights: list[float] = []
     token_ids: list[int] = []
-    of_teacher: list[int] = []
+    teacher_of_token: list[int] = []
     for number, start, teacher in zip(numbers, starts, teachers, strict=True):
         chosen = term.positions[number]
         selected += [start + index + term.shift for index in chosen]
-        rows += range(term.first_rows[number], term.first_rows[number] + len(chosen))
+        token_numbers += range(term.first_rows[number], term.first_rows[number] + len(chosen))
         weights += [token_weight(len(chosen), term.counts, term.aggregation) for _ in chosen]
         token_ids += term.token_ids[number]
-        of_teacher += [teacher] * len(chosen)
+        teacher_of_token += [teacher] * len(chosen)
+    of_token = torch.tensor(teacher_of_token, dtype=torch.int64)
     return Selection(
         selected=torch.tensor(selected, dtype=torch.int64),
-        rows=torch.tensor(rows, dtype=torch.int64),
+        token_numbers=torch.tensor(token_numbers, dtype=torch.int64),
         weights=torch.tensor(weights, dtype=torch.float64),
         token_ids=torch.tensor(token_ids, dtype=torch.int64),
-        teachers=torch.tensor(of_teacher, dtype=torch.int64),
-        of_ranks=(len(selected),),
+        teachers=of_token,
+        rows_per_rank=(len(selected),),
+        rows_of_teacher=rows_of_teacher(of_token),
     )
 
 
-def to_device(batch: PackedBatch, device: torch.device) -> PackedBatch:
-    """The micro-batch with every tensor on `device`."""
+def rows_of_teacher(teachers: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Return the rows [n] int64 of each teacher, from the teacher [N] of each row. No communication."""
+    return {number: (teachers == number).nonzero().flatten() for number in teachers.unique().tolist()}
 
-    def moved(part: Any) -> Any:
-        if isinstance(part, torch.Tensor):
-            return part.to(device, non_blocking=True)
-        if dataclasses.is_dataclass(part) and not isinstance(part, type):
-            fields = {field.name: moved(getattr(part, field.name)) for field in dataclasses.fields(part)}
-            return dataclasses.replace(part, **fields)
-        return part
 
-    on_device: PackedBatch = moved(batch)
-    return on_device
+def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
+    """Copy a micro-batch to its device. The copy is a new tensor on a CPU too."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(tensor, non_blocking=True)
+
+    def copy_selection(selection: Selection) -> DeviceSelection:
+        return DeviceSelection(
+            copy(selection.selected),
+            copy(selection.weights),
+            copy(selection.token_ids),
+            selection.rows_per_rank,
+            {teacher: copy(rows) for teacher, rows in selection.rows_of_teacher.items()},
+        )
+
+    return DeviceBatch(
+        batch,
+        copy(batch.tokens),
+        copy(batch.position_ids),
+        copy(batch.lengths),
+        copy_selection(batch.representation),
+        copy_selection(batch.output),
+        None if batch.context_order is None else copy(batch.context_order),
+    )
 
 
 def num_tokens(rollout: Rollout) -> int:
-    """Tokens of a rollout, prompt and response."""
+    """Return the tokens of a rollout, prompt and response."""
     return len(rollout.prompt_ids) + len(rollout.response_ids)

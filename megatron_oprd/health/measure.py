@@ -23,10 +23,10 @@ from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.sequence_rows import gather_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.training.schedule import run_schedule
+from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import FINAL_STATES, ModelSpec, Rollout, Selection, StateKey
+from megatron_oprd.types import FINAL_STATES, DeviceSelection, ModelSpec, Rollout, StateKey
 
 # Selects every token of an answer, at the hidden state that predicts it, as an output-space objective does.
 EVERY_TOKEN = LossConfig(
@@ -91,7 +91,7 @@ def measure_answers(models: MeasuredModels, answers: Sequence[Rollout]) -> Measu
 
     training = stage.training
     stage.eval()
-    run_schedule(list(stage), topology, micro_batches, taps(), last_layer=None, normed_layer=None, forward_only=True)
+    run_schedule(list(stage), topology, micro_batches, taps(), PassSettings())
     stage.train(training)
     values: list[float] = sums.tolist()
     for group in (topology.groups.dp_cp, topology.groups.pp):  # tensor-parallel ranks have equal sums
@@ -104,7 +104,7 @@ def measure_answers(models: MeasuredModels, answers: Sequence[Rollout]) -> Measu
 class _Tap:
     """Adds the sums over one micro-batch to `sums` at the final hidden states, and returns all states unchanged."""
 
-    selection: Selection
+    selection: DeviceSelection
     sum_tokens: _TokenSums | None  # None: this rank has no last stage
     sums: torch.Tensor
     targets: MicroBatchTargets | None
@@ -129,7 +129,7 @@ class _TokenSums:
         self.sequence_group = topology.groups.tp if topology.sequence_parallel else None
         self.chunk_tokens = default_chunk_tokens(len(head))
 
-    def __call__(self, student: torch.Tensor, teacher: torch.Tensor | None, selection: Selection) -> torch.Tensor:
+    def __call__(self, student: torch.Tensor, teacher: torch.Tensor | None, selection: DeviceSelection) -> torch.Tensor:
         """Return the sums [3] in float64 of negative log-likelihood, entropy and KL over the selected tokens.
 
         `student`: hidden states [rows, d_S]. `teacher`: hidden states [rows, d_T] of the same tokens, or None.
@@ -137,7 +137,7 @@ class _TokenSums:
         """
         rows = [student, selection.token_ids] if teacher is None else [student, selection.token_ids, teacher]
         if self.sequence_group is not None:
-            rows = [gather_rows(part, selection.of_ranks, self.sequence_group) for part in rows]
+            rows = [gather_rows(part, selection.rows_per_rank, self.sequence_group) for part in rows]
         sums = torch.zeros(3, dtype=torch.float64, device=student.device)
         for chunk in zip(*(part.split(self.chunk_tokens) for part in rows), strict=True):
             if len(chunk[0]):

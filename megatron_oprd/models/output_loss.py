@@ -14,7 +14,7 @@ from megatron_oprd.losses.reduction import output_sums
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from megatron_oprd.parallel.sequence_rows import gather_rows, scatter_sum_rows
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import Selection
+from megatron_oprd.types import DeviceSelection
 
 HEAD_ROWS = 16384  # of a head whose gradient has another dtype than the head: bounds the buffer between them
 
@@ -56,7 +56,7 @@ class OutputLoss:
         self.shard = VocabularyShard(heads.first, group, widest=len(heads.student))
 
     def __call__(
-        self, student: torch.Tensor, teacher: torch.Tensor, selection: Selection
+        self, student: torch.Tensor, teacher: torch.Tensor, selection: DeviceSelection
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient [rows, d_S] of the weighted sum of the objective for `student` [rows, d_S], in its dtype, and the
         sums [1 + METRICS] float64: of weight * value, then of the metrics (zero without them), over the rows of all
@@ -65,24 +65,24 @@ class OutputLoss:
         `teacher` [rows, d_T of the widest]: the final states at the same tokens, each row of its own teacher.
         Communicates over the tensor-parallel group: every rank of it calls this at the same time.
         """
-        held = (student, teacher, selection.weights, selection.token_ids, selection.teachers)
+        held = (student, teacher, selection.weights, selection.token_ids)
         if self.sequence_group is not None:
-            held = tuple(gather_rows(part, selection.of_ranks, self.sequence_group) for part in held)
-        student, teacher, weights, token_ids, readers = held
+            held = tuple(gather_rows(part, selection.rows_per_rank, self.sequence_group) for part in held)
+        student, teacher, weights, token_ids = held
         gradient = torch.zeros_like(student)
         sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=student.device)
         for number, head in enumerate(self.heads.teachers):
-            for chunk in self._chunks(readers, number):
+            for chunk in self._chunks(selection, number):
                 gradient[chunk], of_chunk = self._chunk(
                     student[chunk], teacher[chunk], head, token_ids[chunk], weights[chunk]
                 )
                 sums += of_chunk
         return self._sum_over_vocabulary(gradient, selection), sums
 
-    def _sum_over_vocabulary(self, gradient: torch.Tensor, selection: Selection) -> torch.Tensor:
+    def _sum_over_vocabulary(self, gradient: torch.Tensor, selection: DeviceSelection) -> torch.Tensor:
         """Each rank's part of the vocabulary gave it a part of the states' gradient."""
         if self.sequence_group is not None:
-            return scatter_sum_rows(gradient, selection.of_ranks, self.sequence_group)
+            return scatter_sum_rows(gradient, selection.rows_per_rank, self.sequence_group)
         return self.shard.sum(gradient)
 
     def _chunk(
@@ -110,16 +110,18 @@ class OutputLoss:
             _add_head_gradient(self.heads.student, for_logits, student)
         return for_logits @ head, sums
 
-    def _chunks(self, readers: torch.Tensor, teacher: int) -> list[slice] | list[torch.Tensor]:
-        """The rows of a teacher, chunk by chunk."""
+    def _chunks(self, selection: DeviceSelection, teacher: int) -> list[slice] | list[torch.Tensor]:
+        """Return the rows of a teacher among those of all tensor-parallel ranks, chunk by chunk."""
+        num_rows = sum(selection.rows_per_rank)
         size = self.config.chunk_tokens
         if size == "auto":
             size = default_chunk_tokens(len(self.heads.student))
         elif size is None:
-            size = max(len(readers), 1)
+            size = max(num_rows, 1)
         if len(self.heads.teachers) == 1:  # slices, which copy nothing
-            return [slice(start, start + size) for start in range(0, len(readers), size)]
-        return list((readers == teacher).nonzero().flatten().split(size))
+            return [slice(start, start + size) for start in range(0, num_rows, size)]
+        rows = selection.rows_of_teacher.get(teacher)
+        return [] if rows is None else list(rows.split(size))
 
 
 def _add_head_gradient(head: torch.nn.Parameter, for_logits: torch.Tensor, states: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from megatron_oprd.losses.reduction import layer_sums
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.projection import StudentMap
-from megatron_oprd.types import FINAL_STATES, Selection, StateKey
+from megatron_oprd.types import FINAL_STATES, DeviceSelection, StateKey
 
 
 class CaptureTap:
@@ -110,7 +110,9 @@ class OutputTap:
         take_target: a function that returns the teacher's final states [N, d_T] and forgets them.
     """
 
-    def __init__(self, objective: OutputLoss, selection: Selection, take_target: Callable[[], torch.Tensor]) -> None:
+    def __init__(
+        self, objective: OutputLoss, selection: DeviceSelection, take_target: Callable[[], torch.Tensor]
+    ) -> None:
         self.objective = objective
         self.selection = selection
         self.take_target = take_target

@@ -36,7 +36,7 @@ from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
 from megatron_oprd.training.target_transfer import TargetShape
 from megatron_oprd.training.teacher import Teacher, build_frozen
 from megatron_oprd.training.teacher_pass import run_teachers
-from megatron_oprd.types import LayerPair, ModelSpec, PackedBatch, PairBridge, Rollout
+from megatron_oprd.types import DeviceBatch, LayerPair, ModelSpec, PairBridge, Rollout
 
 DEVICE = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def _only_rank(rank: int, world_size: int) -> Iterator[None]:
 
 def _micro_batch(
     config: Config, student: ModelSpec, topology: Topology, rollouts: Sequence[Rollout], teacher: int | None = None
-) -> PackedBatch:
+) -> DeviceBatch:
     """What this rank reads of one micro-batch, as the student or as a teacher, who then teaches all of it."""
     one_replica = dataclasses.replace(topology, data_size=1, data_rank=0, virtual_size=1)
     teachers = (teacher or 0,) * len(rollouts)
@@ -125,9 +125,9 @@ def _without_values(batch: Any, mode: FakeTensorMode) -> Any:
     """The micro-batch, or a selection of it, but for the values of its tensors."""
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     for name, value in fields.items():
-        if dataclasses.is_dataclass(value):
+        if dataclasses.is_dataclass(value) and name != "host":  # the host form keeps its values
             fields[name] = _without_values(value, mode)
-        elif isinstance(value, torch.Tensor) and name != "cu_seqlens":  # the lengths are read
+        elif isinstance(value, torch.Tensor):
             fields[name] = mode.from_tensor(value).clone()
     return type(batch)(**fields)
 
@@ -153,7 +153,7 @@ def _build(
     asked: Config,
     spec: ModelSpec,
     planned: Sequence[PlannedTeacher],
-    places: Sequence[tuple[Topology, PackedBatch]],
+    places: Sequence[tuple[Topology, DeviceBatch]],
     bridge: Mapping[LayerPair, PairBridge],
     live: LiveBytes,
 ) -> _Models:
@@ -196,7 +196,7 @@ def _teacher(
     asked: Config,
     planned: PlannedTeacher,
     topology: Topology,
-    batch: PackedBatch,
+    batch: DeviceBatch,
     row_width: int,
     bridge: Mapping[LayerPair, PairBridge],
     live: LiveBytes,
@@ -228,7 +228,7 @@ def _heads(spec: ModelSpec, planned: Sequence[PlannedTeacher], stage: Stage, top
     return Heads(head, tuple(head.new_empty(rows, teacher.spec.hidden_size) for teacher in planned), first)
 
 
-def _with_messages(stage: Stage, topology: Topology, batch: PackedBatch) -> Stage:
+def _with_messages(stage: Stage, topology: Topology, batch: DeviceBatch) -> Stage:
     announce_rows(stage, batch.num_tokens // (topology.tensor_size if topology.sequence_parallel else 1))
     return stage
 
@@ -247,14 +247,14 @@ def _rows_received(
 def _update(
     config: Config,
     models: _Models,
-    batch: PackedBatch,
-    read: Sequence[PackedBatch],
+    batch: DeviceBatch,
+    read: Sequence[DeviceBatch],
     micro_batches: int,
     live: LiveBytes,
 ) -> None:
     """The teacher pass, and the update, on as many micro-batches as keep every pipeline rank busy; of the others there
     are the targets alone."""
-    topology, plan = models.topology, models.teachers[0].plan
+    topology = models.topology
     rounds = topology.pipeline_size if topology.virtual_size > 1 else 1  # of the interleaved schedule
     count = min(-(-micro_batches // rounds) * rounds, 2 * topology.pipeline_size)
     of_teachers = [[of_teacher] * count for of_teacher in read]
@@ -267,11 +267,11 @@ def _update(
 
     def taps() -> Iterator[StudentTap]:
         for number in range(count):
-            tap = stage_loss(plan, config.loss, batch, targets, number, models.output, models.student.maps)
+            tap = stage_loss(models.student, config.loss, batch, targets.of(number), models.output)
             live.assign("targets", [targets.read(number, layer) for layer in targets.layers])
             yield tap
 
-    accumulate_gradients(models.student, topology, plan, [batch] * count, taps())
+    accumulate_gradients(models.student, [batch] * count, taps())
     del waiting
     with cpu_stand_ins.cpu_devices():
         models.student.optimizer.step()

@@ -15,7 +15,7 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import PackedBatch
+from megatron_oprd.types import DeviceBatch
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def measure_error(
 
 
 def _states(
-    teachers: Sequence[Teacher], global_batch: GlobalBatch, micro_batches: Sequence[PackedBatch], topology: Topology
+    teachers: Sequence[Teacher], global_batch: GlobalBatch, micro_batches: Sequence[DeviceBatch], topology: Topology
 ) -> list[dict[int, torch.Tensor]]:
     """By micro-batch and student layer."""
     targets, _ = teacher_pass(teachers, global_batch, micro_batches, topology)

@@ -10,8 +10,9 @@ from functools import cached_property
 
 from megatron_oprd.config import BatchConfig, LossConfig
 from megatron_oprd.data.balance import assign, sequence_cost
-from megatron_oprd.data.context_parallel_slices import cut
+from megatron_oprd.data.context_parallel_slices import Slice, cut
 from megatron_oprd.data.packing import (
+    Padding,
     Term,
     chosen_positions,
     num_tokens,
@@ -22,7 +23,7 @@ from megatron_oprd.data.packing import (
 )
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import ModelSpec, PackedBatch, Rollout
+from megatron_oprd.types import DeviceBatch, ModelSpec, Rollout
 
 
 def share_rollouts(mine: Sequence[Rollout], topology: Topology) -> list[Rollout]:
@@ -51,7 +52,7 @@ class GlobalBatch:
     def output(self) -> Term:
         return output_term(self.loss.output, self.rollouts)
 
-    def micro_batches(self, topology: Topology, *, teacher: int | None = None) -> list[PackedBatch]:
+    def micro_batches(self, topology: Topology, *, teacher: int | None = None) -> list[DeviceBatch]:
         """Return this rank's micro-batches in a layout; every rank has the same number of them.
 
         The cost of the student's layers is spread evenly over data-parallel ranks and micro-batches. Rollouts without
@@ -83,7 +84,7 @@ class GlobalBatch:
         batches = ([useful[member] for member in members] for members in shares[topology.data_rank])
         return [self._micro_batch(numbers, topology, as_teacher=teacher is not None) for numbers in batches]
 
-    def _micro_batch(self, numbers: Sequence[int], topology: Topology, *, as_teacher: bool) -> PackedBatch:
+    def _micro_batch(self, numbers: Sequence[int], topology: Topology, *, as_teacher: bool) -> DeviceBatch:
         rollouts = [self.rollouts[number] for number in numbers]
         terms = [self.representation, self.output]
         if as_teacher:
@@ -91,22 +92,16 @@ class GlobalBatch:
             terms = [term.teacher_view() for term in terms]
         sequence_multiple = 2 * topology.context_size if topology.context_size > 1 else 1
         sequence_size = topology.tensor_size if topology.sequence_parallel else 1
-        whole = pack(
-            rollouts,
-            numbers,
-            *terms,
-            teachers=[self.teachers[number] for number in numbers],
-            sequence_multiple=sequence_multiple,
-            batch_multiple=math.lcm(sequence_multiple, topology.context_size * self.pad_tokens) * sequence_size,
+        batch_multiple = math.lcm(sequence_multiple, topology.context_size * self.pad_tokens) * sequence_size
+        teachers = [self.teachers[number] for number in numbers]
+        place = Slice(
+            topology.context_rank,
+            topology.context_size,
+            topology.tensor_rank if topology.sequence_parallel else 0,
+            sequence_size,
         )
-        part = cut(
-            whole,
-            context_rank=topology.context_rank,
-            context_size=topology.context_size,
-            sequence_rank=topology.tensor_rank if topology.sequence_parallel else 0,
-            sequence_size=sequence_size,
-        )
-        return to_device(part, topology.device)
+        packed = pack(rollouts, numbers, *terms, teachers, Padding(sequence_multiple, batch_multiple))
+        return to_device(cut(packed, place), topology.device)
 
     def metrics(self) -> dict[str, float]:
         """Lengths of the responses, how many tokens each term reads, and what of them a teacher with another tokenizer

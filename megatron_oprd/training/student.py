@@ -27,13 +27,15 @@ from megatron_oprd.training.overlap import wrap
 
 @dataclass(frozen=True)
 class Student:
-    """This rank's chunks of the student and what updates them; with a bridge, its side of it."""
+    """This rank's chunks of the student, its layout and its optimizer; with a bridge, the student's maps."""
 
     stage: Stage
-    ddp: list[DistributedDataParallel]  # around each chunk
+    plan: LayerPlan
+    topology: Topology
+    ddp: list[DistributedDataParallel]  # one around each chunk
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    maps: Mapping[int, StudentMap] = field(default_factory=dict)  # of the layers on this rank
+    maps: Mapping[int, StudentMap] = field(default_factory=dict)  # by student layer, those on this rank
     map_optimizer: MapOptimizer | None = None
 
 
@@ -58,6 +60,8 @@ def build_student(
     trained = config.loss.representation.train_bridge
     return Student(
         stage,
+        plan,
+        topology,
         ddp,
         optimizer,
         _scheduler(optimizer, config.optimizer, config.train.steps),

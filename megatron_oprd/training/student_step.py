@@ -1,8 +1,8 @@
-"""One update of the student: forward, losses where the states are (OPRD eq. (6)), backward, clipping, optimizer."""
+"""One update of the student: forward with the losses at the layers (OPRD eq. (6)), backward, clipping, optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -13,46 +13,51 @@ from megatron_oprd.losses.output_space import METRICS
 from megatron_oprd.losses.reduction import layer_metrics, layer_weights, output_metrics
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.output_loss import OutputLoss
-from megatron_oprd.models.projection import StudentMap
 from megatron_oprd.models.tap_params import Tap
 from megatron_oprd.models.taps import OutputTap, StageLoss, StudentTap
-from megatron_oprd.models.targets import TeacherTargets
+from megatron_oprd.models.targets import MicroBatchTargets, TeacherTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.overlap import start_gather
-from megatron_oprd.training.schedule import run_schedule
+from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.student import Student
-from megatron_oprd.types import FINAL_STATES, PackedBatch, StepReport
+from megatron_oprd.types import FINAL_STATES, DeviceBatch, StepReport
 
 
 def student_step(
     student: Student,
-    topology: Topology,
-    plan: LayerPlan,
-    loss: LossConfig,
-    whole: GlobalBatch,
-    batches: Sequence[PackedBatch],
+    global_batch: GlobalBatch,
+    micro_batches: Sequence[DeviceBatch],
     targets: TeacherTargets,
     output: OutputLoss | None = None,
     *,
     with_metrics: bool = False,
 ) -> StepReport:
-    """Update the student once on the whole global batch; the report is the same on every rank.
+    """Update the student once on the whole global batch.
 
-    `batches` are this rank's micro-batches, `targets` the teacher states that its layers are compared with; none are
-    left at the end. `output`: the output-space objective, on the last stage; `with_metrics`: whether it measures its
-    metrics. Communicates over all groups.
+    Args:
+        student: this rank's chunks.
+        global_batch: the rollouts of the step.
+        micro_batches: this rank's micro-batches, `global_batch.micro_batches(student.topology)`.
+        targets: the teacher states for the student's layers on this rank. All of them are used up.
+        output: the output-space objective, on the ranks of the student's last stage.
+        with_metrics: True on every rank if `output` measures its metrics.
+
+    Returns: the report, the same on every rank.
+    Communicates over: all groups.
+    Raises: RuntimeError if targets are left over.
     """
+    plan, topology, loss = student.plan, student.topology, global_batch.loss
     taps: list[StudentTap] = []
 
     def next_taps() -> Iterator[StudentTap]:
-        for number, batch in enumerate(batches):
-            taps.append(stage_loss(plan, loss, batch, targets, number, output, student.maps))
+        for number, batch in enumerate(micro_batches):
+            taps.append(stage_loss(student, loss, batch, targets.of(number), output))
             yield taps[-1]
 
-    accumulate_gradients(student, topology, plan, batches, next_taps())
+    accumulate_gradients(student, micro_batches, next_taps())
     if len(targets):
         raise RuntimeError(f"{len(targets)} layers of micro-batches were never compared with their targets")
     learning_rate = student.scheduler.get_lr({})
@@ -64,57 +69,49 @@ def student_step(
     student.scheduler.step(increment=1)
     total, metrics = 0.0, {}
     if plan.pairs:
-        metrics |= layer_metrics(_layer_sums(taps, topology, plan), whole.representation.counts)
+        metrics |= layer_metrics(_layer_sums(taps, topology, plan), global_batch.representation.counts)
         total += loss.representation.weight * metrics["rep/mse"]
     if plan.output:
-        metrics |= output_metrics(_output_sums(taps, topology), whole.output.counts, with_metrics=with_metrics)
+        metrics |= output_metrics(_output_sums(taps, topology), global_batch.output.counts, with_metrics=with_metrics)
         total += loss.output.weight * metrics["output/loss"]
     return StepReport(total, float(grad_norm), learning_rate, metrics)
 
 
 def stage_loss(
-    plan: LayerPlan,
+    student: Student,
     loss: LossConfig,
-    batch: PackedBatch,
-    targets: TeacherTargets,
-    number: int,
-    output: OutputLoss | None,
-    maps: Mapping[int, StudentMap] | None = None,
+    batch: DeviceBatch,
+    targets: MicroBatchTargets,
+    output: OutputLoss | None = None,
 ) -> StudentTap:
-    """The tap of the student's micro-batch `number`."""
-    config, weights, own_targets = loss.representation, batch.representation.weights, targets.of(number)
+    """Build the tap that computes the losses of one micro-batch on this rank."""
+    config, weights = loss.representation, batch.representation.weights
     layers = StageLoss(
         batch.representation.selected,
-        config.weight * layer_weights(weights, max(len(plan.pairs), 1)),
-        own_targets,
+        config.weight * layer_weights(weights, max(len(student.plan.pairs), 1)),
+        targets,
         normalize=config.normalize,
         metric_weights=weights,
-        maps=maps,
-        release=own_targets.release,
+        maps=student.maps,
+        release=targets.release,
     )
-    if output is None or FINAL_STATES not in own_targets:
+    if output is None or FINAL_STATES not in targets:
         return StudentTap(layers, None)
-    return StudentTap(layers, OutputTap(output, batch.output, partial(own_targets.take, FINAL_STATES)))
+    return StudentTap(layers, OutputTap(output, batch.output, partial(targets.take, FINAL_STATES)))
 
 
-def accumulate_gradients(
-    student: Student, topology: Topology, plan: LayerPlan, batches: Sequence[PackedBatch], taps: Iterable[Tap]
-) -> None:
-    """Forward and backward of all micro-batches from zero gradients, reduced over the ranks. Communicates over all
-    groups."""
+def accumulate_gradients(student: Student, micro_batches: Sequence[DeviceBatch], taps: Iterable[Tap]) -> None:
+    """Zero the gradients, run forward and backward of all micro-batches, and reduce the gradients over the ranks.
+
+    Communicates over: all groups.
+    """
     for chunk in student.ddp:
         chunk.train()
         chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
-    run_schedule(
-        student.ddp,
-        topology,
-        batches,
-        taps,
-        last_layer=plan.student_last_layer,
-        normed_layer=plan.student_normed_layer,
-        forward_only=False,
-    )
+    plan = student.plan
+    settings = PassSettings(plan.student_last_layer, plan.student_normed_layer, forward_only=False)
+    run_schedule(student.ddp, student.topology, micro_batches, taps, settings)
 
 
 def _layer_sums(taps: Sequence[StudentTap], topology: Topology, plan: LayerPlan) -> dict[int, list[float]]:

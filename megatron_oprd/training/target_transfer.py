@@ -13,7 +13,7 @@ from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.reshard import Shard, exchange, moved_bytes, plan_transfers
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import FINAL_STATES, PackedBatch, Selection, StateKey
+from megatron_oprd.types import FINAL_STATES, DeviceBatch, StateKey
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class TeacherStates:
 
     teacher: Teacher
     number: int  # of the teacher, in the order of the configuration
-    micro_batches: Sequence[PackedBatch]
+    micro_batches: Sequence[DeviceBatch]
     states: list[States]  # by micro-batch: teacher key -> [selected tokens, d_T]
     hidden_size: int
     dtype: torch.dtype
 
     @classmethod
     def of(
-        cls, teacher: Teacher, number: int, micro_batches: Sequence[PackedBatch], states: list[States], stage: Stage
+        cls, teacher: Teacher, number: int, micro_batches: Sequence[DeviceBatch], states: list[States], stage: Stage
     ) -> TeacherStates:
         """Wrap the states that `stage` computed; the model itself is not kept."""
         return cls(teacher, number, micro_batches, states, stage.config.hidden_size, stage.config.params_dtype)
@@ -53,11 +53,6 @@ class TeacherStates:
 # Moves rows between ranks: (states by micro-batch, rows of this rank, rows that this rank needs, format, teacher) ->
 # (teacher key -> [needed rows, width], bytes sent by all ranks).
 RowTransport = Callable[[list[States], Shard, Shard, TargetShape, Teacher], tuple[States, int]]
-
-
-def selection_of(batch: PackedBatch, key: StateKey) -> Selection:
-    """Return the tokens at which the states with this key are compared."""
-    return batch.output if key == FINAL_STATES else batch.representation
 
 
 def exchange_rows(
@@ -92,7 +87,7 @@ def exchange_rows(
 def add_targets(
     targets: Sequence[States],
     captured: TeacherStates,
-    micro_batches: Sequence[PackedBatch],
+    micro_batches: Sequence[DeviceBatch],
     topology: Topology,
     transport: RowTransport = exchange_rows,
 ) -> tuple[list[States], int]:
@@ -116,20 +111,27 @@ def add_targets(
         some_key = next(iter(keys))
         own_keys = tuple(key for key in plan.teacher_layers(teacher.topology.stages) if key in keys)
         needed_keys = tuple(sorted(keys.intersection(readers.values())))
-        own_rows = [selection_of(batch, some_key).rows for batch in captured.micro_batches]
-        selections = [selection_of(batch, some_key) for batch in micro_batches]
+        own_rows = [batch.host.selection(some_key).token_numbers for batch in captured.micro_batches]
+        selections = [batch.host.selection(some_key) for batch in micro_batches]
         places = [(selection.teachers == captured.number).nonzero().flatten() for selection in selections]
-        needed_rows = [one.rows[place] for one, place in zip(selections, places, strict=True)]
+        needed_rows = [one.token_numbers[place] for one, place in zip(selections, places, strict=True)]
         shape = captured.shape(some_key)
         received, sent_bytes = transport(
-            captured.states, Shard(own_keys, _join(own_rows)), Shard(needed_keys, _join(needed_rows)), shape, teacher
+            captured.states,
+            Shard(own_keys, torch.cat(own_rows)),
+            Shard(needed_keys, torch.cat(needed_rows)),
+            shape,
+            teacher,
         )
         total_bytes += sent_bytes
         width = shape.width if teacher.maps else teacher.row_width  # a bridge has a single teacher
         for key in needed_keys:
             students = [student for student, of_teacher in readers.items() if of_teacher == key]
             parts = received.pop(key).split([len(place) for place in places])
-            targets = [_add_rows(*one, students, width) for one in zip(targets, parts, places, selections, strict=True)]
+            targets = [
+                _add_rows(*one, students, width)
+                for one in zip(targets, parts, places, map(len, selections), strict=True)
+            ]
     return targets, total_bytes
 
 
@@ -137,7 +139,7 @@ def _add_rows(
     targets: States,
     rows: torch.Tensor,
     places: torch.Tensor,
-    selection: Selection,
+    num_rows: int,
     keys: Sequence[StateKey],
     width: int,
 ) -> States:
@@ -146,18 +148,14 @@ def _add_rows(
     A target has a row of `width` columns for every selected token. A narrower teacher leaves the last columns unset;
     nothing reads them.
     """
-    if len(places) == len(selection) and rows.shape[1] == width:
+    if len(places) == num_rows and rows.shape[1] == width:
         # All keys share one tensor. It is a copy, because a view would keep the rows of all micro-batches alive.
         return targets | dict.fromkeys(keys, rows.clone())
-    if not len(places) and len(selection):
+    if not len(places) and num_rows:
         return targets
     added = {}
     for key in keys:
-        target = targets[key] if key in targets else rows.new_empty(len(selection), width)
+        target = targets[key] if key in targets else rows.new_empty(num_rows, width)
         target[places.to(target.device), : rows.shape[1]] = rows.to(target.device)
         added[key] = target
     return targets | added
-
-
-def _join(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(list(rows)).cpu()

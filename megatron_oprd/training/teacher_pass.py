@@ -13,16 +13,15 @@ from megatron_oprd.models.targets import States, TeacherTargets
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import progress
 from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.training.schedule import run_schedule
+from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.target_transfer import (
     RowTransport,
     TeacherStates,
     add_targets,
     exchange_rows,
-    selection_of,
 )
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import PackedBatch
+from megatron_oprd.types import DeviceBatch
 
 
 @dataclass
@@ -37,7 +36,7 @@ class PassReport:
 def teacher_pass(
     teachers: Sequence[Teacher],
     global_batch: GlobalBatch,
-    micro_batches: Sequence[PackedBatch],
+    micro_batches: Sequence[DeviceBatch],
     topology: Topology,
 ) -> tuple[TeacherTargets, PassReport]:
     """Run the teachers on the rollouts that each of them teaches.
@@ -66,8 +65,8 @@ def teacher_pass(
 
 def run_teachers(
     teachers: Sequence[Teacher],
-    teacher_micro_batches: Sequence[Sequence[PackedBatch]],
-    micro_batches: Sequence[PackedBatch],
+    teacher_micro_batches: Sequence[Sequence[DeviceBatch]],
+    micro_batches: Sequence[DeviceBatch],
     topology: Topology,
     transport: RowTransport = exchange_rows,
 ) -> tuple[TeacherTargets, PassReport]:
@@ -104,28 +103,19 @@ def run_teachers(
     return targets, report
 
 
-def _run_teacher(teacher: Teacher, number: int, micro_batches: Sequence[PackedBatch]) -> TeacherStates:
+def _run_teacher(teacher: Teacher, number: int, micro_batches: Sequence[DeviceBatch]) -> TeacherStates:
     """Load the teacher and run it. A model that is loaded for each pass is gone when this returns."""
     stage = teacher.load()
     return TeacherStates.of(teacher, number, micro_batches, _capture(stage, teacher, micro_batches), stage)
 
 
-def _capture(stage: Stage, teacher: Teacher, micro_batches: Sequence[PackedBatch]) -> list[States]:
+def _capture(stage: Stage, teacher: Teacher, micro_batches: Sequence[DeviceBatch]) -> list[States]:
     """Return the compared layers of this rank's teacher chunks, for each micro-batch."""
     keys = teacher.plan.teacher_layers(teacher.topology.stages)
-    taps = [
-        CaptureTap({key: selection_of(batch, key).selected for key in keys}, teacher.maps) for batch in micro_batches
-    ]
+    taps = [CaptureTap({key: batch.selection(key).selected for key in keys}, teacher.maps) for batch in micro_batches]
     with teacher.topology.active():
-        run_schedule(
-            list(stage),
-            teacher.topology,
-            micro_batches,
-            taps,
-            last_layer=None,
-            normed_layer=teacher.plan.teacher_normed_layer,
-            forward_only=True,
-        )
+        settings = PassSettings(normed_layer=teacher.plan.teacher_normed_layer)
+        run_schedule(list(stage), teacher.topology, micro_batches, taps, settings)
     return [tap.states for tap in taps]
 
 

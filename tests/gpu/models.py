@@ -162,6 +162,6 @@ def training(
             targets = TeacherTargets(readers, gpu.device)
             for number, one in enumerate(states):
                 targets.put(number, one)
-            yield student_step(student, gpu.topology, plan, config.loss, global_batch, micro_batches, targets)
+            yield student_step(student, global_batch, micro_batches, targets)
 
     return reports(), stage

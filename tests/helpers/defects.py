@@ -23,7 +23,7 @@ from megatron_oprd.models import taps, targets
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.training import global_batch, overlap
-from megatron_oprd.types import PackedBatch, Selection, StateKey
+from megatron_oprd.types import DeviceBatch, DeviceSelection, PackedBatch, StateKey
 from tests.helpers.layouts import Case
 from tests.helpers.run_layouts import rollouts_of
 
@@ -41,19 +41,19 @@ def mean_of_micro_batch_means() -> Iterator[None]:
     pack, pack_all = global_batch.pack, global_batch.GlobalBatch.micro_batches
 
     def pack_by_own_counts(
-        rollouts: Any, numbers: Sequence[int], representation: Term, output: Term, **kwargs: Any
+        rollouts: Any, numbers: Sequence[int], representation: Term, output: Term, *arguments: Any
     ) -> PackedBatch:
         own = (
             dataclasses.replace(term, counts=count(len(term.positions[number]) for number in numbers))
             for term in (representation, output)
         )
-        return pack(rollouts, numbers, *own, **kwargs)
+        return pack(rollouts, numbers, *own, *arguments)
 
-    def average(whole: Any, topology: Any, **kwargs: Any) -> list[PackedBatch]:
+    def average(whole: Any, topology: Any, **kwargs: Any) -> list[DeviceBatch]:
         batches = pack_all(whole, topology, **kwargs)
         number = len(batches) * topology.data_size
 
-        def divided(selection: Selection) -> Selection:
+        def divided(selection: DeviceSelection) -> DeviceSelection:
             return dataclasses.replace(selection, weights=selection.weights / number)
 
         return [
@@ -89,10 +89,10 @@ def gradient_summed_over_tensor_ranks() -> Iterator[None]:
 def states_gradient_of_own_vocabulary() -> Iterator[None]:
     """Leave out the gradient of the final hidden states from the other ranks' parts of the vocabulary."""
 
-    def own(self: OutputLoss, gradient: torch.Tensor, selection: Selection) -> torch.Tensor:
+    def own(self: OutputLoss, gradient: torch.Tensor, selection: DeviceSelection) -> torch.Tensor:
         if self.sequence_group is None:
             return gradient
-        return gradient.split(selection.of_ranks)[dist.get_rank(self.sequence_group)]
+        return gradient.split(selection.rows_per_rank)[dist.get_rank(self.sequence_group)]
 
     with mock.patch.object(OutputLoss, "_sum_over_vocabulary", own):
         yield
@@ -102,7 +102,9 @@ def states_gradient_of_own_vocabulary() -> Iterator[None]:
 def rows_not_cut_by_sequence_rank() -> Iterator[None]:
     """Give every sequence-parallel rank the rows of the first rank."""
     cut = global_batch.cut
-    with mock.patch.object(global_batch, "cut", lambda batch, **kwargs: cut(batch, **{**kwargs, "sequence_rank": 0})):
+    with mock.patch.object(
+        global_batch, "cut", lambda batch, place: cut(batch, dataclasses.replace(place, sequence_rank=0))
+    ):
         yield
 
 

@@ -211,4 +211,4 @@ def _selected_rows(run: Run, topology: Topology, term: str) -> torch.Tensor:
     config, rollouts = run.inputs.config, run.inputs.replayed
     teachers = (0,) * len(rollouts)
     global_batch = GlobalBatch(tuple(rollouts), teachers, config.loss, config.batch, run.inputs.setup.student)
-    return torch.cat([getattr(batch, term).rows for batch in global_batch.micro_batches(topology)])
+    return torch.cat([getattr(batch.host, term).token_numbers for batch in global_batch.micro_batches(topology)])

@@ -1,6 +1,7 @@
 """A teacher with another tokenizer has micro-batches of its own tokens, in which every compared token has the number
 and the weight that it has in the student's."""
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -61,6 +62,10 @@ def batches_of(whole, topology, teacher=None):
     return whole.micro_batches(topology, teacher=teacher)
 
 
+def host_batches(whole, topology, teacher=None):
+    return [batch.host for batch in batches_of(whole, topology, teacher)]
+
+
 def global_batch(rollouts, **representation):
     loss = LossConfig(representation=RepresentationConfig(**representation))
     batch = BatchConfig(max_tokens_per_micro_batch=ROOM)
@@ -111,9 +116,12 @@ def assert_as_expected(whole, layout, expected):
                     values.chunk(layout[2])[topology.tensor_rank] if layout[2] > 1 else values
                     for values in (batch.tokens, batch.position_ids, batch.lengths)
                 ]
-                selection = batch.representation
+                selection = batch.host.representation
                 for row, number, weight, token in zip(
-                    *(x.tolist() for x in (selection.selected, selection.rows, selection.weights, selection.token_ids)),
+                    *(
+                        x.tolist()
+                        for x in (selection.selected, selection.token_numbers, selection.weights, selection.token_ids)
+                    ),
                     strict=True,
                 ):
                     rollout, places, expected_weight, sampled = expected[number]
@@ -134,15 +142,15 @@ def test_the_states_in_one_row_of_both_models_have_read_the_same_bytes(names, sh
     whole, (topology,) = global_batch(rollouts, positions="all", shift=shift), ranks(1, 1, 1)
     prompts = {rollout.prompt_ids + rollout.response_ids: rollout for rollout in rollouts}
     number = 0
-    for mine, of_teacher in zip(batches_of(whole, topology), batches_of(whole, topology, 0), strict=True):
+    for mine, of_teacher in zip(*(host_batches(whole, topology, teacher) for teacher in (None, 0)), strict=True):
         assert max(mine.num_tokens, of_teacher.num_tokens) <= ROOM
-        assert mine.representation.rows.tolist() == of_teacher.representation.rows.tolist()
+        assert mine.representation.token_numbers.tolist() == of_teacher.representation.token_numbers.tolist()
         assert mine.representation.weights.tolist() == of_teacher.representation.weights.tolist()
-        bounds = [batch.cu_seqlens.tolist() for batch in (mine, of_teacher)]
+        bounds = [batch.bounds for batch in (mine, of_teacher)]
         for rows in zip(
             mine.representation.selected.tolist(), of_teacher.representation.selected.tolist(), strict=True
         ):
-            places = [int(batch.sequence_ids[row]) for batch, row in zip((mine, of_teacher), rows, strict=True)]
+            places = [bisect.bisect(ends, row) - 1 for ends, row in zip(bounds, rows, strict=True)]
             assert places[0] == places[1]
             start, end = bounds[0][places[0] : places[0] + 2]
             rollout = prompts[tuple(mine.tokens[start:end].tolist())]
@@ -187,6 +195,8 @@ def assert_equal(expected, actual):
         first, second = getattr(expected, field.name), getattr(actual, field.name)
         if dataclasses.is_dataclass(first):
             assert_equal(first, second)
+        elif isinstance(first, dict):
+            assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
         elif isinstance(first, torch.Tensor):
             assert first.dtype == second.dtype and torch.equal(first, second), field.name
         else:

@@ -7,8 +7,8 @@ import torch
 
 from megatron_oprd.config import OutputConfig, RepresentationConfig
 from megatron_oprd.data.balance import assign
-from megatron_oprd.data.context_parallel_slices import cut, zigzag_rows
-from megatron_oprd.data.packing import num_tokens, output_term, pack, representation_term
+from megatron_oprd.data.context_parallel_slices import Slice, cut, zigzag_rows
+from megatron_oprd.data.packing import Padding, num_tokens, output_term, pack, representation_term
 from megatron_oprd.losses.positions import select_positions
 from megatron_oprd.losses.reduction import layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
@@ -101,7 +101,7 @@ def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shi
     total, rows = 0.0, []
     for whole, batch, place in every_rank(rollouts, config, *layout):
         selection = batch.representation
-        rows += selection.rows.tolist()
+        rows += selection.token_numbers.tolist()
         for layer in (1, 2):
             held = [whole_states(whole, states, side, layer)[place] for side in (0, 1)]
             statistics = token_statistics(held[0][selection.selected], held[1][selection.selected], normalize)
@@ -123,26 +123,27 @@ def every_rank(rollouts, config, data, context, sequence, limit):
             [useful[i] for i in members],
             term,
             output,
-            sequence_multiple=multiple,
-            batch_multiple=multiple * sequence,
+            [0] * len(members),
+            Padding(multiple, multiple * sequence),
         )
         for c, s in itertools.product(range(context), range(sequence)):
             place = torch.arange(whole.num_tokens)
             if context > 1:
-                place = zigzag_rows(whole.cu_seqlens.tolist(), c, context)
-            part = cut(whole, context_rank=c, context_size=context, sequence_rank=s, sequence_size=sequence)
+                place = zigzag_rows(whole.bounds, c, context)
+            part = cut(whole, Slice(c, context, s, sequence))
             torch.testing.assert_close(part.tokens, whole.tokens[place])
             yield whole, part, place.chunk(sequence)[s]
 
 
 def whole_states(whole, states, side, layer):
     """The states of every row of the whole micro-batch; a sequence of padding begins like the first one."""
-    bounds = whole.cu_seqlens.tolist()
+    bounds = whole.bounds
     result = torch.zeros(bounds[-1], 6).double()
     first_tokens = {}
-    for token, sequence in zip(whole.tokens.tolist(), whole.sequence_ids.tolist(), strict=True):
-        if token >= 100:
-            first_tokens[sequence] = token  # a prompt's tokens are all alike
+    for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
+        for token in whole.tokens[start:end].tolist():
+            if token >= 100:
+                first_tokens[sequence] = token  # a prompt's tokens are all alike
     for sequence, token in first_tokens.items():
         rows = states[token][side][layer][: bounds[sequence + 1] - bounds[sequence]]
         result[bounds[sequence] : bounds[sequence] + len(rows)] = rows
@@ -151,16 +152,14 @@ def whole_states(whole, states, side, layer):
 
 def test_a_batch_of_padding_selects_nothing():
     terms = representation_term(RepresentationConfig(), []), output_term(OutputConfig(), [])
-    batch = pack([], [], *terms, batch_multiple=4)
+    batch = pack([], [], *terms, [], Padding(batch_multiple=4))
     assert batch.num_tokens == 4 and len(batch.representation) == len(batch.output) == 0
-    assert batch.cu_seqlens.tolist() == [0, 4]
+    assert batch.bounds == (0, 4)
 
 
 def test_lengths_are_those_without_padding_on_every_context_parallel_rank():
     rollouts = [Rollout((9,) * 3, (1,) * n, (1,) * n, "replay") for n in (2, 6)]
     terms = representation_term(RepresentationConfig(), rollouts), output_term(OutputConfig(), rollouts)
-    whole = pack(rollouts, [0, 1], *terms, sequence_multiple=4, batch_multiple=8)
+    whole = pack(rollouts, [0, 1], *terms, [0, 0], Padding(4, 8))
     assert whole.lengths.tolist() == [5] * 8 + [9] * 12 + [4] * 4
-    assert [cut(whole, context_rank=rank, context_size=2).lengths.tolist() for rank in (0, 1)] == [
-        [5] * 4 + [9] * 6 + [4] * 2
-    ] * 2
+    assert [cut(whole, Slice(rank, 2)).lengths.tolist() for rank in (0, 1)] == [[5] * 4 + [9] * 6 + [4] * 2] * 2

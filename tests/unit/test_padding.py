@@ -35,7 +35,7 @@ def test_every_rank_has_a_multiple(multiple, layout):
             for batch in micro_batches(seed, multiple, topology):
                 of_hidden_states = batch.num_tokens // layout[2]
                 assert of_hidden_states % multiple == 0 and batch.num_tokens % layout[2] == 0
-                assert batch.cu_seqlens[-1] == batch.num_tokens * topology.context_size
+                assert batch.host.bounds[-1] == batch.num_tokens * topology.context_size
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -45,10 +45,10 @@ def test_the_loss_reads_the_same_tokens_with_the_same_weights(layout):
         for topology in ranks(*layout):
             for read, multiple in ((padded, 16), (plain, 1)):
                 for batch in micro_batches(seed, multiple, topology):
-                    chosen = batch.representation
+                    chosen = batch.host.representation
                     held = batch.tokens.chunk(layout[2])[topology.tensor_rank]
                     assert torch.equal(held[chosen.selected], chosen.token_ids)
-                    for row, token, weight in zip(chosen.rows, chosen.token_ids, chosen.weights, strict=True):
+                    for row, token, weight in zip(chosen.token_numbers, chosen.token_ids, chosen.weights, strict=True):
                         assert int(row) not in read
                         read[int(row)] = int(token), float(weight)
         assert padded == plain and sorted(plain) == list(range(len(plain)))
@@ -59,8 +59,8 @@ def test_padding_reads_as_the_micro_batch_begins():
     seen = 0
     for seed in SEEDS:
         for batch in micro_batches(seed, 16, topology):
-            start, end = batch.cu_seqlens.tolist()[-2:]
-            if not batch.response_mask[start:end].any():
+            start, end = batch.host.bounds[-2:]
+            if not ((start <= batch.representation.selected) & (batch.representation.selected < end)).any():
                 seen += 1
                 assert torch.equal(batch.tokens[start:end], batch.tokens[: end - start])
                 assert batch.position_ids[start:end].tolist() == list(range(end - start))

@@ -13,10 +13,10 @@ from megatron_oprd.models.taps import selected_rows
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.training.schedule import run_schedule
+from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import LayerPair, ModelSpec, PackedBatch
+from megatron_oprd.types import DeviceBatch, LayerPair, ModelSpec
 
 # Called with (pair, student states [tokens, d_S], teacher states [tokens, d_T], held out [tokens] bool).
 AddStates = Callable[[LayerPair, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -58,19 +58,12 @@ class ModelPair:
 
         def taps() -> Iterator[_PairTap]:
             for number, batch in enumerate(micro_batches):
-                mask = held_out_tokens[batch.representation.rows.cpu()].to(self.topology.device)
+                mask = held_out_tokens[batch.host.representation.token_numbers].to(self.topology.device)
                 yield _PairTap(batch, targets.of(number), pairs, mask, add)
 
         self.stage.eval()
-        run_schedule(
-            list(self.stage),
-            self.topology,
-            micro_batches,
-            taps(),
-            last_layer=self.plan.student_last_layer,
-            normed_layer=self.plan.student_normed_layer,
-            forward_only=True,
-        )
+        settings = PassSettings(self.plan.student_last_layer, self.plan.student_normed_layer)
+        run_schedule(list(self.stage), self.topology, micro_batches, taps(), settings)
 
 
 class _PairTap:
@@ -78,7 +71,7 @@ class _PairTap:
 
     def __init__(
         self,
-        batch: PackedBatch,
+        batch: DeviceBatch,
         targets: MicroBatchTargets,
         pairs: Mapping[int, LayerPair],
         held_out: torch.Tensor,

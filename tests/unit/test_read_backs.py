@@ -1,0 +1,98 @@
+"""A forward pass reads no value back from its device: each such read makes the CPU wait for all work on the GPU."""
+
+import dataclasses
+from unittest import mock
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_oprd.training import schedule, student_step
+from megatron_oprd.training import teacher_pass as passes
+from tests.helpers.models import random_hf_model, save
+from tests.helpers.training import make_run, some_rollouts
+
+# Functions that copy values from a tensor to the CPU, or whose result has a size that depends on the values.
+READERS = {
+    "tolist", "item", "numpy", "cpu", "nonzero", "masked_select", "unique", "bincount", "equal", "allclose",
+    "__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__", "__iter__",
+}  # fmt: skip
+OUTPUT = ("loss.output.objective=full_kl", "loss.output.chunk_tokens=3")
+CASES = {
+    "layers": (),
+    "layers and output": OUTPUT,
+    "two teachers": (*OUTPUT, "rollout.prompts_per_step=5"),
+    "recomputation": ("recompute.granularity=full",),
+}
+
+
+class ReadBacks(TorchFunctionMode):
+    """Records each call inside the block that copies values of a tensor to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        is_mask = name == "__getitem__" and any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.bool
+            for part in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in READERS or is_mask:
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [save(random_hf_model("Qwen3", seed, num_hidden_layers=2), folder / str(seed)) for seed in range(3)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_forward_pass_reads_nothing_back_from_the_device(models, case):
+    student, first, second = models
+    rollouts, teacher = some_rollouts(131), first
+    if case == "two teachers":
+        teacher = {"math": first, "code": second}
+        sources = ("math", "code")
+        rollouts = [dataclasses.replace(one, data_source=sources[n % 2]) for n, one in enumerate(rollouts)]
+    run = make_run(student, teacher, *CASES[case], rollouts=rollouts)
+    global_batch = run.inputs.global_batch(rollouts)
+    micro_batches = global_batch.micro_batches(run.topology)
+    # Metrics are left out: those of top-k look for equal logits, whose number only the device knows.
+    loss, output = global_batch.loss, run.output_loss(with_metrics=False)
+    read_backs = ReadBacks()
+
+    def run_and_record(*arguments):
+        with read_backs:
+            schedule.run_schedule(*arguments)
+
+    with (
+        mock.patch.object(passes, "run_schedule", run_and_record),
+        mock.patch.object(student_step, "run_schedule", run_and_record),
+    ):
+        targets, _ = passes.teacher_pass(run.teachers, global_batch, micro_batches, run.topology)
+        taps = (
+            student_step.stage_loss(run.student, loss, batch, targets.of(number), output)
+            for number, batch in enumerate(micro_batches)
+        )
+        student_step.accumulate_gradients(run.student, micro_batches, taps)
+    assert not len(targets)
+    assert read_backs.calls == []
+
+
+@pytest.mark.parametrize(
+    "read", [torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.nonzero, bool, int, float]
+)
+def test_a_read_back_is_recorded(read):
+    with ReadBacks() as read_backs:
+        read(torch.ones(1))
+    assert len(read_backs.calls) == 1
+
+
+def test_a_selection_by_mask_is_recorded():
+    with ReadBacks() as read_backs:
+        torch.arange(3)[torch.tensor([True, False, True])]
+    assert read_backs.calls == ["__getitem__"]
