@@ -1,6 +1,7 @@
-"""Move selected rows of teacher hidden states from the teacher's layout to the student's, on the same ranks.
+"""Move rows of hidden states from the ranks that computed them to the ranks that need them.
 
-Every rank knows what each rank holds and wants, so each plans the whole exchange by itself and all get the same plan.
+Every rank knows which rows each rank has and needs. Therefore every rank plans the whole exchange by itself, and all
+ranks find the same plan.
 """
 
 from __future__ import annotations
@@ -19,52 +20,78 @@ from megatron_oprd.types import StateKey
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank holds or wants: every layer of `layers` at every row of `rows`."""
+    """The hidden states that one rank has, or needs: every layer of `layers` at every row of `rows`."""
 
     layers: tuple[StateKey, ...]  # of the teacher, ascending; FINAL_STATES stands alone
-    rows: torch.Tensor  # [n] int64, CPU: numbers of the step's selected tokens, in this rank's order, no duplicates
+    rows: torch.Tensor  # [n] int64, CPU: numbers of selected tokens of the global batch, in any order, no duplicates
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One message: every layer of `layers` at every row of `rows`, between two different global ranks."""
+    """One message between two different global ranks: every layer of `layers` at every row of `rows`."""
 
     source: int
     target: int
     layers: tuple[StateKey, ...]  # ascending
-    rows: torch.Tensor  # [m] int64, CPU: numbers of the step's selected tokens
+    rows: torch.Tensor  # [m] int64, CPU: numbers of selected tokens of the global batch
 
 
-def plan_transfers(held: Sequence[Shard], wanted: Sequence[Shard]) -> list[Transfer]:
-    """Who sends what to whom; both lists are indexed by global rank. Pure, and the same on every rank.
+@dataclass(frozen=True)
+class TargetShape:
+    """The format of one row of one layer."""
 
-    A rank that holds a (layer, row) it wants keeps its own; any other arrives exactly once. The source is a holder with
-    which the target shares the smallest aligned block of 2^k ranks, so one on the same node if there is any; of several
-    such, the one with the least to send so far, so that tensor-parallel replicas share the work.
+    width: int
+    dtype: torch.dtype
 
-    Raises ValueError for a wanted (layer, row) that no rank holds, and for lists of different lengths.
+
+@dataclass(frozen=True)
+class RankExchange:
+    """One rank's part of an exchange, and the plan of all ranks."""
+
+    rank: int  # global
+    available: Shard  # what this rank has
+    needed: Shard  # what this rank needs
+    transfers: Sequence[Transfer]  # of all ranks
+
+
+def plan_transfers(available: Sequence[Shard], needed: Sequence[Shard]) -> list[Transfer]:
+    """Decide which rank sends which rows to which rank. No communication; the same result on every rank.
+
+    A rank keeps the rows that it both has and needs. Every other row that it needs arrives exactly once. Among the
+    ranks that have a row, the source is in the smallest aligned block of 2^k ranks that also contains the target:
+    on the same node if possible. Among several such ranks, the source is the one with the least to send so far, so
+    that tensor-parallel replicas share the work.
+
+    Args:
+        available: what each global rank has.
+        needed: what each global rank needs.
+
+    Raises:
+        ValueError: no rank has a needed row, or the lists have different lengths.
     """
-    if len(held) != len(wanted):
-        raise ValueError(f"{len(held)} ranks hold states and {len(wanted)} want them: not the same ranks")
-    size = 1 + max((int(shard.rows.max()) for shard in [*held, *wanted] if len(shard.rows)), default=-1)
-    part_of_row, holders = _partition(held, size)
+    if len(available) != len(needed):
+        raise ValueError(f"{len(available)} ranks hold states and {len(needed)} want them: not the same ranks")
+    num_rows = 1 + max((int(shard.rows.max()) for shard in [*available, *needed] if len(shard.rows)), default=-1)
+    part_of_row, holders = _partition(available, num_rows)
 
     @functools.cache
-    def sources(part: int, layers: tuple[int, ...], own: tuple[int, ...]) -> list[tuple[tuple[int, ...], list[int]]]:
-        by_candidates: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    def sources(
+        part: int, layers: tuple[StateKey, ...], own: tuple[StateKey, ...]
+    ) -> list[tuple[tuple[int, ...], list[StateKey]]]:
+        by_candidates: dict[tuple[int, ...], list[StateKey]] = defaultdict(list)
         for layer in sorted(set(layers) - set(own)):
-            by_candidates[tuple(rank for rank in holders[part] if layer in held[rank].layers)].append(layer)
+            by_candidates[tuple(rank for rank in holders[part] if layer in available[rank].layers)].append(layer)
         return list(by_candidates.items())
 
     transfers: list[Transfer] = []
-    load = [0] * len(held)
-    for rows, targets in _ranks_by_rows(wanted):
+    load = [0] * len(available)
+    for rows, targets in _ranks_by_rows(needed):
         pieces = _split_by_part(rows, part_of_row)
         for target in targets:
             layers_from: dict[tuple[int, int], list[int]] = defaultdict(list)
             for number, (part, piece) in enumerate(pieces):
-                own = held[target].layers if target in holders[part] else ()
-                for candidates, layers in sources(part, wanted[target].layers, own):
+                own = available[target].layers if target in holders[part] else ()
+                for candidates, layers in sources(part, needed[target].layers, own):
                     if not candidates:
                         raise ValueError(
                             f"rank {target} wants layer {layers[0]} of row {int(piece[0])}, which no rank holds"
@@ -80,74 +107,86 @@ def plan_transfers(held: Sequence[Shard], wanted: Sequence[Shard]) -> list[Trans
 
 
 def moved_bytes(transfers: Sequence[Transfer], row_bytes: int) -> int:
-    """Bytes that all ranks together send, `row_bytes` being those of one row of one layer."""
+    """Return the bytes that all ranks together send, if one row of one layer has `row_bytes`."""
     return row_bytes * sum(len(transfer.layers) * len(transfer.rows) for transfer in transfers)
 
 
-def minimum_rows(held: Sequence[Shard], wanted: Sequence[Shard]) -> int:
-    """The (layer, row) pairs that ranks want and do not hold, summed over ranks: no plan moves fewer."""
+def minimum_rows(available: Sequence[Shard], needed: Sequence[Shard]) -> int:
+    """Return the number of (layer, row) pairs that ranks need and do not have, summed over ranks.
+
+    No plan moves fewer.
+    """
     total = 0
-    for has, wants in zip(held, wanted, strict=True):
-        missing = int((~torch.isin(wants.rows, has.rows)).sum())
-        total += sum(missing if layer in has.layers else len(wants.rows) for layer in wants.layers)
+    for has, needs in zip(available, needed, strict=True):
+        missing = int((~torch.isin(needs.rows, has.rows)).sum())
+        total += sum(missing if layer in has.layers else len(needs.rows) for layer in needs.layers)
     return total
 
 
 def exchange(
     states: dict[StateKey, torch.Tensor],
-    held: Shard,
-    wanted: Shard,
-    transfers: Sequence[Transfer],
-    rank: int,
-    *,
-    hidden: int,
-    dtype: torch.dtype,
+    plan: RankExchange,
+    shape: TargetShape,
     device: torch.device,
     target_device: torch.device | None = None,
 ) -> dict[StateKey, torch.Tensor]:
-    """This rank's `states`, {layer: [len(held.rows), hidden]}, become new ones: {layer: [len(wanted.rows), hidden]}.
+    """Send and receive this rank's rows.
 
-    `transfers` is the plan of all ranks; every rank of the world calls this with the same one. Messages go point to
-    point over the world group, one [layers, rows, hidden] of `dtype` on `device` for each transfer that involves
-    `rank`; a rank with none communicates nothing. (NCCL asks that some collective has run over the world before.)
-    States may be on any device; the result, its rows in the order of `wanted.rows`, is of `dtype` on `target_device`,
-    by default `device`.
+    Memory: while messages travel, `device` holds all messages that this rank sends and receives, beside the states.
+    While the result is filled, `device` holds the received messages alone. Each one is freed once it is copied. A
+    message and its copy are both on `device` for a moment, unless `target_device` is the CPU.
 
-    Memory: while they travel, `device` holds this rank's messages, both sent and received, beside the states. While the
-    result is filled it holds the received ones alone, and each is freed once copied: as many bytes as arrive, which are
-    twice there for a moment if the result is on `device` too. With the CPU as `target_device` it never is.
+    Args:
+        states: layer -> [len(plan.available.rows), width], on any device.
+        plan: every rank of the world calls this with the same transfers.
+        shape: width and dtype of a row.
+        device: messages are made here.
+        target_device: the result is made here; by default `device`.
 
-    Raises ValueError, before anything is sent, if the transfers do not make up what this rank wants, or name rows that
-    it neither holds to send nor wants.
+    Returns: layer -> [len(plan.needed.rows), width], rows in the order of `plan.needed.rows`.
+    Communicates over: the world group, point to point: one message [layers, rows, width] for each transfer of this
+    rank. A rank without transfers communicates nothing. (NCCL needs an earlier collective over the world.)
+
+    Raises:
+        ValueError: before anything is sent, if the transfers to this rank are not what it lacks, or if they name rows
+            that this rank neither has nor needs.
     """
-    in_held, in_wanted = held.rows.sort(), wanted.rows.sort()
-    outgoing = [(transfer, _places(transfer.rows, in_held)) for transfer in transfers if transfer.source == rank]
-    incoming = [(transfer, _places(transfer.rows, in_wanted)) for transfer in transfers if transfer.target == rank]
-    kept_layers = set(wanted.layers) & set(held.layers)
-    kept = torch.isin(wanted.rows, held.rows).nonzero().flatten()
-    missing = len(wanted.layers) * len(wanted.rows) - len(kept_layers) * len(kept)
+    available, needed, rank = plan.available, plan.needed, plan.rank
+    sorted_available, sorted_needed = available.rows.sort(), needed.rows.sort()
+    outgoing = [
+        (transfer, _places(transfer.rows, sorted_available)) for transfer in plan.transfers if transfer.source == rank
+    ]
+    incoming = [
+        (transfer, _places(transfer.rows, sorted_needed)) for transfer in plan.transfers if transfer.target == rank
+    ]
+    kept_layers = set(needed.layers) & set(available.layers)
+    kept = torch.isin(needed.rows, available.rows).nonzero().flatten()
+    missing = len(needed.layers) * len(needed.rows) - len(kept_layers) * len(kept)
     if missing != moved_bytes([transfer for transfer, _ in incoming], 1):
         raise ValueError(f"the transfers to rank {rank} are not the {missing} rows of single layers that it lacks")
 
-    received = _communicate(states, outgoing, [transfer for transfer, _ in incoming], hidden, dtype, device)
-    shape, place = (len(wanted.rows), hidden), device if target_device is None else target_device
-    result = {layer: torch.empty(shape, dtype=dtype, device=place) for layer in wanted.layers}
-    origin = _places(wanted.rows[kept], in_held)
+    received = _communicate(states, outgoing, [transfer for transfer, _ in incoming], shape, device)
+    result_shape, result_device = (len(needed.rows), shape.width), device if target_device is None else target_device
+    result = {layer: torch.empty(result_shape, dtype=shape.dtype, device=result_device) for layer in needed.layers}
+    kept_places = _places(needed.rows[kept], sorted_available)
     for layer in kept_layers:
-        result[layer][kept] = states[layer][origin].to(place, dtype)
+        result[layer][kept] = states[layer][kept_places].to(result_device, shape.dtype)
     while received:
         message = received.pop()
         transfer, places = incoming.pop()
         for number, layer in enumerate(transfer.layers):
-            result[layer][places] = message[number].to(place)
+            result[layer][places] = message[number].to(result_device)
     return result
 
 
-def _partition(held: Sequence[Shard], size: int) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
-    """Cut the rows into parts of which each rank holds all or nothing: the part of each row, the ranks of each part."""
-    part_of_row = torch.zeros(size, dtype=torch.int32)
+def _partition(available: Sequence[Shard], num_rows: int) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+    """Divide the rows into parts such that each rank has all rows of a part or none.
+
+    Returns: the part [num_rows] int32 of each row, and the ranks that have each part.
+    """
+    part_of_row = torch.zeros(num_rows, dtype=torch.int32)
     holders: list[tuple[int, ...]] = [()]
-    for rows, ranks in _ranks_by_rows(held):
+    for rows, ranks in _ranks_by_rows(available):
         old, new = part_of_row[rows].unique(return_inverse=True)
         part_of_row[rows] = (len(holders) + new).to(torch.int32)
         holders += [holders[part] + ranks for part in old.tolist()]
@@ -155,7 +194,7 @@ def _partition(held: Sequence[Shard], size: int) -> tuple[torch.Tensor, list[tup
 
 
 def _ranks_by_rows(shards: Sequence[Shard]) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
-    # By digest: the rows themselves as keys would be a second copy of all of them.
+    # The key is a digest: the rows themselves would be a second copy of them.
     ranks: dict[bytes, list[int]] = defaultdict(list)
     for rank, shard in enumerate(shards):
         ranks[hashlib.sha256(shard.rows.numpy().tobytes()).digest()].append(rank)
@@ -173,7 +212,7 @@ def _nearest(candidates: Sequence[int], target: int, load: Sequence[int]) -> int
 
 
 def _places(rows: torch.Tensor, within: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Where each row stands in a list of which `within` is the sorted values and their places."""
+    """Return the place of each row in a list. `within`: the list's sorted values, and the place of each of them."""
     ascending, places = within
     at = torch.searchsorted(ascending, rows).clamp(max=max(len(ascending) - 1, 0))
     if len(rows) and (not len(ascending) or not torch.equal(ascending[at], rows)):
@@ -185,17 +224,21 @@ def _communicate(
     states: dict[StateKey, torch.Tensor],
     outgoing: Sequence[tuple[Transfer, torch.Tensor]],
     incoming: Sequence[Transfer],
-    hidden: int,
-    dtype: torch.dtype,
+    shape: TargetShape,
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """The message of each incoming transfer. Those of one pair of ranks match by their order in the plan."""
-    received = [torch.empty(len(t.layers), len(t.rows), hidden, dtype=dtype, device=device) for t in incoming]
+    """Return the message of each incoming transfer.
+
+    Several messages between the same two ranks match by their order in the plan.
+    """
+    received = [
+        torch.empty(len(t.layers), len(t.rows), shape.width, dtype=shape.dtype, device=device) for t in incoming
+    ]
     operations = [
         dist.P2POp(dist.irecv, message, transfer.source) for transfer, message in zip(incoming, received, strict=True)
     ]
     for transfer, places in outgoing:
-        message = torch.empty(len(transfer.layers), len(places), hidden, dtype=dtype, device=device)
+        message = torch.empty(len(transfer.layers), len(places), shape.width, dtype=shape.dtype, device=device)
         for number, layer in enumerate(transfer.layers):
             message[number] = states[layer][places]
         operations.append(dist.P2POp(dist.isend, message, transfer.target))

@@ -10,18 +10,10 @@ import torch
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.targets import States
 from megatron_oprd.parallel.collectives import gather_objects
-from megatron_oprd.parallel.reshard import Shard, exchange, moved_bytes, plan_transfers
+from megatron_oprd.parallel.reshard import RankExchange, Shard, TargetShape, exchange, moved_bytes, plan_transfers
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.types import FINAL_STATES, DeviceBatch, StateKey
-
-
-@dataclass(frozen=True)
-class TargetShape:
-    """Format of the states that are kept of one token at one layer."""
-
-    width: int
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -56,31 +48,23 @@ RowTransport = Callable[[list[States], Shard, Shard, TargetShape, Teacher], tupl
 
 
 def exchange_rows(
-    states: list[States], own: Shard, wanted: Shard, shape: TargetShape, teacher: Teacher
+    states: list[States], available: Shard, needed: Shard, shape: TargetShape, teacher: Teacher
 ) -> tuple[States, int]:
     """Send this rank's rows of a teacher's layers, and receive the rows that its student layers need.
 
-    Removes the keys of `own` from `states`, so that their memory is free as soon as they are joined.
+    Removes the layers of `available` from `states`, so that their memory is free as soon as they are joined.
 
-    Returns: {teacher key: [wanted rows, width]}, in CPU memory if the teacher's targets are offloaded, and the bytes
+    Returns: {teacher key: [needed rows, width]}, in CPU memory if the teacher's targets are offloaded, and the bytes
     that all ranks sent.
     Communicates over: the world.
     """
     topology = teacher.topology
-    shards = gather_objects((own, wanted), torch.distributed.group.WORLD)
+    shards = gather_objects((available, needed), torch.distributed.group.WORLD)
     transfers = plan_transfers([shard for shard, _ in shards], [shard for _, shard in shards])
-    joined = {layer: torch.cat([one.pop(layer) for one in states]) for layer in own.layers}
-    received = exchange(
-        joined,
-        own,
-        wanted,
-        transfers,
-        topology.rank,
-        hidden=shape.width,
-        dtype=shape.dtype,
-        device=topology.device,
-        target_device=torch.device("cpu") if teacher.offload else topology.device,
-    )
+    joined = {layer: torch.cat([one.pop(layer) for one in states]) for layer in available.layers}
+    plan = RankExchange(topology.rank, available, needed, transfers)
+    target_device = torch.device("cpu") if teacher.offload else topology.device
+    received = exchange(joined, plan, shape, topology.device, target_device)
     return received, moved_bytes(transfers, shape.width * shape.dtype.itemsize)
 
 

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from megatron_oprd.parallel.reshard import Shard, Transfer, exchange, minimum_rows, moved_bytes, plan_transfers
+from megatron_oprd.parallel.reshard import (
+    RankExchange,
+    Shard,
+    TargetShape,
+    Transfer,
+    exchange,
+    minimum_rows,
+    moved_bytes,
+    plan_transfers,
+)
 from tests.helpers.distributed import run_distributed
 from tests.unit.test_reshard import STUDENT, TEACHERS, layout, random_shards
 
@@ -21,9 +30,8 @@ def states_of(shard, dtype):
 
 
 def exchanged(rank, held, wanted, transfers, dtype=torch.float32):
-    result = exchange(
-        states_of(held, dtype), held, wanted, transfers, rank, hidden=HIDDEN, dtype=dtype, device=CPU, target_device=CPU
-    )
+    plan = RankExchange(rank, held, wanted, transfers)
+    result = exchange(states_of(held, dtype), plan, TargetShape(HIDDEN, dtype), CPU, CPU)
     expected = states_of(wanted, dtype)
     assert result.keys() == expected.keys()
     for layer, state in result.items():
@@ -78,7 +86,7 @@ def test_nothing_to_move_needs_no_process_group():
     wanted = Shard((2, 5), torch.tensor([7, 4, 900]))
     states = states_of(held, torch.float32)
     others = [Transfer(1, 2, (1,), torch.arange(3))]
-    result = exchange(states, held, wanted, others, 0, hidden=HIDDEN, dtype=torch.float32, device=CPU)
+    result = exchange(states, RankExchange(0, held, wanted, others), TargetShape(HIDDEN, torch.float32), CPU)
     for layer in wanted.layers:
         assert torch.equal(result[layer], states[layer][[3, 0, 1]])
         result[layer].zero_()
@@ -98,4 +106,4 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_sent(transfers, 
     held, wanted = Shard((3,), torch.tensor([2])), Shard((3,), torch.tensor([9, 2, 8]))
     states = states_of(held, torch.float32)
     with pytest.raises(ValueError, match=message):
-        exchange(states, held, wanted, transfers, 0, hidden=HIDDEN, dtype=torch.float32, device=CPU)
+        exchange(states, RankExchange(0, held, wanted, transfers), TargetShape(HIDDEN, torch.float32), CPU)
