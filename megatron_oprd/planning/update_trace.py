@@ -23,7 +23,7 @@ from megatron_oprd.models.output_loss import Heads, OutputLoss
 from megatron_oprd.models.projection import student_maps, teacher_maps
 from megatron_oprd.models.taps import StudentTap
 from megatron_oprd.models.targets import States
-from megatron_oprd.parallel.reshard import Shard
+from megatron_oprd.parallel.reshard import Shard, TargetShape
 from megatron_oprd.parallel.topology import Topology, build_topology
 from megatron_oprd.planning.device_formulas import BYTES, as_traced, fp8_candidates, linear_bytes, optimizer_state_bytes
 from megatron_oprd.planning.megatron_patches import announce_rows, patched, tracing_patches
@@ -33,7 +33,6 @@ from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
-from megatron_oprd.training.target_transfer import TargetShape
 from megatron_oprd.training.teacher import Teacher, build_frozen
 from megatron_oprd.training.teacher_pass import run_teachers
 from megatron_oprd.types import DeviceBatch, LayerPair, ModelSpec, PairBridge, Rollout

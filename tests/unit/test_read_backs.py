@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_oprd.launch.step_data import make_global_batch
 from megatron_oprd.training import schedule, student_step
 from megatron_oprd.training import teacher_pass as passes
 from tests.helpers.models import random_hf_model, save
@@ -59,7 +60,7 @@ def test_a_forward_pass_reads_nothing_back_from_the_device(models, case):
         sources = ("math", "code")
         rollouts = [dataclasses.replace(one, data_source=sources[n % 2]) for n, one in enumerate(rollouts)]
     run = make_run(student, teacher, *CASES[case], rollouts=rollouts)
-    global_batch = run.inputs.global_batch(rollouts)
+    global_batch = make_global_batch(run.inputs, rollouts)
     micro_batches = global_batch.micro_batches(run.topology)
     # Metrics are left out: those of top-k look for equal logits, whose number only the device knows.
     loss, output = global_batch.loss, run.output_loss(with_metrics=False)
