@@ -1,29 +1,21 @@
-"""The configuration: what a run is told, checked and frozen."""
+"""The configuration of a run: checked and frozen."""
 
-from megatron_oprd.config.reading import dump_config, load_config, parse_config
-from megatron_oprd.config.root import MAKE_A_BRIDGE, Config, teacher_section, teacher_title
-from megatron_oprd.config.sections import (
-    BatchConfig,
-    BridgeConfig,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    HealthConfig,
+from megatron_oprd.config.bridge import BridgeConfig
+from megatron_oprd.config.losses import LossConfig, OutputConfig, RepresentationConfig
+from megatron_oprd.config.models import (
     KeepBf16Config,
-    LossConfig,
-    OptimizerConfig,
-    OutputConfig,
     ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
-    RepresentationConfig,
-    RolloutConfig,
     StudentConfig,
     TeacherConfig,
     TeacherParallelConfig,
-    TrainConfig,
-    WatchdogConfig,
 )
+from megatron_oprd.config.monitoring import HealthConfig, WatchdogConfig
+from megatron_oprd.config.reading import dump_config, load_config, parse_config
+from megatron_oprd.config.rollouts import DataConfig, EvaluationConfig, RolloutConfig
+from megatron_oprd.config.root import MAKE_A_BRIDGE, Config, teacher_section, teacher_title
+from megatron_oprd.config.training import BatchConfig, CheckpointConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "MAKE_A_BRIDGE",

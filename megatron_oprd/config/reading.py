@@ -1,4 +1,4 @@
-"""The configuration read from YAML and dotted overrides (`a.b=1`), and what is wrong with it in one line."""
+"""Read the configuration from YAML and dotted overrides (`a.b=1`), and explain mistakes in one line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from megatron_oprd.types import UserError
 
 
 def load_config(path: str | Path | None, overrides: list[str]) -> Config:
-    """The configuration from a YAML file (or none) and overrides like `parallel.tensor=2`, the last one winning.
+    """Return the configuration of a YAML file (None: without a file) and of overrides like `parallel.tensor=2`.
 
-    Raises UserError, one line naming the key, its value and what would work. No communication.
+    A later override replaces an earlier one. No communication. Raises UserError with one line that names the key, its
+    value and what would work.
     """
     try:
         tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
-    except (OmegaConfBaseException, RecursionError) as error:  # a date, which YAML makes of 2024-01-31; a loop
+    except (
+        OmegaConfBaseException,
+        RecursionError,
+    ) as error:  # YAML parses 2024-01-31 as a date; an anchor can make a loop
         key = getattr(error, "full_key", None)
         raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {_first_line(error)}") from None
     for override in overrides:
@@ -42,7 +46,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
 
 
 def parse_config(values: Any) -> Config:
-    """The validated configuration of a plain mapping; raises UserError with every offending key on one line."""
+    """Return the configuration of a plain mapping. Raises UserError with one line that names every wrong key."""
     try:
         return Config.model_validate(_tuples(values))
     except ValidationError as error:
@@ -50,7 +54,7 @@ def parse_config(values: Any) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `load_config` reads back to an equal configuration."""
+    """Return YAML from which `load_config` makes an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
@@ -71,7 +75,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _tuples(values: Any) -> Any:
-    """YAML has no tuples and strict pydantic takes no list for one: convert the two places that want them."""
+    """Convert the lists of the two keys that are tuples: YAML has no tuples, and strict pydantic accepts no list."""
     if not isinstance(values, dict):
         return values
     values = {key: dict(value) if isinstance(value, dict) else value for key, value in values.items()}
@@ -88,7 +92,7 @@ def _tuples(values: Any) -> Any:
 
 
 def _annotation(location: tuple[Any, ...]) -> Any:
-    """The type of what stands at a location of the configuration; None where nothing does."""
+    """Return the type at a location of the configuration, or None if there is no such key."""
     found: Any = Config
     for part in location:
         model, mapping = _model(found), get_origin(found) is dict
@@ -108,8 +112,10 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def _without_alternatives(errors: Iterable[Any]) -> list[Mapping[str, Any]]:
-    """One error a value. Of a value that may be of several types, pydantic tells one for each: those that found it
-    wrong inside speak alone, the others together."""
+    """Merge the errors of each value into one. pydantic reports one error for each type that a value may have.
+
+    Errors about a part of the value replace errors about the value as a whole.
+    """
     grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for error in errors:
         location = tuple(error["loc"])

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: its sections, and what must hold between them."""
+"""The configuration of a run: all sections, and the rules between them."""
 
 from __future__ import annotations
 
@@ -6,32 +6,26 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_oprd.config.sections import (
-    BatchConfig,
-    BridgeConfig,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    HealthConfig,
-    LossConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RecomputeConfig,
-    RolloutConfig,
-    Section,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-    WatchdogConfig,
-)
+from megatron_oprd.config.bridge import BridgeConfig
+from megatron_oprd.config.losses import LossConfig
+from megatron_oprd.config.models import ParallelConfig, PrecisionConfig, RecomputeConfig, StudentConfig, TeacherConfig
+from megatron_oprd.config.monitoring import HealthConfig, WatchdogConfig
+from megatron_oprd.config.rollouts import DataConfig, EvaluationConfig, RolloutConfig
+from megatron_oprd.config.section import Section
+from megatron_oprd.config.training import BatchConfig, CheckpointConfig, OptimizerConfig, TrainConfig
 
 
 class Config(Section):
+    """The configuration of a run."""
+
     student: StudentConfig
     teacher: TeacherConfig | None = None
-    teachers: dict[str, TeacherConfig] = Field({})  # by the data_source of the prompts that each one teaches
-    teachers_in_memory: Literal["all", "one"] = "all"
+    teachers: dict[str, TeacherConfig] = Field(
+        {}, description="several teachers in place of teacher: a section like it for each data_source of the prompts"
+    )
+    teachers_in_memory: Literal["all", "one"] = Field(
+        "all", description="one: load each teacher again for each of its passes"
+    )
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
     loss: LossConfig = LossConfig()
@@ -49,8 +43,8 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _health_of_a_bridge(cls, values: Any) -> Any:
-        """A student led by a bridge alone may collapse: it is watched unless the user says otherwise."""
+    def _check_health_with_a_bridge(cls, values: Any) -> Any:
+        """Check the health by default with a bridge, because a student trained only by a bridge may collapse."""
         match values:
             case {"loss": {"representation": {"bridge": str()}}}:
                 health = values.get("health", {})
@@ -58,13 +52,13 @@ class Config(Section):
         return values
 
     @model_validator(mode="after")
-    def _prompts_or_replay(self) -> Config:
+    def _prompts_are_given_or_replayed(self) -> Config:
         if self.rollout.engine == "megatron" and not self.data.prompts:
             raise ValueError("data.prompts: name at least one prompt file (only rollout.engine=replay needs none)")
         return self
 
     @model_validator(mode="after")
-    def _one_teacher_or_several(self) -> Config:
+    def _has_one_teacher_or_several(self) -> Config:
         if self.teacher is None and not self.teachers:
             raise ValueError("teacher is required: teacher.path, or teachers with one for each data_source")
         if self.teacher is not None and self.teachers:
@@ -74,7 +68,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _stored_prompts_of_the_teacher(self) -> Config:
+    def _replay_stores_the_prompts_of_the_teacher(self) -> Config:
         if self.rollout.engine == "replay" and self.data.teacher_prompt_key is not None:
             raise ValueError(
                 f"data.teacher_prompt_key={self.data.teacher_prompt_key} is not read with rollout.engine=replay; put "
@@ -83,7 +77,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_temperature_for_probabilities(self) -> Config:
+    def _output_loss_needs_a_temperature(self) -> Config:
         if self.loss.reads_output and self.rollout.temperature == 0:
             raise ValueError(
                 f"rollout.temperature=0 has no probabilities for loss.output.objective={self.loss.output.objective}; "
@@ -93,19 +87,19 @@ class Config(Section):
 
     @property
     def named_teachers(self) -> dict[str, TeacherConfig]:
-        """The teachers by data_source; a single one, which teaches all prompts, under the empty name."""
+        """Return the teachers by data_source. A single teacher, for all prompts, has the empty name."""
         return self.teachers if self.teacher is None else {"": self.teacher}
 
 
 def teacher_section(name: str) -> str:
-    """The section of the configuration where one of `named_teachers` stands."""
+    """Return the key of the section of one of `named_teachers`."""
     return f"teachers.{name}" if name else "teacher"
 
 
 def teacher_title(name: str) -> str:
-    """What messages call one of `named_teachers`."""
+    """Return the name of one of `named_teachers` for messages."""
     return f"teacher {name}" if name else "teacher"
 
 
-# How messages tell the way to a bridge.
+# The end of messages about a missing bridge.
 MAKE_A_BRIDGE = "make a bridge with torchrun -m megatron_oprd.bridge.fit --config F"

@@ -1,0 +1,107 @@
+"""Sections about the loss: on hidden states and on next-token distributions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_oprd.config.section import STEPS, TOKENS, Section
+
+
+class RepresentationConfig(Section):
+    """The loss on hidden states."""
+
+    weight: float = Field(1.0, ge=0.0, description="weight of this loss; 0 leaves it out. Default 10 with a bridge")
+    layers: Literal["all", "last", "even", "odd"] | list[int] = Field(
+        "all", description="student layers to compare, numbered from 1"
+    )
+    pairs: list[tuple[int, int]] | None = Field(
+        None, description="explicit pairs (student layer, teacher layer) in place of layers"
+    )
+    positions: Literal["all", "last", "last_k", "first_k"] = Field("last_k", description="response tokens to compare")
+    k: int = Field(2000, ge=1, description="number of tokens for last_k and first_k", json_schema_extra=TOKENS)
+    normalize: Literal["none", "l2"] = Field(
+        "none", description="scale each hidden state to length 1 first (l2). Default l2 with a bridge"
+    )
+    aggregation: Literal["sequence_mean", "token_mean"] = Field(
+        "sequence_mean", description="mean over the tokens of each response first, or over all tokens at once"
+    )
+    final_norm: bool = Field(True, description="compare the last layer after the model's final norm")
+    shift: Literal[0, -1] = Field(0, description="0: the hidden state at a token; -1: at the token before")
+    bridge: str | None = Field(
+        None, description="folder that bridge.fit wrote (OPRD-Bridge); null: compare as they are (OPRD-Vanilla)"
+    )
+    train_bridge: bool = Field(False, description="also train the student's side of the bridge")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _use_defaults_of_a_bridge(cls, values: Any) -> Any:
+        """Use other defaults with a bridge; the resolved configuration contains them."""
+        if isinstance(values, dict) and values.get("bridge") is not None:
+            return {"weight": 10.0, "normalize": "l2", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _train_bridge_needs_a_bridge(self) -> RepresentationConfig:
+        if self.train_bridge and self.bridge is None:
+            raise ValueError("loss.representation.train_bridge=true needs loss.representation.bridge")
+        return self
+
+
+class OutputConfig(Section):
+    """The loss on next-token distributions; docs/losses.md describes the objectives."""
+
+    objective: Literal["none", "sampled", "topk_surrogate", "topk_kl", "full_kl"] = Field(
+        "none", description="the objective; none leaves this loss out"
+    )
+    weight: float = Field(1.0, gt=0.0, description="weight of this loss")
+    k: int = Field(16, ge=1, description="number of tokens of the top-k objectives", json_schema_extra=TOKENS)
+    support: Literal["student", "teacher", "union"] = Field("student", description="whose top-k tokens are compared")
+    tail_bucket: bool = Field(False, description="topk_kl: treat all other tokens as one more outcome")
+    direction: Literal["reverse", "forward", "jsd"] = Field(
+        "reverse", description="KL of student to teacher, of teacher to student, or Jensen-Shannon divergence"
+    )
+    beta: float = Field(0.5, ge=0.0, le=1.0, description="mixture of jsd: forward at 0, reverse at 1")
+    teacher_temperature: float = Field(1.0, gt=0.0, description="temperature of the teacher's distribution")
+    positions: Literal["all", "last", "last_k", "first_k"] = Field("all", description="response tokens to compare")
+    positions_k: int = Field(
+        2000, ge=1, description="number of tokens for last_k and first_k", json_schema_extra=TOKENS
+    )
+    aggregation: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean", description="mean over all tokens at once, or over the tokens of each response first"
+    )
+    chunk_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
+        "auto",
+        description="tokens whose logits are in memory at one time; null: those of a whole micro-batch",
+        json_schema_extra=TOKENS,
+    )
+    metrics_every: int = Field(
+        10, ge=0, description="log the metrics output/... every so many steps and at the end; 0: never",
+        json_schema_extra=STEPS,
+    )  # fmt: skip
+
+
+class LossConfig(Section):
+    """The loss: a weighted sum of both parts."""
+
+    representation: RepresentationConfig = RepresentationConfig()
+    output: OutputConfig = OutputConfig()
+
+    @property
+    def reads_layers(self) -> bool:
+        """Return True if the loss compares hidden states."""
+        return self.representation.weight > 0
+
+    @property
+    def reads_output(self) -> bool:
+        """Return True if the loss compares next-token distributions."""
+        return self.output.objective != "none"
+
+    @model_validator(mode="after")
+    def _one_part_at_least(self) -> LossConfig:
+        if not (self.reads_layers or self.reads_output):
+            raise ValueError(
+                "loss.representation.weight=0 and loss.output.objective=none leave nothing to learn; set one of them"
+            )
+        return self

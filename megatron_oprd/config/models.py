@@ -1,0 +1,124 @@
+"""Sections about the models: paths, layouts, precision and recomputation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from megatron_oprd.config.section import LAYERS, RANKS, TOKENS, Section
+
+
+class StudentConfig(Section):
+    """The model that is trained."""
+
+    path: str = Field(description="Hugging Face folder or Megatron checkpoint of the student's first weights")
+    freeze: list[Literal["embedding", "lm_head"]] = Field([], description="parts that are not trained")
+
+
+class TeacherParallelConfig(Section):
+    """The layout of a teacher whose layout differs from the student's."""
+
+    tensor: int = Field(1, ge=1, description="tensor-parallel size", json_schema_extra=RANKS)
+    pipeline: int = Field(1, ge=1, description="pipeline-parallel size", json_schema_extra=RANKS)
+    expert: int = Field(1, ge=1, description="expert-parallel size", json_schema_extra=RANKS)
+
+
+class TeacherConfig(Section):
+    """The frozen model that the student learns from."""
+
+    path: str = Field(description="Hugging Face folder or Megatron checkpoint of the teacher")
+    parallel: TeacherParallelConfig | None = Field(
+        None, description="layout of the teacher on the same processes; null: the student's layout"
+    )
+    offload_targets: bool = Field(False, description="keep the teacher's hidden states in CPU memory")
+
+
+class ParallelConfig(Section):
+    """The layout of the student. The processes that remain are data parallel."""
+
+    tensor: int = Field(1, ge=1, description="tensor-parallel size", json_schema_extra=RANKS)
+    pipeline: int = Field(1, ge=1, description="pipeline-parallel size", json_schema_extra=RANKS)
+    virtual_pipeline: int | None = Field(
+        None, ge=2, description="model chunks on each pipeline rank (interleaved schedule); null: one"
+    )
+    context: int = Field(1, ge=1, description="context-parallel size", json_schema_extra=RANKS)
+    expert: int = Field(
+        1, ge=1, description="ranks that share the experts of a layer; no expert is split", json_schema_extra=RANKS
+    )
+    sequence: bool = Field(False, description="divide activations over the tensor-parallel ranks")
+    distributed_optimizer: bool = Field(True, description="divide optimizer state over the data-parallel ranks")
+    world_size: int | None = Field(
+        None, ge=1, description="processes that a recipe is made for; null: any number", json_schema_extra=RANKS
+    )
+    cp_comm_type: Literal["auto", "all_gather", "p2p", "a2a"] = Field(
+        "auto", description="communication of attention under context parallelism"
+    )
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients while backward runs")
+    overlap_param_gather: bool = Field(
+        False,
+        description="gather updated weights while the next step begins; needs distributed_optimizer and "
+        "overlap_grad_reduce",
+    )
+    tp_comm_overlap: bool = Field(
+        False,
+        description="overlap tensor-parallel communication with computation; needs sequence, Transformer Engine and "
+        "a GPU",
+    )
+
+    @model_validator(mode="after")
+    def _overlap_has_what_it_needs(self) -> ParallelConfig:
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise ValueError(
+                "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
+                "parallel.overlap_grad_reduce=true"
+            )
+        if self.tp_comm_overlap and not self.sequence:
+            raise ValueError("parallel.tp_comm_overlap=true needs parallel.sequence=true")
+        return self
+
+
+class KeepBf16Config(Section):
+    """The blocks that compute in bf16 when the others compute in FP8."""
+
+    first: int = Field(1, ge=0, description="number of lowest blocks in bf16", json_schema_extra=LAYERS)
+    last: int = Field(1, ge=0, description="number of highest blocks in bf16", json_schema_extra=LAYERS)
+
+
+class PrecisionConfig(Section):
+    """Number formats and attention kernels; docs/precision.md lists the combinations."""
+
+    dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of weights and activations")
+    attention: Literal["auto", "te", "sdpa"] = Field(
+        "auto", description="core attention: Transformer Engine (te), PyTorch (sdpa), or te if the machine has it"
+    )
+    fp8: Literal["hybrid", "e4m3"] | None = Field(None, description="FP8 format of the student; null: no FP8")
+    recipe: Literal["tensorwise", "blockwise", "delayed", "mxfp8"] = Field("tensorwise", description="FP8 scaling")
+    teacher_fp8: Literal["off", "compute", "weights"] = Field(
+        "off", description="FP8 of the teacher: none, in its matrix products, or in its stored weights only"
+    )
+    keep_bf16: KeepBf16Config = KeepBf16Config()
+    pad_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="pad the tokens of a micro-batch on each rank to a multiple of this number; auto: what the FP8 "
+        "recipe needs",
+        json_schema_extra=TOKENS,
+    )
+
+    @field_validator("teacher_fp8", mode="before")
+    @classmethod
+    def _accept_bare_off(cls, value: Any) -> Any:
+        """Accept a bare `off`, which YAML parses as false."""
+        return "off" if value is False else value
+
+
+class RecomputeConfig(Section):
+    """Recomputation of activations (activation checkpointing) in the student's backward pass."""
+
+    granularity: Literal["none", "selective", "full"] = Field("none", description="what is recomputed")
+    method: Literal["uniform", "block"] = Field(
+        "uniform", description="full recomputation of all layers in groups, or of the first layers of each stage"
+    )
+    num_layers: int = Field(
+        1, ge=1, description="layers of a group (uniform) or of a stage (block)", json_schema_extra=LAYERS
+    )
