@@ -13,7 +13,7 @@ from benchmarks.gpu_flops import Flops, Modules, block_weights, forward_flops
 from benchmarks.updates import AUTHORED, METHODS, Update, Workload, fill_randomly, megatron_update
 from megatron_oprd.config import Config
 from megatron_oprd.launch.layouts import check_precision, plan_teacher
-from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.precision import Precision, plan_precision
 from megatron_oprd.models.scaled_linear import quantize_weights
@@ -161,7 +161,7 @@ def student_case(scene: Scene, part: Part) -> Prepared:
         scene.workload.spec,
         topology,
         scene.dtype,
-        stages=plan.student_stages,
+        ModelPart(plan.student_stages),
         recompute=config.recompute,
         precision=scene.precision.student,
     )

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.updates import fill_randomly
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import TeacherTargets
@@ -66,7 +66,9 @@ def measure(options: argparse.Namespace) -> dict:
     start_process(device)
     topology = build_topology(config.parallel, device, seed=0)
     plan = make_plan(config.loss, spec, spec)
-    student, teacher = (build_model(spec, topology, DTYPES[options.dtype], lm_head=head) for head in (True, False))
+    student, teacher = (
+        build_model(spec, topology, DTYPES[options.dtype], ModelPart(lm_head=head)) for head in (True, False)
+    )
     fill_randomly(student, teacher)
     trained = build_student(student, config, plan, topology)
     rollouts = _rollouts(options)

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.launch.layouts import plan_teacher
-from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
@@ -166,7 +166,7 @@ def megatron_update(workload: Workload, method: str, device: torch.device) -> Up
 
 def _stages(config: Config, spec: ModelSpec, planned: PlannedTeacher, topology: Topology) -> tuple[Stage, Stage]:
     dtype = DTYPES[config.precision.dtype]
-    student = build_model(spec, topology, dtype, stages=planned.plan.student_stages, recompute=config.recompute)
+    student = build_model(spec, topology, dtype, ModelPart(planned.plan.student_stages), recompute=config.recompute)
     teacher = build_frozen(planned, topology, dtype)
     fill_randomly(student, teacher)
     return student, teacher.eval().requires_grad_(False)

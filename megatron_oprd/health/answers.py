@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from megatron_oprd.data.prompts import PromptState, take
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.grading import grade
-from megatron_oprd.launch.assemble import rows_at_a_time
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.rollout.batch_rows import rows_at_a_time
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.replay import load_replay, replay_record

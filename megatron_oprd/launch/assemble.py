@@ -1,4 +1,4 @@
-"""From checked inputs to what a run consists of, on this rank."""
+"""Build this rank's part of a run from checked inputs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from functools import partial
 from megatron_oprd.bridge.origin import check_bridge_weights
 from megatron_oprd.checkpoint.training_state import CheckpointContent
 from megatron_oprd.checkpoint.weights import content_hash, load_lm_head, load_weights
-from megatron_oprd.config import Config, EvaluationConfig, ParallelConfig, RolloutConfig
+from megatron_oprd.config import Config, ParallelConfig
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.setup import Setup
-from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
 from megatron_oprd.models.projection import StudentMap, identify, student_maps, teacher_maps
 from megatron_oprd.models.scaled_linear import quantize_weights
 from megatron_oprd.models.tp_overlap import start_tp_overlap
-from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.rank_zero import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology, build_topology, collective_timeout, start_process
+from megatron_oprd.rollout.batch_rows import rows_at_a_time
 from megatron_oprd.rollout.embedded import EmbeddedEngine
-from megatron_oprd.rollout.engine import RolloutEngine, Sampling
+from megatron_oprd.rollout.engine import RolloutEngine, evaluation_sampling, rollout_sampling
 from megatron_oprd.rollout.replay import ReplayEngine
 from megatron_oprd.runtime import platform
 from megatron_oprd.training.state import Identity
@@ -30,36 +30,48 @@ from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.teacher import Teacher, build_frozen
 from megatron_oprd.types import ModelSpec
 
-MOST_ROWS = 256  # generated at once; more do not make a step cheaper
-EVALUATION_SEED = 1_000_003  # added to train.seed: evaluation draws other numbers than training, always the same ones
+EVALUATION_SEED = 1_000_003  # added to train.seed: every evaluation draws the same numbers, other ones than training
 
 
 @dataclass(frozen=True)
 class Models:
-    """Student and teachers with their weights, on this rank, and what generates with the student."""
+    """This rank's part of student and teachers with their weights, and the engine that generates with the student."""
 
-    topology: Topology  # the student's, in force
-    stage: Stage  # of the student
+    topology: Topology  # the student's layout, which is active
+    stage: Stage  # the student's chunks on this rank
     teachers: tuple[Teacher, ...]  # in the order of the configuration
     engine: RolloutEngine
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that `train.fit` needs, on this rank."""
+    """This rank's part of a training run."""
 
     inputs: Inputs
-    topology: Topology
-    student: Student
-    teachers: tuple[Teacher, ...]  # in the order of the configuration
-    heads: Heads | None  # for an output-space objective, on the student's last stage
-    engine: RolloutEngine
-    evaluator: RolloutEngine | None
-    identities: dict[str, Identity]  # of the teachers
+    models: Models
+    student: Student  # the chunks of `models.stage` with their optimizer
+    heads: Heads | None  # the LM heads of an output-space objective, on the student's last stage
+    evaluator: RolloutEngine | None  # None: training does not evaluate
+    identities: dict[str, Identity]  # of the teachers, by data_source; a checkpoint stores them
+
+    @property
+    def topology(self) -> Topology:
+        """Return the student's layout."""
+        return self.models.topology
+
+    @property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """Return the teachers in the order of the configuration."""
+        return self.models.teachers
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """Return the engine that makes the rollouts of training."""
+        return self.models.engine
 
     @property
     def checkpoint_content(self) -> CheckpointContent:
-        """The parts of this run that a checkpoint stores or checks."""
+        """Return the parts of this run that a checkpoint stores or checks."""
         source = self.inputs.config.student.path
         return CheckpointContent(self.student, self.inputs.setup.student, self.topology, self.identities, source)
 
@@ -83,11 +95,9 @@ def build_run(inputs: Inputs) -> Run:
         evaluator = make_evaluator(config, stage, setup.student, topology)
     return Run(
         inputs,
-        topology,
+        models,
         build_student(stage, config, plan, topology, _student_maps(inputs, topology)),
-        models.teachers,
         load_heads(inputs, stage, topology) if plan.output else None,
-        models.engine,
         evaluator,
         {name: _identity(inputs, teacher) for name, teacher in setup.teachers.items()},
     )
@@ -100,7 +110,7 @@ def build_models(inputs: Inputs) -> Models:
     own_topologies = [
         (layout, start_topology(config, layout)) for layout in _distinct([teacher.layout for teacher in planned])
     ]
-    topology = start_topology(config, config.parallel)  # the last one stays in force
+    topology = start_topology(config, config.parallel)  # the last layout stays active
     if config.parallel.tp_comm_overlap:
         tokens = setup.precision.pad_tokens * topology.tensor_size
         start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=setup.student.hidden_size)
@@ -114,7 +124,7 @@ def build_models(inputs: Inputs) -> Models:
 
 
 def _check_bridge(inputs: Inputs) -> None:
-    """Raise UserError for a bridge of other weights, before any are loaded. One rank calls it."""
+    """Raise UserError if the bridge was fitted on other weights. Reads all weights: call it on one rank."""
     if inputs.bridge is not None and inputs.bridge_origin is not None:
         check_bridge_weights(inputs.bridge, inputs.config, inputs.bridge_origin)
 
@@ -128,7 +138,6 @@ def _distinct(layouts: list[ParallelConfig | None]) -> list[ParallelConfig]:
 
 
 def _identity(inputs: Inputs, teacher: PlannedTeacher) -> Identity:
-    """Collective over the world."""
     digest = on_rank_zero(lambda: content_hash(teacher.config.path))
     pairs = tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs)
     return Identity(teacher.config.path, digest, pairs, identify(inputs.bridge.maps) if inputs.bridge else None)
@@ -142,7 +151,7 @@ def _student_maps(inputs: Inputs, topology: Topology) -> dict[int, StudentMap]:
 
 
 def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
-    """Join the process group, make Megatron's groups for a layout and put it in force. Collective over the world."""
+    """Join the process group, create Megatron's groups for a layout and activate it. Collective over the world."""
     device = platform.choose_device(config.train.device)
     timeout_seconds = collective_timeout(config.watchdog)
     start_process(device, timeout_seconds)
@@ -150,8 +159,10 @@ def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
 
 
 def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -> Teacher:
-    """A frozen teacher up to its highest compared layer. With `teachers_in_memory: one` it is built for each pass.
-    Collective over the world."""
+    """Build a frozen teacher up to its highest compared layer. Collective over the world.
+
+    With `teachers_in_memory: one` the weights are loaded for each teacher pass; otherwise they are loaded here.
+    """
     config, precision = inputs.config, inputs.setup.precision.teacher
 
     def load() -> Stage:
@@ -176,8 +187,10 @@ def build_teacher(inputs: Inputs, teacher: PlannedTeacher, topology: Topology) -
 
 
 def load_heads(inputs: Inputs, stage: Stage, topology: Topology) -> Heads | None:
-    """The LM heads of student and teachers on the ranks of the student's last stage; None elsewhere. Collective over
-    the world."""
+    """Return the LM heads of student and teachers on ranks of the student's last stage, None on other ranks.
+
+    Collective over the world.
+    """
 
     def read() -> Heads | None:
         if topology.num_stages - 1 not in topology.stages:
@@ -197,7 +210,7 @@ def load_student(config: Config, setup: Setup, topology: Topology) -> Stage:
         setup.student,
         topology,
         DTYPES[config.precision.dtype],
-        stages=setup.student_stages,
+        ModelPart(setup.student_stages),
         recompute=config.recompute,
         precision=setup.precision.student,
     )
@@ -206,35 +219,10 @@ def load_student(config: Config, setup: Setup, topology: Topology) -> Stage:
 
 
 def make_evaluator(config: Config, stage: Stage, spec: ModelSpec, topology: Topology) -> EmbeddedEngine:
-    """The engine that samples evaluation answers from the student."""
-    seed, sampling = config.train.seed + EVALUATION_SEED, sampling_of(config.evaluation)
+    """Return the engine that samples evaluation answers from the student."""
+    seed, sampling = config.train.seed + EVALUATION_SEED, evaluation_sampling(config.evaluation)
     rows = rows_at_a_time(spec, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens)
     return EmbeddedEngine(stage, spec, topology, sampling, seed=seed, max_batch=rows)
-
-
-def rows_at_a_time(spec: ModelSpec, topology: Topology, stage: Stage, longest_row: int, most: int = MOST_ROWS) -> int:
-    """How many rollouts of up to `longest_row` tokens are generated at once: their keys and values fill at most a third
-    of the memory that is free now. The same on every rank of a replica; communicates over its groups."""
-    parameter = next(stage.parameters())
-    blocks, heads = sum(len(chunk.decoder.layers) for chunk in stage), spec.num_query_groups // topology.tensor_size
-    row_bytes = 2 * max(blocks, 1) * heads * spec.head_dim * parameter.element_size()
-    row_bytes *= min(longest_row, spec.max_position_embeddings)
-    rows: float = max(1, min(most, platform.free_memory_bytes(topology.device) // 3 // row_bytes))
-    for group in (topology.groups.tp, topology.groups.pp):
-        (rows,) = min_over([rows], group, topology.device)
-    return int(rows)
-
-
-def sampling_of(config: RolloutConfig | EvaluationConfig) -> Sampling:
-    """How a section of the configuration wants its tokens drawn."""
-    rollout = isinstance(config, RolloutConfig)
-    return Sampling(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k if rollout else 0,
-        max_new_tokens=config.max_new_tokens,
-        samples_per_prompt=config.samples_per_prompt if rollout else config.samples,
-    )
 
 
 def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
@@ -244,7 +232,7 @@ def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
         return ReplayEngine(
             inputs.replayed, per_step, replica_rank=topology.replica_rank, num_replicas=topology.num_replicas
         )
-    sampling = sampling_of(config.rollout)
+    sampling = rollout_sampling(config.rollout)
     rows = rows_at_a_time(
         inputs.setup.student, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens
     )

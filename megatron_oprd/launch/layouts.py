@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import PlannedTeacher, even_stages, make_plan
-from megatron_oprd.models.precision import Precision, check_dimensions, check_head_exchange
+from megatron_oprd.models.precision import ModelLayout, Precision, check_dimensions, check_head_exchange
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import ModelSpec, UserError
@@ -174,20 +174,14 @@ def check_precision(
 ) -> None:
     """Raise UserError, naming what would work, for models whose sizes in these layouts do not suit the precision."""
     recipe, parallel = config.precision.recipe, config.parallel
-    of_student = _ranks(student_stages, parallel)
-    check_dimensions(precision.student, recipe, student, parallel.tensor, of_student, "student", "parallel")
-    check_head_exchange(precision.student, student, parallel, "student")
+    layout = ModelLayout(parallel, student_stages, "student", "parallel")
+    check_dimensions(precision.student, recipe, student, layout)
+    check_head_exchange(precision.student, student, layout)
     for name, teacher in teachers.items():
-        layout, key = teacher.layout or parallel, f"{teacher_section(name)}.parallel" if teacher.layout else "parallel"
-        of_ranks = _ranks(teacher.plan.teacher_stages, layout)
-        title = teacher_title(name)
-        check_dimensions(precision.teacher, recipe, teacher.spec, layout.tensor, of_ranks, title, key)
-        check_head_exchange(precision.teacher, teacher.spec, layout, title)
-
-
-def _ranks(stages: Sequence[int], parallel: ParallelConfig) -> list[int]:
-    """Blocks of each pipeline rank, of stages that are more under virtual pipelining."""
-    return [sum(stages[rank :: parallel.pipeline]) for rank in range(parallel.pipeline)]
+        key = f"{teacher_section(name)}.parallel" if teacher.layout else "parallel"
+        layout = ModelLayout(teacher.layout or parallel, teacher.plan.teacher_stages, teacher_title(name), key)
+        check_dimensions(precision.teacher, recipe, teacher.spec, layout)
+        check_head_exchange(precision.teacher, teacher.spec, layout)
 
 
 def check_experts(expert: int, specs: Sequence[ModelSpec], key: str = "parallel") -> None:

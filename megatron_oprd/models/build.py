@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,25 +87,43 @@ def transformer_config(
     )
 
 
+@dataclass(frozen=True)
+class ModelPart:
+    """The part of a model that is built."""
+
+    stages: Sequence[int] | None = None  # layers on each pipeline stage, lowest first; None: all, divided evenly
+    lm_head: bool = True
+    final_norm: bool = True
+
+
+WHOLE_MODEL = ModelPart()
+
+
 def build_model(
     spec: ModelSpec,
     topology: Topology,
     dtype: torch.dtype,
+    part: ModelPart = WHOLE_MODEL,
     *,
-    stages: Sequence[int] | None = None,
-    lm_head: bool = True,
-    final_norm: bool = True,
     recompute: RecomputeConfig | None = None,
     precision: ModelPrecision = PLAIN,
 ) -> Stage:
-    """This rank's chunks of the model, weights not yet loaded. `stages`: blocks on each stage, from the lowest; fewer
-    in all than the model has cut it above them. Default: all of them, divided evenly. The layout must be in force.
-    `precision`: on which modules, and what of it in FP8.
+    """Build this rank's chunks of a model. The weights are not loaded. `topology` must be active.
 
-    Raises UserError for a layout that does not divide the model. Communicates over the embedding group when a tied
-    model has several pipeline stages.
+    Args:
+        spec: The shape of the model.
+        topology: The layout.
+        dtype: The dtype of the weights.
+        part: The layers that are built. Layers above the sum of `part.stages` are left out.
+        recompute: Recomputation of activations; None: no recomputation.
+        precision: The module set, and the FP8 settings.
+
+    Communicates over: the embedding group if a tied model has several pipeline stages.
+
+    Raises:
+        UserError: The layout does not divide the model.
     """
-    stages = stages or even_stages(spec.num_layers, topology.pipeline_size, topology.virtual_size)
+    stages = part.stages or even_stages(spec.num_layers, topology.pipeline_size, topology.virtual_size)
     check_recompute(recompute, stages)
     config = transformer_config(spec, topology, dtype, stages, recompute or RecomputeConfig(), precision)
     chunks = []
@@ -121,8 +140,8 @@ def build_model(
                 first_stage=number == 0,
                 last_stage=number == topology.num_stages - 1,
                 tied_embeddings=spec.tied_embeddings,
-                lm_head=lm_head,
-                final_norm=final_norm,
+                lm_head=part.lm_head,
+                final_norm=part.final_norm,
                 chunk=chunk if topology.virtual_size > 1 else None,
                 first_layer=first_layer,
                 first_expert=topology.expert_rank * (spec.num_experts // topology.expert_size),

@@ -94,21 +94,28 @@ def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: M
     )
 
 
-def check_dimensions(
-    precision: ModelPrecision, recipe: str, spec: ModelSpec, tensor: int, stages: Sequence[int], model: str, key: str
-) -> None:
-    """Raise UserError when the model's products cannot be in FP8, cut over `tensor` ranks and over pipeline stages of
-    `stages` blocks. `model`: what to call it; `key`: the section of its layout."""
+@dataclass(frozen=True)
+class ModelLayout:
+    """The layout of one model, and the names that error messages use."""
+
+    parallel: ParallelConfig
+    stages: Sequence[int]  # transformer layers on each pipeline stage, virtual stages counted separately
+    model: str  # "student", "teacher" or "teacher NAME"
+    key: str  # the section of the configuration: "parallel", "teacher.parallel" or "teachers.NAME.parallel"
+
+
+def check_dimensions(precision: ModelPrecision, recipe: str, spec: ModelSpec, layout: ModelLayout) -> None:
+    """Raise UserError if the model's matrix products have sizes in this layout that FP8 does not support."""
     if not precision.in_fp8:
         return
-    multiple = MULTIPLE[recipe]
+    model, key, tensor, multiple = layout.model, layout.key, layout.parallel.tensor, MULTIPLE[recipe]
     for name, size in _product_sizes(spec, tensor).items():
         if size % multiple:
             raise UserError(
                 f"the {model}'s {name} is {size} on each rank with {key}.tensor={tensor}; FP8 with precision.recipe="
                 f"{recipe} needs a multiple of {multiple}: lower {key}.tensor or leave FP8 out"
             )
-    most = sum(stages) // len(stages)  # of a pipeline rank
+    most = sum(layout.stages) // layout.parallel.pipeline
     for name, kept in zip(("first", "last"), precision.keep_bf16, strict=True):
         if kept > most and not precision.scaled_weights:
             raise UserError(
@@ -117,15 +124,16 @@ def check_dimensions(
             )
 
 
-def check_head_exchange(precision: ModelPrecision, spec: ModelSpec, parallel: ParallelConfig, model: str) -> None:
-    """Raise UserError where the heads of a rank are too few for context parallelism all to all."""
+def check_head_exchange(precision: ModelPrecision, spec: ModelSpec, layout: ModelLayout) -> None:
+    """Raise UserError if all-to-all context parallelism cannot divide the heads of a rank."""
+    parallel = layout.parallel
     if precision.arguments.get("cp_comm_type") != "a2a" or parallel.context == 1:
         return
     for name, heads in (("attention heads", spec.num_attention_heads), ("key-value heads", spec.num_query_groups)):
         if heads // parallel.tensor % parallel.context:
             raise UserError(
-                f"parallel.cp_comm_type=a2a divides heads over parallel.context={parallel.context}, and the {model} "
-                f"has {heads // parallel.tensor} {name} on each rank; use parallel.cp_comm_type=p2p"
+                f"parallel.cp_comm_type=a2a divides heads over parallel.context={parallel.context}, and the "
+                f"{layout.model} has {heads // parallel.tensor} {name} on each rank; use parallel.cp_comm_type=p2p"
             )
 
 

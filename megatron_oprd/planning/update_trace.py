@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_oprd.config import Config
-from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
@@ -167,7 +167,7 @@ def _build(
     ]
     with live.making("optimizer"):  # what construction and first step leave, but for what gets another name
         dtype = DTYPES[config.precision.dtype]
-        stage = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
+        stage = build_model(spec, topology, dtype, ModelPart(plan.student_stages), recompute=config.recompute)
         maps = student_maps(bridge, DEVICE, trained=config.loss.representation.train_bridge)
         student = build_student(_with_messages(stage, topology, batch), config, plan, topology, maps)
         with cpu_stand_ins.cpu_devices():

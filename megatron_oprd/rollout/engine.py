@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from megatron_oprd.config import EvaluationConfig, RolloutConfig
 from megatron_oprd.types import Prompt, Rollout
 
 
@@ -18,6 +19,16 @@ class Sampling:
     top_k: int = 0  # 0: all tokens
     max_new_tokens: int = 16384  # per response
     samples_per_prompt: int = 1
+
+
+def rollout_sampling(config: RolloutConfig) -> Sampling:
+    """Return how training samples its rollouts."""
+    return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.samples_per_prompt)
+
+
+def evaluation_sampling(config: EvaluationConfig) -> Sampling:
+    """Return how an evaluation samples its answers."""
+    return Sampling(config.temperature, config.top_p, 0, config.max_new_tokens, config.samples)
 
 
 class RolloutEngine(Protocol):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_oprd.models.build import build_model
+from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.precision import PLAIN, ModelPrecision
@@ -60,8 +60,6 @@ def build_frozen(
             teacher.spec,
             topology,
             dtype,
-            stages=teacher.plan.teacher_stages,
-            lm_head=False,
-            final_norm=teacher.plan.teacher_final_norm,
+            ModelPart(teacher.plan.teacher_stages, lm_head=False, final_norm=teacher.plan.teacher_final_norm),
             precision=precision,
         )

@@ -12,7 +12,7 @@ from megatron_oprd.hf import export
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.stream import HFReader
-from megatron_oprd.models.build import build_model
+from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.compare import compare_states, compare_weights, open_hf_model
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime.platform import choose_device
@@ -229,7 +229,7 @@ def cut_teacher(rank, folder, megatron, stages):
     spec = read_model_spec(folder)
     tables = []
     for source in (folder, megatron):
-        stage = build_model(spec, topology, torch.float32, stages=stages, lm_head=False, final_norm=False)
+        stage = build_model(spec, topology, torch.float32, ModelPart(stages, lm_head=False, final_norm=False))
         load_weights(stage, source, spec, topology)
         tables.append(named_parameters(stage))
     first, second = tables

@@ -16,7 +16,7 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import export_hf
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.stream import HFReader
-from megatron_oprd.models.build import build_model
+from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
 from megatron_oprd.types import UserError
 from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save
@@ -59,7 +59,7 @@ def hf_folder(path, family="Qwen3", dtype=torch.float32, shard_size="5GB", **ove
 
 def build_from(folder, topology, dtype=None, **cut):
     spec = read_model_spec(folder)
-    stage = build_model(spec, topology, dtype or weights_dtype(folder), **cut).eval()
+    stage = build_model(spec, topology, dtype or weights_dtype(folder), ModelPart(**cut)).eval()
     load_weights(stage, folder, spec, topology)
     return stage, spec
 

@@ -8,10 +8,10 @@ import torch
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
-from megatron_oprd.launch.assemble import rows_at_a_time
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.kv_cache import KeyValueCache
 from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.rollout.batch_rows import rows_at_a_time
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.sampling import sample, uniforms

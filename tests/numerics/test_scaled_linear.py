@@ -5,7 +5,7 @@ import torch
 
 from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.models.build import build_model
+from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.scaled_linear import FP8, quantize_weights, scaled_product
 from tests.helpers.models import random_hf_model, save
 
@@ -45,7 +45,7 @@ def test_the_weights_of_the_middle_blocks_are_one_byte_each(family, kept, topolo
     sizes = {"moe_intermediate_size": 48} if family == "Qwen3Moe" else {}
     folder = save(random_hf_model(family, **sizes), tmp_path / "model")
     spec = read_model_spec(folder)
-    stage = build_model(spec, topology, torch.float32, lm_head=False)
+    stage = build_model(spec, topology, torch.float32, ModelPart(lm_head=False))
     load_weights(stage, folder, spec, topology)
     before = {name: parameter.detach().clone() for name, parameter in stage[0].named_parameters()}
     assert quantize_weights(stage, kept) == spec.num_layers - sum(kept)

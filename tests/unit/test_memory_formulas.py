@@ -9,7 +9,7 @@ import torch
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.names import entries, megatron_shapes
-from megatron_oprd.models.build import build_model
+from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import build_topology
 from megatron_oprd.planning.memory_formulas import layer_activation_bytes, predict_memory
@@ -101,7 +101,7 @@ def _built(rank, spec, layout):
     topology = build_topology(parallel, torch.device("cpu"), seed=0)
     counts = []
     for lm_head in (True, False):
-        stage = build_model(spec, topology, torch.float32, lm_head=lm_head)
+        stage = build_model(spec, topology, torch.float32, ModelPart(lm_head=lm_head))
         parameters = list(stage.named_parameters())
         experts = sum(parameter.numel() for name, parameter in parameters if ".experts." in name)
         counts.append((sum(parameter.numel() for _, parameter in parameters) - experts, experts))

@@ -10,6 +10,7 @@ import pytest
 from megatron_oprd.config import ParallelConfig, PrecisionConfig, load_config
 from megatron_oprd.models.precision import (
     MULTIPLE,
+    ModelLayout,
     ModelPrecision,
     check_dimensions,
     check_head_exchange,
@@ -142,6 +143,10 @@ def test_how_keys_and_values_travel(asked, context, machine, said):
         assert planned.student.arguments.get("cp_comm_type") == planned.teacher.arguments.get("cp_comm_type") == said
 
 
+def student_layout(**sizes):
+    return ModelLayout(ParallelConfig(**sizes), (4, 4), "student", "parallel")
+
+
 IN_FP8 = ModelPrecision(True, False, (1, 1), {"fp8": "hybrid"})
 SIZES = tiny_spec(hidden_size=256, ffn_hidden_size=512, num_attention_heads=8, num_query_groups=4, head_dim=32)
 
@@ -163,7 +168,8 @@ SIZES = tiny_spec(hidden_size=256, ffn_hidden_size=512, num_attention_heads=8, n
 )
 def test_sizes_that_have_no_fp8_product_are_named(changes, recipe, tensor, said):
     spec = dataclasses.replace(SIZES, **changes)
-    check = (recipe, spec, tensor, (4, 4), "teacher", "parallel")
+    layout = ModelLayout(ParallelConfig(tensor=tensor, pipeline=2), (4, 4), "teacher", "parallel")
+    check = (recipe, spec, layout)
     check_dimensions(ModelPrecision(), *check)  # without FP8 any will do
     if said is None:
         check_dimensions(IN_FP8, *check)
@@ -175,11 +181,11 @@ def test_sizes_that_have_no_fp8_product_are_named(changes, recipe, tensor, said)
 def test_more_blocks_in_bf16_than_megatron_takes_are_refused():
     many = ModelPrecision(True, False, (1, 5), {"fp8": "hybrid"})
     with pytest.raises(UserError, match=r"precision\.keep_bf16\.last=5 is more .* use at most 4"):
-        check_dimensions(many, "tensorwise", SIZES, 1, (4, 4), "student", "parallel")
+        check_dimensions(many, "tensorwise", SIZES, student_layout(pipeline=2))
 
 
 def test_heads_that_cannot_be_exchanged_are_named():
     all_to_all = ModelPrecision(True, arguments={"cp_comm_type": "a2a"})
-    check_head_exchange(all_to_all, SIZES, ParallelConfig(tensor=1, context=4), "student")
+    check_head_exchange(all_to_all, SIZES, student_layout(tensor=1, context=4))
     with pytest.raises(UserError, match=r"the student has 2 key-value heads on each rank; use .*p2p"):
-        check_head_exchange(all_to_all, SIZES, ParallelConfig(tensor=2, context=4), "student")
+        check_head_exchange(all_to_all, SIZES, student_layout(tensor=2, context=4))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_oprd.launch.layouts import plan_teacher
-from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.planning.megatron_patches import Patch, patched, tracing_patches
@@ -59,7 +59,7 @@ def update(tokens, spec, overrides):
     global_batch = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss, config.batch, spec)
     micro_batches = global_batch.micro_batches(topology)
     dtype = DTYPES[config.precision.dtype]
-    stage = build_model(spec, topology, dtype, stages=plan.student_stages, recompute=config.recompute)
+    stage = build_model(spec, topology, dtype, ModelPart(plan.student_stages), recompute=config.recompute)
     frozen = build_frozen(planned, topology, dtype)
     for parameter in [*stage.parameters(), *frozen.parameters()]:
         torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)

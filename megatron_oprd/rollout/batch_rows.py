@@ -1,0 +1,30 @@
+"""The number of rollouts that are generated at once."""
+
+from __future__ import annotations
+
+from megatron_oprd.models.model import Stage
+from megatron_oprd.parallel.collectives import min_over
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime import platform
+from megatron_oprd.types import ModelSpec
+
+MAX_ROWS = 256  # a larger batch does not make a decode step cheaper
+
+
+def rows_at_a_time(
+    spec: ModelSpec, topology: Topology, stage: Stage, longest_row: int, max_rows: int = MAX_ROWS
+) -> int:
+    """Return how many rollouts of up to `longest_row` tokens are generated at once.
+
+    Their keys and values fill at most a third of the free memory. All ranks of a replica return the same number.
+
+    Communicates over: the tensor- and the pipeline-parallel group.
+    """
+    parameter = next(stage.parameters())
+    layers, heads = sum(len(chunk.decoder.layers) for chunk in stage), spec.num_query_groups // topology.tensor_size
+    row_bytes = 2 * max(layers, 1) * heads * spec.head_dim * parameter.element_size()
+    row_bytes *= min(longest_row, spec.max_position_embeddings)
+    rows: float = max(1, min(max_rows, platform.free_memory_bytes(topology.device) // 3 // row_bytes))
+    for group in (topology.groups.tp, topology.groups.pp):
+        (rows,) = min_over([rows], group, topology.device)
+    return int(rows)
