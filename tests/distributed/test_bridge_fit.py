@@ -7,11 +7,11 @@ from megatron_oprd.bridge.fitting.adamw import initial_map
 from megatron_oprd.bridge.fitting.moments import Moments
 from megatron_oprd.bridge.fitting.procedure import share_teacher_maps
 from megatron_oprd.bridge.fitting.solve import fit_pair
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import LayerPair
 from tests.helpers.fits import RecordedFit, layer_map, recorded_fit, reference_states, write_replay
 from tests.helpers.killable import Command, DieBefore
 from tests.helpers.layouts import FEW_LAYOUTS
-from tests.helpers.models import random_hf_model, save
 
 # Of 12 prompts, two answers each. Those with the numbers 3, 7 and 11 judge: every other step has none of them, one has
 # nothing but empty ones, one a single token.

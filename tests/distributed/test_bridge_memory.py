@@ -4,9 +4,9 @@ import resource
 
 import pytest
 
-from tests.helpers.distributed import run_distributed
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.fits import fit_quietly, write_replay
-from tests.helpers.models import random_hf_model, save
 
 PER_STEP, LENGTH, LAYERS, WIDTHS, FLOAT = 4, 400, 2, (64, 96), 4
 FEW, MANY = 4, 40  # steps

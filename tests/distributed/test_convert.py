@@ -16,9 +16,9 @@ from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.compare import compare_states, compare_weights, open_hf_model
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime.platform import choose_device
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import UserError
-from tests.helpers.distributed import run_distributed
-from tests.helpers.models import random_hf_model, save
 
 LAYOUTS = {
     "tensor": {"tensor": 2},

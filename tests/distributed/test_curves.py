@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_oprd.launch.assemble import build_run
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.train import fit
 from megatron_oprd.types import Rollout
-from tests.helpers.distributed import run_distributed
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.runs import metrics
 from tests.helpers.training import make_config, make_inputs
 

@@ -9,7 +9,7 @@ import pytest
 from megatron_oprd import fp8_error
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.inputs import read_inputs
-from tests.helpers.distributed import run_distributed
+from megatron_oprd.testing.distributed import run_distributed
 from tests.helpers.runs import replay_run
 
 SIZES = {

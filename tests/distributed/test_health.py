@@ -9,10 +9,10 @@ import transformers
 
 from megatron_oprd.health.measure import MeasuredModels, has_teacher_distribution, measure_answers
 from megatron_oprd.launch.assemble import load_heads
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
-from tests.helpers.distributed import run_distributed
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.training import make_run, some_rollouts
 
 VOCABULARY = 131  # of the teacher; not divisible by any layout

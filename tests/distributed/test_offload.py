@@ -13,9 +13,9 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.checkpoint.training_state import latest_checkpoint, load_checkpoint
 from megatron_oprd.hf.load import named_parameters
+from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
-from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import parse
 from tests.helpers.run_layouts import References, rollouts_of
 from tests.helpers.training import ADAM_EPSILON, make_run

@@ -9,11 +9,11 @@ from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_al
 from megatron_oprd.data.tokenizer import load_tokenizer
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.assemble import build_run
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import Rollout
 from tests.helpers.bridges import save_random_bridge
-from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import FEW_LAYOUTS
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_update
 from tests.helpers.responses import random_text
 from tests.helpers.tokenizer import byte_tokenizer

@@ -15,10 +15,10 @@ from megatron_oprd.config import load_config
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
+from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.train import finish, fit, one_step
 from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.state import TrainState
-from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import parse
 from tests.helpers.run_layouts import References, rollouts_of
 from tests.helpers.runs import assert_same_export, in_folder, metrics, prompt_run

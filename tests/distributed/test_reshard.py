@@ -13,7 +13,7 @@ from megatron_oprd.parallel.reshard import (
     moved_bytes,
     plan_transfers,
 )
-from tests.helpers.distributed import run_distributed
+from megatron_oprd.testing.distributed import run_distributed
 from tests.unit.test_reshard import STUDENT, TEACHERS, layout, random_shards
 
 HIDDEN = 4

@@ -15,8 +15,8 @@ from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.resilience import signals, straggler
 from megatron_oprd.resilience.guard import guarded
+from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.types import UserError
-from tests.helpers.distributed import run_distributed
 
 CPU = torch.device("cpu")
 

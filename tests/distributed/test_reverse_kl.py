@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_oprd.losses.reverse_kl import reverse_kl_from_hidden
-from tests.helpers.distributed import run_distributed
+from megatron_oprd.testing.distributed import run_distributed
 
 TOKENS, STUDENT_WIDTH, TEACHER_WIDTH = 11, 16, 24
 REAL_ROWS, PADDED_ROWS = 37, 40  # of the vocabulary; two ranks hold 20 padded rows each

@@ -13,10 +13,10 @@ from megatron_oprd.models.build import build_model
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.types import Prompt
-from tests.helpers.distributed import run_distributed
-from tests.helpers.models import random_hf_model, save
 
 EOS = (3, 17, 40, 90, 111)
 GREEDY = Sampling(temperature=0.0, max_new_tokens=20, samples_per_prompt=1)

@@ -16,10 +16,10 @@ from megatron_oprd.checkpoint.training_state import latest_checkpoint
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
+from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import UserError
-from tests.helpers.distributed import run_distributed
 from tests.helpers.runs import replay_run
 
 

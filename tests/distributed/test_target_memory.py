@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.helpers.distributed import run_distributed
-from tests.helpers.models import random_hf_model, save
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.training import megatron_update, some_rollouts
 
 HIDDEN, LAYERS, FLOAT = 64, 4, 4

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from tests.helpers.distributed import run_distributed
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.layouts import FEW_LAYOUTS
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_update
 from tests.helpers.training import assert_same_update, difference, megatron_update, some_rollouts
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from megatron_oprd.config import OutputConfig
 from megatron_oprd.losses.output_space import METRICS, token_objective
 from megatron_oprd.losses.vocabulary import VocabularyShard
-from tests.helpers.distributed import run_distributed
-from tests.helpers.output_reference import every_config, top_ids
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.output_reference import top_ids
+from tests.helpers.output_objectives import every_config
 
 TOKENS = 6
 WHOLE = VocabularyShard()

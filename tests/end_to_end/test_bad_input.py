@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.commands import TOOLS, Outcome, run, run_ranks
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.scene import Scene, assert_refused, make_scene, refuse, save_model, waiting_for
 from tests.helpers.tokenizer import byte_tokenizer
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_oprd.bridge.ps_bank import write_ps_bank
 from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.rollout.replay import load_replay
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import LayerPair
 from tests.helpers.commands import run
 from tests.helpers.killable import finish
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.runs import in_folder, metrics, prompt_run, read_lines
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from tests.helpers.vocabularies import llama_3_tokenizer

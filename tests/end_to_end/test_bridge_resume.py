@@ -7,10 +7,10 @@ import time
 
 import pytest
 
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.commands import run
 from tests.helpers.killable import Command, DieBefore, finish
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.runs import VOCAB_SIZE, assert_same_export, in_folder, metrics, prompt_run, replay_run
 from tests.helpers.scene import assert_refused
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.commands import run_ranks
 from tests.helpers.killable import finish
 from tests.helpers.memory import HONEST
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.runs import VOCAB_SIZE, in_folder, prompt_run, replay_run
 
 GIB = 2**30

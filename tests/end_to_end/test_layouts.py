@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_oprd import train
-from tests.helpers.distributed import run_distributed
+from megatron_oprd.testing.distributed import run_distributed
 from tests.helpers.runs import in_folder, metrics, prompt_run
 
 STEPS = 3

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
-from tests.helpers.distributed import run_distributed
 from tests.helpers.killable import finish
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_metrics, reference_update
 from tests.helpers.runs import (
     HINTED,

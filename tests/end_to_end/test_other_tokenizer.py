@@ -9,11 +9,11 @@ from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.step_data import align
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import UserError
 from tests.helpers.commands import run
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.scene import Scene, make_scene, refuse, save_model
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 from tests.helpers.vocabularies import llama_3_tokenizer

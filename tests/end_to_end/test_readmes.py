@@ -20,8 +20,8 @@ from examples.demo.make_bridge_pair import KINDS, parts_of
 from examples.demo.run import parse_arguments
 from examples.demo.task import split_additions, write_rows
 from megatron_oprd.config import load_config
+from megatron_oprd.testing.models import save
 from tests.helpers.bridges import save_random_bridge
-from tests.helpers.models import save
 from tests.helpers.runs import prompt_run
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.models import random_hf_model, save
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.tokenizer import SHARED, qwen_tokenizer
 
 ROOT = Path(__file__).parents[2]

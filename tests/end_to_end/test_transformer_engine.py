@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.distributed import run_distributed
-from tests.helpers.models import to_megatron
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import to_megatron
 from tests.helpers.runs import prompt_run
 
 ROOT = Path(__file__).parents[2]

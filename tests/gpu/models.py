@@ -20,11 +20,11 @@ from megatron_oprd.models.precision import ModelPrecision, Precision, plan_preci
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.environment import Machine
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.types import FINAL_STATES, Rollout, StepReport
-from tests.helpers.models import random_hf_model, save
 
 TE = ModelPrecision(transformer_engine=True, arguments={"cp_comm_type": "p2p"})
 # Grouped queries, and widths that FP8 in blocks of 128 takes: with real models' heads, and what a CPU is quick at.

@@ -23,7 +23,7 @@ from unittest import mock
 from megatron_oprd.launch import assemble
 from megatron_oprd.parallel import topology
 from megatron_oprd.runtime.cli import run_command
-from tests.helpers.distributed import forked_process
+from megatron_oprd.testing.distributed import forked_process
 
 TOOLS = Path(__file__).parents[2] / "tools" / "checkpoint_convert"
 MODULES = ("train", "evaluate", "fp8_error", "bridge.fit")

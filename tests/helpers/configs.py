@@ -5,8 +5,8 @@ import json
 import pytest
 
 from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import UserError
-from tests.helpers.models import random_hf_model, save
 
 
 def edited(family, change, tmp_path, **overrides):

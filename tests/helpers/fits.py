@@ -25,9 +25,9 @@ from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_models
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.parallel.collectives import gather_objects
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.reference import selected_indices
 from megatron_oprd.types import LayerPair, PairBridge
-from tests.helpers.distributed import run_distributed
-from tests.helpers.reference import selected_indices
 
 States = dict[LayerPair, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # student's, teacher's, held out
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.distributed import forked_process
+from megatron_oprd.testing.distributed import forked_process
 
 # (operation, path) -> whether to die before it. The operations are Python's audit events.
 Death = Callable[[str, str], bool]

@@ -9,8 +9,8 @@ from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
+from megatron_oprd.testing.distributed import result_of
 from megatron_oprd.types import ModelSpec, Rollout
-from tests.helpers.distributed import result_of
 
 LENGTHS = Lengths(sequence=128, response=64)
 

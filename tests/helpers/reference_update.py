@@ -15,9 +15,9 @@ from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.config import Config
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
+from megatron_oprd.testing.output_reference import token_loss, token_metrics
+from megatron_oprd.testing.reference import aggregate, oprd_loss, selected_indices
 from megatron_oprd.types import Rollout
-from tests.helpers.output_reference import token_loss, token_metrics
-from tests.helpers.reference import aggregate, oprd_loss, selected_indices
 from tests.helpers.training import Teachers, Update, make_config, some_rollouts
 
 
@@ -137,15 +137,9 @@ def _where_they_meet(rollout, states, targets, config):
 
 def _representation_loss(config: Config, layers: Sequence[int], sequences: list) -> torch.Tensor:
     term = config.loss.representation
-    return term.weight * oprd_loss(
-        [(layer, layer) for layer in layers],
-        sequences,
-        mode=term.positions,
-        k=term.k,
-        normalize=term.normalize,
-        aggregation=term.aggregation,
-        shift=0,
-    )
+    # The states of `sequences` are those at the shifted positions already.
+    unshifted = term.model_copy(update={"shift": 0})
+    return term.weight * oprd_loss([(layer, layer) for layer in layers], sequences, unshifted)
 
 
 def _output_loss(config: Config, of_tokens: list[list[torch.Tensor]]) -> torch.Tensor:

@@ -22,12 +22,12 @@ from megatron_oprd.launch.assemble import Run
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.reshard import Shard, minimum_rows
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.types import FINAL_STATES, Rollout
 from tests.helpers.bridges import save_random_bridge
-from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import ROLLOUTS, Case
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.reference_update import reference_update
 from tests.helpers.training import (
     Difference,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from tests.helpers.models import random_hf_model, save
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 VOCAB_SIZE = 259  # of the byte tokenizer

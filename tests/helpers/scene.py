@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.commands import Outcome, run, run_until_start
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.tokenizer import byte_tokenizer
 
 # Environment variables by which torchrun describes the processes of a run.

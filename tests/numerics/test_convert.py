@@ -18,8 +18,8 @@ from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
+from megatron_oprd.testing.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save
 from megatron_oprd.types import UserError
-from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save
 
 TOOLS = Path(__file__).parents[2] / "tools" / "checkpoint_convert"
 MODELS = {

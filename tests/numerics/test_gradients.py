@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.helpers.models import random_hf_model, save
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.reference_update import reference_update
 from tests.helpers.training import assert_same_update, megatron_update
 

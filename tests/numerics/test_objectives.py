@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.distributed import run_distributed
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save, to_megatron
 from tests.helpers.layouts import SETTINGS
-from tests.helpers.models import random_hf_model, save, to_megatron
 from tests.helpers.reference_update import reference_metrics, reference_update
 from tests.helpers.training import (
     ADAMW,

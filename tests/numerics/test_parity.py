@@ -8,8 +8,8 @@ from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
+from megatron_oprd.testing.models import TIED_ONE_LAYER_7_TO_1, longrope, random_hf_model, save
 from megatron_oprd.types import FINAL_STATES
-from tests.helpers.models import TIED_ONE_LAYER_7_TO_1, longrope, random_hf_model, save
 
 LENGTHS = (1, 7, 16, 17, 30)
 

@@ -15,8 +15,8 @@ from megatron_oprd.rollout.batch_rows import rows_at_a_time
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.sampling import sample, uniforms
+from megatron_oprd.testing.models import longrope, random_hf_model, save
 from megatron_oprd.types import Prompt, UserError
-from tests.helpers.models import longrope, random_hf_model, save
 
 EOS = (3, 17, 40, 90, 111)
 NEW_TOKENS = 24

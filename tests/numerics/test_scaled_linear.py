@@ -7,7 +7,7 @@ from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.scaled_linear import FP8, quantize_weights, scaled_product
-from tests.helpers.models import random_hf_model, save
+from megatron_oprd.testing.models import random_hf_model, save
 
 LARGEST = 448.0  # of E4M3
 

@@ -12,9 +12,9 @@ import torch
 
 from megatron_oprd.config import BatchConfig, LossConfig, RepresentationConfig
 from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
+from megatron_oprd.testing.reference import selected_indices
 from megatron_oprd.training.global_batch import GlobalBatch, longest_reading, teacher_view
 from megatron_oprd.types import Rollout
-from tests.helpers.reference import selected_indices
 from tests.helpers.responses import Speller, brute_force, random_response, tokenizer_named
 from tests.helpers.specs import ranks, tiny_spec
 

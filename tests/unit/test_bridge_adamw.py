@@ -7,8 +7,8 @@ import torch.distributed as dist
 from megatron_oprd.bridge.fitting import moments as moments_module
 from megatron_oprd.bridge.fitting.adamw import AdamWFit, initial_map
 from megatron_oprd.bridge.fitting.solve import describe, fit_pair, held_out_error, teacher_directions
+from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.types import LayerPair
-from tests.helpers.distributed import run_distributed
 from tests.unit.test_bridge_solve import moments_of, states
 
 PAIRS = [LayerPair(1, 1), LayerPair(2, 3)]

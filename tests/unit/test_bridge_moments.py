@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_oprd.bridge.fitting import moments as module
 from megatron_oprd.bridge.fitting.moments import Moments
-from tests.helpers.distributed import run_distributed
+from megatron_oprd.testing.distributed import run_distributed
 
 STUDENT, TEACHER = 7, 11
 

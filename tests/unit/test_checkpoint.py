@@ -13,11 +13,11 @@ from megatron_oprd.config import load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import find_checkpoint
+from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.train import one_step
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.types import UserError
-from tests.helpers.distributed import run_distributed
 from tests.helpers.killable import finish
 from tests.helpers.runs import metrics, replay_run
 

@@ -16,9 +16,9 @@ from megatron_oprd.health.watch import read_history
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.rollout.replay import load_replay
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.types import Prompt, Rollout, UserError
-from tests.helpers.models import random_hf_model, save
 from tests.helpers.tokenizer import byte_tokenizer
 from tests.helpers.training import make_config, make_inputs
 

@@ -11,9 +11,9 @@ from megatron_oprd.hf.convert import from_megatron, shard, to_megatron, unshard
 from megatron_oprd.hf.load import global_name
 from megatron_oprd.hf.names import entries, hf_shapes, megatron_shapes, shard_shape
 from megatron_oprd.hf.stream import HFReader, HFWriter, config_with_dtype
+from megatron_oprd.testing.models import FAMILIES, LLAMA3_SCALING, random_hf_model, save
 from megatron_oprd.types import UserError
 from tests.helpers.configs import assert_refused, edited
-from tests.helpers.models import FAMILIES, LLAMA3_SCALING, random_hf_model, save
 
 MODELS = {
     "qwen2_tied_one_layer": ("Qwen2", {"tie_word_embeddings": True, "num_hidden_layers": 1}),

@@ -12,8 +12,8 @@ from megatron_oprd.data.packing import Padding, num_tokens, output_term, pack, r
 from megatron_oprd.losses.positions import select_positions
 from megatron_oprd.losses.reduction import layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
+from megatron_oprd.testing.reference import oprd_loss, token_error
 from megatron_oprd.types import Rollout
-from tests.helpers.reference import oprd_loss, token_error
 
 
 @pytest.mark.parametrize("normalize", ["none", "l2"])
@@ -95,9 +95,7 @@ def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shi
         )
         states[rollout.prompt_ids[0]] = (student, teacher)
         sequences.append((student, teacher, len(rollout.prompt_ids), rollout.response_mask))
-    expected = oprd_loss(
-        [(1, 1), (2, 2)], sequences, mode=positions, k=3, normalize=normalize, aggregation=aggregation, shift=shift
-    )
+    expected = oprd_loss([(1, 1), (2, 2)], sequences, config)
     total, rows = 0.0, []
     for whole, batch, place in every_rank(rollouts, config, *layout):
         selection = batch.representation

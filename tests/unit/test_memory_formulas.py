@@ -14,8 +14,8 @@ from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import build_topology
 from megatron_oprd.planning.memory_formulas import layer_activation_bytes, predict_memory
 from megatron_oprd.planning.parameter_counts import ModelDivision, count_parameters, rank_parameters
-from tests.helpers.distributed import run_distributed
-from tests.helpers.models import random_hf_model, save
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.planning import (
     dense_spec,
     expert_spec,

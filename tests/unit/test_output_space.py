@@ -6,7 +6,8 @@ import torch
 from megatron_oprd.config import OutputConfig
 from megatron_oprd.losses.output_space import METRICS, token_objective
 from megatron_oprd.losses.vocabulary import VocabularyShard
-from tests.helpers.output_reference import every_config, token_loss, token_metrics, top_ids
+from megatron_oprd.testing.output_reference import token_loss, token_metrics, top_ids
+from tests.helpers.output_objectives import every_config
 
 VOCABULARY, TOKENS = 23, 4
 CONFIGS = list(every_config(ks=(1, 3, 16, VOCABULARY)))

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.names import hf_shapes
+from megatron_oprd.testing.models import LLAMA3_SCALING, random_hf_model, save
 from megatron_oprd.types import Llama3Scaling, LongRope
 from tests.helpers.configs import assert_refused, edited
-from tests.helpers.models import LLAMA3_SCALING, random_hf_model, save
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from megatron_oprd.planning.memory_trace import LiveBytes
 from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
 from megatron_oprd.planning.step_time import bubble, decode_seconds, estimate_step
 from megatron_oprd.planning.traffic import Traffic, backward_traffic, forward_traffic, group_spans, update_traffic
-from tests.helpers.distributed import result_of
-from tests.helpers.models import random_hf_model, save
+from megatron_oprd.testing.distributed import result_of
+from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.planning import dense_spec, expert_spec, filling_rollouts, planned_run, replay_config
 
 

@@ -1,34 +1,21 @@
-"""The output-space objectives in float64, slow and obvious: one token, the whole vocabulary, gradients by autograd."""
+"""The objectives on next-token distributions for one token, in float64 over the whole vocabulary.
 
-import itertools
+They are written to be obviously right, not fast, and have no closed-form gradient: autograd differentiates them.
+"""
+
 import math
 
 import torch
 
-from megatron_oprd.config import OutputConfig
-
-DIRECTIONS = [{"direction": "reverse"}, {"direction": "forward"}] + [
-    {"direction": "jsd", "beta": beta} for beta in (0.0, 0.1, 0.5, 1.0)
-]
-
-
-def every_config(ks):
-    """Yield every objective with every option."""
-    supports = [{"support": support, "k": k} for support in ("student", "teacher", "union") for k in ks]
-    yield OutputConfig(objective="sampled")
-    for direction in DIRECTIONS:
-        yield OutputConfig(objective="full_kl", **direction)
-    for support in supports:
-        yield OutputConfig(objective="topk_surrogate", **support)
-    for support, tail_bucket, direction in itertools.product(supports, (False, True), DIRECTIONS):
-        yield OutputConfig(objective="topk_kl", tail_bucket=tail_bucket, **support, **direction)
-
 
 def token_loss(student_logits, teacher_logits, token_id, config):
-    """Return a scalar with the value of the loss and, through autograd for student_logits, its gradient.
+    """Return the loss of one token, a scalar that autograd can differentiate by the student's logits.
 
-    The formulas are those of docs/losses.md. student_logits, teacher_logits: [vocabulary], already divided by their
-    temperatures; token_id: y_t.
+    Args:
+        student_logits: [vocabulary], divided by the rollout temperature.
+        teacher_logits: [vocabulary], divided by the teacher's temperature.
+        token_id: the sampled token.
+        config: the OutputConfig with the objective.
     """
     log_p = torch.log_softmax(student_logits.double(), dim=-1)
     log_q = torch.log_softmax(teacher_logits.double().detach(), dim=-1)
@@ -52,7 +39,10 @@ def token_loss(student_logits, teacher_logits, token_id, config):
 
 
 def divergence(log_p, log_q, config):
-    """log_p, log_q: lists of scalars, one for each outcome."""
+    """Return the divergence of two distributions, given as lists with the log-probability of each outcome.
+
+    The Jensen-Shannon divergence is beta KL(q || m) + (1 - beta) KL(p || m) with m = (1 - beta) p + beta q.
+    """
     beta = config.beta
     if config.direction == "reverse" or (config.direction == "jsd" and beta == 1):
         return kl(log_p, log_q)
@@ -63,22 +53,24 @@ def divergence(log_p, log_q, config):
 
 
 def kl(log_a, log_b):
+    """Return KL(a || b) = sum of a (log a - log b)."""
     return sum(a.exp() * (a - b) for a, b in zip(log_a, log_b, strict=True))
 
 
 def top_ids(logits, k):
-    """Highest first, of equals the lower id first."""
+    """Return the ids of the k largest logits, the largest first; of equal logits the lower id comes first."""
     values = logits.tolist()
     return sorted(range(len(values)), key=lambda v: (-values[v], v))[:k]
 
 
 def support_ids(student_logits, teacher_logits, config):
+    """Return the sorted ids on which a top-k objective is computed."""
     student, teacher = set(top_ids(student_logits, config.k)), set(top_ids(teacher_logits, config.k))
     return sorted({"student": student, "teacher": teacher, "union": student | teacher}[config.support])
 
 
 def token_metrics(student_logits, teacher_logits, token_id, config):
-    """{metric: value} of one token."""
+    """Return the metrics `output/*` of one token by name. Arguments as in `token_loss`."""
     log_p, log_q = (torch.log_softmax(logits.double(), dim=-1) for logits in (student_logits, teacher_logits))
     student_top, teacher_top = top_ids(student_logits, config.k), top_ids(teacher_logits, config.k)
     support = support_ids(student_logits, teacher_logits, config)

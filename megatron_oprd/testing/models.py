@@ -1,4 +1,4 @@
-"""Tiny random Hugging Face models, saved as a user would have them."""
+"""Tiny random Hugging Face models of every supported family."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_oprd.models.build import build_model
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime.platform import choose_device
 
-# Sizes at the edges: one layer, seven heads that share one key and value, the head tied to the embedding.
+# Extreme sizes: one layer, seven heads that share one key-value head, an LM head tied to the embedding.
 TIED_ONE_LAYER_7_TO_1 = {
     "tie_word_embeddings": True,
     "num_hidden_layers": 1,
@@ -22,7 +22,7 @@ TIED_ONE_LAYER_7_TO_1 = {
     "num_attention_heads": 7,
     "num_key_value_heads": 1,
 }
-# Sparse layers around a dense one.
+# A mixture of experts in every layer but layer 1.
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -31,7 +31,8 @@ EXPERTS = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [1],
 }
-# Waves of each kind: 6 positions, kept; 14, stretched in part; the longer ones, stretched.
+# Rotary wavelengths below 24 / 3 positions are kept, those above 24 scaled, those between interpolated. A tiny head has
+# all three kinds.
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "rope_theta": 1e4,
@@ -43,7 +44,14 @@ LLAMA3_SCALING = {
 
 
 def longrope(rotary_dim: int, original: int = 10, partial: float = 0.75, **rope) -> dict:
-    """What a Phi3Config takes: LongRoPE beyond `original` positions, of so many dimensions of a head."""
+    """Return the arguments of a Phi3Config with LongRoPE.
+
+    Args:
+        rotary_dim: dimensions of a head that are rotated.
+        original: positions up to which the short factors apply.
+        partial: rotated part of a head.
+        rope: further keys of `rope_parameters`.
+    """
     numbers = range(rotary_dim // 2)
     factors = {"short_factor": [1 + 0.1 * n for n in numbers], "long_factor": [1.3 + 0.5 * n for n in numbers]}
     return {
@@ -57,7 +65,7 @@ def longrope(rotary_dim: int, original: int = 10, partial: float = 0.75, **rope)
     }
 
 
-# Each family beside what all have; random rollouts of the matrix of layouts are on both sides of Phi-3's 10 positions.
+# Settings of each family. Phi-3 changes its rotary factors after 10 positions, which most tests have on both sides.
 FAMILIES = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 24},
@@ -68,7 +76,10 @@ FAMILIES = {
 
 
 def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
-    """A random model of one of FAMILIES in float32; biases and norms are random too, so that dropping one shows."""
+    """Return a random model of one of FAMILIES in float32.
+
+    Biases and norms are random too: a test must notice if one of them is lost. `overrides` are keys of its config.
+    """
     sizes = dict(
         vocab_size=131,
         hidden_size=64,
@@ -88,19 +99,22 @@ def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
             if parameter.ndim == 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
             elif name.endswith("mlp.gate.weight"):
-                # Logits far apart: rounding must not choose a token's experts.
+                # Router logits lie far apart, so that rounding does not change the experts of a token.
                 parameter.copy_(torch.randn_like(parameter) * 0.5)
     return model
 
 
 def save(model: torch.nn.Module, folder: Path, **kwargs) -> Path:
+    """Save a model in Hugging Face format and return the folder."""
     model.save_pretrained(folder, **kwargs)
     return folder
 
 
 def to_megatron(rank: int, folder: Path, target: Path, tensor: int = 1, dtype: torch.dtype = torch.float32) -> None:
-    """Write a Hugging Face folder as a Megatron checkpoint in `dtype`, as `tools/checkpoint_convert` does. Collective
-    over the world."""
+    """Write a Hugging Face folder as a Megatron checkpoint in `dtype`, as tools/checkpoint_convert does.
+
+    Collective over the world.
+    """
     device = choose_device("auto")
     start_process(device)
     topology = build_topology(ParallelConfig(tensor=tensor), device, seed=0)

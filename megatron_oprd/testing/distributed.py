@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, each a fresh process, and say which rank failed first."""
+"""Run a function on several gloo ranks, each in a process of its own, and report which rank failed first."""
 
 from __future__ import annotations
 
@@ -10,30 +10,33 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-# Ranks are forked from a server that has imported the slow things: about a second a test instead of ten.
+# Ranks are forked from a server that has imported the slow modules: about a second per test instead of ten.
 _context.set_forkserver_preload(
     [
         "torch.utils.tensorboard",
         "megatron_oprd.train",
         "megatron_oprd.evaluate",
         "megatron_oprd.bridge.fit",
-        "tests.helpers.models",
+        "megatron_oprd.testing.models",
     ]
 )
 
 
 def forked_process(function: Callable[..., Any], args: tuple) -> Any:
-    """A process, not yet started, forked from that server."""
+    """Return a process that will call `function(*args)` when it is started."""
     return _context.Process(target=function, args=args)
 
 
 def result_of(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)` in a process of its own; EOFError where it failed, whose traceback is on standard error."""
+    """Return `function(*args)`, computed in a process of its own.
+
+    Raises EOFError if the function fails; its traceback is on standard error.
+    """
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = forked_process(_send_result, (function, sender, args))
     process.start()
@@ -44,15 +47,20 @@ def result_of(function: Callable[..., Any], *args: Any) -> Any:
         process.join()
 
 
-def _send_result(function: Callable[..., Any], sender: Any, args: tuple) -> None:
+def _send_result(function: Callable[..., Any], sender: Connection, args: tuple) -> None:
     sender.send(function(*args))
 
 
 def run_distributed(world_size: int, function: Callable[..., Any], *args: Any, timeout_seconds: int = 120) -> list[Any]:
-    """`function(rank, *args)` on every rank of a gloo world; returns what each returned, in rank order.
+    """Call `function(rank, *args)` on every rank of a new gloo group, and return the results in rank order.
 
-    `function` is defined at a module's top level; arguments and results are pickled. Raises AssertionError with the
-    traceback of the rank that failed first, not of the victims whose connection it closed.
+    Args:
+        function: a function at the top level of a module. Its arguments and results are pickled.
+        timeout_seconds: the limit for the whole call and for each collective operation.
+
+    Raises:
+        AssertionError: a rank failed or did not finish in time. The message has the traceback of the rank that failed
+            first, not of the ranks that lost their connection to it.
     """
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store"))
@@ -82,7 +90,7 @@ def _collect(pipes: list[Any], deadline: float) -> list[Any]:
         ready = wait(list(open_pipes), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             raise AssertionError(f"ranks {sorted(open_pipes.values())} did not finish in time")
-        # A victim fails a moment after the culprit: give every rank that moment, then sort by time.
+        # Other ranks fail a moment after the first one: wait for their failures, then sort all failures by time.
         time.sleep(0.0 if all(_is_success(pipe, results, open_pipes, failures) for pipe in ready) else 0.5)
     for pipe in list(open_pipes):
         if pipe.poll():
@@ -128,6 +136,6 @@ def _rank_main(
         dist.barrier()
     except BaseException:
         message = (time.time(), traceback.format_exc())
-    # Plain pickle: torch's own sends tensors as handles into a process that is about to end.
+    # Plain pickle, because torch's own would send a handle to memory of this process, which is about to end.
     sender.send_bytes(pickle.dumps(message))
     sender.close()
