@@ -36,13 +36,21 @@ def select_layers(layers: str | Sequence[int], student_layers: int) -> list[int]
 
 
 def layer_pairs(
-    layers: str | Sequence[int],
-    pairs: Sequence[tuple[int, int]] | None,
     student_layers: int,
     teacher_layers: int,
+    layers: str | Sequence[int] = "all",
+    pairs: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[LayerPair, ...]:
-    """The pairs by student layer, from `pairs` where given, else from `layers` and phi. Raises UserError for a layer
-    out of range or named twice."""
+    """Return the pairs of layers to compare, sorted by student layer. Layers count from 1.
+
+    Args:
+        student_layers, teacher_layers: the number of layers of each model.
+        layers: the student layers to compare, as in `select_layers`; `map_layer` finds their teacher layers.
+        pairs: (student layer, teacher layer) pairs that replace `layers` and the map.
+
+    Raises:
+        UserError: a layer does not exist or is named twice, or nothing is selected.
+    """
     if pairs is None:
         chosen = [
             (layer, map_layer(layer, student_layers, teacher_layers)) for layer in select_layers(layers, student_layers)

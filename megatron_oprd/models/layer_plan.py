@@ -157,8 +157,8 @@ def make_plan(
             "(loss.representation.weight=0)"
         )
     try:
-        chosen = config.layers, config.pairs
-        pairs = layer_pairs(*chosen, student.num_layers, teacher.num_layers) if loss.reads_layers else ()
+        depths = student.num_layers, teacher.num_layers
+        pairs = layer_pairs(*depths, config.layers, config.pairs) if loss.reads_layers else ()
     except UserError as error:
         raise UserError(str(error) if section == "teacher" else f"with {section}: {error}") from None
     student_stages = even_stages(student.num_layers, pipeline_size, virtual_size)

@@ -35,7 +35,7 @@ def test_modes_speak_of_zero_based_blocks():
 
 
 def test_explicit_pairs_are_taken_as_they_are():
-    assert layer_pairs("all", [(2, 6), (1, 3)], 4, 6) == (LayerPair(1, 3), LayerPair(2, 6))
+    assert layer_pairs(4, 6, pairs=[(2, 6), (1, 3)]) == (LayerPair(1, 3), LayerPair(2, 6))
 
 
 @pytest.mark.parametrize(
@@ -44,4 +44,4 @@ def test_explicit_pairs_are_taken_as_they_are():
 )
 def test_layers_that_do_not_exist_are_refused(layers, pairs):
     with pytest.raises(UserError, match=r"loss\.representation"):
-        layer_pairs(layers, pairs, 5, 6)
+        layer_pairs(5, 6, layers, pairs)
