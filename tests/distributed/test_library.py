@@ -24,7 +24,8 @@ from megatron_oprd.models.norm import RMSNorm
 from megatron_oprd.models.tap_params import with_tap
 from megatron_oprd.models.taps import CaptureTap, StageLoss
 from megatron_oprd.parallel.topology import build_topology
-from megatron_oprd.runtime.platform import choose_device, cpu_devices
+from megatron_oprd.runtime.cpu_stand_ins import cpu_devices
+from megatron_oprd.runtime.platform import choose_device
 from tests.helpers.distributed import run_distributed
 from tests.helpers.reference import token_error
 

@@ -60,7 +60,7 @@ def test_the_model_sees_the_lengths_of_the_packing():
 
 @pytest.mark.parametrize("arguments", [{}, {"packed_seq_params": PACKING, "sequence_length": 5}])
 def test_packing_and_sequence_length_exclude_each_other(arguments):
-    with pytest.raises(ValueError, match="either packed_seq_params .* or sequence_length"):
+    with pytest.raises(ValueError, match=r"either packed_seq_params .* or sequence_length"):
         with_tap(double, **arguments)
 
 
