@@ -26,8 +26,8 @@ from megatron_oprd.models.taps import CaptureTap, StageLoss
 from megatron_oprd.parallel.topology import build_topology
 from megatron_oprd.runtime.cpu_stand_ins import cpu_devices
 from megatron_oprd.runtime.platform import choose_device
-from tests.helpers.distributed import run_distributed
-from tests.helpers.reference import token_error
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.reference import token_error
 
 ROOT = Path(__file__).parents[2]
 LAYERS, HIDDEN, SEQUENCE, BATCH, VOCABULARY, MICRO_BATCHES = 4, 32, 8, 2, 64, 3
