@@ -25,9 +25,10 @@ INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """The scene, with a model of experts (`experts`), the student as a Megatron checkpoint (`megatron`) and a finished
-    run (`finished`)."""
+def complete_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Make the scene with a model of experts (`experts`), the student as a Megatron checkpoint (`megatron`) and a
+    finished run (`finished`).
+    """
     scene = make_scene(tmp_path_factory.mktemp("whole"))
     save_model(scene.experts, 2, "Qwen3Moe")
     done = run(scene.folder, "hf_to_megatron.py", f"--hf={scene.student}", f"--megatron={scene.megatron}")
@@ -38,8 +39,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 @pytest.fixture
-def scene(whole: Scene, tmp_path: Path) -> Scene:
-    shutil.copytree(whole.folder, tmp_path / "scene")
+def scene(complete_scene: Scene, tmp_path: Path) -> Scene:
+    shutil.copytree(complete_scene.folder, tmp_path / "scene")
     return Scene(tmp_path / "scene")
 
 
@@ -128,7 +129,7 @@ OVERRIDES = {
 
 
 @pytest.mark.parametrize("case", OVERRIDES)
-def test_overrides(case, scene):
+def test_bad_overrides_are_refused(case, scene):
     overrides, words = OVERRIDES[case]
     refuse(scene, words, "train", *scene.options(*overrides))
 
@@ -186,7 +187,7 @@ LAYOUTS: dict[str, tuple[int, list[str], tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_layouts(case, command, scene):
+def test_impossible_layouts_are_refused(case, command, scene):
     world_size, overrides, words = LAYOUTS[case]
     overrides = [override.format(experts=scene.experts) for override in overrides]
     options = scene.options(*overrides) if command == "train" else evaluation(scene, *overrides)
@@ -239,7 +240,7 @@ TEACHER_LAYOUTS: dict[str, tuple[int, list[str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", TEACHER_LAYOUTS)
-def test_layouts_of_the_teacher(case, scene):
+def test_impossible_layouts_of_the_teacher_are_refused(case, scene):
     world_size, overrides, words = TEACHER_LAYOUTS[case]
     overrides = [override.format(experts=scene.experts) for override in overrides]
     refuse(scene, words, "train", *scene.options(*overrides), environment=waiting_for(world_size))
@@ -253,7 +254,7 @@ def test_a_layout_that_divides_only_one_of_two_models_names_the_other(model, sce
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
-def test_a_layout_is_refused_by_every_rank_and_said_by_one(command, scene):
+def test_every_rank_refuses_a_layout_and_one_prints_it(command, scene):
     before = scene.contents()
     options = scene.options("parallel.expert=2") if command == "train" else evaluation(scene, "parallel.expert=2")
     first, *others = run_ranks(4, scene.folder, command, *options)
@@ -262,7 +263,7 @@ def test_a_layout_is_refused_by_every_rank_and_said_by_one(command, scene):
     assert scene.contents() == before
 
 
-def test_cuda_without_a_gpu(scene):
+def test_cuda_without_a_gpu_is_refused(scene):
     environment = {"CUDA_VISIBLE_DEVICES": ""}
     for command in ("train", "evaluate"):
         options = scene.generating("train.device=cuda", f"evaluation.data=[{scene.folder / 'prompts.jsonl'}]")
@@ -283,7 +284,7 @@ CONFIG_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", CONFIG_FILES)
-def test_configuration_files(case, scene):
+def test_bad_configuration_files_are_refused(case, scene):
     content, words = CONFIG_FILES[case]
     if content is not None:
         (scene.folder / "config.yaml").write_bytes(content)
@@ -377,13 +378,13 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
 
 
 @pytest.mark.parametrize("case", BROKEN_STUDENTS)
-def test_broken_students(case, scene):
+def test_broken_students_are_refused(case, scene):
     damage, words = BROKEN_STUDENTS[case]
     damage(scene)
     refuse(scene, words, "train", *scene.options())
 
 
-def test_a_broken_teacher(scene):
+def test_a_broken_teacher_is_refused(scene):
     cut(scene.teacher / "model.safetensors")
     refuse(scene, ("teacher/model.safetensors", "truncated or corrupt"), "train", *scene.options())
 
@@ -421,7 +422,7 @@ TOKENIZERS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", TOKENIZERS)
-def test_tokenizers(case, scene):
+def test_broken_tokenizers_are_refused(case, scene):
     damage, words = TOKENIZERS[case]
     damage(scene)
     refuse(scene, words, "train", *scene.generating())
@@ -449,19 +450,19 @@ PROMPTS: dict[str, tuple[bytes, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", PROMPTS)
-def test_prompts(case, scene):
+def test_bad_prompt_files_are_refused(case, scene):
     content, words = PROMPTS[case]
     (scene.folder / "prompts.jsonl").write_bytes(content)
     refuse(scene, words, "train", *scene.generating("batch.max_tokens_per_micro_batch=2000"))
 
 
-def test_prompt_files_that_are_not_there(scene):
+def test_missing_prompt_files_are_named(scene):
     for name in ("/nowhere.jsonl", "/nowhere", "missing.parquet"):
         refuse(scene, (name, "does not exist"), "train", *scene.generating(f"data.prompts=[{name}]"))
     refuse(scene, ("is a folder", "name the files"), "train", *scene.generating(f"data.prompts=[{scene.folder}]"))
 
 
-def test_a_hub_name_without_network(scene):
+def test_a_hub_name_without_network_is_refused(scene):
     words = ("openai/no-such-data-set", "Parquet or JSONL")
     options = scene.generating("data.prompts=[openai/no-such-data-set]", "data.prompt_key=question")
     refuse(scene, words, "train", *options, environment={"HF_HUB_OFFLINE": "1"})
@@ -485,13 +486,13 @@ REPLAYS: dict[str, tuple[bytes, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REPLAYS)
-def test_replay_files(case, scene):
+def test_bad_replay_files_are_refused(case, scene):
     content, words = REPLAYS[case]
     (scene.folder / "replay.jsonl").write_bytes(content)
     refuse(scene, words, "train", *scene.options())
 
 
-def test_a_run_folder_that_cannot_be_written(scene):
+def test_a_run_folder_that_cannot_be_written_is_named(scene):
     (scene.folder / "file").touch()
     data = f"evaluation.data=[{scene.folder / 'prompts.jsonl'}]"
     for place in (scene.folder / "file" / "run", scene.folder / "file", Path("/proc/run"), Path("/" + "x" * 300)):
@@ -550,20 +551,20 @@ def overwrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", RESUMES)
-def test_resuming(case, scene):
+def test_a_run_that_cannot_be_resumed_is_refused(case, scene):
     damage, overrides, words = RESUMES[case]
     damage(scene)
     refuse(scene, words, "train", *scene.options(f"train.run_dir={scene.finished}", "train.steps=2", *overrides))
 
 
-def test_a_disk_that_is_full_before_the_run_folder_is_there(scene):
+def test_a_full_disk_before_the_run_folder_exists_is_named(scene):
     outcome = run(scene.folder, "train", *scene.options(), largest_file=400)
     assert_refused(outcome, "cannot write", "File too large")
     assert not any(path.is_file() for path in scene.run.rglob("*"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_disk_that_is_full_at_a_checkpoint(optimizer, scene):
+def test_a_full_disk_at_a_checkpoint_is_named(optimizer, scene):
     """Earlier checkpoints and the export of the run stay as they were; nothing half-written is left."""
     before = {name: value for name, value in scene.contents().items() if "checkpoints" in name or "/hf" in name}
     options = scene.options(f"train.run_dir={scene.finished}", "train.steps=2")
@@ -573,7 +574,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(optimizer, scene):
     assert not list(scene.folder.rglob("*.partial")) and not list(scene.folder.rglob("*.tmp"))
 
 
-def test_a_disk_that_is_full_at_the_export(scene):
+def test_a_full_disk_at_the_export_is_named(scene):
     outcome = run(scene.folder, "train", *scene.options("checkpoint.every=0"), largest_file=100_000)
     assert_refused(outcome, "cannot write", "hf.new")
     assert not list(scene.run.glob("hf*"))
@@ -596,7 +597,7 @@ EVALUATIONS: dict[str, tuple[Callable[[Scene], object], list[str], tuple[str, ..
 
 
 @pytest.mark.parametrize("case", EVALUATIONS)
-def test_evaluation(case, scene):
+def test_bad_evaluation_settings_are_refused(case, scene):
     damage, overrides, words = EVALUATIONS[case]
     damage(scene)
     refuse(scene, words, "evaluate", *evaluation(scene, *overrides))
@@ -626,14 +627,14 @@ BROKEN_MEGATRON: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
 
 
 @pytest.mark.parametrize("case", BROKEN_MEGATRON)
-def test_broken_megatron_checkpoints(case, scene):
+def test_broken_megatron_checkpoints_are_refused(case, scene):
     damage, words = BROKEN_MEGATRON[case]
     damage(scene)
     refuse(scene, words, "megatron_to_hf.py", f"--megatron={scene.megatron}", f"--hf={scene.folder / 'out'}")
 
 
 @pytest.mark.parametrize("case", ["weights cut", "weights overwritten", "index missing", "another depth"])
-def test_a_broken_megatron_checkpoint_as_the_student(case, scene):
+def test_a_broken_megatron_checkpoint_as_the_student_is_refused(case, scene):
     damage, words = BROKEN_MEGATRON[case]
     damage(scene)
     refuse(scene, words, "train", *scene.options(f"student.path={scene.megatron}"))
@@ -694,7 +695,7 @@ CONVERSIONS: dict[str, tuple[Callable[[Scene], object], list[str], tuple[str, ..
 
 
 @pytest.mark.parametrize("case", CONVERSIONS)
-def test_conversions(case, scene):
+def test_bad_conversions_are_refused(case, scene):
     damage, arguments, words = CONVERSIONS[case]
     damage(scene)
     places = {name: scene.folder / name for name in ("student", "teacher", "megatron", "out")}
@@ -702,7 +703,7 @@ def test_conversions(case, scene):
 
 
 @pytest.mark.parametrize("tool", ["hf_to_megatron.py", "megatron_to_hf.py"])
-def test_a_disk_that_is_full_at_a_conversion(tool, scene):
+def test_a_full_disk_at_a_conversion_is_named(tool, scene):
     source, target = ("hf", "megatron") if tool == "hf_to_megatron.py" else ("megatron", "hf")
     folder = scene.student if source == "hf" else scene.megatron
     arguments = (f"--{source}={folder}", f"--{target}={scene.folder / 'out'}")
@@ -710,7 +711,7 @@ def test_a_disk_that_is_full_at_a_conversion(tool, scene):
 
 
 def shell(*command: str, timeout: int = 300) -> Outcome:
-    """A command as a user types it. Its whole group ends with it."""
+    """Run a command as a user types it, in a process group that ends with it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         command,
@@ -728,7 +729,7 @@ def shell(*command: str, timeout: int = 300) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
-def test_the_command_lines(scene):
+def test_bad_command_lines_are_refused(scene):
     before = scene.contents()
     train = [sys.executable, "-m", "megatron_oprd.train", *scene.options("loss.representation.layer=[1]")]
     evaluate = [sys.executable, "-m", "megatron_oprd.evaluate", *evaluation(scene, "train.run_dir=/proc/run")]
@@ -741,7 +742,7 @@ def test_the_command_lines(scene):
     assert scene.contents() == before
 
 
-def test_under_torchrun_one_rank_says_it(scene):
+def test_under_torchrun_one_rank_prints_the_error(scene):
     (scene.folder / "replay.jsonl").write_bytes(b"{")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     outcome = shell(*torchrun, "-m", "megatron_oprd.train", *scene.options())
@@ -780,8 +781,8 @@ GROUPS: dict[str, tuple[Callable[[Scene], object], list[str], int | None, tuple[
 
 @pytest.mark.parametrize("layout", ["tensor", "data"])
 @pytest.mark.parametrize("case", GROUPS)
-def test_every_rank_ends_and_the_first_says_why(case, layout, scene):
-    """What goes wrong on one rank alone (writing is rank 0's work) neither hangs the other nor gives it a traceback."""
+def test_every_rank_ends_and_the_first_prints_why(case, layout, scene):
+    """A mistake on one rank (writing is the work of rank 0) neither hangs the other rank nor gives it a traceback."""
     damage, overrides, largest_file, words = GROUPS[case]
     damage(scene)
     overrides = [override.format(finished=scene.finished, megatron=scene.megatron) for override in overrides]

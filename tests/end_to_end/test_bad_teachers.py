@@ -19,9 +19,10 @@ WITHOUT_LAYERS = (FULL_KL, "loss.representation.weight=0")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """The scene, with teachers of more layers (`deep`), of another width (`wide`) and of few positions (`short`), and
-    prompts and rollouts of two sources."""
+def complete_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Make the scene with teachers of more layers (`deep`), of another width (`wide`) and of few positions (`short`),
+    with prompts and rollouts of two sources.
+    """
     scene = make_scene(tmp_path_factory.mktemp("whole"))
     save_model(scene.deep, 2, num_hidden_layers=3)
     save_model(scene.wide, 3, hidden_size=48)
@@ -32,8 +33,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 @pytest.fixture
-def scene(whole: Scene, tmp_path: Path) -> Scene:
-    shutil.copytree(whole.folder, tmp_path / "scene")
+def scene(complete_scene: Scene, tmp_path: Path) -> Scene:
+    shutil.copytree(complete_scene.folder, tmp_path / "scene")
     return Scene(tmp_path / "scene")
 
 
@@ -57,7 +58,7 @@ def several(scene: Scene, *overrides: str, math: str = "teacher", code: str = "d
     return ["teacher=null", *(f"teachers.{name}.path={path}" for name, path in paths.items()), *overrides]
 
 
-def test_the_scene_is_whole(scene):
+def test_the_unbroken_scene_is_accepted(scene):
     """Nothing is refused of what each test breaks one thing in."""
     for options in (
         scene.options(*several(scene)),
@@ -148,7 +149,7 @@ PROMPTS: dict[str, tuple[Callable[[Scene], object], list[str], tuple[str, ...]]]
 
 
 @pytest.mark.parametrize("case", PROMPTS)
-def test_prompts(case, scene):
+def test_prompts_without_a_teacher_are_refused(case, scene):
     damage, overrides, words = PROMPTS[case]
     damage(scene)
     overrides = [override.format(short=scene.short) for override in overrides]
@@ -163,7 +164,7 @@ def test_what_fits_the_positions_of_a_teacher_exactly_is_not_refused(scene):
         accept("train", *options)
 
 
-def test_the_only_teacher_has_too_few_positions(scene):
+def test_an_only_teacher_with_too_few_positions_is_refused(scene):
     words = ("error: teacher.path=", "short has 12 positions", "lower rollout.max_new_tokens to 9")
     overrides = (f"teacher.path={scene.short}", "rollout.max_new_tokens=10")
     refuse(scene, words, "train", *scene.generating(*overrides))
@@ -197,14 +198,14 @@ REPLAYS: dict[str, tuple[dict[str, object], list[str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", REPLAYS)
-def test_replay_files(case, scene):
+def test_rollouts_without_a_teacher_are_refused(case, scene):
     values, overrides, words = REPLAYS[case]
     rewrite("replay", **values)(scene)
     overrides = [override.format(short=scene.short) for override in overrides]
     refuse(scene, words, "train", *scene.options(*several(scene, *overrides)))
 
 
-def test_a_rollout_is_held_against_the_teacher_that_reads_it(scene):
+def test_a_rollout_must_fit_its_own_teacher(scene):
     rewrite("replay", teacher_prompt_ids=[1] * 10)(scene)  # of code
     options = scene.options(*several(scene, math="short"))
     accept("train", *options)
@@ -237,25 +238,25 @@ LAYOUTS: dict[str, tuple[int, list[str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-def test_layouts(case, scene):
+def test_impossible_layouts_of_several_teachers_are_refused(case, scene):
     world_size, overrides, words = LAYOUTS[case]
     refuse(scene, words, "train", *scene.options(*several(scene, *overrides)), environment=waiting_for(world_size))
 
 
-def test_the_students_layout_does_not_divide_the_second_teacher(scene):
+def test_a_layout_that_does_not_divide_the_second_teacher_is_refused(scene):
     scene.edit("deep/config.json", intermediate_size=111)
     words = ("parallel.tensor=2", "teacher code's intermediate size (111)", "use one of 1")
     options = scene.options(*several(scene, "parallel.tensor=2"))
     refuse(scene, words, "train", *options, environment=waiting_for(2))
 
 
-def test_pairs_of_layers_that_the_second_teacher_does_not_have(scene):
+def test_layer_pairs_that_the_second_teacher_lacks_are_refused(scene):
     words = ("with teachers.code: loss.representation.pairs: teacher layer 3 does not exist; layers go from 1 to 2",)
     options = scene.options(*several(scene, "loss.representation.pairs=[[1, 3]]", math="deep", code="teacher"))
     refuse(scene, words, "train", *options)
 
 
-def test_another_width_is_refused_where_hidden_states_are_compared(scene):
+def test_another_width_is_refused_if_hidden_states_are_compared(scene):
     words = ("hidden_size 32 differs from teachers.code hidden_size 48", "loss.representation.weight=0")
     refuse(scene, words, "train", *scene.options(*several(scene, FULL_KL, code="wide")))
     for name, overrides in (("one", [f"teacher.path={scene.wide}"]), ("two", several(scene, code="wide"))):
@@ -270,8 +271,8 @@ def head_apart(scene: Scene) -> Path:
     (scene.deep / "model.safetensors").unlink()
     files = {name: "head.safetensors" if name == "lm_head.weight" else "rest.safetensors" for name in tensors}
     for file in set(files.values()):
-        held = {name: tensor for name, tensor in tensors.items() if files[name] == file}
-        save_file(held, scene.deep / file, metadata={"format": "pt"})
+        part = {name: tensor for name, tensor in tensors.items() if files[name] == file}
+        save_file(part, scene.deep / file, metadata={"format": "pt"})
     (scene.deep / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     return scene.deep / "head.safetensors"
 
@@ -314,13 +315,13 @@ BROKEN: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_the_second_teacher_is_broken(case, scene):
+def test_a_broken_second_teacher_is_refused(case, scene):
     damage, words = BROKEN[case]
     damage(scene)
     refuse(scene, words, "train", *scene.generating(*several(scene, FULL_KL)))
 
 
-def test_an_evaluation_does_not_ask_for_teachers(scene):
+def test_an_evaluation_needs_no_teachers(scene):
     scene.write("questions.jsonl", [{"prompt": "1+1", "reward_model": {"ground_truth": "2"}}])
     data = f"evaluation.data=[{scene.folder / 'questions.jsonl'}]"
     small = (data, "evaluation.samples=1", "evaluation.max_new_tokens=2")

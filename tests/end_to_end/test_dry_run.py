@@ -16,7 +16,7 @@ from tests.helpers.runs import VOCAB_SIZE, in_folder, prompt_run, replay_run
 GIB = 2**30
 
 
-def test_it_says_what_would_run_and_writes_nothing(tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     arguments = prompt_run(tmp_path / "whole", 1, num_hidden_layers=2)
     log = finish([*in_folder(arguments, tmp_path / "dry"), "--dry-run"], tmp_path / "log")
     assert f"run_dir: {tmp_path / 'dry'}" in log
@@ -25,8 +25,8 @@ def test_it_says_what_would_run_and_writes_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "whole"]
 
 
-def test_it_places_a_layout_of_several_processes(tmp_path):
-    """One of them speaks, and none waits for the others."""
+def test_a_dry_run_plans_several_processes(tmp_path):
+    """One process prints, and none waits for the others."""
     arguments = replay_run(tmp_path, 1, num_hidden_layers=4)
     student = save(random_hf_model("Qwen3Moe", vocab_size=VOCAB_SIZE, num_hidden_layers=4), tmp_path / "experts")
     sizes = ("pipeline=2", "virtual_pipeline=2", "context=2", "expert=2")
@@ -52,7 +52,7 @@ def test_it_places_a_layout_of_several_processes(tmp_path):
     assert (alone.code, alone.stdout) == (0, first)
 
 
-def test_it_plans_for_what_is_yet_to_come(tmp_path):
+def test_a_dry_run_needs_no_weights_tokenizers_or_prompts(tmp_path):
     """With --dry-run a config.json of each model is enough, and without it nothing changes."""
     arguments = prompt_run(tmp_path, 1, "data.max_prompt_tokens=40", "checkpoint.every=0", num_hidden_layers=1)
     for model in ("student", "teacher"):
@@ -95,7 +95,7 @@ def test_every_rank_of_a_pipeline_has_a_row(tmp_path):
 
 
 @pytest.mark.nightly
-def test_the_peak_is_what_a_run_takes(tmp_path):
+def test_the_predicted_peak_is_that_of_a_run(tmp_path):
     """The difference between a run and one that is tiny, which is also what the process itself takes."""
     predicted, measured = [], []
     for name, (layers, width, vocabulary, tokens) in {"tiny": (1, 64, 256, 16), "run": (4, 512, 8192, 2048)}.items():

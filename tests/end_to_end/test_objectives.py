@@ -42,7 +42,7 @@ def _first_step(rank, arguments):
 
 
 def assert_first_step_is_the_reference(arguments, run_dir, student, teachers):
-    """The loss and the metrics of the first line are those of transformers' models in float64 on the same rollouts."""
+    """Assert that loss and metrics of the first step equal those of transformers' models in float64."""
     [(again, rollouts)] = run_distributed(1, _first_step, arguments)
     first = metrics(run_dir)[0]
     assert first["loss"] == again["loss"]
@@ -53,8 +53,8 @@ def assert_first_step_is_the_reference(arguments, run_dir, student, teachers):
     return rollouts
 
 
-def opinionated(folder, answer, tokenizer):
-    """A teacher that answers with one character, again and again, whatever it reads."""
+def one_character_teacher(folder, answer, tokenizer):
+    """Save a teacher that always answers with one character."""
     model = random_hf_model("Qwen3", seed=9, vocab_size=VOCAB_SIZE, **LAYERS)
     with torch.no_grad():
         # One large entry in all embeddings stays the largest of the states, and the head reads nothing else.
@@ -67,7 +67,7 @@ def opinionated(folder, answer, tokenizer):
 
 
 def answers(folder, tokenizer, texts):
-    """What plain transformers answers, greedily."""
+    """Return plain transformers' greedy answers."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     found = []
     for text in texts:
@@ -86,8 +86,8 @@ def test_each_prompt_has_the_teacher_of_its_source(tmp_path):
     student = save(random_hf_model("Qwen3", vocab_size=VOCAB_SIZE, **LAYERS), tmp_path / "student")
     tokenizer.save_pretrained(student)
     teachers = {
-        "numbers": opinionated(tmp_path / "X", "X", tokenizer),
-        "words": opinionated(tmp_path / "Y", "Y", tokenizer),
+        "numbers": one_character_teacher(tmp_path / "X", "X", tokenizer),
+        "words": one_character_teacher(tmp_path / "Y", "Y", tokenizer),
     }
     prompts = [{"prompt": str(1111 * number), "data_source": "numbers"} for number in range(1, 9)]
     prompts += [{"prompt": 4 * letter, "data_source": "words"} for letter in "abcdefgh"]
@@ -114,7 +114,7 @@ def test_each_prompt_has_the_teacher_of_its_source(tmp_path):
 
 
 def test_a_teacher_among_others_teaches_as_if_alone(tmp_path):
-    """Where all prompts are of one source, two teachers do bit for bit what that one does, in any order."""
+    """If all prompts have one source, two teachers give bit for bit the result of that one, in any order."""
     arguments = prompt_run(tmp_path, 3, "loss.output.objective=topk_kl", sources=SOURCES, **LAYERS)
     rows = read_lines(tmp_path / "prompts.jsonl")
     of_first = [row for row in rows if row["data_source"] == SOURCES[0]]
@@ -139,7 +139,7 @@ def test_a_teacher_among_others_teaches_as_if_alone(tmp_path):
         assert one == alone, name
 
 
-def test_a_student_learns_from_itself_with_a_hint(tmp_path):
+def test_a_student_learns_from_itself_given_a_hint(tmp_path):
     """The teacher is the student's own start, which reads the answer first: there is something to learn. Without a hint
     of its own there is nothing, exactly."""
     arguments = prompt_run(tmp_path, 3, *ALONE, **LAYERS)
@@ -162,7 +162,7 @@ def test_a_student_learns_from_itself_with_a_hint(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_export_has_the_head_that_has_learnt(tied, tmp_path):
+def test_the_export_has_the_trained_head(tied, tmp_path):
     settings = ("loss.output.objective=sampled", "rollout.temperature=0.9", "loss.output.metrics_every=2")
     arguments = prompt_run(tmp_path, 3, *settings, tie_word_embeddings=tied, **LAYERS)
     finish(arguments, tmp_path / "log")

@@ -23,9 +23,11 @@ A_BRIDGE = "loss.representation.bridge=bridge.safetensors"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The scene with a teacher of another tokenizer (`other`), one of few positions (`short`) and one of the student's
-    tokenizer without its files (`bare`), and rollouts with what such a teacher reads before them."""
+def complete_scene(tmp_path_factory):
+    """Make the scene with three teachers and rollouts that have the teacher's prompts.
+
+    `other` has another tokenizer, `short` few positions, and `bare` the student's tokenizer without its files.
+    """
     scene = make_scene(tmp_path_factory.mktemp("whole"))
     byte_tokenizer(chat=CHAT_TEMPLATE).save_pretrained(scene.student)
     teacher = llama_3_tokenizer()
@@ -40,8 +42,8 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def scene(whole, tmp_path):
-    shutil.copytree(whole.folder, tmp_path / "scene")
+def scene(complete_scene, tmp_path):
+    shutil.copytree(complete_scene.folder, tmp_path / "scene")
     return Scene(tmp_path / "scene")
 
 
@@ -66,7 +68,7 @@ def refused(scene, *words, **options):
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_a_step_compares_what_both_have_read(scene, replay):
+def test_a_step_compares_states_at_sync_points(scene, replay):
     scene.write("replay.jsonl", [rollout(n, teacher_prompt_ids=[1009, n]) for n in range(4)])
     inputs = read(scene, "rollout.max_new_tokens=12", replay=replay)
     assert inputs.own_teacher_prompts and inputs.vocab_size == 259  # the teacher's 1010 say nothing about the student's
@@ -81,7 +83,7 @@ def test_a_step_compares_what_both_have_read(scene, replay):
     assert metrics["align/coverage"] == kept / sum(len(one.response_ids) for one in rollouts)
 
 
-def test_an_answer_ends_for_both_where_the_student_stops(scene):
+def test_an_answer_ends_for_both_models_where_the_student_stops(scene):
     """With a template that ends a turn in other ways, and configurations of the models that name other tokens."""
     path = scene.other / "chat_template.jinja"
     path.write_text(path.read_text().replace("<|eot_id|>", "{{ end or '<|eot_id|>' }}"))
@@ -92,7 +94,7 @@ def test_an_answer_ends_for_both_where_the_student_stops(scene):
             assert read(scene, f"data.{key}={json.dumps(kwargs)}").aligner.end_of_turn_id == end
 
 
-def test_a_student_of_the_larger_vocabulary_samples_all_of_it(scene):
+def test_a_student_samples_its_whole_vocabulary(scene):
     inputs = read(scene, f"student.path={scene.other}", teacher="student", replay=False)
     assert inputs.vocab_size == 1010
 
@@ -108,7 +110,7 @@ def test_one_tokenizer_needs_no_alignment(scene, fitting):
     assert read(scene, "data.teacher_chat_template_kwargs={}", teacher="teacher", replay=False).own_teacher_prompts
 
 
-def test_without_a_bridge_it_is_refused_with_the_way_to_one(scene):
+def test_another_tokenizer_without_a_bridge_is_refused_with_the_way_to_one(scene):
     words = ("tokenizers of student.path=", "teacher.path=", "other ids", "-m megatron_oprd.bridge.fit")
     refuse(scene, (*words, "loss.representation.bridge"), "train", *scene.generating(f"teacher.path={scene.other}"))
 
@@ -119,14 +121,14 @@ def test_distributions_over_two_vocabularies_are_refused(scene):
         refused(scene, *words, overrides=(FULL_KL, *bridge), replay=False, fitting=False)
 
 
-def test_one_of_several_teachers_is_refused(scene):
+def test_another_tokenizer_among_several_teachers_is_refused(scene):
     scene.write("prompts.jsonl", [{"prompt": "1+1", "data_source": source} for source in ("math", "code")])
     teachers = ["teacher=null", f"teachers.math.path={scene.teacher}", f"teachers.code.path={scene.other}"]
     words = ("teachers.code.path=", "other ids", "a bridge joins a single one (teacher.path)")
     refuse(scene, words, "train", *scene.generating(*teachers))
 
 
-def test_a_bridge_asks_for_both_tokenizers(scene):
+def test_a_bridge_needs_both_tokenizers(scene):
     for replay in (False, True):
         refused(scene, "no tokenizer in", "bare", teacher="bare", replay=replay)
     assert read(scene, teacher="bare", fitting=False).tokenizer is None  # stored ids need none
@@ -140,7 +142,7 @@ def test_a_tokenizer_of_more_tokens_than_its_own_teacher_is_refused(scene):
     refused(scene, "ids up to 1004", "teacher.path=", "vocabulary of 500", replay=False)
 
 
-def test_a_tokenizer_whose_tokens_are_not_known_in_bytes_is_refused(scene):
+def test_a_tokenizer_without_known_token_bytes_is_refused(scene):
     path = scene.other / "tokenizer.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "decoder": None}))
@@ -169,7 +171,7 @@ REPLAYS = {
 
 
 @pytest.mark.parametrize("case", REPLAYS)
-def test_stored_rollouts(case, scene):
+def test_bad_stored_rollouts_are_refused(case, scene):
     values, overrides, words = REPLAYS[case]
     scene.write("replay.jsonl", [rollout(n, **(values if n == 5 else {})) for n in range(12)])
     refused(scene, *words, overrides=overrides)
@@ -212,13 +214,13 @@ def test_a_micro_batch_holds_the_students_longest_answer(scene, student, teacher
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     of_teacher = max(len(prompt.teacher_prompt_ids) for prompt in prompts)
     assert longest != of_teacher and (longest < of_teacher) == (student == "other")
-    asked = longest + 50
-    read(scene, *limited(asked), teacher=teacher, replay=False)
-    words = (f"max_tokens_per_micro_batch={asked - 1} does not hold the longest prompt", f"raise it to {asked}")
-    refused(scene, *words, overrides=limited(asked - 1), teacher=teacher, replay=False)
+    room = longest + 50
+    read(scene, *limited(room), teacher=teacher, replay=False)
+    words = (f"max_tokens_per_micro_batch={room - 1} does not hold the longest prompt", f"raise it to {room}")
+    refused(scene, *words, overrides=limited(room - 1), teacher=teacher, replay=False)
 
 
-def test_an_evaluation_asks_for_no_teacher(scene):
+def test_an_evaluation_needs_no_teacher(scene):
     scene.write("questions.jsonl", [{"prompt": "1+1", "reward_model": {"ground_truth": "2"}}])
     data = f"evaluation.data=[{scene.folder / 'questions.jsonl'}]"
     small = (data, "evaluation.samples=1", "evaluation.max_new_tokens=2", "data.teacher_chat_template_kwargs={a: 1}")

@@ -123,7 +123,7 @@ def test_every_command_of_a_readme_is_tested():
 
 
 def parse(command):
-    """The program of a command line and its arguments; a launcher must accept its own options."""
+    """Return the program and the arguments of a command line; a launcher must accept its own options."""
     words = shlex.split(command)
     if words[0] == "torchrun":
         options = get_args_parser().parse_args(words[1:])

@@ -26,7 +26,7 @@ CARDS = {"Qwen3-4B": 4.02, "Qwen3-32B": 32.8, "Qwen3-30B-A3B": 30.5, "Qwen3-235B
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_the_models_are_as_large_as_their_cards_say(name):
+def test_models_have_the_parameter_counts_of_their_cards(name):
     spec = read_model_spec(ROOT / "examples" / "models" / name)
     assert count_parameters(spec) / 1e9 == pytest.approx(CARDS[name], rel=0.002)
     assert spec.eos_token_ids == (151645, 151643)
@@ -66,7 +66,7 @@ def test_a_recipe_is_made_for_a_number_of_processes(tmp_path):
 
 
 def cluster(folder):
-    """The environment of a job whose `srun` runs on this machine, and whose `scontrol` writes down what it is asked."""
+    """Return the environment of a job whose `srun` runs on this machine and whose `scontrol` records its arguments."""
     programs = {
         "srun": 'while [ "$1" != torchrun ] && [ "$1" != pkill ]; do shift; done\nexec "$@"',
         "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$@" >> {folder}/scontrol.log; fi',
@@ -111,7 +111,7 @@ sys.exit("no signal came")
 """
 
 
-def test_before_the_time_limit_all_workers_are_asked_to_save(tmp_path):
+def test_before_the_time_limit_all_workers_save(tmp_path):
     """Both workers get the signal, torchrun does not, and the job goes back into the queue."""
     (tmp_path / "stand_in_worker.py").write_text(WORKER)
     environment = {**cluster(tmp_path), "MODULE": "stand_in_worker", "PYTHONPATH": str(tmp_path)}
@@ -135,7 +135,7 @@ def test_the_batch_script_is_sound():
     assert seconds >= 600
 
 
-def test_the_image_copies_files_that_are_there():
+def test_the_image_copies_existing_files():
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     copied = [words for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for words in line.split()[:-1]]
     assert {"pyproject.toml", "megatron_oprd"} <= set(copied)

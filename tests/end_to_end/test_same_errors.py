@@ -17,7 +17,7 @@ from tests.helpers.scene import Scene, make_scene, save_model
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """A scene in which nothing is broken, with a model of experts (`experts`)."""
+    """Make an unbroken scene with a model of experts (`experts`)."""
     scene = make_scene(tmp_path_factory.mktemp("original"))
     save_model(scene.experts, 2, "Qwen3Moe")
     return scene

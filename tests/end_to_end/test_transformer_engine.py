@@ -57,7 +57,7 @@ def test_the_update_is_the_references(case, failures):
 
 
 def train(arguments, run_dir, *settings):
-    """A run on two ranks; its metrics by step, and what it printed."""
+    """Train on two ranks; return the metrics by step and the output."""
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "tests.helpers.te_train", *arguments, *settings, f"train.run_dir={run_dir}"]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -68,7 +68,7 @@ def train(arguments, run_dir, *settings):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The arguments of a run, and the run itself in FP8."""
+    """Return the arguments of a run, and the run itself in FP8."""
     folder = tmp_path_factory.mktemp("runs")
     arguments = prompt_run(folder, STEPS, *SETTINGS, **SIZES)
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=torch.bfloat16)
@@ -83,7 +83,7 @@ def stopped_after_two_steps(runs, name):
     return folder / name
 
 
-def test_a_run_in_fp8_says_so_and_learns(runs):
+def test_a_run_in_fp8_names_its_modules_and_learns(runs):
     folder, _, (metrics, printed) = runs
     environment = json.loads((folder / "fp8" / "environment.json").read_text())
     assert environment["attention"] == "Transformer Engine"
@@ -99,7 +99,7 @@ def test_fp8_weights_follow_every_update(runs):
 
 
 @pytest.mark.nightly
-def test_a_checkpoint_goes_on_without_transformer_engine(runs):
+def test_a_checkpoint_resumes_without_transformer_engine(runs):
     _, arguments, (metrics, _) = runs
     own, _ = train(arguments, stopped_after_two_steps(runs, "own"), "precision.attention=sdpa")
     assert own[:2] == metrics[:2] and own[2] != metrics[2]

@@ -100,7 +100,7 @@ def test_two_architectures_with_one_tokenizer_are_compared_everywhere():
 
 
 def test_two_tokenizers_are_compared_at_some_tokens_but_at_every_choice(unlike_tokenizers):
-    """Of a right answer: the third space chooses between a space and a 1, each token after it the next digit."""
+    """In a right answer the third space chooses between a space and a 1, and each token after it the next digit."""
     student, teacher = unlike_tokenizers
     alignments = align(student, teacher, answers_of(PROBLEMS, student))
     for alignment in alignments:

@@ -14,7 +14,7 @@ from examples.demo.tokenizer import EOS_ID, PAD_ID, SYMBOLS, build_tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A student folder as `make_pair` writes it, with random weights."""
+    """Save a student folder as `make_pair` does, with random weights."""
     path = tmp_path_factory.mktemp("student")
     make_pair.build_model(seed=0).save_pretrained(path)
     build_tokenizer().save_pretrained(path)

@@ -1,5 +1,4 @@
-"""What benchmarks/gpu.py says of its figures: operations, utilization, predictions and tables; and that it leaves
-nothing of a case in memory."""
+"""Check the figures of benchmarks/gpu.py (operations, MFU, predictions, tables), and that a case frees its memory."""
 
 import dataclasses
 import gc
@@ -57,8 +56,8 @@ def test_operations_are_those_that_torch_counts(topology):
     # torch counts the half of attention that causal kernels leave out.
     assert forward == forward_flops(UNEVEN, causal=False).total
     assert counter.get_total_flops() == training_flops(UNEVEN, causal=False).total
-    whole, causal = forward_flops(UNEVEN, causal=False), forward_flops(UNEVEN)
-    assert (causal.products, causal.attention) == (whole.products, whole.attention / 2)
+    unmasked, causal = forward_flops(UNEVEN, causal=False), forward_flops(UNEVEN)
+    assert (causal.products, causal.attention) == (unmasked.products, unmasked.attention / 2)
     matrices = sum(p.numel() for name, p in model.named_parameters() if ".linear_" in name and p.ndim == 2)
     assert block_weights(UNEVEN) == matrices
 

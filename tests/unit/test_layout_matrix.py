@@ -1,4 +1,4 @@
-"""The matrix of layouts has every feature alone, and every pair of features that can stand together."""
+"""The matrix of layouts has every feature alone, and every pair of features that a layout can have."""
 
 import itertools
 from collections import Counter, defaultdict
@@ -38,18 +38,18 @@ def test_every_feature_stands_alone_with_no_more_than_it_needs(feature):
 
 @pytest.mark.parametrize("cases", [MATRIX, covering()], ids=["matrix", "covering"])
 def test_every_pair_of_features_that_can_stand_together_does(cases):
-    together = set().union(*map(covered, cases))
-    assert [sorted(pair) for pair in pairs() if pair not in together] == []
+    covered_pairs = set().union(*map(covered, cases))
+    assert [sorted(pair) for pair in pairs() if pair not in covered_pairs] == []
 
 
 @pytest.mark.parametrize("cases", [MATRIX, covering()], ids=["matrix", "covering"])
 def test_every_feature_is_there_for_every_family(cases):
     for feature, family in itertools.product(FEATURES, FAMILIES.values()):
-        there = any(feature in case.features and case.family == family for case in cases)
+        present = any(feature in case.features and case.family == family for case in cases)
         if family in LIKE_ANOTHER:
-            assert there or feature not in OF_NAMES_AND_ANGLES, (feature, family)
+            assert present or feature not in OF_NAMES_AND_ANGLES, (feature, family)
         else:
-            assert there == (feature != "expert" or family == "Qwen3Moe"), (feature, family)
+            assert present == (feature != "expert" or family == "Qwen3Moe"), (feature, family)
 
 
 def test_pairs_that_cannot_be_are_not_there():

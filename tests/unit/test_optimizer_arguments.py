@@ -1,4 +1,4 @@
-"""What mcore's optimizer and Transformer Engine are told. (Neither can run what is asked of them here.)"""
+"""Check the arguments for mcore's optimizer and Transformer Engine, whose effect needs a GPU."""
 
 import dataclasses
 import sys
