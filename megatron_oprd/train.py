@@ -117,8 +117,7 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
 
     Returns: the new state, the metrics, and the rollouts of the global batch. Collective over the world.
     """
-    inputs, topology = run.inputs, run.topology
-    config = inputs.config
+    inputs, config, topology = run.inputs, run.inputs.config, run.topology
     progress.enter("batch", state.step + 1)
     meter = StepMeter(topology.device)
     prompts, position = next_prompts(inputs, state.prompts)
@@ -145,9 +144,7 @@ def finish(run: Run) -> None:
     if run.inputs.config.checkpoint.export_hf:
         export_student(run.checkpoint_content, run_dir / "hf")
     progress.enter("report")
-    report = on_rank_zero(lambda: write_report(run_dir))
-    if run.topology.rank == 0:
-        print(f"report: {report}", flush=True)
+    on_rank_zero(lambda: print(f"report: {write_report(run_dir)}", flush=True))
 
 
 if __name__ == "__main__":
