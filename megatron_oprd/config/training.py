@@ -10,7 +10,7 @@ from megatron_oprd.config.section import FRACTION, STEPS, TOKENS, Section
 
 
 class BatchConfig(Section):
-    """How the sequences of a step are divided into micro-batches."""
+    """The division of a step's sequences into micro-batches."""
 
     max_tokens_per_micro_batch: int = Field(
         32768, ge=1, description="limit of a micro-batch, before context parallelism divides it",

@@ -1,4 +1,4 @@
-"""Collectives over small host values, the group always named."""
+"""Collectives over small host values. The caller always names the process group."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch.distributed as dist
 
 
 def sum_over(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """Element-wise sum in float64 over the group, the same on every rank."""
+    """Return the element-wise sum over the group, in float64, on every rank."""
     return _reduce(values, group, device, dist.ReduceOp.SUM)
 
 
 def max_over(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """Element-wise maximum in float64 over the group, the same on every rank."""
+    """Return the element-wise maximum over the group, in float64, on every rank."""
     return _reduce(values, group, device, dist.ReduceOp.MAX)
 
 
 def min_over(values: Sequence[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
-    """Element-wise minimum in float64 over the group, the same on every rank."""
+    """Return the element-wise minimum over the group, in float64, on every rank."""
     return _reduce(values, group, device, dist.ReduceOp.MIN)
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Any picklable value of every rank of the group, in rank order, on every rank."""
+    """Return the picklable values of all ranks of the group, in rank order, on every rank."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

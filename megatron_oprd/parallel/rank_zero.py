@@ -1,4 +1,4 @@
-"""Work whose failure on one rank all of them see."""
+"""Run a function on rank 0 or on every rank, and raise its failure on all ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ Result = TypeVar("Result")
 
 
 class RankZeroFailed(RuntimeError):
-    """What the other ranks raise when rank 0 fails at its work for all."""
+    """The function of `on_rank_zero` failed on rank 0. The other ranks raise this."""
 
 
 def on_rank_zero(function: Callable[[], Result]) -> Result:
-    """`function()` of rank 0, on every rank: its (picklable) result, or what it raised. Collective over the world.
+    """Call `function` on rank 0 and return its picklable result on every rank. Collective over the world.
 
-    A UserError is raised as such everywhere, any other exception as itself on rank 0 and as RankZeroFailed on the
-    others: nobody waits for a rank that has failed.
+    If the function fails, every rank raises, so that no rank waits for rank 0.
+
+    Raises:
+        UserError: on every rank, if the function raised it.
+        RankZeroFailed: on the other ranks for any other exception, which rank 0 raises itself.
     """
     failure: Exception | None = None
     message: list[tuple[str, object]] = [("", None)]
@@ -37,14 +40,17 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
             failure.everywhere = True
         raise failure
     if kind == "user":
-        raise _of_all(str(value))
+        raise _error_of_all_ranks(str(value))
     if kind == "error":
         raise RankZeroFailed(f"rank 0 failed: {value}")
     return value  # type: ignore[return-value]
 
 
 def on_every_rank(function: Callable[[], Result]) -> Result:
-    """`function()` of this rank; a UserError that any rank raised is raised on all. Collective over the world."""
+    """Call `function` on every rank and return the result of this rank. Collective over the world.
+
+    Raises UserError on every rank if the function raised it on one.
+    """
     failure: str | None = None
     try:
         result = function()
@@ -54,11 +60,11 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
     dist.all_gather_object(failures, failure)
     for message in failures:
         if message is not None:
-            raise _of_all(message)
+            raise _error_of_all_ranks(message)
     return result
 
 
-def _of_all(message: str) -> UserError:
+def _error_of_all_ranks(message: str) -> UserError:
     error = UserError(message)
     error.everywhere = True
     return error

@@ -1,4 +1,7 @@
-"""Where this rank stands: the only reader of megatron.core.parallel_state. All else gets a `Topology` or a group."""
+"""The layout of the processes: sizes, ranks and process groups.
+
+This is the only module that uses megatron.core.parallel_state. All others get a `Topology` or a process group.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,21 @@ from megatron_oprd.config import ParallelConfig, WatchdogConfig
 from megatron_oprd.runtime import cpu_stand_ins, platform
 from megatron_oprd.types import UserError
 
-# How long ranks wait for each other, if nothing else is said. Data-parallel ranks end their rollouts at other times.
+# Default time that ranks wait for each other. It is long because data-parallel ranks finish their rollouts at different
+# times.
 TIMEOUT_SECONDS = 1800.0
 
-# Layouts of this process's group: Megatron lets go of no group, and those of gloo have threads that wake all the time.
-_made: dict[tuple[Any, ParallelConfig, torch.device], Topology] = {}
+# The topologies of this process group. They are reused, because Megatron never destroys a process group, and the
+# threads of gloo groups keep waking up.
+_topologies: dict[tuple[Any, ParallelConfig, torch.device], Topology] = {}
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes, this rank's place in each and the process groups of one layout.
+    """The sizes, the ranks of this process and the process groups of one layout.
 
-    Ranks count tensor, context, data and pipeline parallelism, the first fastest. Experts are never cut: expert
-    parallelism divides them over the tensor x context x data ranks of a pipeline stage.
+    The global rank counts tensor, context, data and pipeline ranks, tensor ranks fastest. Expert parallelism divides
+    the experts over the tensor x context x data ranks of a pipeline stage; no expert is split.
     """
 
     world_size: int
@@ -52,38 +57,45 @@ class Topology:
     sequence_parallel: bool
     device: torch.device
     groups: ProcessGroupCollection
-    megatron_state: dict[str, Any] = field(repr=False)  # what parallel_state holds while this layout is in force
+    megatron_state: dict[str, Any] = field(repr=False)  # the variables of parallel_state while this layout is active
 
     @property
     def num_stages(self) -> int:
-        """Stages that a micro-batch passes, over all pipeline ranks."""
+        """Return the number of pipeline stages of all ranks (virtual stages counted separately)."""
         return self.pipeline_size * self.virtual_size
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """The stages of this rank, one a chunk."""
+        """Return the pipeline stages of this rank, one for each model chunk."""
         return tuple(range(self.pipeline_rank, self.num_stages, self.pipeline_size))
 
     @property
     def replica_rank(self) -> int:
-        """This rank's place among those that generate for themselves: data x context parallel ranks."""
+        """Return the index of this rank's replica. Each data- and context-parallel rank generates its own rollouts."""
         return self.data_rank * self.context_size + self.context_rank
 
     @property
     def num_replicas(self) -> int:
+        """Return the number of replicas that generate rollouts."""
         return self.data_size * self.context_size
 
     @property
     def token_groups(self) -> list[dist.ProcessGroup]:
-        """The groups of ranks that hold other tokens of the same layers: what is summed over tokens adds up over them.
-        Without sequence parallelism each tensor-parallel rank has every row."""
+        """Return the process groups whose ranks have different tokens of the same layers.
+
+        A sum over tokens is complete after a sum over these groups. They contain the tensor-parallel group only under
+        sequence parallelism; otherwise each tensor-parallel rank has every token.
+        """
         groups = [self.groups.dp_cp]
         return [*groups, self.groups.tp] if self.sequence_parallel else groups
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Put this layout in force inside the block. Megatron-Core reads its module's globals in many places, when a
-        model is built and when it runs: two layouts in one process take turns. No communication."""
+        """Make this layout the active one inside the block. No communication.
+
+        Megatron-Core uses the global variables of parallel_state when a model is built and when it runs, so two layouts
+        in one process have to take turns.
+        """
         before = _megatron_state()
         _set_megatron_state(self.megatron_state)
         try:
@@ -93,20 +105,25 @@ class Topology:
 
 
 def collective_timeout(watchdog: WatchdogConfig) -> float:
-    """Seconds that ranks wait for each other. With heartbeats twice the watchdog's own time-out: it knows who is merely
-    slow and who hangs, and is to speak first."""
+    """Return the seconds after which a collective fails.
+
+    With heartbeats this is twice the time-out of the watchdog. The watchdog can tell a slow rank from one that hangs,
+    so its report should come first.
+    """
     return watchdog.timeout_seconds * (2 if watchdog.heartbeat_seconds else 1)
 
 
 def start_process(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Join torch.distributed as torchrun describes it, or alone without torchrun. A time-out turns a dead rank into
-    an error on the others instead of a wait without end."""
+    """Initialize torch.distributed from torchrun's environment, or as a single process without torchrun.
+
+    Does nothing if it is initialized. After `timeout_seconds` without an answer from another rank, a collective fails.
+    """
     cpu_stand_ins.install()
     if dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # An error or a time-out of NCCL ends the process, without waiting for communicators that may hang.
+        # Let an error or a time-out of NCCL end the process without waiting for communicators that may hang.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     timeout = datetime.timedelta(seconds=timeout_seconds)
@@ -114,16 +131,21 @@ def start_process(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS
     if "RANK" in os.environ:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        dist.init_process_group(backend, store=_of_attempt(store), rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=_store_of_attempt(store), rank=rank, world_size=world_size, timeout=timeout
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     if backend == "gloo":
-        atexit.register(_leave)
+        atexit.register(_destroy_groups)
 
 
-def _of_attempt(store: dist.Store) -> dist.Store:
-    """torchrun's processes share a store that outlives them: those that it starts again must not read in it where the
-    dead ones were to be reached. The torchruns of several machines do not count attempts alike; see the message."""
+def _store_of_attempt(store: dist.Store) -> dist.Store:
+    """Return a store in which restarted processes do not find the addresses of the dead ones.
+
+    The store of torchrun survives its processes. On one machine each attempt gets a prefix of its own; the torchruns
+    of several machines count attempts differently, so there the user has to set an environment variable.
+    """
     machines, restarts = (int(os.environ.get(name, "0")) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not restarts:
         return store
@@ -136,9 +158,9 @@ def _of_attempt(store: dist.Store) -> dist.Store:
     return store if machines > 1 else dist.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def _leave() -> None:
-    """Let gloo's threads end while Python runs: one that its end cuts off aborts a process that had done its work."""
-    _made.clear()
+def _destroy_groups() -> None:
+    """End the threads of gloo before Python exits; a thread that is cut off aborts a process that had finished."""
+    _topologies.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -147,25 +169,25 @@ def _leave() -> None:
 def build_topology(
     parallel: ParallelConfig, device: torch.device, seed: int, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> Topology:
-    """Make Megatron's process groups for a layout, seed its generators and put it in force. Collective over the world.
+    """Create Megatron's process groups for a layout, seed its generators and make the layout active.
 
-    An earlier layout of this process stays usable: its `active` puts it back, and asked for again it is that one.
-    Raises UserError when the layout does not fit the number of processes.
+    Collective over the world. Earlier topologies stay usable through their `active`, and a layout that was built
+    before is returned again. Raises UserError if the layout does not fit the number of processes.
     """
     check_layout(parallel, dist.get_world_size())
     world, layout = dist.group.WORLD, parallel.model_copy(update={"distributed_optimizer": True})
-    if any(key[0] is not world for key in _made):  # the process has joined another group since
-        _made.clear()
-    topology = _made.get((world, layout, device)) or _make(layout, device, timeout_seconds)
-    _made[world, layout, device] = topology
+    if any(key[0] is not world for key in _topologies):  # torch.distributed was initialized anew
+        _topologies.clear()
+    topology = _topologies.get((world, layout, device)) or _create_topology(layout, device, timeout_seconds)
+    _topologies[world, layout, device] = topology
     _set_megatron_state(topology.megatron_state)
     with cpu_stand_ins.cpu_devices():
         tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     return topology
 
 
-def _make(parallel: ParallelConfig, device: torch.device, timeout_seconds: float) -> Topology:
-    """A layout with groups of its own, in force."""
+def _create_topology(parallel: ParallelConfig, device: torch.device, timeout_seconds: float) -> Topology:
+    """Create the process groups of a layout and make the layout active."""
     _set_megatron_state(_NO_LAYOUT)
     with cpu_stand_ins.cpu_devices():
         parallel_state.initialize_model_parallel(
@@ -199,8 +221,13 @@ def _make(parallel: ParallelConfig, device: torch.device, timeout_seconds: float
 
 
 def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel") -> None:
-    """Raise UserError, naming what would work, for a layout that contradicts itself or does not divide the processes.
-    `key`: the section of the configuration that it stands in."""
+    """Raise UserError, naming what would work, for an impossible layout or one that does not divide the processes.
+
+    Args:
+        parallel: the layout.
+        world_size: the number of processes.
+        key: the section of the configuration that contains the layout.
+    """
     size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % size:
         context = f" x {key}.context={parallel.context}" if parallel.context > 1 else ""
@@ -228,6 +255,7 @@ def check_layout(parallel: ParallelConfig, world_size: int, key: str = "parallel
 
 
 def _megatron_state() -> dict[str, Any]:
+    """Return the global variables of parallel_state: names like `_TENSOR_MODEL_PARALLEL_GROUP`."""
     return {
         name: value
         for name, value in vars(parallel_state).items()

@@ -17,7 +17,7 @@ from megatron_oprd.config import load_config
 from megatron_oprd.runtime.files import DISK_ERRORS
 from megatron_oprd.types import UserError
 
-CONFIG_HELP = "YAML file; the README lists the keys"
+CONFIG_HELP = "YAML file; docs/configuration.md lists the keys"
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -1,4 +1,4 @@
-"""What a run runs on, for its first line and for `environment.json`."""
+"""Describe the machine and the installed versions, for the start-up line and `environment.json`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What decides how a model can compute here; None for what is not there."""
+    """The parts of a machine that decide how a model computes. None: not available."""
 
-    transformer_engine: str | None = None  # its version
-    capability: tuple[int, int] | None = None  # of the CUDA device
-    cuda: tuple[int, int] | None = None  # what torch was built for
+    transformer_engine: str | None = None  # version
+    capability: tuple[int, int] | None = None  # compute capability of the CUDA device
+    cuda: tuple[int, int] | None = None  # CUDA version that torch was built for
 
 
 def find_machine() -> Machine:
-    """The machine that this process runs on. No communication."""
+    """Return the machine of this process. No communication."""
     if not torch.cuda.is_available():
         return Machine(transformer_engine_version())
     cuda = torch.version.cuda
@@ -43,15 +43,20 @@ def find_machine() -> Machine:
 
 
 def transformer_engine_version() -> str | None:
-    """Of Transformer Engine, where its module can be found too: Megatron-Core takes what it can import."""
+    """Return the version of Transformer Engine, or None.
+
+    The module has to be importable too, because Megatron-Core uses Transformer Engine whenever it can import it.
+    """
     if importlib.util.find_spec("transformer_engine") is None:
         return None
     return _version("transformer-engine")
 
 
 def describe_environment(device: str, world_size: int, layout: dict[str, int], attention: str) -> dict[str, Any]:
-    """Versions of what matters (null: not installed), the machine, the layout and the core attention that was chosen.
-    No communication."""
+    """Return the content of `environment.json`: versions, device, layout and core attention. No communication.
+
+    The version of a package that is not installed is None.
+    """
     return {
         "megatron_oprd": _version("megatron_oprd") or "source",
         "python": platform.python_version(),
@@ -69,7 +74,7 @@ def describe_environment(device: str, world_size: int, layout: dict[str, int], a
 
 
 def one_line(environment: dict[str, Any]) -> str:
-    """The start-up line: versions, what was not found, device and layout."""
+    """Return the start-up line: versions, missing packages, device and layout."""
     packages = environment["packages"]
     found = [f"{name} {version}" for name, version in packages.items() if version and name in PACKAGES[:3]]
     optional = {**{name: packages[name] for name in PACKAGES[5:7]}, "apex": environment["apex"]}
@@ -89,7 +94,7 @@ def _version(package: str) -> str | None:
 
 
 def _has_nvidia_apex() -> bool:
-    """The package named apex on PyPI is something else than NVIDIA's: look for what NVIDIA's brings."""
+    """Return True if NVIDIA's Apex is installed. PyPI has another package with the name apex, so look for a module."""
     try:
         import amp_C  # noqa: F401
     except ImportError:

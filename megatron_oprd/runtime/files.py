@@ -1,4 +1,7 @@
-"""Folders and files that are there whole or not at all. No communication: in a group, one rank prepares and commits."""
+"""Write folders and files completely or not at all.
+
+No communication: in a group of processes, one rank prepares and commits a folder.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from typing import Any
 
 from megatron_oprd.types import UserError
 
-# What a user can do something about. Not in it: broken pipes, time-outs and whatever else is an OSError.
+# Errors that a user can act on. Broken pipes, time-outs and other kinds of OSError are not among them.
 DISK_ERRORS = {
     errno.EACCES,
     errno.EDQUOT,
@@ -31,13 +34,16 @@ DISK_ERRORS = {
 
 
 def partial_of(target: str | Path) -> Path:
-    """Where a folder is written until it is whole: `<target>.partial`, beside it, so that the rename is atomic."""
+    """Return `<target>.partial`, in which a folder is written until it is complete.
+
+    The path is on the same file system as the target, so that the rename is atomic.
+    """
     target = Path(target)
     return target.with_name(target.name + ".partial")
 
 
 def check_new_folder(target: str | Path) -> None:
-    """Raise UserError when `target` is a file or a folder that holds something."""
+    """Raise UserError if `target` is a file or a folder that is not empty."""
     target = Path(target)
     with explain_os_errors(target):
         if target.is_dir() and any(target.iterdir()):
@@ -47,7 +53,7 @@ def check_new_folder(target: str | Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raise UserError when `folder` cannot be made or written to, as far as that is known without writing."""
+    """Raise UserError if `folder` cannot be created or written to, as far as permissions tell."""
     existing = Path(folder).absolute()
     with explain_os_errors(folder):
         while not existing.exists() and not existing.is_symlink():
@@ -59,9 +65,9 @@ def check_writable(folder: str | Path) -> None:
 
 
 def prepare_partial(target: str | Path) -> Path:
-    """A fresh, empty `<target>.partial`; what a process that died left there is removed.
+    """Create an empty `<target>.partial` and return its path. Remove an old one, left by a process that died.
 
-    Raises UserError when the target holds something or its parent cannot be written to.
+    Raises UserError if the target is not empty or its parent cannot be written to.
     """
     check_new_folder(target)
     partial = partial_of(target)
@@ -73,7 +79,7 @@ def prepare_partial(target: str | Path) -> Path:
 
 
 def commit_partial(target: str | Path) -> None:
-    """Make `<target>.partial` durable and rename it to `target`. Raises UserError when the disk does not take it."""
+    """Force `<target>.partial` to the disk and rename it to `target`. Raises UserError if the disk refuses."""
     target, partial = Path(target), partial_of(target)
     with explain_os_errors(target):
         fsync_tree(partial)
@@ -84,15 +90,15 @@ def commit_partial(target: str | Path) -> None:
 
 
 def discard_partial(target: str | Path) -> None:
-    """Remove `<target>.partial` if it is there."""
+    """Remove `<target>.partial` if it exists."""
     shutil.rmtree(partial_of(target), ignore_errors=True)
 
 
 @contextlib.contextmanager
 def write_folder(target: str | Path) -> Iterator[Path]:
-    """Fill the folder that is yielded; it becomes `target` when the block ends and vanishes when the block raises.
+    """Yield a folder to fill. It becomes `target` when the block ends and is removed if the block raises.
 
-    Raises UserError for a target that holds something and for a full, read-only or forbidden disk.
+    Raises UserError for a target that is not empty and for a full, read-only or forbidden disk.
     """
     partial = prepare_partial(target)
     try:
@@ -105,7 +111,7 @@ def write_folder(target: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a UTF-8 file in one step: readers see the old text or the new, also after a power cut."""
+    """Replace a UTF-8 file in one step. Readers see the old text or the new text, even after a power cut."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with explain_os_errors(path):
@@ -121,12 +127,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """`write_text` of a JSON document, indented, keys in the order given."""
+    """Write a JSON document as `write_text` does, indented, with keys in the given order."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def fsync_tree(folder: str | Path) -> None:
-    """Force every file below `folder`, and the folders that name them, to the disk. Raises OSError."""
+    """Force every file and folder below `folder` to the disk. Raises OSError."""
     for root, _, files in os.walk(folder):
         for file in files:
             _fsync(Path(root, file))
@@ -135,7 +141,7 @@ def fsync_tree(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(path: str | Path) -> Iterator[None]:
-    """Turn a disk error of the block, also one that a library wrapped, into a UserError that names the file."""
+    """Turn a disk error of the block into a UserError that names the file, even if a library wrapped the error."""
     try:
         yield
     except UserError:
@@ -154,7 +160,10 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
 
 
 def find_disk_error(error: BaseException | None) -> OSError | None:
-    """The OSError about a file that an exception is, was raised from, or that torch's checkpointing collected."""
+    """Return the disk error behind an exception, or None.
+
+    Follows the causes of the exception and the failures of ranks that torch's checkpointing collects.
+    """
     while error is not None:
         if isinstance(error, OSError):
             return error if error.errno in DISK_ERRORS else None

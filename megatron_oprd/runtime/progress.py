@@ -1,6 +1,6 @@
-"""Where this process stands: the stage it is in, the training step, and when it last got further.
+"""Track the progress of this process: its stage, its training step and the time of its last progress.
 
-One for the whole process, as there is one watchdog that reads it from a thread of its own. No communication.
+The state is global to the process, because the watchdog inspects it from another thread. No communication.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Place:
-    """A stage, and the training step that it belongs to, if any."""
+    """A stage and its training step (None: outside of a step)."""
 
     stage: str = "start"
     step: int | None = None
@@ -27,7 +27,7 @@ _last = time.monotonic()
 
 
 def enter(stage: str, step: int | None = None) -> None:
-    """Be in `stage` from now on: of `step`, or of none."""
+    """Start a stage, of a training step or of none."""
     global _place
     _place = Place(stage, step)
     beat()
@@ -35,8 +35,10 @@ def enter(stage: str, step: int | None = None) -> None:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Be in a stage of the current step inside the block, then again in the one around it. A block that raises leaves
-    its stage: that is where the process failed."""
+    """Run the block as a stage of the current step, then return to the stage around it.
+
+    If the block raises, its stage stays the current one, because the process failed in it.
+    """
     before = _place
     enter(name, before.step)
     yield
@@ -44,23 +46,23 @@ def stage(name: str) -> Iterator[None]:
 
 
 def beat() -> None:
-    """Say that the stage gets on. Cheap: for inner loops."""
+    """Record progress within the stage. Cheap enough for inner loops."""
     global _last
     _last = time.monotonic()
 
 
 def here() -> Place:
-    """The stage that the process is in, or failed in."""
+    """Return the stage in which the process is or failed."""
     return _place
 
 
 def seconds_without_progress() -> float:
-    """Since the last change of stage or beat."""
+    """Return the seconds since the last change of stage or `beat`."""
     return time.monotonic() - _last
 
 
 class Stopwatch:
-    """Seconds of the stages of a step and of the whole."""
+    """Measure the seconds of a training step and of its stages."""
 
     def __init__(self) -> None:
         self._begin = time.perf_counter()
@@ -68,13 +70,13 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        """The block is the stage `part`, and takes its time."""
+        """Run the block as the stage `part` and measure its time."""
         begin = time.perf_counter()
         with stage(part):
             yield
         self._parts[part] = time.perf_counter() - begin
 
     def seconds(self) -> dict[str, float]:
-        """`time/<part>` for each part, and `time/step`."""
+        """Return the metrics `time/<part>` of each stage and `time/step`."""
         parts = {f"time/{part}": seconds for part, seconds in self._parts.items()}
         return parts | {"time/step": time.perf_counter() - self._begin}
