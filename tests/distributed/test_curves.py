@@ -8,10 +8,10 @@ import torch
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.replayed_run import make_config, make_inputs
 from megatron_oprd.train import fit
 from megatron_oprd.types import Rollout
 from tests.helpers.runs import metrics
-from tests.helpers.training import make_config, make_inputs
 
 STEPS, SEQUENCES = 10, 6
 SETTINGS = (

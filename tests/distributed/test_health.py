@@ -11,9 +11,10 @@ from megatron_oprd.health.measure import MeasuredModels, has_teacher_distributio
 from megatron_oprd.launch.assemble import load_heads
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.replayed_run import some_rollouts
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
-from tests.helpers.training import make_run, some_rollouts
+from tests.helpers.training import make_run
 
 VOCABULARY = 131  # of the teacher; not divisible by any layout
 MASKS = ((1,) * 9, (1,), (1,) * 4, (1,) * 12, (1,) * 2, (1,) * 7)

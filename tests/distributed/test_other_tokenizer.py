@@ -11,13 +11,15 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.reference_update import reference_update
+from megatron_oprd.testing.replayed_run import make_config, make_inputs
+from megatron_oprd.testing.update import assert_same_update, difference, measure_update
+from megatron_oprd.train import one_step
 from megatron_oprd.types import Rollout
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.layouts import FEW_LAYOUTS
-from tests.helpers.reference_update import reference_update
 from tests.helpers.responses import random_text
 from tests.helpers.tokenizer import byte_tokenizer
-from tests.helpers.training import assert_same_update, difference, make_config, make_inputs, update_of
 from tests.helpers.vocabularies import llama_3_tokenizer
 
 ROOM = 32
@@ -70,9 +72,8 @@ def spoken(student, teacher):
 def _update(rank, student, teacher, overrides, rollouts):
     """A step that aligns the rollouts itself. Widths are equal, so that the states compare without a bridge."""
     config = make_config(student, teacher, *overrides, f"rollout.prompts_per_step={len(rollouts)}")
-    return update_of(
-        build_run(dataclasses.replace(make_inputs(config, rollouts), aligner=aligner_of(student, teacher)))
-    )
+    inputs = dataclasses.replace(make_inputs(config, rollouts), aligner=aligner_of(student, teacher))
+    return measure_update(build_run(inputs), one_step)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -4,7 +4,8 @@ import pytest
 
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
-from tests.helpers.training import megatron_update, some_rollouts
+from megatron_oprd.testing.replayed_run import some_rollouts
+from tests.helpers.training import megatron_update
 
 HIDDEN, LAYERS, FLOAT = 64, 4, 4
 SELECTED = [sum(rollout.response_mask) for rollout in some_rollouts(131)]

@@ -6,9 +6,11 @@ import pytest
 
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.reference_update import reference_update
+from megatron_oprd.testing.replayed_run import some_rollouts
+from megatron_oprd.testing.update import assert_same_update, difference
 from tests.helpers.layouts import FEW_LAYOUTS
-from tests.helpers.reference_update import reference_update
-from tests.helpers.training import assert_same_update, difference, megatron_update, some_rollouts
+from tests.helpers.training import megatron_update
 
 OBJECTIVE = ("loss.output.objective=full_kl", "loss.output.chunk_tokens=3")
 

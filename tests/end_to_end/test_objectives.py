@@ -12,10 +12,10 @@ from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.reference_update import reference_metrics, reference_update
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
 from tests.helpers.killable import finish
-from tests.helpers.reference_update import reference_metrics, reference_update
 from tests.helpers.runs import (
     HINTED,
     SOURCES,

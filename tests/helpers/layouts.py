@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_oprd.config import Config, ParallelConfig
 from megatron_oprd.launch.layouts import teacher_layout
 from megatron_oprd.models.layer_plan import even_stages
-from tests.helpers.training import ADAMW, FEW, MANY, SOME, make_config
+from megatron_oprd.testing.replayed_run import FEW, MANY, SOME, make_config
+from tests.helpers.training import ADAMW
 
 FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "moe": "Qwen3Moe", "llama": "Llama", "phi3": "Phi3"}
 # Those that differ from another in the names of their weights and the angles of their positions alone, and the features

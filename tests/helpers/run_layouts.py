@@ -24,21 +24,15 @@ from megatron_oprd.parallel.reshard import Shard, minimum_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.reference_update import reference_update
+from megatron_oprd.testing.replayed_run import some_rollouts
+from megatron_oprd.testing.update import Difference, Update, difference, measure_update, undo_step
+from megatron_oprd.train import one_step
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.types import FINAL_STATES, Rollout
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.layouts import ROLLOUTS, Case
-from tests.helpers.reference_update import reference_update
-from tests.helpers.training import (
-    Difference,
-    Update,
-    difference,
-    make_run,
-    small_buckets,
-    some_rollouts,
-    undone_step,
-    update_of,
-)
+from tests.helpers.training import make_run, small_buckets
 
 VOCABULARY = 131  # of `random_hf_model`
 BRIDGE_RANK = 6
@@ -172,8 +166,8 @@ def _run_job(case: Case, student: Path, teacher: Path, overrides: tuple[str, ...
         run = make_run(student, teacher, *overrides, rollouts=rollouts_of(case.rollouts))
     fewest = _fewest_bytes(run)
     if overlaps:
-        undone_step(run)  # only now does mcore know when a bucket is full: it overlaps from the second step on
-    return Result(update_of(run), fewest, time.perf_counter() - begin)
+        undo_step(run, one_step)  # only now does mcore know when a bucket is full: it overlaps from the second step on
+    return Result(measure_update(run, one_step), fewest, time.perf_counter() - begin)
 
 
 def _new_world(rank: int, world: int, store: Path) -> None:

@@ -10,13 +10,15 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.reference_update import reference_map_gradients, reference_update
+from megatron_oprd.testing.replayed_run import LEARNING_RATE
+from megatron_oprd.testing.update import assert_same_update
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import PairBridge
 from tests.helpers.bridges import random_maps, save_bridge, save_random_bridge
 from tests.helpers.layouts import FEW_LAYOUTS
-from tests.helpers.reference_update import reference_map_gradients, reference_update
-from tests.helpers.training import LEARNING_RATE, assert_same_update, make_run, megatron_update
+from tests.helpers.training import make_run, megatron_update
 
 RANK = 5
 # Blocks and hidden size of the student, and of teachers beside it.

@@ -5,8 +5,9 @@ import itertools
 import pytest
 
 from megatron_oprd.testing.models import random_hf_model, save
-from tests.helpers.reference_update import reference_update
-from tests.helpers.training import assert_same_update, megatron_update
+from megatron_oprd.testing.reference_update import reference_update
+from megatron_oprd.testing.update import assert_same_update
+from tests.helpers.training import megatron_update
 
 BATTERY = [
     *itertools.product(["layers=all"], ["all", "last", "last_k", "first_k"], ["none", "l2"], ["sequence_mean"]),

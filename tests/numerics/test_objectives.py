@@ -9,16 +9,11 @@ from safetensors.torch import load_file
 
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save, to_megatron
+from megatron_oprd.testing.reference_update import reference_metrics, reference_update
+from megatron_oprd.testing.replayed_run import LEARNING_RATE, some_rollouts
+from megatron_oprd.testing.update import assert_same_update, difference
 from tests.helpers.layouts import SETTINGS
-from tests.helpers.reference_update import reference_metrics, reference_update
-from tests.helpers.training import (
-    ADAMW,
-    LEARNING_RATE,
-    assert_same_update,
-    difference,
-    megatron_update,
-    some_rollouts,
-)
+from tests.helpers.training import ADAMW, megatron_update
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ALONE = ("loss.representation.weight=0",)  # without the loss on hidden states

@@ -17,10 +17,10 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.rollout.replay import load_replay
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.replayed_run import make_config, make_inputs
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.types import Prompt, Rollout, UserError
 from tests.helpers.tokenizer import byte_tokenizer
-from tests.helpers.training import make_config, make_inputs
 
 START = Check(0, perplexity=1.4, entropy=0.3, reverse_kl=0.4)
 FIRST = Check(10, perplexity=1.4, entropy=0.3, reverse_kl=0.4, objective=0.21, length_mean=100.0)

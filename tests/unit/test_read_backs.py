@@ -9,9 +9,10 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_oprd.launch.step_data import make_global_batch
 from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.replayed_run import some_rollouts
 from megatron_oprd.training import schedule, student_step
 from megatron_oprd.training import teacher_pass as passes
-from tests.helpers.training import make_run, some_rollouts
+from tests.helpers.training import make_run
 
 # Functions that copy values from a tensor to the CPU, or whose result has a size that depends on the values.
 READERS = {

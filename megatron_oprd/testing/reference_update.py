@@ -1,4 +1,4 @@
-"""The step that `helpers/training.py` makes, on Hugging Face's models in float64."""
+"""One update of Hugging Face's models in float64, one sequence at a time: the reference of an update by the package."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
 from megatron_oprd.testing.output_reference import token_loss, token_metrics
 from megatron_oprd.testing.reference import aggregate, oprd_loss, selected_indices
+from megatron_oprd.testing.replayed_run import Teachers, make_config, some_rollouts
+from megatron_oprd.testing.update import Update
 from megatron_oprd.types import Rollout
-from tests.helpers.training import Teachers, Update, make_config, some_rollouts
 
 
 def reference_update(
@@ -28,19 +29,25 @@ def reference_update(
     rollouts: Sequence[Rollout] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Update:
-    """The same step on Hugging Face's models in float64, one sequence at a time. With another `dtype` the models are in
-    that one, for what rounding does to them."""
+    """Return the update that a run with these arguments must make.
+
+    Args:
+        teacher: a Hugging Face folder, or several by the data_source that they teach.
+        overrides: keys of the configuration, as for `make_config`.
+        rollouts: those of the step; without them `some_rollouts`.
+        dtype: of the models. Another dtype than float64 shows the effect of rounding.
+    """
     config = make_config(student, teacher, *overrides)
     student_model = _open_model(student, dtype)
     for matrix in config.student.freeze:
         of_model = student_model.get_input_embeddings if matrix == "embedding" else student_model.get_output_embeddings
         of_model().weight.requires_grad_(False)
-    plan, sequences, logits = _read(student_model, config, rollouts)
+    plan, sequences, logits = _run_models(student_model, config, rollouts)
     loss = magnitude = torch.zeros((), dtype=torch.float64)
     if plan.pairs:
         loss = magnitude = _representation_loss(config, plan.student_layers, sequences)
     if plan.output:
-        of_tokens = _of_tokens(token_loss, config, logits)
+        of_tokens = _token_values(token_loss, config, logits)
         loss = loss + _output_loss(config, of_tokens)
         magnitude = magnitude + _output_loss(config, [[abs(value) for value in values] for values in of_tokens])
     loss.backward()
@@ -52,38 +59,40 @@ def reference_update(
 def reference_metrics(
     student: Path, teacher: Teachers, *overrides: str, rollouts: Sequence[Rollout] | None = None
 ) -> dict[str, float]:
-    """The metrics of the output-space objective on the same models: means over the tokens that it reads."""
+    """Return the metrics `output/*` of the same step: means over the selected tokens."""
     config = make_config(student, teacher, *overrides)
     with torch.no_grad():
-        _, _, logits = _read(_open_model(student), config, rollouts)
-    every = [values for sequence in _of_tokens(token_metrics, config, logits) for values in sequence]
+        _, _, logits = _run_models(_open_model(student), config, rollouts)
+    every = [values for sequence in _token_values(token_metrics, config, logits) for values in sequence]
     return {f"output/{name}": sum(values[name] for values in every) / len(every) for name in every[0]}
 
 
 def reference_map_gradients(
     student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None
 ) -> dict[int, torch.Tensor]:
-    """The gradient of the loss on hidden states for the student's side of the bridge, P_S, by student layer."""
+    """Return the gradient of the loss on hidden states by the bridge's student map P_S, by student layer."""
     config = make_config(student, teacher, *overrides)
     bridge = read_bridge(config.loss.representation.bridge)
     maps = {
         pair: dataclasses.replace(one, student_map=one.student_map.double().requires_grad_())
         for pair, one in bridge.maps.items()
     }
-    plan, sequences, _ = _read(_open_model(student), config, rollouts, dataclasses.replace(bridge, maps=maps))
+    plan, sequences, _ = _run_models(_open_model(student), config, rollouts, dataclasses.replace(bridge, maps=maps))
     _representation_loss(config, plan.student_layers, sequences).backward()
     return {pair.student: maps[pair].student_map.grad for pair in plan.pairs}
 
 
-def _read(
+def _run_models(
     student: transformers.PreTrainedModel,
     config: Config,
     rollouts: Sequence[Rollout] | None,
     bridge: Bridge | None = None,
 ) -> tuple[LayerPlan, list, list]:
-    """What student and teachers make of each rollout: for the loss on hidden states, and for that on distributions the
-    logits of both at the response tokens, up to the end of the shortest vocabulary. `bridge`: in the place of the one
-    that the configuration names."""
+    """Run student and teachers on each rollout.
+
+    Returns the layer plan, the arguments of `oprd_loss` for each rollout, and for each rollout the logits of student
+    and teacher at the response tokens, cut to the smallest vocabulary. `bridge` replaces that of the configuration.
+    """
     if bridge is None and config.loss.representation.bridge:
         bridge = read_bridge(config.loss.representation.bridge)
     named = config.named_teachers
@@ -106,14 +115,14 @@ def _read(
             states, targets = _bridged(states, targets, plan, bridge)
         mask = rollout.response_mask
         if rollout.alignment is not None:
-            states, targets, mask = _where_they_meet(rollout, states, targets, config)
+            states, targets, mask = _paired_states(rollout, states, targets, config)
         sequences.append((states, targets, 0, mask))
         logits.append((of_student[:, :vocab_size], of_teacher[:, :vocab_size], rollout))
     return plan, sequences, logits
 
 
 def _bridged(states: dict, targets: dict, plan: LayerPlan, bridge: Bridge) -> tuple[dict, dict]:
-    """OPRD eq. (12)-(13): r numbers a token on both sides of each pair, by student layer."""
+    """Map both models' states to the r dimensions of the bridge, equations (12) and (13) of OPRD, by student layer."""
     maps = {pair.student: bridge.maps[pair] for pair in plan.pairs}
     dtype = next(iter(states.values())).dtype
     of_student = {layer: states[layer] @ one.student_map.to(dtype).T for layer, one in maps.items()}
@@ -124,8 +133,8 @@ def _bridged(states: dict, targets: dict, plan: LayerPlan, bridge: Bridge) -> tu
     return of_student, of_teacher
 
 
-def _where_they_meet(rollout, states, targets, config):
-    """The states of student and teacher that are compared alone, in one order, all of them sampled."""
+def _paired_states(rollout, states, targets, config):
+    """Return only the states that the alignment of two tokenizers pairs, in one order, with a response mask of ones."""
     term, alignment = config.loss.representation, rollout.alignment
     partner = {-1: -1} | dict(zip(alignment.student_positions, alignment.teacher_positions, strict=True))
     chosen = selected_indices(rollout.response_mask, term.positions, term.k)
@@ -147,8 +156,8 @@ def _output_loss(config: Config, of_tokens: list[list[torch.Tensor]]) -> torch.T
     return term.weight * aggregate([values for values in of_tokens if values], term.aggregation)
 
 
-def _of_tokens(function: Callable[..., Any], config: Config, logits: list) -> list[list]:
-    """What a function of both models' logits, the token and the objective makes of each token that is read."""
+def _token_values(function: Callable[..., Any], config: Config, logits: list) -> list[list]:
+    """Return `function(student_logits, teacher_logits, token_id, objective)` for each selected token, by rollout."""
     term = config.loss.output
     per_sequence = []
     for of_student, of_teacher, rollout in logits:
@@ -159,14 +168,16 @@ def _of_tokens(function: Callable[..., Any], config: Config, logits: list) -> li
 
 
 def _open_model(path: str | Path, dtype: torch.dtype = torch.float64) -> transformers.PreTrainedModel:
-    # The grouped products of experts know no float64.
+    # The grouped matrix products of experts do not support float64.
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
 
 
 def _states(model, ids, start, config):
-    """Of the response tokens: {layer: [response, hidden]} and the logits [response, vocabulary] that predicted them.
-    Layer L before the final norm is what the norm is given. With shift -1 the states have one row more, after the last
-    token."""
+    """Return the response tokens' states {layer: [response, hidden]} and their logits [response, vocabulary].
+
+    With `final_norm=false` the last layer's states are the input of the final norm. With shift -1 the states have one
+    more row, at the last token.
+    """
     before_norm = []
     handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
     output = model(torch.tensor([ids]), output_hidden_states=True)
@@ -181,7 +192,7 @@ def _states(model, ids, start, config):
 
 
 def _by_checkpoint_name(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Gradients under the names of the checkpoint, where every expert has tensors of its own."""
+    """Return the gradients by the names of a checkpoint, in which every expert has its own tensors."""
     gradients = {}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
