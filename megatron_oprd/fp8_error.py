@@ -1,4 +1,4 @@
-"""What FP8 does to a teacher: its hidden states' error by layer on the student's own answers, and the loss it leaves.
+"""Measure the error of a teacher's hidden states in FP8 on the student's own answers, and the loss that it leaves.
 
 torchrun -m megatron_oprd.fp8_error --config F [a.b=1 ...]
 """
@@ -39,7 +39,7 @@ FILE = "fp8_error.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: rollouts of a first step, the teacher's states on them at both precisions, a table and a file."""
+    """Run the command: generate rollouts, run the teacher on them with and without FP8, print and write the errors."""
     options = PARSER.parse_args(arguments)
     inputs = read_inputs(measuring_config(load_config(options.config, options.overrides)))
     errors = measure(inputs)
@@ -58,8 +58,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measuring_config(config: Config) -> Config:
-    """The configuration of a training run as the measurement needs it: one step, each precision in memory for itself.
-    Raises UserError where nothing is in FP8 or no states are compared."""
+    """Return the configuration of a training run with one step and one teacher in memory at a time.
+
+    Raises UserError if no teacher runs in FP8 or no hidden states are compared.
+    """
     if config.precision.teacher_fp8 == "off":
         raise UserError("precision.teacher_fp8=off: there is nothing to measure; set it to compute or weights")
     if not config.loss.reads_layers:
@@ -73,20 +75,20 @@ def measuring_config(config: Config) -> Config:
 
 
 def measure(inputs: Inputs) -> dict[int, LayerError]:
-    """The error of each compared layer, by student layer. Collective over the world."""
+    """Return the error of each compared layer by student layer, the same on every rank. Collective over the world."""
     models = build_models(inputs)
     topology = models.topology
     prompts, _ = next_prompts(inputs, PromptState())
-    mine = models.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), 0)
-    global_batch = make_global_batch(inputs, share_rollouts(align(inputs, mine), topology))
+    local_rollouts = models.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), 0)
+    global_batch = make_global_batch(inputs, share_rollouts(align(inputs, local_rollouts), topology))
     setup = inputs.setup
     exact_precision = dataclasses.replace(setup.precision, teacher=setup.precision.exact_teacher)
     exact = dataclasses.replace(inputs, setup=dataclasses.replace(setup, precision=exact_precision))
-    of_exact = [
+    exact_teachers = [
         build_teacher(exact, planned, teacher.topology)
         for planned, teacher in zip(setup.teachers.values(), models.teachers, strict=True)
     ]
-    return measure_error(of_exact, models.teachers, global_batch, topology)
+    return measure_error(exact_teachers, models.teachers, global_batch, topology)
 
 
 def _print(errors: dict[int, LayerError], total: float) -> None:

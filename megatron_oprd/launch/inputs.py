@@ -1,4 +1,4 @@
-"""What the user provides: read and checked before a model is built, so that a mistake ends a command at once."""
+"""Read and check the inputs of a command before a model is built, so that a mistake ends the command at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layouts that a configuration asks for: whether they suit the models and the processes, known before either is."""
+"""Check that layouts suit the models, the processes and the machine, before any of them is used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import ModelSpec, UserError
 
-# Keys of the student's section `parallel` that place nothing: what a teacher has no part in.
+# Keys of `parallel` that concern the student's training only. A teacher's layout has none of them.
 ONLY_IN_TRAINING = (
     "distributed_optimizer",
     "world_size",
@@ -26,10 +26,18 @@ ONLY_IN_TRAINING = (
 def plan_teacher(
     config: Config, student: ModelSpec, teacher: ModelSpec, name: str = "", world: int | None = None
 ) -> PlannedTeacher:
-    """Which layers are compared with the teacher called `name` (the only one has no name), and on which stages of both
-    layouts they live. `world`: processes; None: as many as there are. Raises UserError, naming what would work, for
-    layers that do not exist and for layouts that do not suit the models or the processes."""
-    of_teacher = config.named_teachers[name]
+    """Plan the compared layers of one teacher and the pipeline stages that own them.
+
+    Args:
+        config: The configuration.
+        student: The student's shape.
+        teacher: The teacher's shape.
+        name: The data_source of the teacher; "" for a single teacher.
+        world: The number of processes; None: the number that torchrun started.
+
+    Raises:
+        UserError: A layer does not exist, or a layout does not suit the models or the processes.
+    """
     own_layout = teacher_layout(config, name)
     section = teacher_section(name)
     plan = make_plan(
@@ -48,7 +56,7 @@ def plan_teacher(
         check_experts(own_layout.expert, [teacher], key=key)
         check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=teacher_title(name))
     check_recompute(config.recompute, plan.student_stages)
-    return PlannedTeacher(of_teacher, teacher, own_layout, plan)
+    return PlannedTeacher(config.named_teachers[name], teacher, own_layout, plan)
 
 
 def plan_student(config: Config, student: ModelSpec) -> tuple[int, ...]:
@@ -64,32 +72,34 @@ def plan_student(config: Config, student: ModelSpec) -> tuple[int, ...]:
 
 
 def world_size() -> int:
-    """How many processes torchrun has started; one without it."""
+    """Return the number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def planned_world(parallel: ParallelConfig, *, dry_run: bool = False) -> int:
-    """How many processes a run has; of a dry run without torchrun, for how many it is planned. Raises UserError when
-    the configuration is made for another number."""
-    stated, there = parallel.world_size, world_size()
+    """Return the number of processes of a run. A dry run without torchrun is planned for `parallel.world_size`.
+
+    Raises UserError if torchrun started another number than `parallel.world_size`.
+    """
+    configured, started = parallel.world_size, world_size()
     if dry_run and "WORLD_SIZE" not in os.environ:
-        return stated or 1
-    if stated and stated != there:
+        return configured or 1
+    if configured and configured != started:
         raise UserError(
-            f"parallel.world_size={stated}: the layout is made for {stated} processes, and torchrun started {there}; "
-            f"start {stated}, or set parallel.world_size=null to try the layout on {there}"
+            f"parallel.world_size={configured}: the layout is made for {configured} processes, and torchrun started "
+            f"{started}; start {configured}, or set parallel.world_size=null to try the layout on {started}"
         )
-    return there
+    return started
 
 
 def teacher_layout(config: Config, name: str = "") -> ParallelConfig | None:
-    """The layout of a teacher that has one of its own; None for the student's, also when it is the same one."""
+    """Return the teacher's own layout; None if the teacher runs in the student's layout or in an equal one."""
     own, student = config.named_teachers[name].parallel, config.parallel
     if own is None:
         return None
     layout = ParallelConfig(tensor=own.tensor, pipeline=own.pipeline, expert=own.expert)
-    of_training = {name: getattr(student, name) for name in ONLY_IN_TRAINING}
-    return None if layout.model_copy(update=of_training) == student else layout
+    training_keys = {name: getattr(student, name) for name in ONLY_IN_TRAINING}
+    return None if layout.model_copy(update=training_keys) == student else layout
 
 
 def check_tp_overlap(config: Config, machine: Machine) -> None:
@@ -132,7 +142,7 @@ def check_optimizer(config: Config, machine: Machine) -> None:
 
 
 def _check_lean_state(setting: str, otherwise: str, config: Config, machine: Machine) -> None:
-    """What mcore's optimizers with less state on the GPU ask for."""
+    """Raise UserError if Megatron-Core's optimizers with less state on the GPU cannot be used."""
     if config.optimizer.name != "adamw" or not config.parallel.distributed_optimizer:
         raise UserError(
             f"{setting} needs optimizer.name=adamw and parallel.distributed_optimizer=true; set both or {otherwise}"
@@ -152,8 +162,7 @@ def _check_te(setting: str, otherwise: str, machine: Machine) -> None:
 def check_student_layout(
     parallel: ParallelConfig, student: ModelSpec, teacher: ModelSpec | None = None, name: str = ""
 ) -> None:
-    """Raise UserError, naming what would work, when the layout of the student does not suit it or the teacher, called
-    `name`, that shares it."""
+    """Raise UserError if the student's layout does not suit the student, or the teacher `name` that shares it."""
     models = {"student": student} if teacher is None else {"student": student, teacher_title(name): teacher}
     check_experts(parallel.expert, list(models.values()))
     for model, spec in models.items():
@@ -172,7 +181,7 @@ def check_precision(
     student_stages: Sequence[int],
     teachers: Mapping[str, PlannedTeacher],
 ) -> None:
-    """Raise UserError, naming what would work, for models whose sizes in these layouts do not suit the precision."""
+    """Raise UserError if the precision does not support the sizes of a model in its layout."""
     recipe, parallel = config.precision.recipe, config.parallel
     layout = ModelLayout(parallel, student_stages, "student", "parallel")
     check_dimensions(precision.student, recipe, student, layout)
@@ -185,6 +194,6 @@ def check_precision(
 
 
 def check_experts(expert: int, specs: Sequence[ModelSpec], key: str = "parallel") -> None:
-    """Raise UserError for expert parallelism without experts. `key`: the section that it stands in."""
+    """Raise UserError for expert parallelism of models without experts. `key` is the section of the layout."""
     if expert > 1 and not any(spec.num_experts for spec in specs):
         raise UserError(f"{key}.expert={expert}: the model has no experts; use {key}.expert=1")

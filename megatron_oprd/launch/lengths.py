@@ -1,4 +1,4 @@
-"""Whether prompts and rollouts fit into micro-batches and into the positions that the models know."""
+"""Check that prompts and rollouts fit into micro-batches and into the positions of the models."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 
 @dataclass(frozen=True)
 class Lengths:
-    """The most tokens that a sequence, prompt and response, and that a response alone can have."""
+    """The longest sequence of a run, in tokens."""
 
-    sequence: int
+    sequence: int  # prompt and response
     response: int
 
 
 def longest_prompt(prompts: Sequence[Prompt]) -> int:
-    """Tokens of the longest prompt that student or teacher reads."""
+    """Return the tokens of the longest prompt, the teachers' own prompts included."""
     return max(max(len(prompt.prompt_ids), len(prompt.teacher_prompt_ids or ())) for prompt in prompts)
 
 
 def check_room(config: Config, student: ModelSpec, prompts: Sequence[Prompt]) -> None:
-    """Raise UserError for a prompt after which the student has no position left for an answer."""
+    """Raise UserError if a prompt leaves the student no position for an answer."""
     longest, room = max(len(prompt.prompt_ids) for prompt in prompts), student.max_position_embeddings - 1
     if longest > room:
         raise UserError(
@@ -43,16 +43,18 @@ def check_lengths(
     *,
     other_tokenizer: bool = False,
 ) -> None:
-    """Raise UserError when a prompt of the student's or a teacher's, with the longest answer, is too long for a
-    micro-batch or for the teacher. `other_tokenizer`: of the only teacher, whose reading of an answer is cut where it
-    has no more room; then a prompt of its own that leaves none."""
+    """Raise UserError if a prompt with the longest answer is too long for a micro-batch or for a teacher.
+
+    With `other_tokenizer`, the single teacher has another tokenizer than the student. Its tokens of an answer are then
+    cut to its room, so that only a prompt without any room for an answer is an error.
+    """
     most = config.rollout.max_new_tokens
     longest = max(len(prompt.prompt_ids) for prompt in prompts) if other_tokenizer else longest_prompt(prompts)
-    asked = longest + most
-    if asked > config.batch.max_tokens_per_micro_batch:
+    needed = longest + most
+    if needed > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "
-            f"prompt with rollout.max_new_tokens={most} ({asked} tokens); raise it to {asked} or lower "
+            f"prompt with rollout.max_new_tokens={most} ({needed} tokens); raise it to {needed} or lower "
             "rollout.max_new_tokens"
         )
     if other_tokenizer:
@@ -68,14 +70,14 @@ def check_lengths(
         own = [prompt for prompt in prompts if name in ("", prompt.data_source)]
         lengths = [len(prompt.teacher_prompt_ids or prompt.prompt_ids) for prompt in own]
         answers = [min(most, student.max_position_embeddings - len(prompt.prompt_ids)) for prompt in own]
-        asked = max(map(sum, zip(lengths, answers, strict=True)), default=0)
+        needed = max(map(sum, zip(lengths, answers, strict=True)), default=0)
         positions = teacher.spec.max_position_embeddings
-        if asked > positions:
+        if needed > positions:
             room = positions - max(lengths)
             works = f"rollout.max_new_tokens to {room}" if room > 0 else f"data.max_prompt_tokens below {positions}"
             raise UserError(
                 f"{teacher_section(name)}.path={teacher.config.path} has {_positions(teacher.spec)}, and its longest "
-                f"prompt with rollout.max_new_tokens={most} needs {asked}; lower {works}"
+                f"prompt with rollout.max_new_tokens={most} needs {needed}; lower {works}"
             )
 
 
@@ -87,8 +89,10 @@ def check_replayed_lengths(
     *,
     other_tokenizer: bool = False,
 ) -> None:
-    """Raise UserError for a rollout with more tokens than the student, or the teacher that reads it, has positions; of
-    a teacher with another tokenizer, for one whose prompt leaves no room for an answer."""
+    """Raise UserError if a rollout has more tokens than the student or its teacher has positions.
+
+    With `other_tokenizer` (see `check_lengths`), a rollout whose prompt leaves the teacher no room is an error.
+    """
     for rollout in rollouts:
         line = f"{config.rollout.path}, line {rollout.prompt_index + 1}"
         name = rollout.data_source if config.teachers else ""
@@ -110,8 +114,10 @@ def check_replayed_lengths(
 
 
 def teacher_room(config: Config, teacher: PlannedTeacher) -> int:
-    """The most tokens, prompt and answer, that a teacher with another tokenizer reads of a rollout: as many as it has
-    positions and as a micro-batch holds."""
+    """Return the most tokens of a rollout, prompt and answer, for a teacher with another tokenizer.
+
+    The limits are the teacher's positions and the size of a micro-batch.
+    """
     return min(teacher.spec.max_position_embeddings, config.batch.max_tokens_per_micro_batch)
 
 

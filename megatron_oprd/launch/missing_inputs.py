@@ -1,4 +1,4 @@
-"""What a dry run does without: weights, tokenizers, prompts and a bridge that are yet to come."""
+"""Find the inputs that a dry run does without: weights, tokenizers, prompts and a bridge."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
 
 @dataclass(frozen=True)
 class MissingInputs:
-    """Paths that do not exist yet, or folders that lack something, each once."""
+    """The inputs that do not exist yet. Each path appears once."""
 
-    weights: tuple[str, ...] = ()
-    tokenizers: tuple[str, ...] = ()
-    prompts: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()  # model folders without weights
+    tokenizers: tuple[str, ...] = ()  # model folders without a tokenizer
+    prompts: tuple[str, ...] = ()  # prompt files
     bridge: str | None = None
-    device: str | None = None  # what is planned for in its place
+    device: str | None = None  # the device that the dry run plans for, because this machine has no GPU
 
     def lines(self, config: Config) -> list[str]:
-        """What is not checked for it, a line each."""
+        """Return one line for each kind of input that was not checked."""
         lines = []
         if self.weights:
             lines.append(f"no weights in {', '.join(self.weights)} yet: they were not checked")
@@ -43,8 +43,11 @@ class MissingInputs:
 
 
 def find_missing(config: Config, planned_for: str | None = None) -> MissingInputs:
-    """What a dry run of the configuration has to do without. Its model folders are there. `planned_for`: the device in
-    the place of one that it would need."""
+    """Return the inputs that do not exist. The model folders exist.
+
+    `planned_for` is the device that the dry run plans for, if this machine lacks the device that the configuration
+    needs.
+    """
     folders = list(dict.fromkeys([config.student.path, *(one.path for one in config.named_teachers.values())]))
     bridge = config.loss.representation.bridge if config.loss.reads_layers else None
     generates = config.rollout.engine == "megatron"
@@ -61,7 +64,7 @@ def find_missing(config: Config, planned_for: str | None = None) -> MissingInput
 
 
 def longest_prompts(config: Config) -> PromptSet:
-    """The longest prompt that `data.max_prompt_tokens` lets through, for each teacher, in the place of all prompts."""
+    """Return one prompt of `data.max_prompt_tokens` tokens for each teacher, in place of the missing prompts."""
     ids = (0,) * config.data.max_prompt_tokens
     own = ids if config.data.own_teacher_prompts else None
     names = enumerate(config.named_teachers)
@@ -70,5 +73,5 @@ def longest_prompts(config: Config) -> PromptSet:
 
 
 def _has_weights(folder: str) -> bool:
-    """Whether a folder means to hold weights, whole or not."""
+    """Return True if a folder contains weights, complete or not."""
     return is_megatron_checkpoint(folder) or any(any(Path(folder).glob(kind)) for kind in _WEIGHTS)

@@ -57,7 +57,7 @@ def find_checkpoint(inputs: Inputs) -> Path | None:
 
 
 def describe(run: Run) -> None:
-    """Write down, and print in a few lines, what runs where."""
+    """Write the configuration, the environment and the layer plan to the run folder, and print a summary."""
     inputs, topology = run.inputs, run.topology
     layout, attention = describe_layout(topology), inputs.setup.precision.attention
     environment = describe_environment(str(topology.device), topology.world_size, layout, attention)
@@ -81,7 +81,7 @@ def describe(run: Run) -> None:
 
 
 def describe_layout(topology: Topology) -> dict[str, int]:
-    """The sizes of a layout by name: tensor, pipeline and data parallelism always, the others where they are on."""
+    """Return the sizes of a layout by name. Other than tensor, pipeline and data, only sizes above 1 are included."""
     sizes = {"tensor": topology.tensor_size, "pipeline": topology.pipeline_size, "data": topology.data_size}
     others = {
         "virtual pipeline": topology.virtual_size,

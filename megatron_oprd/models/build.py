@@ -1,4 +1,4 @@
-"""From what a Hugging Face config says to this rank's part of the model."""
+"""Build this rank's part of a model from its shape."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ def transformer_config(
     recompute: RecomputeConfig,
     precision: ModelPrecision,
 ) -> TransformerConfig:
-    """Megatron's configuration of a model with `stages[i]` blocks on stage i. Raises UserError for a layout that does
-    not divide the model."""
+    """Return Megatron-Core's configuration of a model with `stages[i]` layers on pipeline stage i.
+
+    Raises UserError if the layout does not divide the model.
+    """
     check_divisible(spec, topology.tensor_size, topology.expert_size)
     return TransformerConfig(
         num_layers=sum(stages),
@@ -55,13 +57,13 @@ def transformer_config(
         # Megatron's defaults are 0.1: distillation compares two deterministic models.
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Without Transformer Engine these are our own modules, digit for digit Hugging Face's.
+        # Without Transformer Engine, our own modules compute exactly what Hugging Face computes.
         bias_activation_fusion=precision.transformer_engine,
         bias_dropout_fusion=precision.transformer_engine,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,  # the core attention rotates
+        apply_rope_fusion=False,  # the core attention applies the rotary embedding
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,  # the LM head's wants a CUDA extension of apex
+        gradient_accumulation_fusion=False,  # needs a CUDA extension of Apex
         **precision.arguments,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -70,8 +72,8 @@ def transformer_config(
         pipeline_model_parallel_size=topology.pipeline_size,
         pipeline_model_parallel_layout=_pipeline_layout(stages) if topology.pipeline_size > 1 else None,
         virtual_pipeline_model_parallel_size=topology.virtual_size if topology.virtual_size > 1 else None,
-        # Forward and backward messages each by themselves: sent together, those of two stages on the same two ranks
-        # are mistaken for each other.
+        # Forward and backward messages are sent separately. Sent together, the messages of two stages on the same two
+        # ranks are mistaken for each other.
         overlap_p2p_comm=topology.virtual_size > 1,
         batch_p2p_comm=topology.virtual_size == 1,
         context_parallel_size=topology.context_size,
@@ -81,7 +83,7 @@ def transformer_config(
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=False,
         calculate_per_token_loss=True,
-        # Packed micro-batches differ in length, so stages tell each other the shapes; mcore then wants alltoall.
+        # Packed micro-batches differ in length, so stages send their shapes first; Megatron-Core then needs alltoall.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
     )
@@ -146,7 +148,7 @@ def build_model(
                 first_layer=first_layer,
                 first_expert=topology.expert_rank * (spec.num_experts // topology.expert_size),
             )
-        model.model_type = ModelType.encoder_or_decoder  # asked for by the interleaved schedule
+        model.model_type = ModelType.encoder_or_decoder  # required by the interleaved schedule
         chunks.append(model)
     stage = Stage(chunks)
     _mark_parameters(stage, spec)
@@ -154,8 +156,10 @@ def build_model(
 
 
 def check_divisible(spec: ModelSpec, tensor: int, expert: int = 1, key: str = "parallel", model: str = "model") -> None:
-    """Raise UserError, naming what would work, when tensor or expert parallelism does not divide the model. `key`: the
-    section of the configuration that they stand in; `model`: what to call the model."""
+    """Raise UserError if tensor or expert parallelism does not divide the model.
+
+    In the message, `key` is the section of the configuration and `model` the name of the model.
+    """
     if expert > 1 and spec.num_experts % expert:
         works = ", ".join(str(d) for d in range(1, spec.num_experts + 1) if spec.num_experts % d == 0)
         raise UserError(
@@ -173,7 +177,7 @@ def check_divisible(spec: ModelSpec, tensor: int, expert: int = 1, key: str = "p
 
 
 def check_recompute(recompute: RecomputeConfig | None, stages: Sequence[int]) -> None:
-    """Raise UserError for chunks of recomputed blocks that do not fill every stage: mcore reads past the last block."""
+    """Raise UserError if recomputed chunks do not divide a stage: Megatron-Core would index past its last layer."""
     if recompute is None or recompute.granularity != "full" or recompute.method != "uniform":
         return
     if any(blocks % recompute.num_layers for blocks in stages):
@@ -209,9 +213,9 @@ def _expert_arguments(spec: ModelSpec, topology: Topology, num_layers: int, *, g
         "num_moe_experts": spec.num_experts,
         "moe_router_topk": spec.experts_per_token,
         "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
-        # Softmax over all experts and then the choice, or over the chosen ones, which makes them sum to one.
+        # The softmax is over all experts, or over the chosen experts, whose weights then sum to one.
         "moe_router_pre_softmax": not spec.norm_topk_prob,
-        "moe_router_load_balancing_type": "none",  # the student follows the teacher's states, not a balance
+        "moe_router_load_balancing_type": "none",  # the student learns the teacher's hidden states, not a balanced load
         "moe_layer_freq": [int(layer in spec.sparse_layers) for layer in range(num_layers)],
         "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": topology.expert_size,
@@ -220,11 +224,11 @@ def _expert_arguments(spec: ModelSpec, topology: Topology, num_layers: int, *, g
 
 
 def _mark_parameters(stage: Stage, spec: ModelSpec) -> None:
-    """Say which parameters are shards, and which are experts'.
+    """Mark the parameters that are tensor-parallel shards, and the parameters of experts.
 
-    mcore marks shards only when it initialises them itself; without the mark the gradient norm counts the first rank's
-    alone. It counts experts as such only where they are spread: else their gradients would not be summed over
-    tensor-parallel ranks that hold copies, and the optimizer's state would depend on the layout.
+    Megatron-Core marks shards only if it initialises them. Without the mark, the gradient norm counts only the first
+    rank's shard. Megatron-Core marks experts only if they are distributed over ranks. Without the mark, gradients would
+    not be summed over tensor-parallel ranks with copies, and the optimizer state would depend on the layout.
     """
     table = parameter_table(spec)
     for name, parameter in named_parameters(stage).items():
@@ -232,4 +236,4 @@ def _mark_parameters(stage: Stage, spec: ModelSpec) -> None:
         if entry.layout != "copy" and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, 1 if entry.layout == "columns" else 0, 1)
         if entry.expert is not None:
-            parameter.allreduce = False  # over data-parallel ranks, that is: it is, over the experts' own
+            parameter.allreduce = False  # reduced over the experts' own data-parallel group instead

@@ -1,4 +1,7 @@
-"""From `precision:` to Megatron's arguments, or to why not: Megatron ignores silently what it cannot do. Pure."""
+"""Translate the section `precision` to arguments of Megatron-Core.
+
+Megatron-Core silently ignores settings that it cannot follow. They are refused here. No communication.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,23 @@ from megatron_oprd.models.tp_overlap import tp_overlap_arguments
 from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import ModelSpec, UserError
 
-# What the dimensions of an FP8 product, and the tokens of a rank, must be multiples of.
+# The dimensions of an FP8 product, and the tokens of a rank, must be multiples of this number.
 MULTIPLE = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
-_OLDEST_TE = (2, 10)  # what older ones lack of what Megatron-Core calls: tests/unit/test_te_contract.py
+_OLDEST_TE = (2, 10)  # older versions lack calls of Megatron-Core: tests/unit/test_te_contract.py
 
 
 @dataclass(frozen=True)
 class ModelPrecision:
-    """How one model computes: which modules stand in it, and what Megatron's TransformerConfig is told."""
+    """The module set of one model, and its precision arguments for Megatron-Core."""
 
-    transformer_engine: bool = False
+    transformer_engine: bool = False  # modules of Transformer Engine instead of our own
     scaled_weights: bool = False  # FP8 weights without Transformer Engine (`models/scaled_linear.py`)
-    keep_bf16: tuple[int, int] = (0, 0)  # the lowest and the highest blocks that stay out of FP8
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    keep_bf16: tuple[int, int] = (0, 0)  # the number of lowest and of highest layers without FP8
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of TransformerConfig
 
     @property
     def in_fp8(self) -> bool:
+        """Return True if some layers compute in FP8 or store their weights in FP8."""
         return self.scaled_weights or "fp8" in self.arguments
 
 
@@ -35,27 +39,35 @@ PLAIN = ModelPrecision()  # our own modules, in the dtype of the weights
 
 @dataclass(frozen=True)
 class Precision:
-    """How a run computes."""
+    """The precision of a run."""
 
     student: ModelPrecision = PLAIN
-    teacher: ModelPrecision = PLAIN
-    pad_tokens: int = 1  # a rank's tokens of a micro-batch are a multiple of it
+    teacher: ModelPrecision = PLAIN  # of all teachers
+    pad_tokens: int = 1  # the tokens of a rank in a micro-batch are padded to a multiple of this number
 
     @property
     def exact_teacher(self) -> ModelPrecision:
-        """The teacher on the same modules without FP8."""
+        """Return the teacher's precision with the same modules and without FP8."""
         exchange = {name: value for name, value in self.teacher.arguments.items() if name == "cp_comm_type"}
         return ModelPrecision(self.teacher.transformer_engine, arguments=exchange)
 
     @property
     def attention(self) -> str:
-        """The core attention, in words."""
+        """Return the name of the core attention."""
         return "Transformer Engine" if self.student.transformer_engine else "torch scaled_dot_product_attention"
 
 
 def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: Machine) -> Precision:
-    """What `config` means on `machine`, in the student's layout `parallel`. Raises UserError, naming the key and what
-    would work, for what the machine or Megatron-Core would not do as asked (docs/precision.md has the table)."""
+    """Return the precision of student and teachers on a machine. No communication.
+
+    Args:
+        config: The section `precision`.
+        parallel: The student's layout.
+        machine: Transformer Engine, CUDA and the device of this process.
+
+    Raises:
+        UserError: The machine or Megatron-Core does not support a setting (table in docs/precision.md).
+    """
     te = _takes_transformer_engine(config, machine)
     if not te and parallel.cp_comm_type in ("p2p", "a2a"):
         raise UserError(
@@ -77,9 +89,9 @@ def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: M
         "num_layers_at_end_in_bf16": last,
     }
     plain = {"cp_comm_type": _exchange(parallel, te=te)} if te else {}
-    of_student = {"fp8": config.fp8, **shared} if config.fp8 else {}
-    # A frozen model has no gradients to want the range of E5M2.
-    of_teacher = (
+    student_fp8 = {"fp8": config.fp8, **shared} if config.fp8 else {}
+    # A frozen model has no gradients, which would need the range of E5M2.
+    teacher_fp8 = (
         {"fp8": "e4m3", **shared, "fp8_param": config.teacher_fp8 == "weights"} if teacher_in_fp8 and te else {}
     )
     return Precision(
@@ -87,10 +99,10 @@ def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: M
             te,
             False,
             (first, last) if config.fp8 else (0, 0),
-            plain | of_student | tp_overlap_arguments(parallel),
+            plain | student_fp8 | tp_overlap_arguments(parallel),
         ),
-        ModelPrecision(te, scaled, (first, last) if teacher_in_fp8 else (0, 0), plain | of_teacher),
-        _pad_tokens(config, in_te=bool(of_student or of_teacher)),
+        ModelPrecision(te, scaled, (first, last) if teacher_in_fp8 else (0, 0), plain | teacher_fp8),
+        _pad_tokens(config, in_te=bool(student_fp8 or teacher_fp8)),
     )
 
 
@@ -148,7 +160,7 @@ def _product_sizes(spec: ModelSpec, tensor: int) -> dict[str, int]:
     if len(spec.sparse_layers) < spec.num_layers:
         sizes["intermediate size"] = spec.ffn_hidden_size // tensor
     if spec.num_experts:
-        sizes["experts' intermediate size"] = spec.moe_ffn_hidden_size  # experts are never cut
+        sizes["experts' intermediate size"] = spec.moe_ffn_hidden_size  # tensor parallelism does not divide experts
     return sizes
 
 
@@ -156,32 +168,32 @@ def _takes_transformer_engine(config: PrecisionConfig, machine: Machine) -> bool
     usable = machine.transformer_engine is not None and machine.capability is not None and config.dtype == "bf16"
     if config.attention != "te":
         return usable and config.attention == "auto"
-    asked = "precision.attention=te"
+    setting = "precision.attention=te"
     if machine.transformer_engine is None:
-        raise UserError(f"{asked}: Transformer Engine is not installed; install it or use precision.attention=auto")
+        raise UserError(f"{setting}: Transformer Engine is not installed; install it or use precision.attention=auto")
     if machine.capability is None:
-        raise UserError(f"{asked}: Transformer Engine needs a CUDA device; use precision.attention=auto or sdpa")
+        raise UserError(f"{setting}: Transformer Engine needs a CUDA device; use precision.attention=auto or sdpa")
     if config.dtype != "bf16":
         raise UserError(
-            f"{asked} with precision.dtype={config.dtype}: Transformer Engine's fused attention takes bf16; use "
+            f"{setting} with precision.dtype={config.dtype}: Transformer Engine's fused attention takes bf16; use "
             "precision.dtype=bf16 or precision.attention=sdpa"
         )
     return True
 
 
 def _exchange(parallel: ParallelConfig, *, te: bool) -> str:
-    """How context-parallel ranks bring keys and values together."""
-    asked = parallel.cp_comm_type
-    if te and asked == "all_gather" and parallel.context > 1:
+    """Return the `cp_comm_type` of Megatron-Core: the exchange of keys and values of context-parallel ranks."""
+    cp_comm_type = parallel.cp_comm_type
+    if te and cp_comm_type == "all_gather" and parallel.context > 1:
         raise UserError(
             "parallel.cp_comm_type=all_gather: Transformer Engine does not gather keys and values of packed sequences; "
             "use p2p or a2a, or precision.attention=sdpa"
         )
-    return "p2p" if asked in ("auto", "all_gather") else asked
+    return "p2p" if cp_comm_type in ("auto", "all_gather") else cp_comm_type
 
 
 def _check_consistent(config: PrecisionConfig) -> None:
-    """What is wrong on every machine."""
+    """Raise UserError for settings that contradict each other on every machine."""
     in_fp8 = config.fp8 is not None or config.teacher_fp8 != "off"
     if not in_fp8 and config.recipe != "tensorwise":
         raise UserError(
@@ -202,40 +214,40 @@ def _check_consistent(config: PrecisionConfig) -> None:
 
 
 def _check_fp8(config: PrecisionConfig, machine: Machine, *, te: bool) -> None:
-    asked, instead = f"precision.fp8={config.fp8}", "precision.fp8=null"
+    setting, instead = f"precision.fp8={config.fp8}", "precision.fp8=null"
     if not config.fp8:
-        asked, instead = (
+        setting, instead = (
             f"precision.teacher_fp8={config.teacher_fp8}",
             "precision.teacher_fp8=weights, which needs none",
         )
     if config.dtype != "bf16":
         raise UserError(
-            f"{asked} with precision.dtype={config.dtype}: FP8 stands beside bf16; use precision.dtype=bf16"
+            f"{setting} with precision.dtype={config.dtype}: FP8 stands beside bf16; use precision.dtype=bf16"
         )
     if machine.transformer_engine is None:
         raise UserError(
-            f"{asked} needs Transformer Engine, which is not installed: Megatron-Core would ignore it; use {instead}"
+            f"{setting} needs Transformer Engine, which is not installed: Megatron-Core would ignore it; use {instead}"
         )
     if not te and machine.capability is None:
-        raise UserError(f"{asked} needs a CUDA device; use {instead}")
+        raise UserError(f"{setting} needs a CUDA device; use {instead}")
     if not te:
         raise UserError(
-            f"{asked} with precision.attention=sdpa: Megatron-Core's own linear layers ignore FP8; use "
+            f"{setting} with precision.attention=sdpa: Megatron-Core's own linear layers ignore FP8; use "
             "precision.attention=auto or te"
         )
     version = tuple(int(part) for part in str(machine.transformer_engine).split(".")[:2])
     if version < _OLDEST_TE:
-        raise UserError(f"{asked} needs Transformer Engine 2.10 or newer, not {machine.transformer_engine}")
-    _check_device(asked, config.recipe, machine)
+        raise UserError(f"{setting} needs Transformer Engine 2.10 or newer, not {machine.transformer_engine}")
+    _check_device(setting, config.recipe, machine)
 
 
-def _check_device(asked: str, recipe: str, machine: Machine) -> None:
-    """What each recipe wants of the device (Transformer Engine's own conditions)."""
+def _check_device(setting: str, recipe: str, machine: Machine) -> None:
+    """Raise UserError if the device does not support the recipe (conditions of Transformer Engine)."""
     capability, cuda = machine.capability or (0, 0), machine.cuda or (0, 0)
     device = f"this device has compute capability {capability[0]}.{capability[1]}"
     if capability < (8, 9):
         raise UserError(
-            f"{asked} needs compute capability 8.9 or above; {device}; use precision.fp8=null and precision."
+            f"{setting} needs compute capability 8.9 or above; {device}; use precision.fp8=null and precision."
             "teacher_fp8=off"
         )
     if recipe == "blockwise" and capability < (9, 0):
@@ -255,15 +267,15 @@ def _check_device(asked: str, recipe: str, machine: Machine) -> None:
 
 
 def _check_scaled(config: PrecisionConfig, machine: Machine) -> None:
-    """FP8 weights of a teacher without Transformer Engine."""
-    asked = "precision.teacher_fp8=weights"
+    """Raise UserError if a teacher cannot have FP8 weights without Transformer Engine."""
+    setting = "precision.teacher_fp8=weights"
     if config.recipe != "tensorwise":
         raise UserError(
-            f"{asked} with precision.recipe={config.recipe} needs Transformer Engine on a CUDA device with "
+            f"{setting} with precision.recipe={config.recipe} needs Transformer Engine on a CUDA device with "
             "precision.attention=auto or te; without it use precision.recipe=tensorwise"
         )
     if machine.capability is not None:
-        _check_device(asked, config.recipe, machine)
+        _check_device(setting, config.recipe, machine)
 
 
 def _pad_tokens(config: PrecisionConfig, *, in_te: bool) -> int:

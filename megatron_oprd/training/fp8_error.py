@@ -1,4 +1,4 @@
-"""How far the states of a teacher in FP8 are from its own in bf16, and the least loss that this leaves."""
+"""Compare the hidden states of a teacher in FP8 with its hidden states in bf16."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from megatron_oprd.types import DeviceBatch
 
 @dataclass(frozen=True)
 class LayerError:
-    """Of the teacher layer that a student layer is compared with, over all selected tokens."""
+    """The FP8 error of the teacher layer that one student layer is compared with, over all selected tokens."""
 
     teacher_layer: int
-    relative: float  # ||h_fp8 - h|| / ||h||, the Frobenius norms
-    floor: float  # what the layer adds to the loss of a student whose states are those of the teacher in bf16
+    relative: float  # ||h_fp8 - h_bf16|| / ||h_bf16||, Frobenius norms
+    floor: float  # this layer's part of the loss of a student whose hidden states equal the teacher's in bf16
 
 
 def measure_error(
@@ -33,20 +33,29 @@ def measure_error(
     global_batch: GlobalBatch,
     topology: Topology,
 ) -> dict[int, LayerError]:
-    """The error of each compared layer, by student layer, the same on every rank. `exact` and `in_fp8`: the same
-    teachers at two precisions, in the same layouts.
+    """Return the error of each compared layer by student layer, the same on every rank.
 
-    Memory: the selected rows of all compared layers, twice, and the teachers one precision after the other where their
-    `load` makes them anew. Communicates over all groups.
+    Memory: the selected rows of all compared layers, twice. With `teachers_in_memory: one`, only one precision of the
+    teachers is in memory at a time.
+
+    Args:
+        exact: The teachers without FP8.
+        in_fp8: The same teachers with FP8, in the same layouts.
+        global_batch: The rollouts.
+        topology: The student's layout.
+
+    Communicates over: all groups.
     """
     plan, normalize = exact[0].plan, global_batch.loss.representation.normalize
     micro_batches = global_batch.micro_batches(topology)
-    wanted, found = (_states(teachers, global_batch, micro_batches, topology) for teachers in (exact, in_fp8))
+    exact_states, fp8_states = (
+        _hidden_states(teachers, global_batch, micro_batches, topology) for teachers in (exact, in_fp8)
+    )
     sums = torch.zeros(len(plan.student_layers), 3, dtype=torch.float64, device=topology.device)
-    for batch, of_exact, of_fp8 in zip(micro_batches, wanted, found, strict=True):
+    for batch, exact_by_layer, fp8_by_layer in zip(micro_batches, exact_states, fp8_states, strict=True):
         weights = layer_weights(batch.representation.weights, num_layers=len(plan.pairs))
-        for layer in of_exact.keys() & set(plan.student_layers):
-            target, state = of_fp8[layer], of_exact[layer]
+        for layer in exact_by_layer.keys() & set(plan.student_layers):
+            target, state = fp8_by_layer[layer], exact_by_layer[layer]
             statistics = token_statistics(state, target, normalize)
             difference = (target.double() - state.double()).pow(2).sum()
             floor = layer_sums(statistics, weights)[0]
@@ -57,22 +66,22 @@ def measure_error(
     return _errors(plan, values)
 
 
-def _states(
+def _hidden_states(
     teachers: Sequence[Teacher], global_batch: GlobalBatch, micro_batches: Sequence[DeviceBatch], topology: Topology
 ) -> list[dict[int, torch.Tensor]]:
-    """By micro-batch and student layer."""
+    """Return the teachers' hidden states by student layer, one dict for each micro-batch."""
     targets, _ = teacher_pass(teachers, global_batch, micro_batches, topology)
-    held = []
+    states = []
     for number in range(len(micro_batches)):
-        targets.of(number)  # made now where the teacher is streamed
-        held.append({layer: targets.take(number, layer) for layer in targets.layers})
-    return held
+        targets.of(number)  # a streamed teacher runs here
+        states.append({layer: targets.take(number, layer) for layer in targets.layers})
+    return states
 
 
 def _errors(plan: LayerPlan, values: Sequence[float]) -> dict[int, LayerError]:
-    of_student = {pair.student: pair.teacher for pair in plan.pairs}
+    teacher_layers = {pair.student: pair.teacher for pair in plan.pairs}
     errors = {}
-    for place, layer in enumerate(plan.student_layers):
-        difference, whole, floor = values[3 * place : 3 * place + 3]
-        errors[layer] = LayerError(of_student[layer], (difference / whole) ** 0.5 if whole else 0.0, floor)
+    for index, layer in enumerate(plan.student_layers):
+        difference, total, floor = values[3 * index : 3 * index + 3]
+        errors[layer] = LayerError(teacher_layers[layer], (difference / total) ** 0.5 if total else 0.0, floor)
     return errors
