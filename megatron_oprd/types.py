@@ -1,4 +1,4 @@
-"""The nouns of the path: what each stage of a training step hands to the next."""
+"""Data that one stage of a training step passes to the next."""
 
 from __future__ import annotations
 
@@ -22,41 +22,45 @@ class UserError(Exception):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One tokenised prompt. `index` is its row over all prompt files, before shuffling; `answer_style` says how an
-    answer is compared with `ground_truth`: `rule` (the last boxed answer, mathematically) or `exact` (the string)."""
+    """A tokenised prompt."""
 
-    index: int
+    index: int  # its row, counted over all prompt files before shuffling
     prompt_ids: tuple[int, ...]
     text: str = ""
     data_source: str = ""
     ground_truth: str | None = None
+    # How an answer is compared with `ground_truth`: the last boxed answer mathematically, or the whole string.
     answer_style: Literal["rule", "exact"] = "rule"
-    teacher_prompt_ids: tuple[int, ...] | None = None  # what the teacher reads in its place; None: the same
+    teacher_prompt_ids: tuple[int, ...] | None = None  # the prompt for the teacher; None: the student's prompt
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """One response as both models read it, and its sync points, in order: each a token of both, after which both have
-    read the same bytes (OPRD eq. (11)-(15) across tokenizers)."""
+    """A response in the tokens of a teacher with another tokenizer, and its sync points.
 
-    teacher_ids: tuple[int, ...]  # what the teacher reads after its own prompt
-    student_positions: tuple[int, ...]  # indices into the student's response, strictly increasing
-    teacher_positions: tuple[int, ...]  # indices into teacher_ids of the same, strictly increasing
-    student_tokens: int  # of the whole response
-    teacher_tokens_cut: int = 0  # what the teacher does not read of it, for want of room
+    A sync point is a token of the student and a token of the teacher that end after the same bytes of the response:
+    only there can hidden states be compared (OPRD eq. (11)-(15) across tokenizers).
+    """
+
+    teacher_ids: tuple[int, ...]  # the teacher's tokens after its own prompt
+    student_positions: tuple[int, ...]  # sync points: indices into the student's response, strictly increasing
+    teacher_positions: tuple[int, ...]  # the same sync points: indices into teacher_ids, strictly increasing
+    student_tokens: int  # length of the student's response
+    teacher_tokens_cut: int = 0  # tokens left out of teacher_ids because they exceed the teacher's limit
 
     @property
     def coverage(self) -> float:
-        """Sync points a token of the student's response; 1 for an empty one."""
+        """Return the sync points for each token of the student's response; 1 for an empty response."""
         return len(self.student_positions) / self.student_tokens if self.student_tokens else 1.0
 
-    def among(self, positions: Sequence[int], shift: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Those of `positions` (indices into the student's response, ascending) whose states can be compared, and the
-        teacher's indices of the same, the state of each `shift` tokens from it.
+    def comparable(self, positions: Sequence[int], shift: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the positions whose hidden states can be compared, and the teacher's positions for them.
 
-        Shift 0: the sync points. Shift -1: a token whose predecessor is one, and the first, before which both have read
-        their prompts; the teacher's index is that after the predecessor's, the number of its tokens where it has no
-        more to read.
+        Args:
+            positions: indices into the student's response, ascending.
+            shift: offset from a position to its hidden state. 0: a sync point is comparable. -1: a token after a sync
+                point is, and so is the first token, because both prompts end before it. The teacher's position is then
+                one after the sync point; it may equal the number of the teacher's tokens.
         """
         student, teacher = (
             np.array([-1, *read], np.int64) - shift for read in (self.student_positions, self.teacher_positions)
@@ -67,18 +71,17 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled response. `response_ids` includes the EOS that ended it; `response_mask` (0/1 a response token)
-    marks the tokens that the student itself sampled."""
+    """A prompt and the student's response."""
 
     prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    response_mask: tuple[int, ...]
+    response_ids: tuple[int, ...]  # with the EOS token, if the response ends with one
+    response_mask: tuple[int, ...]  # 1 for each response token that the student sampled, otherwise 0
     finish_reason: FinishReason
     prompt_index: int = 0
     sample_index: int = 0
     data_source: str = ""
-    teacher_prompt_ids: tuple[int, ...] | None = None  # what the teacher reads before the response; None: the same
-    alignment: Alignment | None = None  # what a teacher with another tokenizer reads of it; None: the same ids
+    teacher_prompt_ids: tuple[int, ...] | None = None  # the prompt for the teacher; None: the student's prompt
+    alignment: Alignment | None = None  # the response for a teacher with another tokenizer; None: the same tokens
 
     def __post_init__(self) -> None:
         if len(self.response_mask) != len(self.response_ids):
@@ -87,7 +90,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """Normalisers of a term of the loss over the whole global batch (OPRD eq. (6)), equal on every rank."""
+    """Counts of the global batch by which one term of the loss is normalised (OPRD eq. (6)); equal on every rank."""
 
     sequences: int  # rollouts with at least one selected token
     tokens: int  # selected tokens
@@ -112,7 +115,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch of T tokens in its host form: whole sequences, one after the other. All tensors are on the CPU.
+    """A micro-batch of T tokens in its host form: whole sequences, one after the other. All tensors are on the CPU.
 
     Padding stands at the end of a sequence (context parallelism) or is a sequence of its own (sequence parallelism,
     FP8); it is never selected. Under context parallelism a rank has a part of every sequence, and T counts its tokens.
@@ -190,8 +193,10 @@ class LayerPair:
 
 @dataclass(frozen=True)
 class PairBridge:
-    """What makes the two layers of a pair comparable (OPRD eq. (12)-(14)), float32: z_S = P_S h_S against
-    z_T = P_T (h_T - mu_T), r numbers a token."""
+    """The maps that make the two layers of a pair comparable (OPRD eq. (12)-(14)), in float32.
+
+    z_S = P_S h_S is compared with z_T = P_T (h_T - mu_T); both have r numbers for each token.
+    """
 
     student_map: torch.Tensor  # P_S [r, d_S]
     teacher_map: torch.Tensor  # P_T [r, d_T], orthonormal rows, the leading principal direction first
@@ -200,12 +205,12 @@ class PairBridge:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one student update tells: the global loss, the gradient norm before clipping and the metrics by name."""
+    """The results of one student update, equal on every rank."""
 
-    loss: float
-    grad_norm: float
+    loss: float  # of the global batch
+    grad_norm: float  # before clipping
     learning_rate: float
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)  # by name
 
 
 @dataclass(frozen=True)
@@ -238,7 +243,7 @@ class LongRope:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What we need to know of a Hugging Face decoder to build it, all from its `config.json`."""
+    """The properties of a Hugging Face decoder that are needed to build it, all from its `config.json`."""
 
     architecture: str  # one of hf/config.py's FAMILIES
     num_layers: int

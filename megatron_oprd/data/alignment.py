@@ -1,7 +1,8 @@
-"""The student's response in the tokens of a teacher with another tokenizer, and where the two agree.
+"""Align the student's response with the tokens of a teacher that has another tokenizer.
 
-The teacher reads its own tokens of the same bytes. After some tokens both have read exactly the same bytes: at these
-sync points alone their states are comparable (OPRD eq. (11-15) across tokenizers). Pure, no communication.
+The response is tokenised again, with the teacher's tokenizer, from the same bytes. A pair of tokens that end after the
+same bytes is a sync point: only there can hidden states be compared (OPRD eq. (11-15) across tokenizers).
+No communication.
 """
 
 from __future__ import annotations
@@ -18,24 +19,29 @@ from megatron_oprd.data.token_bytes import ByteEncoder, TokenBytes, byte_encoder
 from megatron_oprd.data.tokenizer import same_vocabulary
 from megatron_oprd.types import Alignment, Rollout, UserError
 
-_ANSWER = "an answer 4b1d"  # stands in a rendered conversation only where it was put
+_ANSWER = "an answer 4b1d"  # no chat template contains this text
 
 
 @dataclass(frozen=True)
 class Aligner:
-    """What it takes to align the responses of one student with one teacher; `make_aligner` makes it."""
+    """Aligns the responses of one student with one teacher. `make_aligner` builds it."""
 
     student_eos_ids: frozenset[int]
-    end_of_turn_id: int  # what the teacher reads where the student's response ended with an EOS
-    student: TokenBytes | None = None  # None, as the teacher's: an id means the same to both
+    end_of_turn_id: int  # replaces the EOS of the student's response
+    student: TokenBytes | None = None  # None (like `teacher`): both models have the same vocabulary
     teacher: ByteEncoder | None = None
 
     def align(self, response_ids: Sequence[int], *, prompt_tokens: int = 0, max_tokens: int | None = None) -> Alignment:
-        """The response in the teacher's tokens, and the sync points.
+        """Return the response in the teacher's tokens, and the sync points.
 
-        The response is tokenised on its own, not together with the prompt's end: no token spans the two. With one
-        tokenizer on both sides the ids stay as they were sampled and every position is a sync point. `max_tokens`: the
-        most that the teacher reads, `prompt_tokens` of its prompt included; what is over is cut, with its sync points.
+        The response is tokenised without the prompt, so no token spans the two. If both models have the same
+        vocabulary, the ids stay as they were sampled and every position is a sync point.
+
+        Args:
+            response_ids: the student's response.
+            prompt_tokens: length of the teacher's prompt.
+            max_tokens: the most tokens of the teacher's prompt and response. Tokens beyond it are cut, with their sync
+                points. None: no limit.
         """
         if self.student is None or self.teacher is None:
             teacher_ids = list(response_ids)
@@ -69,8 +75,15 @@ def make_aligner(
     student_eos_ids: Collection[int],
     teacher_end_of_turn_id: int,
 ) -> Aligner:
-    """`student_eos_ids`: those at which the rollouts stop. Raises UserError when the tokenizers differ and one of them
-    is of a kind whose tokens are not known in bytes. Takes seconds for large vocabularies: once a run."""
+    """Build the aligner of two tokenizers. For large vocabularies this takes seconds: do it once a run.
+
+    Args:
+        student_eos_ids: the ids at which the rollouts stop.
+        teacher_end_of_turn_id: see `end_of_turn_id`.
+
+    Raises:
+        UserError: the tokenizers differ, and one of them is of a kind whose tokens cannot be converted to bytes.
+    """
     eos_ids = frozenset(student_eos_ids)
     if same_vocabulary(student, teacher):
         return Aligner(eos_ids, teacher_end_of_turn_id)
@@ -78,8 +91,7 @@ def make_aligner(
 
 
 def align_rollouts(aligner: Aligner, rollouts: Sequence[Rollout], max_tokens: int) -> list[Rollout]:
-    """The rollouts with what the teacher reads of each after its own prompt: at most `max_tokens` together. Pure, no
-    communication."""
+    """Return the rollouts with their alignments. The teacher's prompt and response have at most `max_tokens` tokens."""
 
     def aligned(rollout: Rollout) -> Rollout:
         prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
@@ -92,10 +104,15 @@ def align_rollouts(aligner: Aligner, rollouts: Sequence[Rollout], max_tokens: in
 def sync_points(
     text: bytes, ends: np.ndarray, other_text: bytes, other_ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """All pairs of tokens after which both have read the same bytes, as two int64 arrays [points] of their indices.
+    """Return the pairs of tokens that end after the same bytes, as two arrays [points] int64 of token indices.
 
-    `ends` [tokens] int64: the bytes of the text up to each token's end. A token that adds no bytes is in no pair: the
-    one before it already ended there. Linear in the bytes.
+    A token without bytes is in no pair: the token before it ends at the same place. The time is linear in the bytes.
+
+    Args:
+        text: the bytes of the first token sequence.
+        ends: [tokens] int64, the number of bytes up to the end of each token.
+        other_text: the bytes of the second token sequence.
+        other_ends: likewise.
     """
     equal = _common_prefix(text, other_text)
     grows, other_grows = (np.flatnonzero(np.diff(each, prepend=0)) for each in (ends, other_ends))
@@ -104,12 +121,15 @@ def sync_points(
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
-    """The token with which the model ends an answer: the special token that its chat template writes behind one, else
-    the tokenizer's EOS, which for many chat models is another. Raises UserError when there is neither."""
+    """Return the token with which a model ends an answer.
+
+    It is the special token that the chat template writes after an answer, otherwise the tokenizer's EOS. For many chat
+    models the two differ. Raises UserError if the tokenizer has neither.
+    """
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
-    behind = _behind_an_answer(tokenizer, chat_template_kwargs or {})
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind else []
+    suffix = _text_after_answer(tokenizer, chat_template_kwargs or {})
+    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
     found = next((index for index in ids if index in special), tokenizer.eos_token_id)
     if found is None:
         raise UserError(
@@ -119,19 +139,19 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Map
     return int(found)
 
 
-def _behind_an_answer(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
+def _text_after_answer(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
     if not tokenizer.chat_template:
         return ""
     conversation = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = str(tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs))
-    except Exception:  # a template is a program of its own; one for single questions may know no answers
+    except Exception:  # a template for single questions may refuse an answer
         return ""
     return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
 
 
 def _common_prefix(first: bytes, second: bytes) -> int:
-    """The number of bytes in which two texts agree from the start."""
+    """Return the length of the common prefix in bytes."""
     if first == second:
         return len(first)
     length = min(len(first), len(second))

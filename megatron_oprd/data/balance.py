@@ -1,4 +1,4 @@
-"""Which sequences go into which micro-batch of which data-parallel rank. Pure, no communication."""
+"""Assign sequences to the micro-batches of the data-parallel ranks. No communication."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from megatron_oprd.types import ModelSpec, UserError
 
 
 def sequence_cost(tokens: int, spec: ModelSpec) -> float:
-    """Multiply-adds of one block on a sequence: its matrices on each token, and causal attention, which grows with the
-    square. Only ratios matter."""
+    """Return the multiply-adds of one layer on a sequence, causal attention included. Only ratios matter."""
     heads = spec.num_attention_heads * spec.head_dim
     attention = spec.hidden_size * (2 * heads + 2 * spec.num_query_groups * spec.head_dim)
     sparse = len(spec.sparse_layers) / spec.num_layers
@@ -26,12 +25,21 @@ def assign(
     multiple: int = 1,
     packing: bool = True,
 ) -> list[list[list[int]]]:
-    """Indices of the sequences in each micro-batch of each rank: [rank][micro-batch] -> ascending indices.
+    """Distribute sequences evenly, by cost, over ranks and over the micro-batches of each rank.
 
-    Costs are spread evenly over ranks and over the micro-batches of a rank; no micro-batch holds more than `max_tokens`
-    of `lengths`, or more than one sequence without `packing`. Every rank has as many micro-batches, at least one and a
-    multiple of `multiple`; some may be empty. A function of its arguments alone. Raises UserError for a sequence that
-    does not fit.
+    Args:
+        lengths: tokens of each sequence.
+        costs: cost of each sequence.
+        ranks: number of data-parallel ranks.
+        max_tokens: the most tokens of a micro-batch.
+        multiple: the number of micro-batches of a rank is a multiple of this.
+        packing: False puts at most one sequence into a micro-batch.
+
+    Returns: [rank][micro-batch] -> ascending indices of sequences. Every rank has the same number of micro-batches, at
+    least one; some may be empty. The result depends on the arguments alone.
+
+    Raises:
+        UserError: a sequence has more than `max_tokens` tokens.
     """
     longest = max(lengths, default=0)
     if longest > max_tokens:
@@ -73,7 +81,7 @@ def _first_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> l
 def _spread(
     order: Sequence[int], lengths: Sequence[int], costs: Sequence[float], count: int, capacity: int
 ) -> list[list[int]] | None:
-    """Most expensive first, each into the cheapest micro-batch with room; None when one finds no room."""
+    """Put each sequence, most expensive first, into the cheapest micro-batch with room; None if one finds no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
     room = [capacity] * count
     load = [0.0] * count

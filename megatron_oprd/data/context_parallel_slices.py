@@ -1,4 +1,4 @@
-"""Which rows of a micro-batch a rank holds under context and sequence parallelism. Pure, no communication."""
+"""Cut a micro-batch into the parts of context- and sequence-parallel ranks. No communication."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from megatron_oprd.types import PackedBatch, Selection
 
 
 def zigzag_rows(bounds: Sequence[int], rank: int, size: int) -> torch.Tensor:
-    """The rows [tokens / size] int64 of context-parallel rank `rank` of `size`, in the order in which it holds them.
+    """Return the rows [tokens / size] int64 of one context-parallel rank, in the order of its hidden states.
 
-    Each sequence is cut into 2 * size chunks, of which a rank holds the one `rank` places from the start and the one
-    `rank` places from the end: under causal attention all ranks then do the same work. `bounds`: cumulative lengths,
-    each length a multiple of 2 * size.
+    Each sequence is cut into 2 * size chunks. A rank has the chunk `rank` places from the start and the chunk `rank`
+    places from the end: under causal attention all ranks then do the same work.
+
+    Args:
+        bounds: cumulative lengths of the sequences; each length is a multiple of 2 * size.
+        rank: context-parallel rank.
+        size: number of context-parallel ranks.
     """
     pieces = []
     for start, end in itertools.pairwise(bounds):

@@ -1,4 +1,7 @@
-"""Rollouts to packed micro-batches. Pure, no communication: the global counts come in as an argument."""
+"""Select the tokens of a global batch for each term of the loss, and pack rollouts into micro-batches.
+
+Nothing in this module communicates.
+"""
 
 from __future__ import annotations
 
@@ -17,36 +20,38 @@ from megatron_oprd.types import DeviceBatch, DeviceSelection, GlobalCounts, Pack
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the loss over the global batch: the tokens that it reads of each rollout, and how they are averaged."""
+    """A term of the loss over the global batch: the selected tokens of each rollout, and how they are averaged."""
 
-    positions: tuple[tuple[int, ...], ...]  # of each rollout: indices into the response, ascending
-    teacher_positions: tuple[tuple[int, ...], ...]  # the same tokens: indices into what the teacher reads of it
-    token_ids: tuple[tuple[int, ...], ...]  # the same tokens themselves, in the student's vocabulary
-    shift: int  # from the row where a token is read to the row of the state that is compared
+    positions: tuple[tuple[int, ...], ...]  # for each rollout: indices into the response, ascending
+    teacher_positions: tuple[tuple[int, ...], ...]  # the same tokens: indices into the teacher's response tokens
+    token_ids: tuple[tuple[int, ...], ...]  # the ids of these tokens in the student's vocabulary
+    shift: int  # offset from a token's row to the row of the hidden state that is compared
     aggregation: str
     counts: GlobalCounts
-    first_rows: tuple[int, ...]  # the number, over all rollouts, of each one's first token
+    first_numbers: tuple[int, ...]  # for each rollout: the number of its first selected token in the global batch
 
     def teacher_view(self) -> Term:
-        """The same tokens, numbers and weights where a teacher with another tokenizer has them."""
+        """Return the term with the positions of the teacher's tokens; numbers and weights stay the same."""
         return dataclasses.replace(self, positions=self.teacher_positions)
 
 
 def representation_term(config: RepresentationConfig, rollouts: Sequence[Rollout]) -> Term:
-    """What the loss on hidden states reads of the global batch; nothing when its weight is zero. Of a rollout with an
-    alignment, the chosen tokens at which both models have read the same bytes: they alone count. No communication."""
+    """Select the tokens whose hidden states the representation loss compares; none if its weight is zero.
+
+    In a rollout with an alignment, only tokens at sync points are selected and counted.
+    """
     chosen = chosen_positions(config, rollouts)
     both = [
-        (positions, positions) if rollout.alignment is None else rollout.alignment.among(positions, config.shift)
+        (positions, positions) if rollout.alignment is None else rollout.alignment.comparable(positions, config.shift)
         for rollout, positions in zip(rollouts, chosen, strict=True)
     ]
     student, teacher = [pair[0] for pair in both], [pair[1] for pair in both]
-    # The state of token t is where t has been read; shift -1 takes the state that predicted it.
+    # The hidden state at token t is that after token t; shift -1 takes the state that predicts token t.
     return _term(rollouts, student, teacher, config.aggregation, config.shift)
 
 
 def chosen_positions(config: RepresentationConfig, rollouts: Sequence[Rollout]) -> list[tuple[int, ...]]:
-    """The tokens of each rollout that the configuration wants compared, before any alignment. No communication."""
+    """Return the tokens of each rollout that the configuration selects, before sync points are considered."""
     return [
         tuple(select_positions(rollout.response_mask, config.positions, config.k)) if config.weight else ()
         for rollout in rollouts
@@ -54,7 +59,10 @@ def chosen_positions(config: RepresentationConfig, rollouts: Sequence[Rollout]) 
 
 
 def output_term(config: OutputConfig, rollouts: Sequence[Rollout]) -> Term:
-    """What the output-space objective reads: the logits that predicted the token. No communication."""
+    """Select the tokens whose next-token distributions the output-space objective compares.
+
+    The hidden state is that of the preceding token, which predicts the selected token.
+    """
     positions = [
         tuple(select_positions(rollout.response_mask, config.positions, config.positions_k))
         if config.objective != "none"
@@ -151,7 +159,7 @@ def _select(term: Term, numbers: Sequence[int], starts: Sequence[int], teachers:
     for number, start, teacher in zip(numbers, starts, teachers, strict=True):
         chosen = term.positions[number]
         selected += [start + index + term.shift for index in chosen]
-        token_numbers += range(term.first_rows[number], term.first_rows[number] + len(chosen))
+        token_numbers += range(term.first_numbers[number], term.first_numbers[number] + len(chosen))
         weights += [token_weight(len(chosen), term.counts, term.aggregation) for _ in chosen]
         token_ids += term.token_ids[number]
         teacher_of_token += [teacher] * len(chosen)

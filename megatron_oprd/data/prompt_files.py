@@ -1,4 +1,4 @@
-"""Prompt files (Parquet, JSONL, hub data sets) as rows: every mistake names the file and the line or row."""
+"""Read the rows of prompt files (Parquet, JSONL, hub data sets). Errors name the file and the line or row."""
 
 from __future__ import annotations
 
@@ -12,29 +12,36 @@ from typing import Any, Literal
 from megatron_oprd.types import UserError
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
-_Keys = dict[str, str]  # the columns that every row must have, by the setting that names them
+_Keys = dict[str, str]  # configuration key -> name of a column that every row must have
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FILE_SUFFIXES = {".parquet", ".jsonl", ".json", ".ndjson", ".txt", ".csv", ".gz", ".zst"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a prompt file. `prompt` is plain text or a conversation; an absent column reads as empty or None."""
+    """A row of a prompt file. A missing column leaves the default."""
 
-    prompt: str | list[Message]
+    prompt: str | list[Message]  # plain text or a conversation
     data_source: str = ""
     ability: str = ""
     ground_truth: str | None = None
     answer_style: Literal["rule", "exact"] = "rule"
-    teacher_prompt: str | list[Message] | None = None  # what the teacher reads in its place; None: the same
+    teacher_prompt: str | list[Message] | None = None  # the prompt for the teacher; None: the student's prompt
 
 
 def read_rows(sources: Iterable[str], prompt_key: str, teacher_prompt_key: str | None = None) -> list[Row]:
-    """The rows of all sources, in order. A source is a Parquet or JSONL file, or the name of a hub data set.
+    """Read the rows of all sources, in order.
 
-    The columns are verl's: `prompt_key` (a string or a list of {role, content}), and optionally `data_source`,
-    `ability` and `reward_model` {ground_truth, style}; each file may lack other ones. With `teacher_prompt_key`, every
-    row has a prompt for the teacher there, in the same form. Raises UserError.
+    The columns are those of verl. Optional columns are `data_source`, `ability` and `reward_model` {ground_truth,
+    style}; each file may lack any of them.
+
+    Args:
+        sources: Parquet files, JSONL files or names of hub data sets.
+        prompt_key: the column with the prompt: a string, or a list of {role, content}.
+        teacher_prompt_key: the column with the teacher's prompt, in the same form; None: there is none.
+
+    Raises:
+        UserError: a source cannot be read, has no rows, or a row is malformed.
     """
     keys = {"data.prompt_key": prompt_key}
     if teacher_prompt_key is not None:
@@ -66,8 +73,8 @@ def _records(source: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # Read by hand: a column-wise reader wants one type per column, and cannot say which line is wrong. Split at \n
-    # alone, because str.splitlines also splits at characters that may stand inside a JSON string.
+    # A column-wise reader needs one type for each column and cannot name the wrong line. Split at \n alone:
+    # str.splitlines also splits at characters that a JSON string may contain.
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
@@ -95,7 +102,7 @@ def _parquet(path: Path, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]
     try:
         with path.open("rb") as file:
             parquet = pyarrow.parquet.ParquetFile(file)
-            columns = _wanted(str(path), parquet.schema_arrow.names, keys)
+            columns = _columns_to_read(str(path), parquet.schema_arrow.names, keys)
             records = parquet.read(columns=columns).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:  # text that is not UTF-8 shows as a ValueError
         raise UserError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
@@ -116,11 +123,11 @@ def _hub(name: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if "train" not in loaded and len(loaded) != 1:
         raise UserError(f"the data set {name} has the splits {', '.join(loaded)} and no 'train': save one as Parquet")
     split = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    records = split.select_columns(_wanted(name, split.column_names, keys))
+    records = split.select_columns(_columns_to_read(name, split.column_names, keys))
     return ((f"{name}, row {number}", record) for number, record in enumerate(records, start=1))
 
 
-def _wanted(source: str, columns: list[str], keys: _Keys) -> list[str]:
+def _columns_to_read(source: str, columns: list[str], keys: _Keys) -> list[str]:
     for setting, key in keys.items():
         if key not in columns:
             raise UserError(f"{source} has no column {key!r} ({setting}); it has: {', '.join(columns)}")

@@ -1,4 +1,4 @@
-"""Prompts: rows of prompt files rendered to token ids, and the resumable order in which training takes them."""
+"""Render the rows of prompt files to token ids, and take prompts in a resumable order."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _FIXED_TEMPLATE_KWARGS = {"conversation", "tokenize", "add_generation_prompt", "
 
 @dataclass(frozen=True)
 class PromptSet:
-    """The usable prompts of some files, and what became of the other rows: total = kept + too_long + failed."""
+    """The usable prompts of some files, and the numbers of the other rows: total = len(prompts) + too_long + failed."""
 
     prompts: list[Prompt]
-    total: int
-    too_long: int  # the prompt or the teacher's is longer than data.max_prompt_tokens
-    failed: int  # the chat template failed on one of the two, or it renders to no token at all
-    first_failure: str = ""  # the reason of the first failed row
+    total: int  # rows
+    too_long: int  # rows whose prompt, for either model, is longer than data.max_prompt_tokens
+    failed: int  # rows whose chat template failed, for either model, or produced no token
+    first_failure: str = ""  # why the first failed row failed
 
     def summary(self) -> str:
-        """One line for the log, with every count and the first failure."""
+        """Return one line for the log, with all counts and the first failure."""
         reason = f" (first: {self.first_failure})" if self.failed else ""
         return (
             f"{self.total} rows: {len(self.prompts)} kept, {self.too_long} too long, {self.failed} not usable{reason}"
@@ -39,18 +39,18 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class PromptState:
-    """Where training stands in the prompts: `position` prompts of `epoch` have been taken."""
+    """The position of training in the prompts, from which a run resumes."""
 
     epoch: int = 0
-    position: int = 0
+    position: int = 0  # prompts of the epoch that have been taken
 
     def to_dict(self) -> dict[str, int]:
-        """Plain numbers, for a checkpoint."""
+        """Return the state as plain numbers, for a checkpoint."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, int]) -> PromptState:
-        """The inverse of `to_dict`."""
+        """Build the state from the numbers of `to_dict`."""
         return cls(epoch=int(values["epoch"]), position=int(values["position"]))
 
 
@@ -61,13 +61,19 @@ def load_prompts(
     *,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PromptSet:
-    """Reads, renders and filters every row of `sources` (files or hub names). `Prompt.index` numbers the rows over
-    all sources before filtering. `Prompt.teacher_prompt_ids` are rendered likewise where they differ: with
-    `data.teacher_prompt_key`, `data.teacher_chat_template_kwargs` or a `teacher_tokenizer`, another one than
-    `tokenizer`, with its own chat template and ids.
+    """Read every row of the sources, render it and leave out the rows that cannot be used. No communication.
 
-    Raises UserError for an unreadable file, a malformed row (with its line), or when no prompt is left. Reads files;
-    no communication.
+    The teacher's prompts are rendered too if they can differ from the student's: with `data.teacher_prompt_key`,
+    `data.teacher_chat_template_kwargs` or a `teacher_tokenizer`.
+
+    Args:
+        sources: prompt files or names of hub data sets.
+        tokenizer: the student's.
+        config: the section `data`.
+        teacher_tokenizer: the teacher's, with its own chat template and ids; None: the student's.
+
+    Raises:
+        UserError: a file cannot be read, a row is malformed (the message names its line), or no prompt is left.
     """
     for key in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
         reserved = _FIXED_TEMPLATE_KWARGS & set(getattr(config, key) or {})
@@ -79,9 +85,10 @@ def load_prompts(
     teacher_rendered: dict[int, tuple[str, tuple[int, ...]]] = {}
     teacher_failures: dict[int, str] = {}
     if config.own_teacher_prompts or teacher_tokenizer is not None:
-        of_teacher = [row.prompt if row.teacher_prompt is None else row.teacher_prompt for row in rows]
-        reader = teacher_tokenizer or tokenizer
-        teacher_rendered, teacher_failures = _render(of_teacher, rows, reader, config.teacher_kwargs, instruction)
+        teacher_prompts = [row.prompt if row.teacher_prompt is None else row.teacher_prompt for row in rows]
+        teacher_rendered, teacher_failures = _render(
+            teacher_prompts, rows, teacher_tokenizer or tokenizer, config.teacher_kwargs, instruction
+        )
     failures = {index: f"the teacher's prompt: {reason}" for index, reason in teacher_failures.items()} | failures
     prompts: list[Prompt] = []
     too_long = 0
@@ -104,10 +111,12 @@ def load_prompts(
 
 
 def render_text(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
-    """The text that the model continues: the chat template with a generation prompt (plain text is one user turn).
+    """Return the text that the model continues: the chat template with a generation prompt.
 
-    Without a template: the text itself, or the contents of the messages a line each if they share one role. Raises
-    ValueError for several roles without a template, and whatever the template raises.
+    Plain text is one user message. Without a chat template, the result is the text itself, or the contents of all
+    messages, one a line.
+
+    Raises ValueError for messages of several roles without a chat template, and any exception of the template.
     """
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -120,7 +129,10 @@ def render_text(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase,
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Token ids of rendered texts. A chat template writes its own special tokens; plain text gets the tokenizer's."""
+    """Return the token ids of rendered texts.
+
+    A chat template writes its own special tokens; without one, the tokenizer adds its special tokens.
+    """
     if not texts:
         return []
     add_special_tokens = not tokenizer.chat_template
@@ -133,10 +145,10 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[i
 def take(
     prompts: Sequence[Prompt], state: PromptState, count: int, *, seed: int, shuffle: bool
 ) -> tuple[list[Prompt], PromptState]:
-    """The next `count` prompts and the state after them; epochs follow each other within a step.
+    """Return the next `count` prompts and the state after them. A step may reach into the next epoch.
 
-    Each epoch has its own order, drawn from (seed, epoch) alone, so a state resumes anywhere. Raises UserError when
-    the state does not fit the prompts. Pure, no communication.
+    The order of an epoch depends on (seed, epoch) alone, so that a run can resume anywhere. No communication.
+    Raises UserError if the state does not fit the prompts.
     """
     if not prompts or not 0 <= state.position < len(prompts):
         raise UserError(f"cannot continue at prompt {state.position} of {len(prompts)}: the prompt files have changed")
@@ -165,16 +177,16 @@ def _render(
     kwargs: dict[str, Any],
     append_instruction: bool | str,
 ) -> tuple[dict[int, tuple[str, tuple[int, ...]]], dict[int, str]]:
-    """(text, token ids) of each prompt by its row, and for those that cannot be used the reason."""
+    """Return (text, token ids) by row, and the reason by row for prompts that cannot be used."""
     texts: dict[int, str] = {}
     failures: dict[int, str] = {}
     for index, prompt in enumerate(prompts):
         try:
-            instructed = _instructed(prompt, rows[index], append_instruction)
-            text = render_text(instructed, tokenizer, kwargs)
-            text.encode("utf-8")  # a lone surrogate, which JSON can spell, would stop the tokenizer for all rows
+            with_instruction = _with_instruction(prompt, rows[index], append_instruction)
+            text = render_text(with_instruction, tokenizer, kwargs)
+            text.encode("utf-8")  # a lone surrogate, which JSON can contain, would fail the tokenizer for all rows
             texts[index] = text
-        except Exception as error:  # a template is a program of its own and raises what it likes
+        except Exception as error:  # a template is a program and may raise any exception
             failures[index] = " ".join(str(error).split())[:200] or type(error).__name__
     rendered: dict[int, tuple[str, tuple[int, ...]]] = {}
     for (index, text), ids in zip(texts.items(), encode(list(texts.values()), tokenizer), strict=True):
@@ -185,9 +197,8 @@ def _render(
     return rendered, failures
 
 
-def _instructed(prompt: str | list[Message], row: Row, append_instruction: bool | str) -> str | list[Message]:
-    """A prompt of a row with the instruction at the end of its last user message, where `append_instruction` wants
-    it."""
+def _with_instruction(prompt: str | list[Message], row: Row, append_instruction: bool | str) -> str | list[Message]:
+    """Append the instruction to the last user message if `append_instruction` is set and no message mentions a box."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     has_it = any("\\boxed" in message["content"] for message in messages)
     wanted = append_instruction is True or (append_instruction == "auto" and _is_graded_math(row))
@@ -201,8 +212,10 @@ def _instructed(prompt: str | list[Message], row: Row, append_instruction: bool 
 
 
 def _is_graded_math(row: Row) -> bool:
-    """Whether a boxed answer is what the row will be graded by: its `ability` says math, or, for a row without one,
-    its `data_source` does."""
+    """Return True if the row is graded by a boxed mathematical answer.
+
+    Its `ability` decides; in a row without an ability, the name of its `data_source`.
+    """
     if row.answer_style != "rule" or row.ground_truth is None:
         return False
     return "math" in row.ability.lower() if row.ability else bool(_MATH_SOURCE.search(row.data_source))

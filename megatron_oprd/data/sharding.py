@@ -1,4 +1,4 @@
-"""Which part of a step's items a data-parallel rank works on. Pure, no communication."""
+"""Divide the items of a step over data-parallel ranks. No communication."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ Item = TypeVar("Item")
 
 
 def split(items: Sequence[Item], rank: int, size: int) -> list[Item]:
-    """The contiguous part of `items` for `rank` of `size`: lengths differ by at most one, and a part may be empty.
+    """Return the contiguous part of `items` for one rank.
 
-    The parts of ranks 0..size-1, one after the other, are `items`. Raises ValueError for a rank outside 0..size-1.
+    The parts of ranks 0 to size - 1, one after the other, are `items`. Their lengths differ by at most one; a part may
+    be empty. Raises ValueError for a rank outside 0 to size - 1.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} is not in 0..{size - 1}")

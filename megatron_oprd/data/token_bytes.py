@@ -1,8 +1,9 @@
-"""Token ids to bytes and back. A token can be part of a character, so texts of two tokenizers are compared as bytes.
+"""Convert token ids to bytes, and bytes to token ids. No communication.
 
-Two kinds of tokenizer say exactly which bytes a token stands for: byte-level BPE (GPT-2's alphabet of 256 printable
-characters: Qwen, Llama-3, Phi-4-mini) and SentencePiece with byte fallback (U+2581 for a space, `<0xE4>` for a byte:
-Llama-2, Mistral, Gemma). They are told apart by the pipeline in `tokenizer.json`, not by name. No communication.
+A token can be a part of a character, so the texts of two tokenizers are compared as bytes. Two kinds of tokenizer
+define the bytes of every token: byte-level BPE (GPT-2's alphabet of 256 printable characters: Qwen, Llama-3,
+Phi-4-mini) and SentencePiece with byte fallback (U+2581 for a space, `<0xE4>` for a byte: Llama-2, Mistral, Gemma).
+The kind is recognised by the pipeline in `tokenizer.json`, not by its name.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ _MARKS_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": _SPAC
 class TokenBytes:
     """The bytes that each token of a vocabulary adds to a text."""
 
-    pieces: Mapping[int, bytes]  # by id: b"" for special tokens; ids without a token are missing
-    leading_space: bool  # whether a text is written with a space in front that is not its own (SentencePiece)
+    pieces: Mapping[int, bytes]  # id -> bytes; b"" for special tokens; ids without a token are missing
+    leading_space: bool  # True if the tokenizer puts a space before every text (SentencePiece)
 
     def spell(self, ids: Sequence[int]) -> tuple[bytes, np.ndarray]:
-        """The text that a response says, not always valid UTF-8, and [tokens] int64: its bytes up to each token's end.
+        """Return the bytes of a token sequence, and the number of bytes up to the end of each token, [tokens] int64.
 
-        Special tokens, and ids that stand for no token (the padding of an embedding), say nothing.
+        The bytes are not always valid UTF-8. Special tokens, and ids without a token (padding of an embedding), have
+        no bytes.
         """
         pieces = [self.pieces.get(index, b"") for index in ids]
         text = b"".join(pieces)
@@ -47,18 +49,18 @@ class TokenBytes:
 
 @dataclass(frozen=True)
 class ByteEncoder:
-    """A tokenizer that reads bytes and changes none: `tokens.spell(encode(text))[0] == text`."""
+    """A tokenizer that keeps every byte: `tokens.spell(encode(text))[0] == text`."""
 
     tokens: TokenBytes
-    backend: Tokenizer  # without what would change the text: Unicode normalisation, spaces of its own, special tokens
-    byte_ids: Mapping[int, int]  # the token of each byte that is not ASCII
-    not_as_text: re.Pattern[str]  # of a text decoded with `surrogateescape`, what only tokens of single bytes can spell
+    backend: Tokenizer  # without the steps that change a text: Unicode normalisation, added spaces, special tokens
+    byte_ids: Mapping[int, int]  # byte that is not ASCII -> the id of its token
+    not_as_text: re.Pattern[str]  # parts of a text (decoded with `surrogateescape`) that need tokens of single bytes
 
     def encode(self, text: bytes) -> list[int]:
-        """Token ids of a whole text on its own, as the tokenizer cuts it, without special tokens.
+        """Return the token ids of a text, without special tokens.
 
-        Bytes that are no UTF-8 become tokens of single bytes, in place. A byte that the vocabulary does not have is
-        left out, the one case in which the text changes.
+        Bytes that are not UTF-8 become tokens of single bytes. A byte that is not in the vocabulary is left out; only
+        then does the text change.
         """
         if not text:
             return []
@@ -75,15 +77,15 @@ class ByteEncoder:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
-    """The bytes of every token. Raises UserError, one line that names the folder, for any other kind of tokenizer."""
+    """Return the bytes of every token. Raises UserError, which names the folder, for any other kind of tokenizer."""
     return _token_bytes(tokenizer, *_pipeline(tokenizer))
 
 
 def byte_encoder(tokenizer: PreTrainedTokenizerBase) -> ByteEncoder:
-    """The tokenizer as an encoder of bytes; its own object is not changed. Raises UserError as `token_bytes`."""
+    """Build an encoder of bytes from a tokenizer, which stays unchanged. Raises UserError as `token_bytes` does."""
     pipeline, byte_level = _pipeline(tokenizer)
     tokens = _token_bytes(tokenizer, pipeline, byte_level)
-    # What a normaliser changes would put every later byte at another place than in the student's text.
+    # A normaliser that changes bytes would move every later byte away from its place in the student's text.
     kept = [step for step in _steps(pipeline["normalizer"]) if step["type"] == "ByteLevel" or step == _MARKS_SPACES]
     pipeline["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
     for step in _steps(pipeline["pre_tokenizer"]):
@@ -92,12 +94,12 @@ def byte_encoder(tokenizer: PreTrainedTokenizerBase) -> ByteEncoder:
         if step["type"] == "ByteLevel":
             step["add_prefix_space"] = False
     for added in pipeline["added_tokens"]:
-        added["lstrip"] = added["rstrip"] = False  # they would swallow spaces
+        added["lstrip"] = added["rstrip"] = False  # otherwise they remove spaces
     pipeline["truncation"] = pipeline["padding"] = None
     backend = Tokenizer.from_str(json.dumps(pipeline))
-    backend.encode_special_tokens = True  # the text of a special token is text, whoever wrote it
+    backend.encode_special_tokens = True  # special tokens in a response are ordinary text
     byte_ids = {piece[0]: index for index, piece in tokens.pieces.items() if len(piece) == 1 and piece[0] >= 0x80}
-    # SentencePiece has no other way to tell the mark itself from a space.
+    # In SentencePiece, only byte tokens distinguish the mark itself from a space.
     not_as_text = re.compile("([\udc80-\udcff]+)" if byte_level else f"([\udc80-\udcff{_SPACE_MARK}]+)")
     return ByteEncoder(tokens, backend, byte_ids, not_as_text)
 
@@ -109,7 +111,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, pipeline: dict[str, Any], b
     for piece, index in backend.get_vocab(with_added_tokens=False).items():
         pieces[index] = _byte_level_piece(piece, alphabet) if byte_level else _sentencepiece_piece(piece)
     for index, added in backend.get_added_tokens_decoder().items():
-        # Added tokens are cut out of the text as they are written, before any alphabet.
+        # Added tokens are matched in the text itself, before it is converted to the alphabet.
         pieces[index] = added.content.encode() if byte_level else _sentencepiece_piece(added.content)
         if added.special:
             pieces[index] = b""
@@ -120,7 +122,7 @@ def _token_bytes(tokenizer: PreTrainedTokenizerBase, pipeline: dict[str, Any], b
 
 
 def _pipeline(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], bool]:
-    """The content of `tokenizer.json`, and whether it is byte-level BPE; if not, it is SentencePiece."""
+    """Return the content of `tokenizer.json`, and True for byte-level BPE or False for SentencePiece."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         pipeline: dict[str, Any] = json.loads(backend.to_str())
@@ -137,7 +139,7 @@ def _pipeline(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], bool]
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normaliser, pre-tokenizer or decoder, without the sequences around them."""
+    """Return the steps of a normaliser, pre-tokenizer or decoder as a flat list."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -156,7 +158,7 @@ def _writes_leading_space(pipeline: dict[str, Any]) -> bool:
 def _byte_level_piece(piece: str, alphabet: Mapping[str, bytes]) -> bytes:
     try:
         return b"".join(alphabet[character] for character in piece)
-    except KeyError:  # not of the alphabet: written as it is, as the decoder does
+    except KeyError:  # a character outside the alphabet stands for itself, as in the decoder
         return piece.encode()
 
 

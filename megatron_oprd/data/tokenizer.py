@@ -1,4 +1,4 @@
-"""Tokenizers: opened from a local Hugging Face folder, and checked against the model they are to be used with."""
+"""Load a tokenizer from a local Hugging Face folder, check it against a model, compare and identify tokenizers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether the folder means to hold a tokenizer, whole or not."""
+    """Return True if the folder has a tokenizer file, even if other tokenizer files are missing."""
     return any((Path(folder) / name).exists() for name in (*_VOCABULARY_FILES, "tokenizer_config.json"))
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local Hugging Face folder; nothing is downloaded and no code of the folder runs.
+    """Load the tokenizer of a local Hugging Face folder. Nothing is downloaded, and no code of the folder runs.
 
-    Raises UserError, one line that names the folder, when its files are missing or broken.
+    Raises UserError, which names the folder, if files are missing or broken.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"cannot load a tokenizer from {folder}: there is no such folder")
-    # Given a config.json alone, transformers builds a tokenizer without any token and says nothing.
+    # From a config.json alone, transformers builds a tokenizer without tokens and without a warning.
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise UserError(
             f"no tokenizer in {folder}: copy the tokenizer files (tokenizer.json, tokenizer_config.json) there"
@@ -35,7 +35,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the parsers behind it raise whatever they like, bare Exception included
+    except Exception as error:  # the parsers raise exceptions of any class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"the tokenizer files in {folder} cannot be read: {reason}") from None
     if not tokenizer.get_vocab():
@@ -44,8 +44,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, model: str = "the model") -> None:
-    """Raises UserError when the tokenizer can produce an id for which the model has no embedding. `model`: what the
-    message calls it."""
+    """Raise UserError if the tokenizer has an id for which the model has no embedding.
+
+    `model`: the name of the model in the message.
+    """
     largest = max(tokenizer.get_vocab().values())
     if largest >= spec.vocab_size:
         raise UserError(
@@ -55,8 +57,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, model: 
 
 
 def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:
-    """Whether an id means the same token to both. One may have added tokens (`<think>`) at ids that the other does
-    not use, as releases of one model family do."""
+    """Return True if every id means the same token in both.
+
+    One tokenizer may have added tokens (`<think>`) at ids that the other does not use, as releases of one model family
+    do.
+    """
     ids, other_ids = first.get_vocab(), second.get_vocab()
     added = first.get_added_vocab().keys() | second.get_added_vocab().keys()
     if {token for token in ids.keys() ^ other_ids.keys() if token not in added}:
@@ -68,13 +73,16 @@ def same_vocabulary(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerB
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What identifies a tokenizer with its chat template: `sha256:` and 64 hexadecimal digits over what it does, not
-    over the files it came from. Raises UserError for a tokenizer without a Rust backend."""
+    """Return the hash of a tokenizer and its chat template: `sha256:` and 64 hexadecimal digits.
+
+    The hash depends on how the tokenizer works, not on its files. Raises UserError for a tokenizer without a Rust
+    backend.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"the tokenizer in {tokenizer.name_or_path or '(unnamed)'} is no fast one; add tokenizer.json")
     pipeline = json.loads(backend.to_str())
-    for setting in ("padding", "truncation"):  # of the last call, not of the tokenizer
+    for setting in ("padding", "truncation"):  # set by the last call; they do not belong to the tokenizer
         pipeline.pop(setting, None)
     text = json.dumps([pipeline, tokenizer.chat_template], sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -21,7 +21,7 @@ from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, lon
 from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup
 from megatron_oprd.launch.tokenizers import Tokenizers, read_student_tokenizer, read_tokenizers
 from megatron_oprd.rollout.replay import check_enough, load_replay
-from megatron_oprd.training.global_batch import longest_reading
+from megatron_oprd.training.global_batch import max_num_tokens
 from megatron_oprd.types import Prompt, Rollout, UserError
 
 
@@ -73,7 +73,7 @@ class Inputs:
         """Return the most tokens that a sequence of this run and its response can have."""
         if self.prompts is None:
             responses = (len(rollout.response_ids) for rollout in self.replayed)
-            return Lengths(max(map(longest_reading, self.replayed), default=1), max(responses, default=1))
+            return Lengths(max(map(max_num_tokens, self.replayed), default=1), max(responses, default=1))
         response = self.config.rollout.max_new_tokens
         longest = longest_prompt(self.prompts.prompts) + response
         return Lengths(min(longest, self.setup.student.max_position_embeddings), response)
@@ -185,7 +185,7 @@ def _read_replayed(config: Config, setup: Setup, aligner: Aligner | None) -> lis
         rollouts = load_replay(rollout.path, student_size, teacher_vocab_size=teacher_sizes[0])
     check_enough(rollouts, config.train.steps, rollout.prompts_per_step * rollout.samples_per_prompt)
     # For a teacher with another tokenizer, tokens beyond its room are cut: only the student's tokens count.
-    longest = max(map(longest_reading if aligner is None else num_tokens, rollouts), default=0)
+    longest = max(map(max_num_tokens if aligner is None else num_tokens, rollouts), default=0)
     if longest > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "

@@ -1,4 +1,4 @@
-"""Core attention over torch's scaled_dot_product_attention: packed sequences, grouped queries, no S x S tensor."""
+"""Core attention with torch's scaled_dot_product_attention: packed sequences, grouped queries, no S x S tensor."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from megatron_oprd.models.rotary import rotate
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal self-attention inside each sequence of the micro-batch in flight; with its `cache`, also of single
-    tokens over the keys and values stored before.
+    """Causal self-attention inside each sequence of a micro-batch.
 
-    Heads are already divided over the tensor-parallel group. Under context parallelism keys and values are gathered
-    over its group (and their gradients reduced in backward); otherwise no communication."""
+    In generation, single tokens also attend to the keys and values that the micro-batch's `cache` stores. Heads are
+    already divided over the tensor-parallel group.
+
+    Communicates over: the context-parallel group, if there is one. Keys and values are gathered; backward reduces
+    their gradients.
+    """
 
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ class PackedAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [tokens, 1, heads, d], key and value [tokens, 1, groups, d] -> [tokens, 1, heads * d]."""
         batch = micro_batch.of(kwargs)
-        assert batch.rotary is not None  # the model makes it before its first layer
+        assert batch.rotary is not None  # the model sets it before its first layer
         query, key = (rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
         value = value.squeeze(1)
         step = batch.cache
@@ -49,7 +52,7 @@ class PackedAttention(torch.nn.Module):
             return self._sequences(query, key, value, batch.bounds)
         pieces = []
         if step.rows:
-            pieces.append(self._cached(query[: step.rows], key[: step.rows], value[: step.rows], step))
+            pieces.append(self._with_cache(query[: step.rows], key[: step.rows], value[: step.rows], step))
         if step.prompt_slots:
             for slots, (start, end) in zip(step.prompt_slots, itertools.pairwise(batch.bounds), strict=True):
                 prompt_key, prompt_value = (x[start:end].transpose(0, 1) for x in (key, value))
@@ -60,9 +63,9 @@ class PackedAttention(torch.nn.Module):
     def _sequences(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Sequence[int]
     ) -> torch.Tensor:
-        """Each packed sequence by itself: [tokens, heads or groups, d] -> [bounds[-1] - bounds[0], 1, heads * d]."""
+        """Compute attention inside each sequence: [tokens, heads or groups, d] -> [tokens of bounds, 1, heads * d]."""
         heads, width = query.shape[1:]
-        # One call a sequence: the same kernel and shapes as an unpacked model, hence the same numbers.
+        # One call for each sequence: kernel and shapes are those of an unpacked model, and so are the numbers.
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         pieces = [
             torch.nn.functional.scaled_dot_product_attention(
@@ -80,7 +83,7 @@ class PackedAttention(torch.nn.Module):
     def _context_parts(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Sequence[int], context: ContextPart
     ) -> torch.Tensor:
-        """This rank's two chunks of each sequence over all keys and values before their ends:
+        """Compute attention for this rank's two chunks of each sequence, over the keys and values of all ranks:
         [tokens of this rank, heads or groups, d] -> [tokens of this rank, 1, heads * d]."""
         heads, width = query.shape[1:]
         gathered = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=context.group)
@@ -103,13 +106,15 @@ class PackedAttention(torch.nn.Module):
                 row += chunk
         return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(-1, 1, heads * width)
 
-    def _cached(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: CachedStep) -> torch.Tensor:
-        """One token a row over its slot: [rows, heads or groups, d] -> [rows, 1, heads * d]."""
+    def _with_cache(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: CachedStep
+    ) -> torch.Tensor:
+        """Compute attention of one token for each slot: [rows, heads or groups, d] -> [rows, 1, heads * d]."""
         rows, heads, width = query.shape
         groups = key.shape[1]
         keys, values = step.cache.append(self.layer_number, step, key, value)
-        # The heads of a group stand as its queries: nothing is causal among single tokens, and the keys and values
-        # need not be repeated for every head (2 to 3 times faster on a CPU than enable_gqa).
+        # The heads of a group are passed as queries of one head. Single tokens need no causal mask, and keys and values
+        # are not repeated for every head (2 to 3 times faster on a CPU than enable_gqa).
         output = torch.nn.functional.scaled_dot_product_attention(
             query.reshape(rows, groups, heads // groups, width), keys, values, attn_mask=step.mask, scale=self.scale
         )

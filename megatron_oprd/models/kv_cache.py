@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that were read already, so that generation reads each token once."""
+"""Keys and values of earlier tokens, so that generation runs the model once for each token."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 128  # positions by which the capacity grows at least
+CHUNK = 128  # the capacity is a multiple of this number of positions
 
 
 class KeyValueCache:
-    """For each layer of a stage, keys and values [slots, groups, capacity, d], filled from position 0 in each slot.
+    """Keys and values [slots, groups, capacity, d] of each layer of a stage, filled from position 0 in each slot.
 
-    Holds 2 * layers * slots * groups * capacity * d * itemsize bytes, with the layers of this stage and the key-value
-    heads of this tensor-parallel rank. Capacity follows the longest row, a chunk at a time. No communication.
+    Memory: 2 * layers * slots * groups * capacity * d * itemsize bytes, for the layers of this stage and the key-value
+    heads of this tensor-parallel rank. The capacity grows with the longest slot, CHUNK positions at a time.
+    No communication.
     """
 
     def __init__(
         self, layers: Sequence[int], slots: int, groups: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.capacity = 0
-        # Zeros, not empty memory: a masked position weighs 0, but 0 times a stray NaN would be NaN.
+        # Zeros instead of empty memory: a masked position has weight 0, and 0 times NaN is NaN.
         self.keys = {
             layer: torch.zeros(slots, groups, self.capacity, width, dtype=dtype, device=device) for layer in layers
         }
@@ -29,40 +30,42 @@ class KeyValueCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes held now."""
-        return sum(x.numel() * x.element_size() for held in (self.keys, self.values) for x in held.values())
+        """Return the bytes of all keys and values."""
+        tensors = (*self.keys.values(), *self.values.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions a slot; a quarter more than before at least, so that copies stay few."""
+        """Make room for `length` positions in each slot. The capacity grows by a quarter at least, to copy rarely."""
         if length <= self.capacity:
             return
-        wanted = max(length, self.capacity + self.capacity // 4)
-        capacity = -(-wanted // CHUNK) * CHUNK
-        for held in (self.keys, self.values):
-            for layer, old in held.items():
+        needed = max(length, self.capacity + self.capacity // 4)
+        capacity = -(-needed // CHUNK) * CHUNK
+        for by_layer in (self.keys, self.values):
+            for layer, old in by_layer.items():
                 new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
                 new[:, :, : self.capacity] = old
-                held[layer] = new
+                by_layer[layer] = new
         self.capacity = capacity
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Copy the first `length` positions of slots `sources` to slots `targets`, both [n] int64 and disjoint."""
-        for held in (self.keys, self.values):
-            for tensor in held.values():
-                tensor[targets, :, :length] = tensor[sources, :, :length]
+        for tensor in (*self.keys.values(), *self.values.values()):
+            tensor[targets, :, :length] = tensor[sources, :, :length]
 
     def fill(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write one prompt, key and value [groups, tokens, d], into each of `slots` [n] (the samples that share it)."""
+        """Write a prompt's key and value [groups, tokens, d] into `slots` [n], one for each sample of the prompt."""
         self.keys[layer][slots, :, : key.shape[1]] = key
         self.values[layer][slots, :, : value.shape[1]] = value
 
     def append(
         self, layer: int, step: CachedStep, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one token a row, key and value [rows, groups, d], and return what the rows attend to: two views
-        [rows, groups, longest, d]."""
+        """Write one token for each row, key and value [rows, groups, d].
+
+        Returns: two views [rows, groups, longest, d], the keys and values to which the rows attend.
+        """
         keys, values = self.keys[layer], self.values[layer]
-        if step.mask is None:  # all rows at one position: a copy is several times cheaper than an indexed write
+        if step.mask is None:  # all rows are at the same position: a copy is several times faster than an indexed write
             keys[: step.rows, :, step.longest - 1] = key
             values[: step.rows, :, step.longest - 1] = value
         else:
@@ -73,13 +76,18 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class CachedStep:
-    """What one forward pass reads and writes: its first `rows` tokens continue slots 0 to rows - 1, one token each;
-    whole prompts follow, packed as `MicroBatch.bounds` says (its first bound is `rows`)."""
+    """The arguments of a forward pass with a cache.
+
+    The first `rows` tokens continue the slots 0 to rows - 1, one token each. Whole prompts follow, packed according to
+    `MicroBatch.bounds`, whose first bound is `rows`.
+    """
 
     cache: KeyValueCache
     rows: int
     slots: torch.Tensor  # [rows] int64: 0 to rows - 1
-    positions: torch.Tensor  # [rows] int64: where each token goes in its slot
-    longest: int  # positions to attend to, the new one included, in the longest row
-    mask: torch.Tensor | None  # [rows, 1, 1, longest], 0 or -inf in the model's dtype; None: all rows equally long
-    prompt_slots: tuple[torch.Tensor, ...]  # for each packed prompt, the slots that it fills, [samples] int64
+    positions: torch.Tensor  # [rows] int64: position of each token in its slot
+    longest: int  # positions in the longest row, with the new token
+    mask: (
+        torch.Tensor | None
+    )  # [rows, 1, 1, longest], 0 or -inf in the model's dtype; None: all rows have the same length
+    prompt_slots: tuple[torch.Tensor, ...]  # for each packed prompt, its slots [samples] int64

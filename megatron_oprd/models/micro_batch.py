@@ -1,4 +1,4 @@
-"""What a forward pass knows of the micro-batch that runs through it."""
+"""The arguments of a forward pass that belong to one micro-batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_oprd.models.tap_params import TappedSeqParams
 
 @dataclass(frozen=True)
 class ContextPart:
-    """This rank's place among the context-parallel ranks, each of which holds two chunks of every sequence
+    """The place of this rank in its context-parallel group. Each rank has two chunks of every sequence
     (`data/context_parallel_slices.py`)."""
 
     group: dist.ProcessGroup
     rank: int
     size: int
-    order: torch.Tensor  # [tokens of all ranks] int64: where the rows of the sequences lie among the gathered ones
+    order: torch.Tensor  # [tokens of all ranks] int64: the place of each row of the sequences among the gathered rows
 
 
 @dataclass(kw_only=True)
@@ -28,13 +28,13 @@ class MicroBatch(TappedSeqParams):
     """Packing of one micro-batch, its tap, and what the layers of this package need beside them."""
 
     position_ids: torch.Tensor  # [tokens] int64
-    lengths: torch.Tensor  # [tokens] int64: tokens of the sequence that each belongs to; LongRoPE goes by it
-    bounds: tuple[int, ...]  # cumulative lengths of the packed sequences, whole under context parallelism too
-    context: ContextPart | None = None  # None: this rank holds whole sequences
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, rotary_dim], by the model
-    fused_packing: PackedSeqParams | None = None  # the packing for Transformer Engine, by its first layer
+    lengths: torch.Tensor  # [tokens] int64: length of each token's sequence; LongRoPE needs it
+    bounds: tuple[int, ...]  # cumulative lengths of the packed sequences; whole sequences under context parallelism too
+    context: ContextPart | None = None  # None: this rank has whole sequences
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, rotary_dim]; set by the model
+    fused_packing: PackedSeqParams | None = None  # for Transformer Engine; set by the first layer
     logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head
-    cache: CachedStep | None = None  # generation: stored keys and values; `bounds` then starts after the single tokens
+    cache: CachedStep | None = None  # generation only; `bounds` then starts after the tokens that continue a slot
 
     def for_layer(self) -> MicroBatch:
         """Return the micro-batch itself: the attention of this package needs all of it."""
@@ -42,7 +42,7 @@ class MicroBatch(TappedSeqParams):
 
 
 def of(arguments: dict) -> MicroBatch:
-    """The micro-batch among the keyword arguments of a Megatron forward; raises TypeError for a call without one."""
+    """Return the micro-batch among the keyword arguments of a Megatron forward. Raises TypeError without one."""
     micro_batch = arguments.get("packed_seq_params")
     if not isinstance(micro_batch, MicroBatch):
         raise TypeError("the model runs on a MicroBatch, handed over as packed_seq_params")

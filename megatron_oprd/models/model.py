@@ -1,4 +1,4 @@
-"""mcore's GPTModel for packed micro-batches: positions come from the packing, the LM head runs only when asked for."""
+"""mcore's GPTModel for packed micro-batches. Its output are hidden states; the LM head runs for chosen rows only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ from megatron_oprd.types import FINAL_STATES
 
 
 class HiddenStateModel(GPTModel):
-    """One chunk of a decoder whose hidden states are what is wanted. Run it with `run`.
+    """A chunk of a decoder that returns hidden states. `run` runs it.
 
-    `first_layer`: blocks of the whole model before this chunk; `first_expert`: experts of a sparse layer on lower
-    expert-parallel ranks. `lm_head=False` builds no output layer at all (a teacher of hidden states never needs one);
-    `final_norm=False` leaves out the final norm, for a teacher cut below its top.
+    Args:
+        config: Megatron's configuration.
+        block: the modules of the decoder.
+        first_stage: True if the chunk has the embedding.
+        last_stage: True if the chunk ends the model.
+        lm_head: False builds no output layer; a teacher needs none.
+        final_norm: False leaves out the final norm, for a teacher that is cut below its last layer.
+        chunk: number of the chunk under virtual pipelining.
+        first_layer: number of the model's layers before this chunk.
+        first_expert: number of a sparse layer's experts on lower expert-parallel ranks.
     """
 
     def __init__(
@@ -48,8 +55,8 @@ class HiddenStateModel(GPTModel):
             pre_process=first_stage,
             post_process=last_stage and lm_head,
             share_embeddings_and_output_weights=tied_embeddings and lm_head,
-            # Positions start at zero in every packed sequence: `_preprocess` makes the angles, once a micro-batch
-            # and not once a layer, and the core attention applies them.
+            # Positions start at zero in every packed sequence. `_preprocess` computes the angles once for a
+            # micro-batch, and the core attention applies them.
             position_embedding_type="none",
             vp_stage=chunk,
         )
@@ -64,17 +71,17 @@ class HiddenStateModel(GPTModel):
             )
 
     def run(self, tokens: torch.Tensor, batch: micro_batch.MicroBatch) -> torch.Tensor:
-        """Forward of one packed micro-batch of `tokens` [tokens] (read by the first stage only).
+        """Run the forward pass of one packed micro-batch of `tokens` [tokens], which only the first stage needs.
 
-        Returns [tokens, 1, hidden], under sequence parallelism this rank's part of the tokens; with `logit_rows`, on
-        the last stage, [rows, vocabulary / tensor size].
-        Communicates over the tensor-, context- and expert-parallel groups.
+        Returns: [tokens, 1, hidden], under sequence parallelism for this rank's part of the tokens. On the last stage
+        with `logit_rows`: [rows, vocabulary / tensor size].
+        Communicates over: the tensor-, context- and expert-parallel groups.
         """
         return self(tokens[None], batch.position_ids[None], None, packed_seq_params=batch)
 
     @property
     def lm_head(self) -> torch.nn.Parameter:
-        """The matrix [vocabulary / tensor size, hidden] that makes logits of the last stage's final states."""
+        """Return the LM head [vocabulary / tensor size, hidden]. Only the last stage has one."""
         tied = self.share_embeddings_and_output_weights
         weight: torch.nn.Parameter = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return weight
@@ -85,14 +92,14 @@ class HiddenStateModel(GPTModel):
         batch.rotary = cos.to(self.config.params_dtype), sin.to(self.config.params_dtype)
         prepared = super()._preprocess(*args, **kwargs)
         if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and prepared[0] is not None:
-            # Recomputation drops the backward of blocks whose input needs no gradient: under a frozen embedding.
+            # Under a frozen embedding the input has no gradient, and recomputation would skip backward of the layers.
             prepared[0].requires_grad_()
         return prepared
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         batch = micro_batch.of(kwargs)
         if not self.last_stage:
-            # A stage whose blocks are all skipped: the schedule needs its output to be another tensor than its input.
+            # If all layers of a stage are skipped: the schedule needs an output that is not the input tensor.
             return hidden_states.clone() if hidden_states is self.decoder.input_tensor else hidden_states
         if batch.tap is not None:
             if batch.normed_layer is not None:
@@ -105,13 +112,13 @@ class HiddenStateModel(GPTModel):
 
 
 class Stage(torch.nn.ModuleList):
-    """This rank's chunks of a model, lowest first: one, or several under virtual pipelining."""
+    """The chunks of a model on this rank, lowest first: one, or several under virtual pipelining."""
 
     def __init__(self, chunks: Sequence[HiddenStateModel]) -> None:
         super().__init__(chunks)
 
     @property
     def config(self) -> TransformerConfig:
-        """Megatron's configuration, one object for all chunks."""
+        """Return Megatron's configuration, which all chunks share."""
         config: TransformerConfig = self[0].config
         return config

@@ -1,4 +1,4 @@
-"""One forward pass of whole tokens through all stages of a model, outside mcore's schedules."""
+"""Run a forward pass through all pipeline stages outside mcore's schedules."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from megatron_oprd.parallel.topology import Topology
 
 
 def pass_through(stage: Stage, topology: Topology, tokens: torch.Tensor, batch: MicroBatch) -> torch.Tensor | None:
-    """What the last stage makes of `tokens` [tokens], [rows, vocabulary / tensor size] with `logit_rows`; None on other
-    ranks.
+    """Run `tokens` [tokens] through the first chunk of every pipeline rank, then through the second, and so on.
 
-    They pass the first chunk of every pipeline rank, then the second of every one. All ranks of the replica pass the
-    same tokens, with sequence parallelism off. Communicates over the pipeline-, tensor- and expert-parallel groups.
+    All ranks of the replica call this with the same tokens, and sequence parallelism is off.
+
+    Returns: the output of the last stage, [rows, vocabulary / tensor size] with `logit_rows`; None on other ranks.
+    Communicates over: the pipeline-, tensor- and expert-parallel groups.
     """
     config, group = stage.config, topology.groups.pp
     output = None
@@ -35,8 +36,10 @@ def pass_through(stage: Stage, topology: Topology, tokens: torch.Tensor, batch: 
 
 
 def gather_vocabulary(logits: torch.Tensor, topology: Topology, vocab_size: int) -> torch.Tensor:
-    """[rows, vocabulary / tensor size] -> [rows, vocab_size], without padding. Communicates over the tensor-parallel
-    group."""
+    """Gather logits [rows, vocabulary / tensor size] to [rows, vocab_size], without the padding of the vocabulary.
+
+    Communicates over: the tensor-parallel group.
+    """
     if topology.tensor_size > 1:
         parts = [torch.empty_like(logits) for _ in range(topology.tensor_size)]
         dist.all_gather(parts, logits.contiguous(), group=topology.groups.tp)

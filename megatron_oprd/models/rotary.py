@@ -1,4 +1,4 @@
-"""Rotary position embedding: the angles of a micro-batch's tokens, and the rotation by them."""
+"""Rotary position embedding of a micro-batch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from megatron_oprd.types import Llama3Scaling, LongRope, ModelSpec
 
 
 class Rotary:
-    """Cosine and sine of each token's angles, in float32 whatever the model's dtype, digit for digit as transformers
-    makes them. No communication."""
+    """Computes cosine and sine of each token's angles, in float32 for every dtype of the model.
+
+    The values equal those of transformers bit for bit. No communication.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.int64).float() / spec.rotary_dim
         frequencies, scaling = 1.0 / (spec.rope_theta**exponents), spec.rope_scaling
-        self.long_above: int | None = None  # tokens; longer sequences have the last row of the frequencies
+        self.long_above: int | None = None  # tokens; longer sequences use the last row of the frequencies
         self.factor = 1.0
         if isinstance(scaling, LongRope):
             divisors = torch.tensor((scaling.short_factor, scaling.long_factor), dtype=torch.float32)
@@ -24,33 +26,40 @@ class Rotary:
             self.long_above, self.factor = scaling.original_positions, scaling.attention_factor
         elif isinstance(scaling, Llama3Scaling):
             frequencies = _stretched(frequencies, scaling)
-        # [1 or 2, rotary_dim / 2]. A bf16 model must not round these: no buffer.
+        # [1 or 2, rotary_dim / 2]. Not a buffer, which a bf16 model would round.
         self.inverse_frequencies = frequencies.view(-1, len(exponents))
 
     def __call__(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine [tokens, 1, rotary_dim] of `positions` [tokens], each in a sequence of `lengths` [tokens]."""
+        """Return cosine and sine [tokens, 1, rotary_dim].
+
+        Args:
+            positions: [tokens], position in the sequence.
+            lengths: [tokens], length of the sequence.
+        """
         frequencies = self.inverse_frequencies.to(positions.device)
-        of_token = frequencies[:1]
+        token_frequencies = frequencies[:1]
         if self.long_above is not None:
-            of_token = torch.where((lengths > self.long_above)[:, None], frequencies[1], frequencies[0])
-        angles = positions.float()[:, None] * of_token
+            token_frequencies = torch.where((lengths > self.long_above)[:, None], frequencies[1], frequencies[0])
+        angles = positions.float()[:, None] * token_frequencies
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         return angles.cos() * self.factor, angles.sin() * self.factor
 
 
 def _stretched(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
-    """The inverse frequencies under `Llama3Scaling`."""
+    """Return the inverse frequencies under `Llama3Scaling`."""
     low, high, positions = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_positions
     waves = 2 * math.pi / frequencies
-    kept = (positions / waves - low) / (high - low)  # how much of a wave in between is not stretched
+    kept = (positions / waves - low) / (high - low)  # the part of the frequency that is not stretched
     between = (1 - kept) * frequencies / scaling.factor + kept * frequencies
     result = torch.where(waves > positions / low, frequencies / scaling.factor, between)
     return torch.where(waves < positions / high, frequencies, result)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of [tokens, heads, d] by cos and sin [tokens, 1, rotary_dim]: of the first rotary_dim
-    dimensions, whose two halves are paired as in Hugging Face's models; the others stay."""
+    """Rotate the first rotary_dim dimensions of states [tokens, heads, d] by cos and sin [tokens, 1, rotary_dim].
+
+    The two halves of these dimensions are paired, as in Hugging Face's models.
+    """
     rotated, rest = states.split((cos.shape[-1], states.shape[-1] - cos.shape[-1]), dim=-1)
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin

@@ -28,7 +28,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One message between two different global ranks: every layer of `layers` at every row of `rows`."""
+    """A message between two different global ranks: every layer of `layers` at every row of `rows`."""
 
     source: int
     target: int
@@ -46,7 +46,7 @@ class TargetShape:
 
 @dataclass(frozen=True)
 class RankExchange:
-    """One rank's part of an exchange, and the plan of all ranks."""
+    """The part of a rank in an exchange, and the plan of all ranks."""
 
     rank: int  # global
     available: Shard  # what this rank has

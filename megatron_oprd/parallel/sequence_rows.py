@@ -1,4 +1,4 @@
-"""Rows that sequence-parallel ranks hold, in uneven numbers, brought together and cut apart again."""
+"""Gather and scatter rows of which sequence-parallel ranks have different numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch.distributed as dist
 
 
 def gather_rows(rows: torch.Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """[own rows, ...] -> [rows of all ranks, ...] rank by rank, of which each has counts[rank]. One all_gather."""
+    """Gather [own rows, ...] to [rows of all ranks, ...], in the order of the ranks. One all_gather over `group`.
+
+    `counts`: the number of rows of each rank.
+    """
     if not any(counts):
         return rows
     padded = rows.new_zeros(max(counts), *rows.shape[1:])
@@ -20,8 +23,10 @@ def gather_rows(rows: torch.Tensor, counts: Sequence[int], group: dist.ProcessGr
 
 
 def scatter_sum_rows(rows: torch.Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """The transpose: the sum over ranks of [rows of all ranks, ...], of which each rank keeps its own. One
-    reduce_scatter."""
+    """Sum [rows of all ranks, ...] over the ranks, and return this rank's rows. One reduce_scatter over `group`.
+
+    This is the transpose of `gather_rows`.
+    """
     if not any(counts):
         return rows
     padded = rows.new_zeros(len(counts), max(counts), *rows.shape[1:])

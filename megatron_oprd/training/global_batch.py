@@ -1,4 +1,4 @@
-"""The global batch: every rank knows all of its token ids, and packs the part that it works on."""
+"""The global batch of a step, which every rank has, and this rank's micro-batches of it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import DeviceBatch, ModelSpec, Rollout
 
 
-def share_rollouts(mine: Sequence[Rollout], topology: Topology) -> list[Rollout]:
-    """The rollouts of all replicas, in the order of their ranks, on every rank. Token ids are light beside what is
-    computed from them, and with all of them every layout is a matter of arithmetic. Communicates over the data- and
-    context-parallel group."""
-    return [rollout for part in gather_objects(list(mine), topology.groups.dp_cp) for rollout in part]
+def share_rollouts(local_rollouts: Sequence[Rollout], topology: Topology) -> list[Rollout]:
+    """Gather the rollouts of all replicas on every rank, in the order of the ranks.
+
+    Token ids are small. With all of them, every rank computes any layout without further communication.
+    Communicates over: the data- and context-parallel group.
+    """
+    return [rollout for part in gather_objects(list(local_rollouts), topology.groups.dp_cp) for rollout in part]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class GlobalBatch:
             if (self.representation.positions[number] or self.output.positions[number])
             and teacher in (None, self.teachers[number])
         ]
-        lengths = [longest_reading(self.rollouts[number]) for number in useful]
+        lengths = [max_num_tokens(self.rollouts[number]) for number in useful]
         shares = assign(
             lengths,
             [sequence_cost(length, self.student) for length in lengths],
@@ -104,8 +106,10 @@ class GlobalBatch:
         return to_device(cut(packed, place), topology.device)
 
     def metrics(self) -> dict[str, float]:
-        """Lengths of the responses, how many tokens each term reads, and what of them a teacher with another tokenizer
-        can be compared at. No communication."""
+        """Return the metrics of the batch: response lengths, selected tokens, and alignment with another tokenizer.
+
+        No communication.
+        """
         lengths = [len(rollout.response_ids) for rollout in self.rollouts]
         truncated = sum(rollout.finish_reason == "length" for rollout in self.rollouts)
         total = max(len(lengths), 1)
@@ -134,17 +138,21 @@ class GlobalBatch:
 
 
 def teacher_view(rollout: Rollout) -> Rollout:
-    """The rollout after the prompt that the teacher reads, in the tokens in which it reads it. Of other tokens than the
-    student's none is marked as sampled."""
+    """Return the rollout with the teacher's prompt and the teacher's tokens of the response.
+
+    With another tokenizer, no teacher token is marked as a sampled token.
+    """
     if rollout.teacher_prompt_ids is not None:
         rollout = dataclasses.replace(rollout, prompt_ids=rollout.teacher_prompt_ids)
     if rollout.alignment is None or rollout.alignment.teacher_ids == rollout.response_ids:
         return rollout
-    read = rollout.alignment.teacher_ids
-    return dataclasses.replace(rollout, response_ids=read, response_mask=(0,) * len(read))
+    teacher_ids = rollout.alignment.teacher_ids
+    return dataclasses.replace(rollout, response_ids=teacher_ids, response_mask=(0,) * len(teacher_ids))
 
 
-def longest_reading(rollout: Rollout) -> int:
-    """Tokens of a rollout as student or teacher reads it, whichever is more. Both go by it, so that they put the same
-    rollouts into the same micro-batches."""
+def max_num_tokens(rollout: Rollout) -> int:
+    """Return the tokens of a rollout for the student or for the teacher, whichever are more.
+
+    Both models use this length to assign rollouts, so that the same rollouts are in the same micro-batches.
+    """
     return max(num_tokens(rollout), num_tokens(teacher_view(rollout)))

@@ -1,4 +1,4 @@
-"""What the configuration asks of the optimizer, in mcore's words."""
+"""Convert the optimizer configuration to the arguments of mcore."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from megatron_oprd.config import OptimizerConfig
 
 
 def optimizer_arguments(config: OptimizerConfig, *, bf16: bool, distributed: bool) -> dict[str, Any]:
-    """The arguments of mcore's OptimizerConfig. `bf16`: whether the weights are; `distributed`: whether the state is
-    cut over the data-parallel ranks."""
+    """Return the arguments of mcore's OptimizerConfig.
+
+    Args:
+        config: the section `optimizer`.
+        bf16: True if the weights have dtype bf16, otherwise float32.
+        distributed: True if the optimizer state is divided over the data-parallel ranks.
+    """
     adamw = config.name == "adamw"
     return {
         "optimizer": "adam" if adamw else "sgd",
@@ -31,8 +36,11 @@ def optimizer_arguments(config: OptimizerConfig, *, bf16: bool, distributed: boo
 
 
 def _precision_aware() -> dict[str, Any]:
-    """Moments in bf16, gradients in float32, and of the float32 weights the 16 bits that the bf16 ones do not have: a
-    state of 6 bytes a parameter and not 12, as Megatron-LM has it for its largest models."""
+    """Return the arguments for a state of 6 bytes instead of 12 for each parameter.
+
+    Moments are in bf16, gradients in float32. Of the float32 weights only the 16 bits are stored that the bf16 weights
+    lack.
+    """
     return {
         "use_precision_aware_optimizer": True,
         "main_grads_dtype": torch.float32,
@@ -44,10 +52,10 @@ def _precision_aware() -> dict[str, Any]:
 
 
 def _cpu_offload(fraction: float) -> dict[str, Any]:
-    """A share of the float32 weights and moments in CPU memory, where they are updated too, while others travel."""
+    """Return the arguments for keeping and updating a fraction of the float32 weights and moments in CPU memory."""
     return {
         "optimizer_cpu_offload": True,
         "optimizer_offload_fraction": fraction,
         "overlap_cpu_optimizer_d2h_h2d": True,
-        "use_precision_aware_optimizer": True,  # whose paths mcore's offloading takes
+        "use_precision_aware_optimizer": True,  # mcore's offloading requires it
     }

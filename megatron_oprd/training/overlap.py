@@ -1,7 +1,7 @@
-"""Gradients that are reduced while backward still runs, and parameters that are gathered while other work goes on.
+"""Reduce gradients while backward runs, and gather parameters while other work runs (`parallel.overlap_*`).
 
-mcore's DDP does both, bucket by bucket. What it does not know of is added here: an LM head outside of autograd, and
-that an on-policy step does much between the optimizer's update and the student's next forward (`parallel.overlap_*`).
+mcore's DDP does both, bucket by bucket. This module adds two cases that mcore does not handle: the gradient of the LM
+head does not come from autograd, and rollouts run between the optimizer's update and the student's next forward pass.
 """
 
 from __future__ import annotations
@@ -16,53 +16,60 @@ from megatron_oprd.models.model import HiddenStateModel, Stage
 
 
 def wrap(stage: Stage, parallel: ParallelConfig, *, distributed: bool) -> list[DistributedDataParallel]:
-    """mcore's DDP around each chunk, and on the model's configuration what the schedules call for it. `distributed`:
-    whether the optimizer is cut over the ranks. Communicates over the data-parallel groups where gathers overlap."""
+    """Wrap each chunk in mcore's DDP, and set the functions of the model's configuration that the schedules call.
+
+    `distributed`: True if the optimizer state is divided over the ranks.
+    Communicates over: the data-parallel groups, with overlap_param_gather.
+    """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=distributed,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
-        align_param_gather=parallel.overlap_param_gather,  # `start_gather` starts all: no hook starts the next one
+        align_param_gather=parallel.overlap_param_gather,  # `start_gather` starts all buckets, no hook does
     )
-    # Chunks after the first reduce while others compute: Megatron-LM does not cut them into buckets either.
+    # Chunks after the first reduce while others compute. Megatron-LM does not divide them into buckets either.
     ddp = [
         DistributedDataParallel(stage.config, settings, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(stage)
     ]
     stage.config.no_sync_func = _one_or_all([chunk.no_sync for chunk in ddp])
     if parallel.overlap_grad_reduce:
-        if parallel.pipeline > 1:  # pipeline ranks reduce at the same time: no stage waits for one that is slowed down
+        if parallel.pipeline > 1:  # all pipeline ranks reduce at the same time, so that no stage waits for another
             stage.config.grad_sync_func = _one_or_all([chunk.start_grad_sync for chunk in ddp])
         for chunk in ddp:
-            _wait_for_no_head(chunk)
+            _exclude_head_from_wait(chunk)
     if parallel.overlap_param_gather:
         for chunk in ddp:
-            # Else the first forward of a rank would gather, which replicas do not reach together while they generate.
+            # Otherwise the first forward of a rank would gather, and replicas generate at different times.
             chunk.start_param_sync(force_sync=True)
             _wait_for_head_at_norm(chunk)
     return ddp
 
 
 def start_gather(ddp: Sequence[DistributedDataParallel]) -> None:
-    """Start to gather what the optimizer has updated, all of it, where that overlaps: modules wait for their parameters
-    when they run, and `wait_for_gather` is for all who read parameters otherwise. Communicates over the data-parallel
-    groups."""
+    """Start to gather all updated parameters, if overlap_param_gather is set.
+
+    A module waits for its parameters when it runs. Code that uses parameters outside a module calls `wait_for_gather`.
+    Communicates over: the data-parallel groups.
+    """
     for chunk in ddp:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync()
 
 
 def wait_for_gather(ddp: Sequence[DistributedDataParallel]) -> None:
-    """Wait until the parameters are whole. Starts no communication."""
+    """Wait until all parameters are gathered. Starts no communication."""
     for group in (group for chunk in ddp for group in _groups(chunk)):
         if group.param_gather_handle is not None:
             group.finish_param_sync(skip_next_bucket_dispatch=True)
 
 
-def _wait_for_no_head(ddp: DistributedDataParallel) -> None:
-    """Let no bucket wait for autograd to bring the gradient of an LM head: an output-space loss adds it to the buffer
-    in forward, a loss on hidden states has none. A tied matrix has that of the embedding where both are on one stage.
+def _exclude_head_from_wait(ddp: DistributedDataParallel) -> None:
+    """Let no bucket wait for a gradient of the LM head from autograd.
+
+    The output-space loss adds that gradient to the buffer during forward; the representation loss has none. A tied
+    matrix is excluded only if its stage has no embedding, whose gradient comes from autograd.
     """
     chunk: HiddenStateModel = ddp.module
     if chunk.post_process and not (chunk.share_embeddings_and_output_weights and chunk.pre_process):
@@ -72,7 +79,7 @@ def _wait_for_no_head(ddp: DistributedDataParallel) -> None:
 
 
 def _wait_for_head_at_norm(ddp: DistributedDataParallel) -> None:
-    """An output-space loss reads the LM head without running its module: wait for it when the final norm runs."""
+    """Wait for the LM head when the final norm runs: the output-space loss uses the head without running its module."""
     chunk: HiddenStateModel = ddp.module
     group = ddp.param_to_bucket_group.get(chunk.lm_head) if chunk.post_process else None
     if group is not None:
@@ -81,11 +88,11 @@ def _wait_for_head_at_norm(ddp: DistributedDataParallel) -> None:
 
 
 def _groups(ddp: DistributedDataParallel) -> Iterator[Any]:
-    """mcore's groups of buckets, each reduced and gathered as one."""
+    """Yield mcore's groups of buckets. Each group is reduced and gathered at once."""
     yield from ddp.bucket_groups
     yield from ddp.expert_parallel_bucket_groups
 
 
 def _one_or_all(functions: list[Any]) -> Any:
-    """A function of the only chunk, or a list of those of all: so mcore wants it."""
+    """Return the function of the only chunk, or a list for several chunks, as mcore expects."""
     return functions if len(functions) > 1 else functions[0]

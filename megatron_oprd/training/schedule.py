@@ -19,7 +19,7 @@ from megatron_oprd.types import DeviceBatch
 
 @dataclass(frozen=True)
 class PassSettings:
-    """How far the forward pass goes, and whether a backward pass follows."""
+    """Settings of a pass through the model."""
 
     last_layer: int | None = None  # layers above this one (1-based) are skipped; None: all layers run
     normed_layer: int | None = None  # the layer that is tapped after the final norm; None: no layer is

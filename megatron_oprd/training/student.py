@@ -1,4 +1,4 @@
-"""The student as it is trained: which parameters move, mcore's DDP, optimizer and learning-rate schedule around it."""
+"""The student in training: trainable parameters, mcore's DDP, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -46,17 +46,22 @@ def build_student(
     topology: Topology,
     maps: Mapping[int, StudentMap] | None = None,
 ) -> Student:
-    """Wrap loaded chunks for training. `maps`: the student's side of a bridge, of which those of this rank are kept.
-    Communicates over the world (mcore aligns parameter groups)."""
+    """Wrap loaded chunks for training.
+
+    `maps`: the student maps of a bridge for all layers; the student keeps those of this rank.
+    Communicates over: the world (mcore aligns parameter groups).
+    """
     freeze_unreached(stage, config, plan)
-    distributed = config.parallel.distributed_optimizer and config.optimizer.name == "adamw"  # SGD has no state to cut
+    distributed = (
+        config.parallel.distributed_optimizer and config.optimizer.name == "adamw"
+    )  # SGD has no state to divide
     with cpu_stand_ins.cpu_devices():
         ddp = wrap(stage, config.parallel, distributed=distributed)
         bf16 = config.precision.dtype == "bf16"
         arguments = optimizer_arguments(config.optimizer, bf16=bf16, distributed=distributed)
         optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**arguments), ddp)
     stage.config.finalize_model_grads_func = _finalize_without_division
-    mine = {layer: one for layer, one in (maps or {}).items() if plan.student_stage(layer) in topology.stages}
+    own_maps = {layer: one for layer, one in (maps or {}).items() if plan.student_stage(layer) in topology.stages}
     trained = config.loss.representation.train_bridge
     return Student(
         stage,
@@ -65,16 +70,16 @@ def build_student(
         ddp,
         optimizer,
         _scheduler(optimizer, config.optimizer, config.train.steps),
-        mine,
-        MapOptimizer(mine, config.optimizer, topology) if trained else None,
+        own_maps,
+        MapOptimizer(own_maps, config.optimizer, topology) if trained else None,
     )
 
 
 def freeze_unreached(stage: Stage, config: Config, plan: LayerPlan) -> None:
-    """Take the gradient from what the user freezes and from what no loss reaches.
+    """Set requires_grad to False for parameters that the user freezes and for parameters that no loss reaches.
 
-    A parameter without a gradient must not be decayed either, and needs no optimizer state. Both copies of a tied
-    embedding (first and last pipeline stage) stay alike: freezing either name freezes the one matrix.
+    A parameter without a gradient must not be decayed, and needs no optimizer state. Freezing either name of a tied
+    embedding freezes the one matrix, so that its copies on the first and last pipeline stage stay equal.
     """
     frozen = set(config.student.freeze)
     tied = any(chunk.share_embeddings_and_output_weights for chunk in stage)
@@ -87,13 +92,13 @@ def freeze_unreached(stage: Stage, config: Config, plan: LayerPlan) -> None:
             reached = not frozen
         elif name.startswith("embedding"):
             reached = "embedding" not in frozen
-        else:  # an untied LM head: hidden states do not see it
+        else:  # an untied LM head, which hidden states do not depend on
             reached = plan.output and "lm_head" not in frozen
         parameter.requires_grad_(reached)
 
 
 def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
-    """Linear warm-up from 0 over `warmup_fraction` of the steps, then constant or a cosine to 0 at the last step."""
+    """Build the schedule: linear warm-up from 0 over `warmup_fraction` of the steps, then constant or cosine to 0."""
     decay = config.weight_decay if config.name == "adamw" else 0.0
     return OptimizerParamScheduler(
         optimizer,
@@ -111,6 +116,8 @@ def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int
 
 
 def _finalize_without_division(model: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
-    """mcore's reductions over data-parallel ranks and shared embeddings. The weights of the tokens are global already:
-    dividing by a number of tokens would scale the gradient."""
+    """Reduce gradients over data-parallel ranks and shared embeddings, without division by a number of tokens.
+
+    The token weights are normalised over the global batch already.
+    """
     finalize_model_grads(model, None, **kwargs)

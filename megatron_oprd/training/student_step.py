@@ -1,4 +1,4 @@
-"""One update of the student: forward with the losses at the layers (OPRD eq. (6)), backward, clipping, optimizer."""
+"""Update the student: forward with the losses at the layers (OPRD eq. (6)), backward, clipping, optimizer."""
 
 from __future__ import annotations
 

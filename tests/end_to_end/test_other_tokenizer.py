@@ -78,7 +78,7 @@ def test_a_step_compares_states_at_sync_points(scene, replay):
             assert tokenizer.decode(prompt.teacher_prompt_ids).startswith("<|begin_of_text|><|start_header_id|>user")
     _, metrics, rollouts = one_step(build_run(inputs), TrainState())
     assert 0 < metrics["align/coverage"] <= 1 and metrics["align/teacher_tokens"] > 0
-    kept = sum(len(one.alignment.among(range(len(one.response_ids)))[0]) for one in rollouts)
+    kept = sum(len(one.alignment.comparable(range(len(one.response_ids)))[0]) for one in rollouts)
     assert metrics["rep/num_tokens"] == kept
     assert metrics["align/coverage"] == kept / sum(len(one.response_ids) for one in rollouts)
 

@@ -13,7 +13,7 @@ import torch
 from megatron_oprd.config import BatchConfig, LossConfig, RepresentationConfig
 from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
 from megatron_oprd.testing.reference import selected_indices
-from megatron_oprd.training.global_batch import GlobalBatch, longest_reading, teacher_view
+from megatron_oprd.training.global_batch import GlobalBatch, max_num_tokens, teacher_view
 from megatron_oprd.types import Rollout
 from tests.helpers.responses import Speller, brute_force, random_response, tokenizer_named
 from tests.helpers.specs import ranks, tiny_spec
@@ -177,7 +177,7 @@ def test_with_one_tokenizer_every_tensor_is_that_of_the_plain_path(shift, pair_o
     ]
     aligner = make_aligner(tokenizer, tokenizer, student_eos_ids=[258], teacher_end_of_turn_id=258)
     aligned = align_rollouts(aligner, rollouts, ROOM)
-    assert [longest_reading(one) for one in aligned] == [longest_reading(one) for one in rollouts]
+    assert [max_num_tokens(one) for one in aligned] == [max_num_tokens(one) for one in rollouts]
     settings = {"positions": "last_k", "k": 4, "shift": shift}
     plain, whole = global_batch(rollouts, **settings), global_batch(aligned, **settings)
     for layout in LAYOUTS:

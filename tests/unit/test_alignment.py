@@ -250,9 +250,9 @@ def test_positions_are_chosen_first_and_met_with_the_sync_points_then(tokenizers
     last = range(len(ids) - 4, len(ids))
     kept = [(t, u) for t, u in pairs_of(alignment) if t in last]
     assert 0 < len(kept) < 4
-    assert list(zip(*alignment.among(last), strict=True)) == kept
-    assert alignment.among([]) == ((), ())
-    assert aligners("qwen", "llama_3").align([]).among([]) == ((), ())
+    assert list(zip(*alignment.comparable(last), strict=True)) == kept
+    assert alignment.comparable([]) == ((), ())
+    assert aligners("qwen", "llama_3").align([]).comparable([]) == ((), ())
 
 
 @pytest.mark.parametrize("shift", [0, -1])
@@ -280,7 +280,7 @@ def test_states_are_compared_where_both_have_read_the_same_bytes_up_to_them(
             for u in range(len(whole.teacher_ids) + 2)
             if (t + shift, u + shift) in comparable and u + shift <= last_state
         ]
-        assert list(zip(*alignment.among(positions, shift), strict=True)) == expected, response
+        assert list(zip(*alignment.comparable(positions, shift), strict=True)) == expected, response
         nothing_yet += (0, 0) in expected
         ends += any(u == len(alignment.teacher_ids) for _, u in expected)
     assert nothing_yet and bool(ends) == (shift == -1), "the edges are among the cases"
