@@ -44,10 +44,9 @@ def plan_teacher(
         config.loss,
         student,
         teacher,
-        config.parallel.pipeline,
-        config.parallel.virtual_pipeline or 1,
-        teacher_pipeline=own_layout.pipeline if own_layout else None,
-        section=section,
+        config.parallel,
+        own_layout,
+        section,
     )
     check_student_layout(config.parallel, student, None if own_layout else teacher, name)
     if own_layout:

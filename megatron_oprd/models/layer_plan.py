@@ -1,4 +1,4 @@
-"""Where the compared layers live: which stage runs which blocks of student and teacher."""
+"""The layer plan: the pairs of layers to compare, and the layers on each pipeline stage of student and teacher."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from megatron_oprd.types import FINAL_STATES, LayerPair, ModelSpec, StateKey, Us
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """Pairs of layers and the blocks of each stage of both models.
+    """The compared layers of a student and one teacher, and the layers on each pipeline stage of both models.
 
-    `aligned`: the teacher runs in the student's layout and is cut so that the two layers of a pair live on one rank;
-    its states are then born where they are read. Otherwise they travel (`parallel/reshard.py`). `output`: the
-    next-token distributions of both models are compared, from their hidden states with the key FINAL_STATES.
+    A stage is one model chunk: stage s is chunk s // pipeline_size on pipeline rank s % pipeline_size.
     """
 
     pairs: tuple[LayerPair, ...]
-    student_depth: int  # blocks of the whole student
-    teacher_depth: int  # blocks of the whole teacher, of which only the lowest sum(teacher_stages) are built
-    final_norm: bool  # whether layer L is read after the final norm
-    student_stages: tuple[int, ...]  # blocks on each stage; stage s is chunk s // pipeline_size of its pipeline rank
+    student_depth: int  # number of layers of the student
+    teacher_depth: int  # number of layers of the teacher; only the lowest sum(teacher_stages) are built
+    final_norm: bool  # True: layer L is compared after the final norm
+    student_stages: tuple[int, ...]  # number of layers on each stage
     teacher_stages: tuple[int, ...]
-    pipeline_size: int = 1  # of the student
+    pipeline_size: int = 1  # pipeline ranks of the student
+    # True: the teacher has the student's layout, and both layers of each pair are on the same stage, so that no hidden
+    # states have to be sent. False: parallel/reshard.py sends them.
     aligned: bool = True
-    output: bool = False
+    output: bool = False  # True: the next-token distributions are compared, from the states with the key FINAL_STATES
 
     @property
     def student_layers(self) -> tuple[int, ...]:
@@ -37,38 +37,39 @@ class LayerPlan:
 
     @property
     def student_last_layer(self) -> int:
-        """Blocks above it do not run in training and are not trained."""
+        """The highest student layer that training runs and trains."""
         return self.student_depth if self.output else max(self.student_layers)
 
     @property
     def student_normed_layer(self) -> int | None:
-        """L of the student when it is compared after the final norm."""
+        """L if layer L of the student is compared after the final norm, else None."""
         return self.student_depth if self.final_norm and self.student_depth in self.student_layers else None
 
     @property
     def teacher_normed_layer(self) -> int | None:
+        """L if the teacher is built up to layer L and tapped after the final norm, else None."""
         return self.teacher_depth if self.final_norm and sum(self.teacher_stages) == self.teacher_depth else None
 
     @property
     def student_final_norm(self) -> bool:
-        """Whether the student's final norm runs."""
+        """True if training runs the student's final norm."""
         return self.output or self.student_normed_layer is not None
 
     @property
     def teacher_final_norm(self) -> bool:
-        """Whether the teacher needs its final norm."""
+        """True if the teacher is built with its final norm."""
         return self.output or self.teacher_normed_layer is not None
 
     def student_stage(self, layer: StateKey) -> int:
-        """The stage that owns a student layer. L after the final norm lives on the last one."""
+        """Return the stage that computes a student layer; layer L after the final norm is on the last stage."""
         return _owner(layer, self.student_stages, self.student_normed_layer)
 
     def teacher_stage(self, layer: StateKey) -> int:
-        """The stage that owns a teacher layer, in the teacher's layout."""
+        """Return the stage, in the teacher's layout, that computes a teacher layer."""
         return _owner(layer, self.teacher_stages, self.teacher_normed_layer)
 
     def readers(self, stages: Sequence[int]) -> dict[StateKey, StateKey]:
-        """{student layer: teacher layer} of what is compared on one of the student's `stages`."""
+        """Return {student layer: teacher layer} for the student layers on `stages`; FINAL_STATES maps to itself."""
         pairs: dict[StateKey, StateKey] = {pair.student: pair.teacher for pair in self.pairs}
         if self.output:
             pairs[FINAL_STATES] = FINAL_STATES
@@ -82,10 +83,11 @@ class LayerPlan:
         return tuple(key for key in keys if self.teacher_stage(key) in stages)
 
     def student_place(self, layer: int) -> tuple[int, int]:
-        """(chunk, pipeline rank) that owns a student layer."""
+        """Return (chunk, pipeline rank) of a student layer."""
         return divmod(self.student_stage(layer), self.pipeline_size)
 
     def as_json(self) -> dict[str, object]:
+        """Return the content of plan.json."""
         pairs = []
         for pair in self.pairs:
             chunk, rank = self.student_place(pair.student)
@@ -104,17 +106,23 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class PlannedTeacher:
-    """A teacher of the configuration, its layout where it has one of its own, and the layers compared with it."""
+    """A teacher of the configuration with its layout and layer plan."""
 
     config: TeacherConfig
     spec: ModelSpec
-    layout: ParallelConfig | None
+    layout: ParallelConfig | None  # None: the student's layout
     plan: LayerPlan
 
 
 def even_stages(num_layers: int, pipeline_size: int, virtual_size: int = 1, key: str = "parallel") -> tuple[int, ...]:
-    """Blocks per stage, as even as they go, the earlier stages holding one more. Raises UserError for more stages than
-    layers; `key`: the section of the configuration that the sizes stand in."""
+    """Return the number of layers on each stage. The counts differ by at most one; earlier stages have more.
+
+    Args:
+        key: the configuration section that errors name.
+
+    Raises:
+        UserError: there are more stages than layers.
+    """
     stages = pipeline_size * virtual_size
     if stages > num_layers:
         virtual = f" x {key}.virtual_pipeline={virtual_size}" if virtual_size > 1 else ""
@@ -128,8 +136,8 @@ def even_stages(num_layers: int, pipeline_size: int, virtual_size: int = 1, key:
     return _evenly(num_layers, stages)
 
 
-def _evenly(blocks: int, stages: int) -> tuple[int, ...]:
-    share, more = divmod(blocks, stages)
+def _evenly(num_layers: int, stages: int) -> tuple[int, ...]:
+    share, more = divmod(num_layers, stages)
     return tuple(share + (stage < more) for stage in range(stages))
 
 
@@ -137,17 +145,22 @@ def make_plan(
     loss: LossConfig,
     student: ModelSpec,
     teacher: ModelSpec,
-    pipeline_size: int = 1,
-    virtual_size: int = 1,
-    teacher_pipeline: int | None = None,
+    layout: ParallelConfig | None = None,
+    teacher_layout: ParallelConfig | None = None,
     section: str = "teacher",
 ) -> LayerPlan:
-    """The plan of a run. `teacher_pipeline`: pipeline stages of a teacher in a layout of its own; None: the student's.
-    `section`: where the teacher stands in the configuration.
+    """Return the layer plan of a student and one teacher.
 
-    Raises UserError for layers that do not exist, for more stages than layers and, where hidden states are compared
-    without a bridge (OPRD-Vanilla), for unequal widths.
+    Args:
+        layout: the student's layout; None: one process.
+        teacher_layout: the teacher's layout; None: the student's.
+        section: the configuration section of the teacher, which errors name.
+
+    Raises:
+        UserError: a layer does not exist, a model has fewer layers than stages, or hidden states of different widths
+            would be compared without a bridge.
     """
+    layout = layout or ParallelConfig()
     config = loss.representation
     if loss.reads_layers and config.bridge is None and student.hidden_size != teacher.hidden_size:
         raise UserError(
@@ -161,7 +174,7 @@ def make_plan(
         pairs = layer_pairs(*depths, config.layers, config.pairs) if loss.reads_layers else ()
     except UserError as error:
         raise UserError(str(error) if section == "teacher" else f"with {section}: {error}") from None
-    student_stages = even_stages(student.num_layers, pipeline_size, virtual_size)
+    student_stages = even_stages(student.num_layers, layout.pipeline, layout.virtual_pipeline or 1)
     plan = LayerPlan(
         pairs,
         student.num_layers,
@@ -169,23 +182,24 @@ def make_plan(
         config.final_norm,
         student_stages,
         (),
-        pipeline_size,
+        layout.pipeline,
         output=loss.reads_output,
     )
     highest = teacher.num_layers if plan.output else max(pair.teacher for pair in pairs)
-    if teacher_pipeline is None:
+    if teacher_layout is None:
         plan = dataclasses.replace(plan, teacher_stages=_align(plan))
         if all(plan.student_stage(pair.student) == plan.teacher_stage(pair.teacher) for pair in pairs):
             return plan
     else:
-        even_stages(teacher.num_layers, teacher_pipeline, key=f"{section}.parallel")
-    # Cut evenly up to the highest compared layer; a stage may be left without a block.
-    stages = _evenly(highest, teacher_pipeline or len(student_stages))
+        even_stages(teacher.num_layers, teacher_layout.pipeline, key=f"{section}.parallel")
+    # Divided evenly up to the highest compared layer; a stage may have no layer.
+    stages = _evenly(highest, teacher_layout.pipeline if teacher_layout else len(student_stages))
     return dataclasses.replace(plan, teacher_stages=stages, aligned=False)
 
 
 def _align(plan: LayerPlan) -> tuple[int, ...]:
-    """Teacher blocks per stage: each stage reaches up to the highest teacher layer that it or an earlier one needs."""
+    """Return the number of teacher layers on each stage, so that a stage ends with the highest teacher layer that is
+    compared on it or on an earlier stage."""
     needed = [0] * len(plan.student_stages)
     for pair in plan.pairs:
         stage = plan.student_stage(pair.student)

@@ -1,11 +1,11 @@
-"""The plan of layers: every pair has a stage on both sides, and the stages hold what is read and nothing above it."""
+"""The layer plan: both layers of a pair have a stage, and no teacher layer above the highest compared one is built."""
 
 import itertools
 import json
 
 import pytest
 
-from megatron_oprd.config import LossConfig, RepresentationConfig
+from megatron_oprd.config import LossConfig, ParallelConfig, RepresentationConfig
 from megatron_oprd.models.layer_plan import even_stages, make_plan
 from megatron_oprd.types import LayerPair, UserError
 from tests.helpers.specs import tiny_spec
@@ -18,12 +18,13 @@ LAYERS = ("all", "last", "even", "odd")
 def plan_of(student, teacher, pipeline=1, virtual=1, teacher_pipeline=None, **representation):
     config = LossConfig(representation=RepresentationConfig(**representation))
     models = tiny_spec(num_layers=student), tiny_spec(num_layers=teacher)
-    return make_plan(config, *models, pipeline, virtual, teacher_pipeline=teacher_pipeline)
+    layout = ParallelConfig(pipeline=pipeline, virtual_pipeline=virtual if virtual > 1 else None)
+    return make_plan(config, *models, layout, ParallelConfig(pipeline=teacher_pipeline) if teacher_pipeline else None)
 
 
 def many_plans():
-    """Every depth of both models under every layout that it is deep enough for, with each selection of layers, and
-    with a teacher in a layout of its own."""
+    """Yield plans for all depths of both models and all layouts with enough layers for each stage, with each selection
+    of layers, and with a teacher in a layout of its own."""
     for student, teacher, (pipeline, virtual) in itertools.product(DEPTHS, DEPTHS, SIZES):
         if pipeline * virtual > student:
             continue
@@ -52,8 +53,7 @@ def test_stages_are_even_and_hold_every_block(depth, pipeline, virtual):
     assert list(blocks) == sorted(blocks, reverse=True) and blocks[0] - blocks[-1] <= 1 <= blocks[-1]
 
 
-def test_what_is_said_to_work_does():
-    """Of too many stages: the sizes that the message offers are accepted."""
+def test_the_sizes_that_an_error_suggests_are_accepted():
     for depth, pipeline, virtual in itertools.product(range(1, 9), range(1, 9), range(1, 5)):
         if pipeline * virtual <= depth or (virtual > 1 and pipeline == 1):
             continue
@@ -91,17 +91,17 @@ def test_the_teacher_is_built_up_to_its_highest_compared_layer(plans):
 def test_an_aligned_plan_has_both_layers_of_a_pair_on_one_stage(plans):
     aligned = 0
     for plan, own in plans:
-        together = all(plan.student_stage(pair.student) == plan.teacher_stage(pair.teacher) for pair in plan.pairs)
-        assert plan.aligned == (own is None and together)
+        on_one_stage = all(plan.student_stage(pair.student) == plan.teacher_stage(pair.teacher) for pair in plan.pairs)
+        assert plan.aligned == (own is None and on_one_stage)
         aligned += plan.aligned
     assert aligned > len(plans) / 5
 
 
-def test_layers_in_order_need_not_travel(plans):
-    """The map of layers is monotonic, so the teacher can be cut where the student is."""
-    travelling = {plan for plan, own in plans if own is None and not plan.aligned}
-    # But for two student layers of neighbouring stages that share a teacher layer, and for L after the norm.
-    for plan in travelling:
+def test_pairs_in_order_need_no_transfer(plans):
+    """The layer map is monotonic, so the teacher can be divided at the student's stages."""
+    with_transfer = {plan for plan, own in plans if own is None and not plan.aligned}
+    # Exceptions: two student layers on neighbouring stages share a teacher layer; layer L after the final norm.
+    for plan in with_transfer:
         teachers = [pair.teacher for pair in sorted(plan.pairs, key=lambda pair: pair.student)]
         assert len(set(teachers)) < len(teachers) or plan.teacher_normed_layer is not None
 
@@ -114,14 +114,14 @@ def test_readers_over_all_pipeline_ranks_are_all_pairs_once(plans):
             (pair.student, pair.teacher) for pair in plan.pairs
         ]
         of_teacher = range(len(plan.teacher_stages))
-        held = [plan.teacher_layers([stage]) for stage in of_teacher]
-        assert sorted(itertools.chain(*held)) == sorted({pair.teacher for pair in plan.pairs})
+        computed = [plan.teacher_layers([stage]) for stage in of_teacher]
+        assert sorted(itertools.chain(*computed)) == sorted({pair.teacher for pair in plan.pairs})
         if plan.aligned and own is None:
-            assert all(set(plan.readers([stage]).values()) == set(held[stage]) for stage in stages)
+            assert all(set(plan.readers([stage]).values()) == set(computed[stage]) for stage in stages)
 
 
 @pytest.mark.parametrize(("pipeline", "virtual"), [(2, 1), (4, 1), (2, 2)])
-def test_pairs_that_cross_stages_travel(pipeline, virtual):
+def test_pairs_that_cross_stages_need_a_transfer(pipeline, virtual):
     plan = plan_of(8, 12, pipeline, virtual, pairs=[(1, 9), (8, 2)])
     assert not plan.aligned
     assert sum(plan.teacher_stages) == 9 and len(plan.teacher_stages) == pipeline * virtual
@@ -131,7 +131,7 @@ def test_pairs_that_cross_stages_travel(pipeline, virtual):
 
 
 @pytest.mark.parametrize("own", [1, 2, 3, 4])
-def test_a_teacher_in_its_own_layout_is_cut_evenly(own):
+def test_a_teacher_in_its_own_layout_is_divided_evenly(own):
     plan = plan_of(8, 12, 2, 1, own, layers=[2, 5])
     highest = max(pair.teacher for pair in plan.pairs)
     assert not plan.aligned and len(plan.teacher_stages) == own and sum(plan.teacher_stages) == highest < 12
@@ -145,7 +145,7 @@ def test_a_teacher_stage_may_be_left_without_a_block():
 
 
 @pytest.mark.parametrize("own", [None, 2])
-def test_the_last_layer_is_read_after_the_final_norm_or_before_it(own):
+def test_the_last_layer_is_compared_after_the_final_norm_or_before_it(own):
     for pairs, student, teacher in (([(4, 6)], 4, 6), ([(4, 5)], 4, None), ([(3, 6)], None, 6), ([(3, 5)], None, None)):
         plan = plan_of(4, 6, 2, 1, own, pairs=pairs)
         assert (plan.student_normed_layer, plan.teacher_normed_layer) == (student, teacher)
@@ -153,7 +153,7 @@ def test_the_last_layer_is_read_after_the_final_norm_or_before_it(own):
         assert (plan.student_normed_layer, plan.teacher_normed_layer) == (None, None)
 
 
-def test_a_layer_after_the_final_norm_lives_where_the_norm_does():
+def test_a_layer_after_the_final_norm_is_on_the_stage_of_the_norm():
     plan = plan_of(4, 6, 2, 1, pairs=[(1, 6), (4, 1)])
     assert (plan.student_stage(4), plan.teacher_stage(6)) == (1, 1)
     # The teacher's top layer, read early by the student, leaves its last stage without a block but not without a norm.
@@ -162,25 +162,25 @@ def test_a_layer_after_the_final_norm_lives_where_the_norm_does():
     assert plan_of(4, 6, 4, 1, pairs=[(1, 6)], final_norm=False).teacher_stages == (6, 0, 0, 0)
 
 
-def test_more_stages_than_the_teacher_has_layers():
+def test_a_teacher_layout_with_more_stages_than_layers_is_refused():
     assert plan_of(8, 2, 4, 2).teacher_depth == 2  # in the student's layout, stages stay without a block
     with pytest.raises(UserError, match=r"teacher\.parallel\.pipeline=3 .* 2 layers; use .*pipeline of at most 2"):
         plan_of(8, 2, 1, 1, 3)
 
 
-def test_models_of_different_widths():
+def test_models_of_different_widths_are_refused_without_a_bridge():
     with pytest.raises(UserError, match="hidden_size 64 differs from teacher hidden_size 32"):
         make_plan(LossConfig(), tiny_spec(), tiny_spec(hidden_size=32))
 
 
 @pytest.mark.parametrize("own", [None, 2])
-def test_as_json_tells_rank_and_chunk_of_every_pair(own):
+def test_plan_json_has_rank_and_chunk_of_every_pair(own):
     plan = plan_of(8, 8, 2, 2, own)
-    told = json.loads(json.dumps(plan.as_json()))
-    assert [(pair["stage"], pair["chunk"]) for pair in told["pairs"]] == [
+    written = json.loads(json.dumps(plan.as_json()))
+    assert [(pair["stage"], pair["chunk"]) for pair in written["pairs"]] == [
         (0, 0), (0, 0), (1, 0), (1, 0), (0, 1), (0, 1), (1, 1), (1, 1),
     ]  # fmt: skip
-    assert [LayerPair(pair["student"], pair["teacher"]) for pair in told["pairs"]] == list(plan.pairs)
-    assert told["student_layers_per_stage"] == [2, 2, 2, 2]
-    assert told["teacher_layers_per_stage"] == ([2, 2, 2, 2] if own is None else [4, 4])
-    assert (told["aligned"], told["teacher_layers_built"], told["teacher_layers_total"]) == (own is None, 8, 8)
+    assert [LayerPair(pair["student"], pair["teacher"]) for pair in written["pairs"]] == list(plan.pairs)
+    assert written["student_layers_per_stage"] == [2, 2, 2, 2]
+    assert written["teacher_layers_per_stage"] == ([2, 2, 2, 2] if own is None else [4, 4])
+    assert (written["aligned"], written["teacher_layers_built"], written["teacher_layers_total"]) == (own is None, 8, 8)
