@@ -1,13 +1,13 @@
-"""OPRD-Bridge on tiny unlike models: what a bridge alone does, beside and together with output-space objectives.
+"""Measure OPRD-Bridge on tiny unlike models: a bridge alone, output-space objectives alone, and both together.
 
     python benchmarks/bridge.py [--work DIR --output DIR --seeds 0 1 2 --steps 100 --kinds cross_architecture ...
                                  --learning-rates 1e-3 3e-3 --methods bridge full_kl ...]
     python benchmarks/bridge.py --page-only    # the page and the plots again, from bridge.json
 
-For each kind of pair and seed it makes the pair of the demo, fits bridges of all ranks, and trains the student by each
-method at each learning rate; then it looks at what a bridge alone changed, and makes a student collapse on purpose.
-Each finished part leaves a file in --work and is not done again; changed code needs a new --work. Writes bridge.json,
-the figures of bridge.md and its plots into --output (docs).
+For each kind of model pair and each seed, the benchmark creates the pair of the demo, fits bridges of all ranks and
+trains the student with each method and learning rate. It measures what a bridge alone changed in the student, and
+provokes a collapse. Each finished part has a file in --work and is not repeated; use a new --work after a change of the
+code. The results go to --output (default docs): bridge.json, the figures in bridge.md and the plots.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NO_BRIDGE = ("loss.representation.bridge=null", "loss.representation.weight=0")
 FULL_KL = "loss.output.objective=full_kl"
 TOP_16 = ("loss.output.objective=topk_surrogate", "loss.output.k=16")
 TRAINED = "loss.representation.train_bridge=true"
-# What a student is trained by. Output-space objectives need one vocabulary.
+# Training methods. Output-space objectives need one vocabulary.
 METHODS: dict[str, tuple[str, ...]] = {
     "bridge_mu1": ("loss.representation.weight=1",),
     "bridge": ("loss.representation.weight=10",),
@@ -52,20 +52,20 @@ METHODS: dict[str, tuple[str, ...]] = {
     "both_mu1": (FULL_KL, "loss.representation.weight=1"),
     "both": (FULL_KL, "loss.representation.weight=10"),
 }
-# Rates beside the others: a bridge alone may want a smaller one, and together with an objective bear a larger one.
+# Additional learning rates: a bridge alone may need a smaller one, both together may allow a larger one.
 MORE_RATES = {
     **dict.fromkeys(("bridge", "bridge_trained"), (3e-4,)),
     **dict.fromkeys(("full_kl", "both_mu1", "both"), (1e-2,)),
 }
 ACROSS_TOKENIZERS = ("bridge_mu1", "bridge", "bridge_mu100", "bridge_trained")
-# What ruins a student slowly: two directions a layer, a rate that stays high.
+# Settings of the provoked collapse: two directions per layer and a constant high learning rate.
 COLLAPSE_RANK, COLLAPSE_STEPS, COLLAPSE_RATE = 2, 120, 3e-3
 COLLAPSE = ("optimizer.schedule=constant", "optimizer.warmup_fraction=0.3")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run."""
+    """Settings of a training run."""
 
     kind: str
     method: str
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All parts of the record."""
+    """Run all parts and return the content of bridge.json."""
     options.work.mkdir(parents=True, exist_ok=True)
     pairs = [(kind, seed) for kind in options.kinds for seed in options.seeds]
     trials = [
@@ -134,7 +134,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare(work: Path, kind: str, seed: int) -> dict[str, Any]:
-    """The pair of a seed with its bridges, on disk; accuracies of the student, and how well each rank does by layer."""
+    """Create the pair of a seed and its bridges. Return the student's accuracies and the statistics of the fit."""
     folder = folder_of(work, kind, seed)
 
     def make() -> dict[str, Any]:
@@ -151,7 +151,7 @@ def prepare(work: Path, kind: str, seed: int) -> dict[str, Any]:
 
 
 def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
-    """Train, export, evaluate, and for a bridge alone see what moved; the folder of the run goes."""
+    """Train and evaluate a student and, for a bridge alone, measure what moved. Delete the folder of the run."""
     run_dir = work / trial.name
 
     def run() -> dict[str, Any]:
@@ -174,7 +174,7 @@ def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
 
 
 def collapse(work: Path, kind: str, seed: int, steps: int = COLLAPSE_STEPS) -> dict[str, Any]:
-    """A narrow bridge alone that ruins the student: accuracy, cosine and what the watch says, every fifth step."""
+    """Provoke a collapse with a bridge of low rank. Return accuracy, cosine, perplexity and warnings by step."""
     trial = Trial(kind, "collapse", COLLAPSE_RATE, seed, steps)
     run_dir = work / trial.name
 
@@ -203,7 +203,7 @@ def collapse(work: Path, kind: str, seed: int, steps: int = COLLAPSE_STEPS) -> d
 
 
 def train_student(work: Path, trial: Trial, run_dir: Path, *settings: str) -> list[dict[str, float]]:
-    """One run of the recipe, without evaluations and checkpoints on the way unless `settings` say so; its metrics."""
+    """Train a student by the recipe and return its metrics. Evaluations and checkpoints are off by default."""
     shutil.rmtree(run_dir, ignore_errors=True)
     quiet = (
         "evaluation.every=0",
@@ -218,7 +218,7 @@ def train_student(work: Path, trial: Trial, run_dir: Path, *settings: str) -> li
 
 
 def arguments(work: Path, kind: str, seed: int) -> list[str]:
-    """The recipe of a kind on a pair of this benchmark."""
+    """Return the command-line arguments of the demo's recipe for a pair of this benchmark."""
     folder = folder_of(work, kind, seed)
     paths = {
         "student.path": folder / "pair" / "student",

@@ -1,4 +1,4 @@
-"""What training against a bridge moved in a student: inside and outside of the directions that the bridge sees."""
+"""Measure how training with a bridge moved a student's states, inside and outside the directions of the bridge."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ PROBLEMS = 500
 
 
 def what_moved(folder: Path, trained: Path, rank: int, answer_width: int) -> dict[str, Any]:
-    """Of the states at the tokens of right answers, one a symbol of `answer_width`, the start student's against the
-    trained one's.
+    """Compare the states of the start student and the trained student at the tokens of right answers.
 
-    By layer: `share`, of the squared length of the change the part that lies in the rows of P_S; `relative`, the length
-    of the change over that of the state. Of the last layer: accuracy on the next token of the start, of the trained
-    student (both by their own head), and by the trained one's head of the start's state with the change inside of the
-    rows alone, and with that outside alone.
+    Args:
+        folder: folder with `pair/` and `bridge/`.
+        trained: folder of the trained student.
+        rank: rank of the bridge.
+        answer_width: tokens of an answer, one per symbol.
+
+    Returns:
+        layers: by layer, `share` (part of the squared length of the change that lies in the rows of P_S) and
+            `relative` (length of the change divided by the length of the state).
+        next_token: accuracy on the next token of the start student and of the trained student, and of the trained
+            student's head on the start states of the last layer plus only the change inside, or outside, these rows.
     """
     bridge = read_bridge(folder / "bridge" / f"rank_{rank}")
     tokenizer = AutoTokenizer.from_pretrained(folder / "pair" / "student")
@@ -56,7 +62,7 @@ def what_moved(folder: Path, trained: Path, rank: int, answer_width: int) -> dic
 
 
 def _right_answers(rows: list[dict[str, Any]], tokenizer: Any, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [problems, tokens] of prompts with their answers, and what follows each of the answer's tokens."""
+    """Return token ids [problems, tokens] of prompts with answers, and the labels of the answer tokens."""
     answers = [row["reward_model"]["ground_truth"].rjust(width) for row in rows]
     texts = [row["prompt"] + answer for row, answer in zip(rows, answers, strict=True)]
     encoded = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
@@ -66,7 +72,7 @@ def _right_answers(rows: list[dict[str, Any]], tokenizer: Any, width: int) -> tu
 
 @torch.no_grad()
 def _states(model: PreTrainedModel, ids: torch.Tensor, width: int) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """{layer: states [problems * answer tokens, d_S]} where an answer's tokens have been read, and the LM head."""
+    """Return the states [problems * answer tokens, d_S] by layer at the answer tokens, and the LM head."""
     output = model(ids, output_hidden_states=True)
     states = {layer: h[:, -width:].flatten(0, 1) for layer, h in enumerate(output.hidden_states) if layer}
     return states, model.get_output_embeddings().weight

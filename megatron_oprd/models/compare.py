@@ -1,4 +1,4 @@
-"""A Megatron model held against the transformers model it was converted from: weights, hidden states and logits."""
+"""Compare a Megatron model with the transformers model of the same weights: weights, hidden states and logits."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from megatron_oprd.types import FINAL_STATES, ModelSpec
 
 @dataclass(frozen=True)
 class Comparison:
-    """`errors`: the largest relative error over tokens of each layer (1-based) and of the logits, by name in the order
-    of the forward pass. `weights`: Hugging Face names of the tensors that are not equal bit for bit."""
+    """The differences between two models."""
 
-    errors: dict[str, float]
-    weights: tuple[str, ...]
+    errors: dict[str, float]  # largest relative error over tokens, by "layer N" (N from 1) and "logits", in this order
+    weights: tuple[str, ...]  # Hugging Face names of the tensors that are not equal bit for bit
 
     def first_difference(self, tolerance: float) -> str | None:
-        """The first part whose weights differ or whose error exceeds the tolerance (NaN does), or None."""
+        """Return the first part whose weights differ or whose error exceeds the tolerance or is NaN, else None."""
         wrong = {part_of(name) for name in self.weights}
         wrong |= {name for name, error in self.errors.items() if not error <= tolerance}
         return next((part for part in ("embedding", *self.errors, "head") if part in wrong), None)
 
 
 def part_of(hf_name: str) -> str:
-    """The part of the model that a Hugging Face tensor belongs to: embedding, layer N (1-based) or head."""
+    """Return the part of the model with a Hugging Face tensor: embedding, layer N (N from 1) or head."""
     layer = re.match(r"model\.layers\.(\d+)\.", hf_name)
     if layer:
         return f"layer {int(layer[1]) + 1}"
@@ -43,7 +42,11 @@ def part_of(hf_name: str) -> str:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """max over tokens of |actual - expected| / |expected|, Euclidean norms in float64; both [tokens, width]."""
+    """Return the largest |actual - expected| / |expected| over tokens, from Euclidean norms in float64.
+
+    Args:
+        actual, expected: [tokens, width].
+    """
     actual, expected = actual.double().cpu(), expected.double().cpu()
     return ((actual - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max().item()
 
@@ -51,9 +54,12 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def compare_weights(
     stage: Stage, reader: HFReader, spec: ModelSpec, topology: Topology, stored: torch.dtype
 ) -> tuple[str, ...]:
-    """Names of the tensors that differ from the folder's, both rounded to the dtype `stored`; () except on rank 0.
+    """Return the names of the tensors that differ from those in the folder, on rank 0; an empty tuple on other ranks.
 
-    Collective over the world: gathers one parameter at a time.
+    Collective over the world. Rank 0 gathers one parameter at a time.
+
+    Args:
+        stored: dtype to which the tensors of the folder are rounded before the comparison.
     """
     different = []
     for name, tensor in gather_hf_tensors(stage, spec, topology):
@@ -70,9 +76,13 @@ def compare_states(
     topology: Topology,
     lengths: Sequence[int],
 ) -> dict[str, float]:
-    """The errors of a `Comparison` over random token sequences of these lengths, on rank 0; {} elsewhere.
+    """Return the errors for a `Comparison` on random token sequences, on rank 0; an empty dictionary on other ranks.
 
-    `hf_model`: the transformers model, on rank 0. Collective over the world.
+    Collective over the world.
+
+    Args:
+        hf_model: the transformers model on rank 0; None on other ranks.
+        lengths: tokens of each sequence.
     """
     generator = torch.Generator().manual_seed(0)
     errors: dict[str, float] = {}
@@ -87,17 +97,23 @@ def compare_states(
         expected["logits"] = output.logits[0]
         for name, tensor in expected.items():
             error, largest = relative_error(states[name], tensor), errors.get(name, 0.0)
-            errors[name] = largest if error <= largest else error  # max() could lose a NaN
+            errors[name] = largest if error <= largest else error  # max() may drop a NaN
     return errors
 
 
 @torch.no_grad()
 def all_states(stage: Stage, spec: ModelSpec, topology: Topology, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Every layer's hidden state [tokens, hidden] (the last one after the final norm) and the logits
-    [tokens, vocabulary] of one sequence, on the CPU, the same on every rank.
+    """Return the hidden states of every layer and the logits of one sequence, on the CPU, equal on every rank.
 
-    Communicates over the tensor-, expert- and pipeline-parallel groups. Not for context and sequence parallelism,
-    under which a rank sees a part of the sequence.
+    Context and sequence parallelism are not supported, since each rank then has only a part of the sequence.
+
+    Args:
+        tokens: [tokens] int64.
+
+    Returns:
+        "layer N": [tokens, hidden] (the last layer after the final norm); "logits": [tokens, vocabulary].
+
+    Communicates over: the tensor-, expert- and pipeline-parallel groups.
     """
     states: dict[str, torch.Tensor] = {}
 
@@ -119,11 +135,15 @@ def all_states(stage: Stage, spec: ModelSpec, topology: Topology, tokens: torch.
     logits = pass_through(stage, topology, tokens, batch)
     if logits is not None:
         states["logits"] = gather_vocabulary(logits, topology, spec.vocab_size).cpu()
-    return {name: state for held in gather_objects(states, topology.groups.pp) for name, state in held.items()}
+    return {
+        name: state
+        for stage_states in gather_objects(states, topology.groups.pp)
+        for name, state in stage_states.items()
+    }
 
 
 def open_hf_model(folder: str | Path, stored: torch.dtype, compute: torch.dtype) -> torch.nn.Module:
-    """The transformers model of a folder, its weights rounded to `stored` and then cast to `compute`, on the CPU."""
+    """Load a transformers model on the CPU, with weights rounded to `stored` and then cast to `compute`."""
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=stored, local_files_only=True)

@@ -1,8 +1,7 @@
-"""FP8 weights of a frozen model without Transformer Engine: one byte a weight, tensorwise scales, torch's own product.
+"""FP8 weights for a frozen model without Transformer Engine: E4M3 with one scale per tensor, multiplied by torch.
 
-The same arithmetic as Transformer Engine's current scaling with E4M3: x and W are divided by their greatest magnitude
-over 448, rounded to E4M3, multiplied with sums in float32, and scaled back. It runs on a CPU as on a GPU of compute
-capability 8.9.
+The arithmetic is that of Transformer Engine's current scaling: x and W are divided by scale = max|.| / 448, rounded to
+E4M3, multiplied with float32 sums, and scaled back. It needs a CPU or a GPU of compute capability 8.9 or later.
 """
 
 from __future__ import annotations
@@ -22,10 +21,17 @@ LARGEST = torch.finfo(FP8).max  # 448
 
 @torch.no_grad()
 def quantize_weights(stage: Stage, keep_bf16: tuple[int, int]) -> int:
-    """Turn the weights of every linear layer of a loaded, frozen stage to FP8, but for the lowest and the highest of
-    the model's blocks; embedding, norms, routers and biases stay. Returns how many blocks of the stage were turned.
+    """Convert the weights of the linear layers of a loaded, frozen stage to FP8.
 
-    A tensor-parallel weight has one scale over all ranks: communicates over the tensor-parallel group.
+    Embedding, norms, routers and biases are not converted. A tensor-parallel weight has one scale for all ranks.
+
+    Args:
+        keep_bf16: number of first and of last layers of the model that are not converted.
+
+    Returns:
+        The number of converted layers of this stage.
+
+    Communicates over: the tensor-parallel group.
     """
     first, last = keep_bf16
     most = stage.config.num_layers - last
@@ -48,7 +54,7 @@ def _quantize(linear: ColumnParallelLinear | RowParallelLinear) -> None:
 
 
 class ScaledProduct:
-    """Stands in a linear layer of mcore's for its product with the weight."""
+    """Replaces `_forward_impl` of a Megatron-Core linear layer: the product with an FP8 weight."""
 
     def __init__(self, weight_scale: torch.Tensor) -> None:
         self.weight_scale = weight_scale  # [] float32
@@ -63,8 +69,13 @@ class ScaledProduct:
         tp_group: dist.ProcessGroup | None,
         **ignored: Any,
     ) -> torch.Tensor:
-        """input [..., in] in bf16 or float32, weight [out, in] in E4M3 -> [..., out] in the input's dtype. With
-        sequence parallelism the input is gathered over `tp_group` first. No gradient."""
+        """Return the product [..., out] in the dtype of the input. Computes no gradient.
+
+        Args:
+            input: [..., in], bf16 or float32.
+            weight: [out, in], E4M3.
+            sequence_parallel: gather the input over `tp_group` first.
+        """
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         output = scaled_product(input.flatten(0, -2), weight, self.weight_scale).unflatten(0, input.shape[:-1])
@@ -72,8 +83,8 @@ class ScaledProduct:
 
 
 def scaled_product(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """x [rows, in] times the transpose of an E4M3 weight [out, in] with its scale [] -> [rows, out] in x's dtype."""
-    if not len(x):  # an expert that nobody chose
+    """Return x W^T [rows, out] in the dtype of x, from x [rows, in], an E4M3 weight [out, in] and its scale []."""
+    if not len(x):  # an expert without tokens
         return x.new_empty(0, len(weight))
     scale = _scale(x.abs().amax().float())
     return torch._scaled_mm(_rounded(x, scale), weight.t(), scale, weight_scale, out_dtype=x.dtype)

@@ -1,4 +1,4 @@
-"""A bridge is fitted on the states that Hugging Face's models have, and comes out the same in every layout."""
+"""A bridge is fitted on the hidden states of Hugging Face's models, and is the same in every layout."""
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ from tests.helpers.fits import RecordedFit, layer_map, recorded_fit, reference_s
 from tests.helpers.killable import Command, DieBefore
 from tests.helpers.layouts import FEW_LAYOUTS
 
-# Of 12 prompts, two answers each. Those with the numbers 3, 7 and 11 judge: every other step has none of them, one has
-# nothing but empty ones, one a single token.
+# Response lengths of 12 prompts with two answers each. Prompts 3, 7 and 11 are held out. Every other step holds out
+# nothing, one step holds out only empty answers, and one a single token.
 LENGTHS = (9, 14, 1, 7, 12, 10, 0, 0, 13, 8, 11, 0, 14, 9, 0, 1, 6, 13, 12, 1, 9, 10, 14, 11)
 HELD_OUT = {6, 7, 14, 15, 22, 23}
 K = 8
@@ -35,7 +35,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A student, a deeper and wider teacher, and rollouts."""
+    """Create a student, a deeper and wider teacher, and stored rollouts."""
     folder = tmp_path_factory.mktemp("fits")
     sizes = {"num_key_value_heads": 4, "intermediate_size": 64}
     save(random_hf_model("Qwen3", 0, num_hidden_layers=4, hidden_size=32, **sizes), folder / "student")
@@ -68,7 +68,7 @@ def arguments(folder, run_dir, *overrides):
 
 @pytest.fixture(scope="module")
 def fitted(folder):
-    """The fit of each layout, made once."""
+    """Return the fit of a layout; each is made once."""
     made: dict[str, RecordedFit] = {}
 
     def fit(layout):
@@ -91,7 +91,7 @@ def relative(actual, wanted):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_moments_are_those_of_all_states_that_the_ranks_saw(fitted, layout):
+def test_moments_equal_those_of_the_states_of_all_ranks(fitted, layout):
     found = fitted(layout)
     assert found.moments.keys() == found.states.keys()
     for pair, (student, teacher, held_out) in found.states.items():
@@ -107,8 +107,8 @@ def test_the_moments_are_those_of_all_states_that_the_ranks_saw(fitted, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_states_are_those_of_transformers(fitted, expected, layout):
-    """Of the right layers, of both models at the same tokens, each token once, on the right side of the split."""
+def test_the_fitted_states_equal_transformers(fitted, expected, layout):
+    """Layers, tokens and the held-out split are right for both models, and each token occurs once."""
     found = fitted(layout).states
     assert found.keys() == expected.keys()
     for pair, (student, teacher, held_out) in found.items():
@@ -122,7 +122,7 @@ def test_the_states_are_those_of_transformers(fitted, expected, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_bridge_does_not_depend_on_the_layout(fitted, layout):
-    """But for how float32 rounds states, which is 1e-6 of them; the maps of a real ridge do not blow that up."""
+    """States differ by the rounding of float32 (1e-6); the maps of a positive ridge do not amplify it."""
     found, one = fitted(layout), fitted("one")
     assert found.told().keys() == one.told().keys()
     for key, row in found.told().items():
@@ -137,7 +137,7 @@ def test_the_bridge_does_not_depend_on_the_layout(fitted, layout):
 
 
 @pytest.mark.parametrize("layout", ["one", "tensor and sequence", "pipeline"])
-def test_the_cosines_are_those_of_the_maps_on_held_out_states(fitted, layout):
+def test_cosines_and_errors_equal_those_of_the_held_out_states(fitted, layout):
     found = fitted(layout)
     for (pair, rank), row in found.told().items():
         (student, teacher, held_out), maps = found.states[pair], found.maps(rank)[pair]
@@ -153,8 +153,8 @@ def test_the_cosines_are_those_of_the_maps_on_held_out_states(fitted, layout):
         assert row["total"] == pytest.approx(float((target**2).sum(1).mean()), rel=1e-6)
 
 
-def test_without_a_ridge_it_is_least_squares(folder, fitted):
-    """On the disk are the moments of the first fit: nothing but other maps is made of them."""
+def test_a_fit_without_ridge_is_least_squares(folder, fitted):
+    """The second fit reuses the stored moments of the first, so it runs no model."""
     seen = fitted("one").states
     again = recorded_fit(1, arguments(folder, folder / "one", "bridge.ridges=[0.0]", "bridge.ranks=[5]"))
     assert not again.states
@@ -171,9 +171,11 @@ def test_without_a_ridge_it_is_least_squares(folder, fitted):
 
 @pytest.fixture(scope="module")
 def related(folder):
-    """The arguments of a fit between models that have something in common, the embedding but for a rotation, on many
-    more tokens than a map has columns. (Of random models the best map is next to none, and so is that of whoever
-    stops early.)"""
+    """Return the arguments of a fit between related models, on many more tokens than a map has columns.
+
+    The teacher's embedding is a linear map of the student's. For unrelated random models the best map is almost zero,
+    so a fit that stops early would look as good.
+    """
     shared = {}
     for seed, (name, width) in enumerate({"student": 32, "teacher": 48}.items()):
         model = random_hf_model("Qwen3", seed, num_hidden_layers=3 + seed, hidden_size=width, num_key_value_heads=4)
@@ -209,8 +211,8 @@ def test_the_closed_form_is_no_worse_than_adamw(folder, related):
         assert adamw[key]["ridge"] is None and row["cosine_after"] > row["cosine_before"] + 0.1
 
 
-def test_data_parallel_ranks_that_died_leave_the_same_bytes(folder, fitted):
-    """With steps that hold nothing out, an answer of one token and empty ones, one of them alone on its rank."""
+def test_a_killed_data_parallel_fit_resumes_to_the_same_bytes(folder, fitted):
+    """Some steps hold out nothing; answers have one token or none, and one empty answer is alone on its rank."""
     expected = fitted("data").folder
     actual = folder / "died" / "bridge"
     for number, point in enumerate((r"/step_0000004\.partial$", r"/step_0000006\.partial$", None)):
@@ -228,7 +230,7 @@ ADAMW = ("bridge.method=adamw", "bridge.epochs=3", "bridge.lr=1e-2")
 
 @pytest.fixture(scope="module")
 def by_adamw(folder):
-    """AdamW's bridge in one process."""
+    """Return the fit by AdamW in one process."""
     return recorded_fit(1, arguments(folder, folder / "adamw", *ADAMW))
 
 
@@ -245,7 +247,7 @@ def test_the_bridge_of_adamw_does_not_depend_on_the_layout(folder, by_adamw, lay
 
 
 def test_pairs_that_share_a_teacher_layer_share_its_map():
-    """Also where it was found on two machines, which round in two ways."""
+    """The maps differ by rounding if they were computed on two machines."""
     generator = torch.Generator().manual_seed(0)
     moments = [Moments.empty(6, 8) for _ in range(3)]
     for one in moments:

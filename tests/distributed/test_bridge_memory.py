@@ -1,4 +1,4 @@
-"""The states that a bridge is fitted on are never together in memory."""
+"""A fit never has the hidden states of all prompts in memory."""
 
 import resource
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def _peak(rank, arguments):
-    """The largest resident size of a process that fits, in bytes."""
+    """Return the peak resident memory of a fit, in bytes."""
     fit_quietly(arguments)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

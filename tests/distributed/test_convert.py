@@ -1,4 +1,4 @@
-"""Checkpoints and exports do not depend on the layout that wrote them, and an error is seen by every rank."""
+"""Checkpoints and exports do not depend on the layout that wrote them, and every rank reports an error."""
 
 import errno
 
@@ -43,7 +43,7 @@ def open_model(folder, layout):
 
 
 def save_and_export(rank, folder, layout, megatron, hf):
-    """Read `folder`, write it as both kinds."""
+    """Load `folder` and write it as a Megatron checkpoint and as a Hugging Face folder."""
     stage, spec, topology = open_model(folder, layout)
     if megatron:
         save_model(stage, megatron, spec, topology, source=folder)
@@ -67,7 +67,7 @@ def assert_same_tensors(actual, expected):
 
 @pytest.mark.parametrize(("first", "second"), [("tensor", "pipeline"), ("pipeline", "tensor"), ("data", "tensor")])
 @pytest.mark.parametrize("tied", [False, True])
-def test_written_in_one_layout_read_in_another(first, second, tied, tmp_path):
+def test_a_checkpoint_of_one_layout_loads_in_another(first, second, tied, tmp_path):
     # 131 words: padded to 132 under tensor parallelism; 5 layers: 3 and 2 on the stages.
     family = "Qwen3" if tied else "Qwen2"
     folder = save(random_hf_model(family, tie_word_embeddings=tied), tmp_path / "hf")
@@ -78,7 +78,7 @@ def test_written_in_one_layout_read_in_another(first, second, tied, tmp_path):
     assert_same_tensors(tmp_path / "second", folder)
 
 
-def test_virtual_stages_write_and_read_like_others(tmp_path):
+def test_virtual_stages_write_and_load_the_same_checkpoint(tmp_path):
     folder = save(random_hf_model("Qwen3", num_hidden_layers=4, tie_word_embeddings=True), tmp_path / "hf")
     run_distributed(2, save_and_export, folder, LAYOUTS["virtual"], tmp_path / "megatron", tmp_path / "first")
     run_distributed(2, save_and_export, tmp_path / "megatron", LAYOUTS["tensor"], None, tmp_path / "second")
@@ -101,7 +101,7 @@ def test_virtual_stages_write_and_read_like_others(tmp_path):
         ((4, "context and expert"), (2, "expert")),  # an expert a rank
     ],
 )
-def test_a_mixture_of_experts_written_in_one_layout_is_read_in_another(first, second, tmp_path):
+def test_a_mixture_of_experts_of_one_layout_loads_in_another(first, second, tmp_path):
     folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf")
     megatron = tmp_path / "megatron"
     run_distributed(first[0], save_and_export, folder, LAYOUTS[first[1]], megatron, tmp_path / "first")
@@ -111,7 +111,7 @@ def test_a_mixture_of_experts_written_in_one_layout_is_read_in_another(first, se
 
 
 @pytest.mark.parametrize("layout", ["tensor", "pipeline", "virtual", "expert", "tensor and expert"])
-def test_a_layout_gives_the_states_of_transformers_for_experts(layout, tmp_path):
+def test_mixture_of_experts_states_equal_transformers_in_every_layout(layout, tmp_path):
     folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf")
     run_distributed(1, save_and_export, folder, {}, tmp_path / "megatron", None)
     weights, errors = run_distributed(2, compare_with, tmp_path / "megatron", folder, LAYOUTS[layout])[0]
@@ -121,7 +121,7 @@ def test_a_layout_gives_the_states_of_transformers_for_experts(layout, tmp_path)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Phi3"])
-def test_other_families_written_in_one_layout_read_in_another(family, tmp_path):
+def test_other_families_of_one_layout_load_in_another(family, tmp_path):
     folder = save(random_hf_model(family), tmp_path / "hf")
     run_distributed(2, save_and_export, folder, LAYOUTS["tensor"], tmp_path / "megatron", tmp_path / "first")
     run_distributed(2, save_and_export, tmp_path / "megatron", LAYOUTS["pipeline"], None, tmp_path / "second")
@@ -131,7 +131,7 @@ def test_other_families_written_in_one_layout_read_in_another(family, tmp_path):
 
 @pytest.mark.parametrize("family", ["Qwen3", "Llama", "Phi3"])
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])
-def test_a_layout_gives_the_states_of_transformers(layout, family, tmp_path):
+def test_states_equal_transformers_in_every_layout(layout, family, tmp_path):
     folder = save(random_hf_model(family, tie_word_embeddings=True), tmp_path / "hf")
     run_distributed(1, save_and_export, folder, {}, tmp_path / "megatron", None)
     weights, errors = run_distributed(2, compare_with, tmp_path / "megatron", folder, LAYOUTS[layout])[0]
@@ -156,7 +156,7 @@ def failing_export(rank, folder, target, full):
 
 
 @pytest.mark.parametrize("full", [True, False])
-def test_every_rank_sees_why_an_export_failed(full, tmp_path):
+def test_every_rank_raises_the_error_of_a_failed_export(full, tmp_path):
     folder = save(random_hf_model("Qwen2"), tmp_path / "hf")
     target = tmp_path / "out" if full else folder
     messages = run_distributed(2, failing_export, folder, target, full)
@@ -179,7 +179,7 @@ def names_read(rank, folder, layout):
     return names
 
 
-def test_each_rank_reads_its_own_layers_and_experts_alone(tmp_path):
+def test_each_rank_loads_only_its_own_layers_and_experts(tmp_path):
     folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf")
     read = run_distributed(4, names_read, folder, LAYOUTS["pipeline and expert"])
     for rank, names in enumerate(read):
@@ -192,7 +192,7 @@ def test_each_rank_reads_its_own_layers_and_experts_alone(tmp_path):
 
 
 def export_without(rank, folder, layout, target, lost):
-    """The error of an export after the last rank has lost a parameter."""
+    """Return the error of an export after the last rank has lost a parameter."""
     stage, spec, topology = open_model(folder, layout)
     if rank == topology.world_size - 1:
         owner, _, name = lost.rpartition(".")
@@ -212,7 +212,7 @@ def export_without(rank, folder, layout, target, lost):
         ("pipeline", "decoder.layers.1.mlp.router.weight", "layers.3.mlp.router"),
     ],
 )
-def test_every_rank_sees_what_a_model_lacks(layout, lost, name, tmp_path):
+def test_every_rank_names_the_missing_parameter(layout, lost, name, tmp_path):
     folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf")
     messages = run_distributed(2, export_without, folder, LAYOUTS[layout], tmp_path / "out", lost)
     assert messages[0] == messages[1]
@@ -222,7 +222,7 @@ def test_every_rank_sees_what_a_model_lacks(layout, lost, name, tmp_path):
 
 
 def cut_teacher(rank, folder, megatron, stages):
-    """Whether every parameter of a cut model is equal, read from both kinds of folder."""
+    """Return True if all parameters of a cut model are equal when loaded from both kinds of folder."""
     device = choose_device("auto")
     start_process(device)
     topology = build_topology(ParallelConfig(pipeline=2), device, seed=0)
@@ -237,7 +237,7 @@ def cut_teacher(rank, folder, megatron, stages):
 
 
 @pytest.mark.parametrize("stages", [(1, 2), (3, 0)])
-def test_a_cut_teacher_reads_its_layers_on_every_stage(stages, tmp_path):
+def test_a_cut_teacher_loads_its_layers_on_every_stage(stages, tmp_path):
     folder = save(random_hf_model("Qwen3", tie_word_embeddings=True), tmp_path / "hf")
     run_distributed(2, save_and_export, folder, LAYOUTS["tensor"], tmp_path / "megatron", None)
     results = run_distributed(2, cut_teacher, folder, tmp_path / "megatron", stages)
@@ -253,7 +253,7 @@ def broken_load(rank, folder):
     return None
 
 
-def test_every_rank_sees_a_corrupt_checkpoint(tmp_path):
+def test_every_rank_reports_a_corrupt_checkpoint(tmp_path):
     folder = save(random_hf_model("Qwen2", num_hidden_layers=1), tmp_path / "hf")
     run_distributed(2, save_and_export, folder, LAYOUTS["tensor"], tmp_path / "megatron", None)
     # Only the second rank's file: whoever reads it fails, and the other must not wait for it.

@@ -1,4 +1,4 @@
-"""A replica of several ranks generates the tokens of one rank, and all its ranks know them."""
+"""A replica of several ranks generates the same tokens as one rank, and all of its ranks return them."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def prompts():
 
 
 def generate(rank, folder, layout):
-    """The rollouts of all replicas, greedy and sampled, with fewer slots than prompts and with empty shares."""
+    """Return the rollouts of all replicas, greedy and sampled, with fewer slots than prompts and with empty shares."""
     device = torch.device("cpu")
     start_process(device)
     topology = build_topology(ParallelConfig(**layout), device, seed=0)
@@ -40,10 +40,10 @@ def generate(rank, folder, layout):
     stage.train()
     results = []
     for sampling in (GREEDY, SAMPLED):
-        for asked in (prompts(), prompts()[:1]):
-            mine = split(asked, topology.replica_rank, topology.num_replicas)
+        for global_prompts in (prompts(), prompts()[:1]):
+            local_prompts = split(global_prompts, topology.replica_rank, topology.num_replicas)
             engine = EmbeddedEngine(stage, spec, topology, sampling, seed=3, max_batch=5)
-            rollouts = engine.generate(mine, step=1)
+            rollouts = engine.generate(local_prompts, step=1)
             results.append(share_rollouts(rollouts, topology))
     assert stage.training and stage.config.sequence_parallel == topology.sequence_parallel, "left as it was"
     return results
@@ -93,6 +93,6 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "world", "layout"), CASES, ids=str)
-def test_every_layout_generates_what_one_rank_does(family, world, layout, folders, one_rank):
+def test_every_layout_generates_the_tokens_of_one_rank(family, world, layout, folders, one_rank):
     for rank, result in enumerate(run_distributed(world, generate, folders[family], layout)):
         assert result == one_rank[family], f"rank {rank}"

@@ -1,4 +1,4 @@
-"""Bad input about bridges and their fit: one clear line, exit code 2, and nothing written that looks like a bridge."""
+"""Invalid bridges and fits end with one clear line and exit code 2, and write nothing that looks like a bridge."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ FIT = ("bridge.prompts=4", "bridge.ranks=[2]", "bridge.held_out_fraction=0.5", "
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    """The scene with an unlike teacher (`unlike`), and bridges to it, `of_all` layers and `of_one`."""
-    scene = make_scene(tmp_path_factory.mktemp("whole"))
+def shared_scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Create a scene with an unlike teacher (`unlike`) and two fits: `of_all` layers and `of_one` layer."""
+    scene = make_scene(tmp_path_factory.mktemp("scene"))
     save_model(scene.unlike, 5, "Qwen2", num_hidden_layers=3, hidden_size=48)
     for name, layers in (("of_all", "all"), ("of_one", "[1]")):
         run_dir = f"train.run_dir={scene.folder / name}"
@@ -32,8 +32,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 @pytest.fixture
-def scene(whole: Scene, tmp_path: Path) -> Scene:
-    shutil.copytree(whole.folder, tmp_path / "scene")
+def scene(shared_scene: Scene, tmp_path: Path) -> Scene:
+    shutil.copytree(shared_scene.folder, tmp_path / "scene")
     return Scene(tmp_path / "scene")
 
 
@@ -42,19 +42,19 @@ def unlike(scene: Scene, *overrides: str) -> list[str]:
 
 
 def bridged(scene: Scene, *overrides: str, bridge: str = "of_all/bridge/rank_2") -> list[str]:
-    """A run of one step that a bridge leads, on rollouts of its own."""
+    """Return the arguments of a run of one step with a bridge, on generated rollouts."""
     return scene.generating(*unlike(scene), f"loss.representation.bridge={scene.folder / bridge}", *overrides)
 
 
-def test_the_scene_is_whole(scene):
-    """Nothing is refused of what each test breaks one thing in."""
+def test_the_unmodified_scene_runs(scene):
+    """The other tests change one thing in this scene."""
     outcome = run(scene.folder, "train", *bridged(scene))
     assert outcome.code == 0, outcome.stderr
     assert (scene.run / "hf").exists()
 
 
 def scale(name: str) -> Callable[[Scene], None]:
-    """Gives a model other weights."""
+    """Return a change that scales the weights of a model."""
 
     def change(scene: Scene) -> None:
         path = scene.folder / name / "model.safetensors"
@@ -106,7 +106,7 @@ BRIDGES: dict[str, tuple[Callable[[Scene], object], str, list[str], tuple[str, .
 
 
 @pytest.mark.parametrize("case", BRIDGES)
-def test_bridges(case, scene):
+def test_an_invalid_bridge_is_refused(case, scene):
     damage, bridge, overrides, words = BRIDGES[case]
     damage(scene)
     refuse(scene, words, "train", *bridged(scene, *overrides, bridge=bridge))
@@ -139,13 +139,13 @@ RUNS: dict[str, tuple[Callable[[Scene], object], list[str], tuple[str, ...]]] = 
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_runs(case, scene):
+def test_a_bridge_that_does_not_fit_the_run_is_refused(case, scene):
     damage, overrides, words = RUNS[case]
     damage(scene)
     refuse(scene, words, "train", *bridged(scene, *(f"loss.representation.{one}" for one in overrides)))
 
 
-def test_a_bridge_joins_no_several_teachers(scene):
+def test_a_bridge_with_several_teachers_is_refused(scene):
     several = ("teacher=null", f"teachers.prompts.path={scene.unlike}")
     words = ("loss.representation.bridge joins the student with one teacher", "teacher.path")
     refuse(scene, words, "train", *bridged(scene, *several))
@@ -185,7 +185,7 @@ FITS: dict[str, tuple[list[str], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", FITS)
-def test_fits(case, scene):
+def test_an_invalid_fit_is_refused(case, scene):
     overrides, words = FITS[case]
     refuse(scene, words, "bridge.fit", *scene.generating(*unlike(scene), *FIT, *overrides))
 
@@ -194,8 +194,8 @@ def test_fits(case, scene):
 @pytest.mark.parametrize(
     ("fraction", "what"), [(0.25, "held-out tokens, there are 2"), (0.75, "training tokens, there are 2")]
 )
-def test_too_few_tokens_leave_no_bridge(scene, method, fraction, what):
-    """Known only once the student has answered; what it said and the sums stay, no bridge does."""
+def test_too_few_tokens_are_refused_without_a_bridge(scene, method, fraction, what):
+    """This is known only after generation: answers and moments are kept, but no bridge is written."""
     overrides = ("loss.representation.positions=last", "bridge.ranks=[4]", f"bridge.held_out_fraction={fraction}")
     options = scene.generating(*unlike(scene), *FIT, *overrides, f"bridge.method={method}")
     words = (f"bridge of rank 4 needs more than 4 {what}", "raise bridge.prompts")
@@ -212,7 +212,7 @@ def test_other_rollouts_under_the_same_name_are_refused(scene):
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:99])])
-def test_sums_that_are_damaged_are_named(scene, damage):
+def test_a_damaged_moments_file_is_named(scene, damage):
     options = scene.generating(*unlike(scene), *FIT)
     assert run(scene.folder, "bridge.fit", *options).code == 0
     moments = scene.run / "bridge" / "moments"
@@ -224,7 +224,7 @@ def test_sums_that_are_damaged_are_named(scene, damage):
 
 
 @pytest.mark.parametrize("method", ["train", "bridge.fit"])
-def test_every_rank_ends_and_one_speaks(scene, method):
+def test_every_rank_ends_and_one_prints_the_error(scene, method):
     if method == "train":
         scale("unlike")(scene)
         options, words = bridged(scene), ("was fitted for another teacher", "hash sha256:")

@@ -1,4 +1,4 @@
-"""From two unlike models to a distilled one by the commands: a bridge is fitted, and a run is led by it."""
+"""Fit a bridge between two unlike models and train a student with it, by the commands."""
 
 import json
 
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module", params=TOKENIZERS)
 def fitted(request, tmp_path_factory):
-    """The folder of a fit, the arguments of runs between its models, and what the fit printed."""
+    """Return the folder of a fit, the arguments of runs with its models, and the output of the fit."""
     folder = tmp_path_factory.mktemp("bridge")
     sizes = {"num_key_value_heads": 4, "intermediate_size": 64}
     arguments = prompt_run(folder, STEPS, num_hidden_layers=2, hidden_size=32, **sizes)
@@ -52,30 +52,30 @@ def with_bridge(fitted, rank=4, bridge=None):
 
 @pytest.fixture(scope="module")
 def trained(fitted):
-    """The folder of a run that the bridge leads, and what it printed."""
+    """Return the folder of a training run with the bridge, and its output."""
     folder = fitted[0] / "trained"
     return folder, finish(in_folder(with_bridge(fitted), folder), fitted[0] / "train.log")
 
 
-def test_a_fit_leaves_bridges_and_says_how_to_use_them(fitted):
+def test_a_fit_writes_bridges_and_prints_how_to_use_them(fitted):
     folder, _, log = fitted
-    told = json.loads((folder / "fit" / "bridge" / "fit.json").read_text())
+    results = json.loads((folder / "fit" / "bridge" / "fit.json").read_text())
     for rank in (2, 4):
         path = folder / "fit" / "bridge" / f"rank_{rank}"
         assert f"loss.representation.bridge={path}\n" in log
         bridge = read_bridge(path)
         assert bridge.rank == rank and list(bridge.maps) == PAIRS == list(bridge.statistics)
-        rows = [row for row in told["fits"] if row["rank"] == rank]
+        rows = [row for row in results["fits"] if row["rank"] == rank]
         assert [row["error"] for row in rows] == [one.error for one in bridge.statistics.values()]
-    counts = told["origin"]["counts"]
+    counts = results["origin"]["counts"]
     assert (counts["prompts"], counts["sequences"]) == (4, 8)
     assert 0 < counts["held_out_tokens"] < counts["tokens"]
-    another = told["origin"]["teacher"]["tokenizer"] != told["origin"]["student"]["tokenizer"]
-    coverage = told["origin"]["coverage"]
+    another = results["origin"]["teacher"]["tokenizer"] != results["origin"]["student"]["tokenizer"]
+    coverage = results["origin"]["coverage"]
     assert 0 < coverage <= 1 if another else coverage is None
 
 
-def test_a_bridge_leads_to_a_student_that_opens_in_transformers(fitted, trained):
+def test_a_student_trained_with_a_bridge_opens_in_transformers(fitted, trained):
     folder, log = trained
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [1, 2]
@@ -90,7 +90,7 @@ def test_a_bridge_leads_to_a_student_that_opens_in_transformers(fitted, trained)
 
 
 @one_tokenizer
-def test_a_dry_run_tells_of_a_run_with_a_bridge(fitted, tmp_path):
+def test_a_dry_run_describes_a_run_with_a_bridge(fitted, tmp_path):
     outcome = run(tmp_path, "train", "--dry-run", *with_bridge(fitted))
     assert (outcome.code, outcome.stderr) == (0, "")
     assert "bridge: " in outcome.stdout and "targets" in outcome.stdout
@@ -98,7 +98,7 @@ def test_a_dry_run_tells_of_a_run_with_a_bridge(fitted, tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_losses_do_not_depend_on_the_layout(fitted, trained, tmp_path, layout):
-    """On the fit's answers: what is generated anew in another layout may differ where two tokens are nearly alike."""
+    """Both runs replay the answers of the fit: sampling may differ between layouts if two tokens are almost equal."""
     replayed = (
         "rollout.engine=replay",
         f"rollout.path={fitted[0] / 'fit' / 'bridge' / 'rollouts.jsonl'}",
@@ -140,8 +140,8 @@ def test_a_bridge_of_the_authors_trains_to_the_same_losses(fitted, trained, tmp_
 
 
 @one_tokenizer
-def test_other_ranks_of_a_finished_fit_are_only_solved(fitted, tmp_path):
-    """Even where the configuration says meanwhile that a bridge is to be used, and how."""
+def test_other_ranks_of_a_finished_fit_reuse_its_moments(fitted, tmp_path):
+    """Also with a configuration that already uses a bridge."""
     folder, arguments, _ = fitted
     run_dir = folder / "fit"
     kept = [run_dir / "bridge" / "rollouts.jsonl", *(run_dir / "bridge" / "moments").rglob("*.safetensors")]

@@ -1,4 +1,4 @@
-"""A fit that is killed at any moment and started again is the fit that was not killed; so is a run with a bridge."""
+"""A fit, or a run with a bridge, that is killed and restarted gives the same files as an uninterrupted one."""
 
 import json
 import shutil
@@ -20,8 +20,8 @@ SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_key_value_heads": 4, "i
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The arguments of a fit of eight steps, and the folder of one that nothing disturbed."""
+def complete_fit(tmp_path_factory):
+    """Return the arguments of a fit of eight steps, and the folder of an uninterrupted fit."""
     folder = tmp_path_factory.mktemp("fit")
     arguments = prompt_run(folder, 1, **SIZES)
     with (folder / "many.jsonl").open("w") as file:
@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
 
 
 def contents(folder):
-    """What a fit leaves for others, byte for byte, and the names of all its files."""
+    """Return the names of all files of a fit, and the bytes of its results."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
     results = [folder / "fit.json", folder / "rollouts.jsonl", *sorted(folder.glob("rank_*/*"))]
     return names, {str(path.relative_to(folder)): path.read_bytes() for path in results}
@@ -53,7 +53,7 @@ def lines(path):
 
 
 def kill_when(reached, arguments, log):
-    """Start a fit and kill it as soon as something is there."""
+    """Start a fit and kill it as soon as `reached` returns True."""
     command = Command(arguments, log, module="bridge.fit")
     while not reached() and command.is_running:
         time.sleep(0.0002)
@@ -61,9 +61,9 @@ def kill_when(reached, arguments, log):
 
 
 @pytest.mark.nightly
-def test_a_fit_that_is_killed_goes_on(whole, tmp_path):
-    """Once while answers are written, once between the steps of the moments; again where the killer came too late."""
-    arguments, expected = whole
+def test_a_killed_fit_resumes(complete_fit, tmp_path):
+    """Kill a fit while it writes answers and while it sums moments; try again if a kill came too late."""
+    arguments, expected = complete_fit
     for attempt in range(10):
         run_dir = tmp_path / f"run_{attempt}"
         here, folder, log = in_folder(arguments, run_dir), run_dir / "bridge", tmp_path / f"{attempt}.log"
@@ -80,7 +80,7 @@ def test_a_fit_that_is_killed_goes_on(whole, tmp_path):
     assert contents(folder) == contents(expected)
 
 
-# What to die before, and how far the moments had come.
+# The call before which the process dies, the saved steps of the moments, and a description.
 CRASHES = [
     (DieBefore("os.rename", r"/asked\.json\."), [], "the folder made, nothing in it"),
     (DieBefore("open", r"/rollouts\.jsonl$"), [], "no answer written yet"),
@@ -93,8 +93,8 @@ CRASHES = [
 ]
 
 
-def test_no_crash_point_of_a_fit_does_harm(whole, tmp_path):
-    arguments, expected = whole
+def test_a_fit_resumes_after_a_crash_at_any_point(complete_fit, tmp_path):
+    arguments, expected = complete_fit
     arguments, folder = in_folder(arguments, tmp_path / "run"), tmp_path / "run" / "bridge"
     for number, (die, kept, what) in enumerate(CRASHES):
         command = Command(arguments, tmp_path / f"{number}.log", module="bridge.fit", die=die)
@@ -108,9 +108,9 @@ def test_no_crash_point_of_a_fit_does_harm(whole, tmp_path):
     assert contents(folder) == contents(expected)
 
 
-def test_ranks_of_a_fit_die_together_and_go_on(whole, tmp_path):
-    """On two data-parallel ranks; the answers of another layout are the same, the sums but for rounding."""
-    arguments, one = whole
+def test_a_fit_on_two_ranks_resumes_after_a_crash(complete_fit, tmp_path):
+    """Answers do not depend on the layout; sums may differ by rounding, so the expected fit has two ranks, too."""
+    arguments, one = complete_fit
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     finish(in_folder(arguments, expected), tmp_path / "log", module="bridge.fit", world_size=2)
     die = DieBefore("os.rename", r"/step_0000006\.partial$")
@@ -132,8 +132,8 @@ ANOTHER = {
 
 
 @pytest.mark.parametrize("key", ANOTHER)
-def test_another_fit_in_the_same_folder_is_refused(whole, tmp_path, key):
-    arguments, expected = whole
+def test_another_fit_in_the_same_folder_is_refused(complete_fit, tmp_path, key):
+    arguments, expected = complete_fit
     before = contents(expected)
     outcome = run(tmp_path, "bridge.fit", *in_folder(arguments, expected.parent), ANOTHER[key])
     assert_refused(outcome, str(expected), f"holds a fit with another {key};", "name a new train.run_dir")
@@ -141,8 +141,8 @@ def test_another_fit_in_the_same_folder_is_refused(whole, tmp_path, key):
 
 
 @pytest.fixture(scope="module")
-def led(tmp_path_factory):
-    """The arguments of a run of four steps that a bridge leads, and another bridge."""
+def bridged_run(tmp_path_factory):
+    """Return the arguments of a run of four steps, and the settings of two bridges for it."""
     folder = tmp_path_factory.mktemp("led")
     arguments = replay_run(folder, 4, "health.every=0", "checkpoint.keep=4", **SIZES)
     teacher = save(random_hf_model("Qwen3", 7, vocab_size=VOCAB_SIZE, **{**SIZES, "hidden_size": 48}), folder / "wide")
@@ -160,9 +160,9 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_run_with_a_bridge_goes_on_exactly(led, tmp_path, name):
+def test_a_run_with_a_bridge_resumes_exactly(bridged_run, tmp_path, name):
     world, settings = TRAINED[name]
-    arguments, bridge, _ = led
+    arguments, bridge, _ = bridged_run
     arguments = [*arguments, bridge, *settings]
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     finish(in_folder(arguments, expected), tmp_path / "log", world_size=world)
@@ -179,8 +179,8 @@ def test_a_run_with_a_bridge_goes_on_exactly(led, tmp_path, name):
         assert (actual / maps).read_bytes() != (actual / maps.replace("04", "02", 1)).read_bytes()
 
 
-def test_a_run_goes_on_with_its_own_bridge_only(led, tmp_path):
-    arguments, bridge, other = led
+def test_a_run_resumes_only_with_its_own_bridge(bridged_run, tmp_path):
+    arguments, bridge, other = bridged_run
     train, frozen = (f"loss.representation.train_bridge={value}" for value in ("true", "false"))
     for name, first, refused in (
         ("another", (bridge,), {(other,): "was made with the bridge sha256:", (bridge, train): "train_bridge=false"}),

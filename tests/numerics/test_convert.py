@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron checkpoint -> Hugging Face gives the same bits, and a difference is found and named."""
+"""Hugging Face -> Megatron checkpoint -> Hugging Face is equal bit for bit, and a difference is found and named."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ MODELS = {
 
 
 def hf_folder(path, family="Qwen3", dtype=torch.float32, shard_size="5GB", **overrides):
-    """A folder as a user has it: with a tokenizer and a chat template."""
+    """Save a model folder with a tokenizer and a chat template, as users have it."""
     folder = save(random_hf_model(family, **overrides).to(dtype), path, max_shard_size=shard_size)
     vocabulary = {character: i for i, character in enumerate("abcdefgh")}
     tokenizer = transformers.Qwen2Tokenizer({**vocabulary, "ab": 8, "<|endoftext|>": 9}, merges=[("a", "b")])
@@ -87,7 +87,7 @@ def assert_equal_tensors(actual, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_is_bit_equal(name, dtype, topology, tmp_path):
+def test_a_round_trip_is_bit_equal(name, dtype, topology, tmp_path):
     family, overrides = MODELS[name]
     folder = hf_folder(tmp_path / "hf", family, dtype, **overrides)
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
@@ -98,7 +98,7 @@ def test_there_and_back_is_bit_equal(name, dtype, topology, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["Qwen3", "Qwen3Moe", "Llama", "Phi3"])
-def test_there_and_back_in_shards(family, topology, tmp_path):
+def test_a_round_trip_in_shards_is_bit_equal(family, topology, tmp_path):
     folder = hf_folder(tmp_path / "hf", family, shard_size="100KB")
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
     stage, spec = build_from(megatron, topology)
@@ -117,7 +117,7 @@ def assert_same_model(actual, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_export_opens_with_plain_transformers(dtype, topology, tmp_path):
+def test_transformers_opens_an_export(dtype, topology, tmp_path):
     folder = hf_folder(tmp_path / "hf", "Qwen2", dtype, tie_word_embeddings=True)
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
     stage, spec = build_from(megatron, topology)
@@ -132,7 +132,7 @@ def test_an_export_opens_with_plain_transformers(dtype, topology, tmp_path):
 
 
 @pytest.mark.parametrize(("stored", "wanted"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
-def test_loading_casts_to_the_model(stored, wanted, topology, tmp_path):
+def test_loading_casts_to_the_dtype_of_the_model(stored, wanted, topology, tmp_path):
     folder = hf_folder(tmp_path / "hf", dtype=stored)
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
     assert checkpoint_dtype(megatron) == stored
@@ -143,14 +143,14 @@ def test_loading_casts_to_the_model(stored, wanted, topology, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "tied"), [("Qwen3", False), ("Qwen3", True), ("Qwen3Moe", False)])
-def test_a_teacher_cut_above_a_layer_reads_what_it_has(family, tied, topology, tmp_path):
+def test_a_cut_teacher_loads_only_its_layers(family, tied, topology, tmp_path):
     folder = hf_folder(tmp_path / "hf", family, tie_word_embeddings=tied)
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
-    whole = named_parameters(build_from(folder, topology)[0])
+    full_model = named_parameters(build_from(folder, topology)[0])
     for cut in ({"stages": (2,), "final_norm": False}, {"stages": (5,), "final_norm": True}):
         stage, _ = build_from(megatron, topology, lm_head=False, **cut)
         for name, parameter in named_parameters(stage).items():
-            assert torch.equal(parameter, whole[name]), name
+            assert torch.equal(parameter, full_model[name]), name
 
 
 def comparison(folder, megatron, topology, dtype=torch.float32):
@@ -262,7 +262,7 @@ def _edit(folder, **change):
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
-def test_a_broken_megatron_checkpoint_is_one_line_that_names_what(name, topology, tmp_path):
+def test_the_error_of_a_broken_megatron_checkpoint_names_the_problem(name, topology, tmp_path):
     damage, message = BREAKAGES[name]
     megatron = to_megatron(hf_folder(tmp_path / "hf"), tmp_path / "megatron", topology)
     if "common state" in name and not (megatron / "common.pt").exists():
@@ -285,7 +285,7 @@ def test_a_megatron_checkpoint_of_another_mixture_is_refused(name, topology, tmp
         check_weights(megatron, read_model_spec(megatron))
 
 
-def test_a_sound_folder_of_either_kind_passes_the_check(topology, tmp_path):
+def test_an_intact_folder_of_either_kind_passes_the_check(topology, tmp_path):
     folder = hf_folder(tmp_path / "hf")
     check_weights(folder, read_model_spec(folder))
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
@@ -293,7 +293,7 @@ def test_a_sound_folder_of_either_kind_passes_the_check(topology, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["hf", "megatron"])
-def test_the_content_hash_follows_the_weights(kind, topology, tmp_path):
+def test_the_content_hash_changes_with_the_weights_only(kind, topology, tmp_path):
     folder = hf_folder(tmp_path / "hf")
     folder = folder if kind == "hf" else to_megatron(folder, tmp_path / "megatron", topology)
     first = content_hash(folder)

@@ -1,4 +1,4 @@
-"""A Megatron-Core model with Hugging Face weights gives Hugging Face's logits and every one of its hidden states."""
+"""A Megatron-Core model with Hugging Face weights computes the logits and hidden states of transformers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LENGTHS = (1, 7, 16, 17, 30)
 
 
 def megatron_states(folder, topology, dtype, sequences):
-    """Logits [tokens, vocabulary] and hidden states {layer: [tokens, hidden]} of the sequences, packed into one."""
+    """Return logits [tokens, vocabulary] and hidden states {layer: [tokens, hidden]} of the packed sequences."""
     spec = read_model_spec(folder)
     stage = build_model(spec, topology, dtype).eval()
     load_hf(stage, HFReader(folder), spec)
@@ -79,11 +79,11 @@ SPARSE_MODELS = {
 
 
 @pytest.mark.parametrize("name", SPARSE_MODELS)
-def test_a_mixture_of_experts_gives_the_states_of_hugging_face(name, topology, tmp_path):
+def test_mixture_of_experts_states_equal_hugging_face(name, topology, tmp_path):
     assert_same_states("Qwen3Moe", SPARSE_MODELS[name], torch.float32, 1e-5, topology, tmp_path)
 
 
-def test_a_mixture_of_experts_in_bfloat16(topology, tmp_path):
+def test_mixture_of_experts_states_equal_hugging_face_in_bfloat16(topology, tmp_path):
     # Where there is no choice to make: otherwise rounding gives some token to another expert, and its states differ.
     assert_same_states("Qwen3Moe", SPARSE_MODELS["every_expert"], torch.bfloat16, 2e-2, topology, tmp_path)
 
@@ -96,7 +96,7 @@ def test_logits_and_every_hidden_state_equal_hugging_face(name, dtype, tolerance
 
 @pytest.mark.parametrize("name", ["qwen3_head_dim_8_to_2", "llama3_scaling_tied", "phi4_mini_shaped", "phi3_factor"])
 @pytest.mark.parametrize("length", [16, 100_000])
-def test_angles_far_along_are_those_of_transformers_in_a_bfloat16_model_too(name, length, topology, tmp_path):
+def test_rotary_angles_of_distant_positions_equal_transformers_in_bfloat16(name, length, topology, tmp_path):
     family, overrides = MODELS[name]
     hf = random_hf_model(family, **overrides)
     folder = save(hf, tmp_path / "hf")

@@ -1,4 +1,4 @@
-"""The embedded engine generates what Hugging Face generates, and each rollout by itself: no neighbour changes it."""
+"""The embedded engine generates the tokens of Hugging Face, and rollouts do not influence each other."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
 
 
 def load(hf, folder, topology):
-    """(stage, spec) of a Hugging Face stage, with the EOS ids of these tests."""
+    """Return (stage, spec) of a Hugging Face model, with the EOS ids of these tests."""
     save(hf, folder)
     spec = dataclasses.replace(read_model_spec(folder), eos_token_ids=EOS)
     stage = build_model(spec, topology, torch.float32)
@@ -48,7 +48,7 @@ def random_prompts(count, vocabulary=131, longest=21):
 
 
 def hf_greedy(hf, prompt):
-    """Response of Hugging Face's own generate for one prompt, up to and with the EOS."""
+    """Return the response of Hugging Face's `generate` to a prompt, up to and including the EOS token."""
     ids = torch.tensor([prompt.prompt_ids])
     arguments = dict(do_sample=False, max_new_tokens=NEW_TOKENS, eos_token_id=list(EOS), pad_token_id=0)
     output = hf.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
@@ -74,9 +74,7 @@ def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
 
 
 @pytest.mark.parametrize("tokens_per_pass", [8192, 30])
-def test_a_row_that_outgrows_the_short_factors_goes_on_as_in_hugging_face(
-    tokens_per_pass, topology, tmp_path, monkeypatch
-):
+def test_a_row_that_outgrows_the_short_factors_equals_hugging_face(tokens_per_pass, topology, tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_oprd.rollout.embedded.PROMPT_TOKENS_PER_STEP", tokens_per_pass)
     hf = random_hf_model("Phi3", num_hidden_layers=3, num_attention_heads=4, **longrope(12, original=15))
     stage, spec = load(hf, tmp_path, topology)
@@ -125,7 +123,7 @@ def by_sample(rollouts):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.8, 1.0, 0, 16, 3), Sampling(1.2, 0.9, 20, 16, 3)])
-def test_a_rollout_depends_on_its_prompt_and_sample_alone(sampling, qwen3, topology):
+def test_a_rollout_depends_only_on_its_prompt_and_sample(sampling, qwen3, topology):
     _, stage, spec = qwen3
     prompts = random_prompts(10)
 
@@ -144,7 +142,7 @@ def test_a_rollout_depends_on_its_prompt_and_sample_alone(sampling, qwen3, topol
     assert by_sample(engine(64, seed=8).generate(prompts, step=2)) != expected
 
 
-def test_padding_of_the_vocabulary_is_never_sampled(qwen3, topology):
+def test_vocabulary_padding_is_never_sampled(qwen3, topology):
     _, stage, spec = qwen3
     narrow = dataclasses.replace(spec, vocab_size=40, eos_token_ids=())
     sampling = Sampling(temperature=5.0, max_new_tokens=30)
@@ -154,7 +152,7 @@ def test_padding_of_the_vocabulary_is_never_sampled(qwen3, topology):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9, 20, NEW_TOKENS)])
-def test_ids_that_the_teacher_does_not_know_are_never_sampled_however_likely(sampling, qwen3, topology):
+def test_ids_outside_the_teachers_vocabulary_are_never_sampled(sampling, qwen3, topology):
     _, stage, spec = qwen3
     student = dataclasses.replace(spec, vocab_size=100, eos_token_ids=())  # the logits of 100 and up are padding
 
@@ -174,7 +172,7 @@ def test_ids_that_the_teacher_does_not_know_are_never_sampled_however_likely(sam
     assert max(sampled(100, vocab_size=131)) < 100, "a teacher that knows more does not open the padding"
 
 
-def test_each_rollout_carries_where_its_prompt_is_from_and_what_the_teacher_reads(qwen3, topology):
+def test_a_rollout_keeps_data_source_and_teacher_prompt(qwen3, topology):
     _, stage, spec = qwen3
     prompts = [
         dataclasses.replace(prompt, data_source=f"s{prompt.index}", teacher_prompt_ids=(9, prompt.index))
@@ -183,13 +181,13 @@ def test_each_rollout_carries_where_its_prompt_is_from_and_what_the_teacher_read
     prompts[4] = dataclasses.replace(prompts[4], teacher_prompt_ids=None)
     sampling = Sampling(max_new_tokens=12, samples_per_prompt=2)
     rollouts = EmbeddedEngine(stage, spec, topology, sampling, seed=0, max_batch=3).generate(prompts, step=0)
-    asked = [prompt for prompt in prompts for _ in range(2)]
-    assert [r.data_source for r in rollouts] == [p.data_source for p in asked]
-    assert [r.teacher_prompt_ids for r in rollouts] == [p.teacher_prompt_ids for p in asked]
-    assert [r.prompt_ids for r in rollouts] == [p.prompt_ids for p in asked]
+    expected = [prompt for prompt in prompts for _ in range(2)]
+    assert [r.data_source for r in rollouts] == [p.data_source for p in expected]
+    assert [r.teacher_prompt_ids for r in rollouts] == [p.teacher_prompt_ids for p in expected]
+    assert [r.prompt_ids for r in rollouts] == [p.prompt_ids for p in expected]
 
 
-def test_positions_limit_the_answer_and_bad_prompts_are_named(qwen3, topology):
+def test_the_number_of_positions_limits_the_answer_and_errors_name_the_prompt(qwen3, topology):
     _, stage, spec = qwen3
     short = dataclasses.replace(spec, max_position_embeddings=12, eos_token_ids=())
     engine = EmbeddedEngine(stage, short, topology, GREEDY, seed=0)

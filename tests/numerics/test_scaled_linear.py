@@ -1,4 +1,4 @@
-"""The FP8 product without Transformer Engine is what its definition says, and a teacher's weights are one byte each."""
+"""The FP8 product without Transformer Engine equals its definition, and a teacher's weights take one byte each."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ LARGEST = 448.0  # of E4M3
 
 
 def by_definition(x, weight):
-    """Both divided by their greatest magnitude over 448, rounded to E4M3, multiplied in float64, scaled back."""
+    """Scale both by max / 448, round to E4M3, multiply in float64 and scale back."""
     scales = [t.abs().max().float() / LARGEST for t in (x, weight)]
     rounded = [(t.float() / s).to(FP8).double() for t, s in zip((x, weight), scales, strict=True)]
     return rounded[0] @ rounded[1].t() * scales[0].double() * scales[1].double()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_is_the_definition(dtype):
+def test_the_product_equals_its_definition(dtype):
     generator = torch.Generator().manual_seed(3)
     x = (torch.randn(17, 64, generator=generator) * 5).to(dtype)
     weight = (torch.randn(32, 64, generator=generator) / 100).to(dtype)
@@ -34,14 +34,14 @@ def test_the_product_is_the_definition(dtype):
     assert 1e-3 < (result.double() - exact).norm() / exact.norm() < 0.06
 
 
-def test_nothing_and_zeros_pass():
+def test_empty_and_zero_inputs_are_accepted():
     weight, scale = torch.ones(16, 32).to(FP8), torch.tensor(1.0)
     assert scaled_product(torch.empty(0, 32), weight, scale).shape == (0, 16)
     assert scaled_product(torch.zeros(3, 32), weight, scale).tolist() == torch.zeros(3, 16).tolist()
 
 
 @pytest.mark.parametrize(("family", "kept"), [("Qwen3", (1, 2)), ("Qwen3Moe", (0, 0))])
-def test_the_weights_of_the_middle_blocks_are_one_byte_each(family, kept, topology, tmp_path):
+def test_weights_of_the_middle_layers_take_one_byte_each(family, kept, topology, tmp_path):
     sizes = {"moe_intermediate_size": 48} if family == "Qwen3Moe" else {}
     folder = save(random_hf_model(family, **sizes), tmp_path / "model")
     spec = read_model_spec(folder)

@@ -1,4 +1,4 @@
-"""AdamW on the streamed gradient is AdamW under autograd, and never beats the closed form."""
+"""AdamW on the streamed gradient equals AdamW with autograd, and never has less error than the closed form."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def fit_of(teachers, ranks=RANKS, lr=LR):
 
 
 def autograd_maps(teachers, steps, rank):
-    """The maps after each step of AdamW on the mean over pairs of `mse_loss`, with everything in one batch."""
+    """Yield the maps after each step of AdamW with autograd, on the mean of `mse_loss` over pairs, in one batch."""
     layers = {}
     for pair in PAIRS:
         layers[pair] = torch.nn.Linear(12, rank, bias=False, dtype=torch.float64)
@@ -46,7 +46,7 @@ def autograd_maps(teachers, steps, rank):
         yield {pair: layer.weight.detach().clone() for pair, layer in layers.items()}
 
 
-def test_every_step_is_that_of_autograd(monkeypatch):
+def test_every_step_equals_autograd(monkeypatch):
     monkeypatch.setattr(moments_module, "_CHUNK_TOKENS", 30)
     teachers = directions()
     fit = fit_of(teachers)
@@ -67,7 +67,7 @@ def test_a_smaller_rank_is_the_first_rows_of_the_largest():
         assert (alone[pair] - largest[pair][:2]).abs().max() < 1e-5 * largest[pair].abs().max()
 
 
-def test_the_initial_map_is_that_of_a_linear_layer():
+def test_the_initial_map_is_distributed_as_in_a_linear_layer():
     drawn = initial_map(40, 50, 7, 1, 2)
     assert torch.equal(drawn[:3], initial_map(3, 50, 7, 1, 2))
     assert not torch.equal(drawn, initial_map(40, 50, 7, 2, 1))
@@ -80,7 +80,7 @@ def test_the_initial_map_is_that_of_a_linear_layer():
     assert many.abs().max() == pytest.approx(reference.abs().max().item(), rel=0.01)
 
 
-def test_a_pair_without_tokens_stays_where_it_is():
+def test_a_pair_without_tokens_is_unchanged():
     fit = fit_of(directions())
     for _ in range(2):
         fit.add(PAIRS[0], *data()[PAIRS[0]])
@@ -114,7 +114,7 @@ def test_the_best_epoch_of_each_rank_is_kept():
 
 
 @pytest.mark.parametrize("lr", [1e-4, 1e-2, 1e-1])
-def test_the_closed_form_does_no_worse(lr):
+def test_the_closed_form_has_no_more_error(lr):
     train, held_out = states(4000), moments_of(*states(1000, seed=1))
     moments = moments_of(*train)
     teacher = teacher_directions(moments, 5)
@@ -134,7 +134,7 @@ def held_out_error_of_start(rank, teacher, held_out):
 
 
 def stepped(rank):
-    """Tokens are dealt out over two groups, the second rank of each has none of the second pair."""
+    """Return the maps after five steps with tokens split over two groups; one rank has no token of the second pair."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     across = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     fit = fit_of(directions())
@@ -147,7 +147,7 @@ def stepped(rank):
     return [fit._maps[pair].detach().numpy() for pair in PAIRS]
 
 
-def test_ranks_together_take_the_steps_of_one():
+def test_several_ranks_take_the_steps_of_one():
     *_, expected = autograd_maps(directions(), 5, rank=5)
     results = run_distributed(4, stepped)
     for maps in results:

@@ -1,4 +1,4 @@
-"""The subspace cosine of a bridge: of held-out tokens alone, over all of them that were shown, at every rank."""
+"""The subspace cosine of a bridge is the mean over all held-out tokens, at every rank."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_only_held_out_tokens_count():
             assert value == pytest.approx(expected.item(), abs=1e-6)
 
 
-def test_without_a_token_they_are_zero():
+def test_cosines_without_tokens_are_zero():
     moments = Moments.empty(6, 8)
     moments.add(torch.randn(30, 6), torch.randn(30, 8))
     cosines = SubspaceCosines({PAIR: fit_pair(moments, moments, (2,), (0.1,))}, SEED, torch.device("cpu"))

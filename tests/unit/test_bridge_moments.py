@@ -1,4 +1,4 @@
-"""Streamed moments are those of the whole matrix of states, however it is cut, also far from zero."""
+"""Streamed moments equal those of the full matrix of states, for any split and for a large mean."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ STUDENT, TEACHER = 7, 11
 
 
 def states(tokens, mean=1e3, seed=0):
-    """Correlated states with a mean that dwarfs their spread, float64."""
+    """Return correlated states with a mean much larger than their spread, float64."""
     generator = torch.Generator().manual_seed(seed)
     shared = torch.randn(tokens, 3, dtype=torch.float64, generator=generator)
 
@@ -43,21 +43,21 @@ def assert_moments_of(moments, student, teacher, tolerance=1e-9):
 
 @pytest.mark.parametrize("sizes", [[3000], [1] * 3000, [1000, 1, 0, 1999]])
 @pytest.mark.parametrize("mean", [0.0, 1e3, 1e6])
-def test_pieces_give_the_moments_of_the_whole(sizes, mean, monkeypatch):
+def test_moments_do_not_depend_on_the_split(sizes, mean, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_TOKENS", 700)
     student, teacher = states(3000, mean)
     assert_moments_of(streamed(student, teacher, sizes), student, teacher)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_states_of_any_dtype_are_counted_in_float64(dtype):
+def test_moments_are_float64_for_states_of_any_dtype(dtype):
     student, teacher = (x.to(dtype) for x in states(500, mean=10.0))
     moments = streamed(student, teacher, [100] * 5)
     assert_moments_of(moments, student.double(), teacher.double())
     assert {tensor.dtype for name, tensor in moments.tensors().items() if name != "tokens"} == {torch.float64}
 
 
-def test_merged_moments_are_those_of_all_tokens():
+def test_merged_moments_equal_those_of_all_tokens():
     student, teacher = states(1000)
     parts = [streamed(student[a:b], teacher[a:b], [50] * ((b - a) // 50)) for a, b in ((0, 0), (0, 600), (600, 1000))]
     total = Moments.empty(STUDENT, TEACHER)
@@ -68,12 +68,12 @@ def test_merged_moments_are_those_of_all_tokens():
     assert_moments_of(parts[2], student[600:], teacher[600:])
 
 
-def test_states_that_do_not_belong_together_are_refused():
+def test_different_numbers_of_states_are_refused():
     with pytest.raises(ValueError, match="3 states of the student, 2 of the teacher"):
         Moments.empty(STUDENT, TEACHER).add(torch.zeros(3, STUDENT), torch.zeros(2, TEACHER))
 
 
-def test_moments_survive_a_file(tmp_path):
+def test_moments_are_unchanged_by_a_file(tmp_path):
     student, teacher = states(100)
     moments = streamed(student, teacher, [100])
     save_file(moments.tensors(), tmp_path / "moments.safetensors")
@@ -106,7 +106,7 @@ def reduced(rank):
     return {name: tensor.numpy() for name, tensor in moments.tensors().items()}
 
 
-def test_ranks_together_have_the_moments_of_all_tokens():
+def test_reduced_moments_equal_those_of_all_tokens():
     results = [{name: torch.from_numpy(value) for name, value in one.items()} for one in run_distributed(3, reduced)]
     assert_moments_of(Moments.from_tensors(results[0]), *states(1000))
     for other in results[1:]:

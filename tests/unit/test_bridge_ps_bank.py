@@ -1,4 +1,4 @@
-"""The authors' bridge files are read by real layer numbers, whole or not at all."""
+"""The authors' bridge files are read with layers counted from 1, and incomplete files are refused."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ FIELDS = ("student_map", "teacher_map", "teacher_mean")
 
 
 def bank(legacy=False):
-    """A file as the authors' script makes it: block 0 with block 0, block 3 with block 2."""
+    """Return the content of a file of the authors' script, with the pairs (0, 0) and (3, 2)."""
     generator = torch.Generator().manual_seed(0)
     keys = {(0, 0): "0_0" if legacy else "s0_t0", (3, 2): "3_2" if legacy else "s3_t2"}
     orthonormal = {key: torch.linalg.qr(torch.randn(5, 3, generator=generator)).Q.T for key in keys.values()}
@@ -33,7 +33,7 @@ def bank(legacy=False):
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("listed", [False, True])
-def test_slots_from_zero_are_layers_from_one(legacy, listed, tmp_path):
+def test_layers_counted_from_zero_become_layers_from_one(legacy, listed, tmp_path):
     saved = bank(legacy)
     if not listed:
         del saved["layer_pairs"]
@@ -51,7 +51,7 @@ def test_slots_from_zero_are_layers_from_one(legacy, listed, tmp_path):
     assert "the student's weights" in unrecorded_properties(bridge)
 
 
-def test_what_is_written_is_what_the_authors_read(tmp_path):
+def test_the_written_file_has_the_authors_format(tmp_path):
     maps = some_bridge().maps
     write_ps_bank(tmp_path / "rank_3", maps)
     saved = torch.load(tmp_path / "rank_3" / "ps_bank.pt", weights_only=True)
@@ -99,7 +99,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_bank_that_misses_something_is_refused(damage, message, tmp_path):
+def test_an_incomplete_or_unsupported_bank_is_refused(damage, message, tmp_path):
     saved = bank()
     damage(saved)
     torch.save(saved, tmp_path / "ps_bank.pt")
@@ -128,7 +128,7 @@ class Attack:
         (lambda path: path.mkdir(), "cannot read .*: Is a directory"),
     ],
 )
-def test_what_is_no_bank_is_one_line_and_none_of_its_code_runs(make, message, tmp_path, capsys):
+def test_another_file_is_refused_in_one_line_and_its_code_does_not_run(make, message, tmp_path, capsys):
     make(tmp_path / "ps_bank.pt")
     with pytest.raises(UserError, match=message) as caught:
         read_ps_bank(tmp_path / "ps_bank.pt")

@@ -1,4 +1,4 @@
-"""The closed form from moments is least squares on the matrix of states, and its error the mean over tokens."""
+"""The closed form from moments equals least squares on the states, and its error is the mean over tokens."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ RIDGES = [0.0, 1e-4, 1e-2, 1e-1]
 
 
 def states(tokens, student_width=12, teacher_width=9, seed=0, mean=2.0, noise=0.3):
-    """States of two models that see the same three things, not centred, float64."""
+    """Return states of two models that share three directions, not centred, float64."""
     generator = torch.Generator().manual_seed(1)  # the models
     mix = torch.randn(3, student_width + teacher_width, dtype=torch.float64, generator=generator)
     offset = mean * torch.randn(student_width + teacher_width, dtype=torch.float64, generator=generator)
@@ -28,7 +28,7 @@ def moments_of(student, teacher):
 
 
 def projected(teacher, rank):
-    """P_T (y - mu) of the states themselves, by their singular value decomposition, up to the signs of P_T's rows."""
+    """Return the principal directions by singular value decomposition (up to signs), and the centred states."""
     centred = teacher - teacher.mean(dim=0)
     return torch.linalg.svd(centred, full_matrices=False).Vh[:rank], centred
 
@@ -62,7 +62,7 @@ def test_the_largest_entry_of_a_direction_is_positive(seed):
         assert direction[direction.abs().argmax()] > 0
 
 
-def test_without_ridge_it_is_least_squares():
+def test_a_fit_without_ridge_is_least_squares():
     student, teacher = states(300)
     train = moments_of(student, teacher)
     directions = teacher_directions(train, 5)
@@ -88,7 +88,7 @@ def test_a_ridge_is_least_squares_with_rows_added(ridge):
     assert relative(found, expected) < 1e-9
 
 
-def test_directions_the_student_lacks_get_no_weight():
+def test_directions_without_student_variance_get_no_weight():
     student, teacher = states(300)
     student = torch.cat([student, student[:, :4] - student[:, 4:8], torch.zeros(300, 1, dtype=torch.float64)], dim=1)
     train = moments_of(student, teacher)
@@ -162,7 +162,7 @@ def test_given_directions_are_used_as_they_are():
     assert torch.equal(fit.bridge.student_map, fit_pair(train, held_out, [3], RIDGES)[3].bridge.student_map)
 
 
-def test_states_that_never_vary_have_a_bridge_without_weight():
+def test_constant_states_give_a_zero_map():
     constant = moments_of(torch.zeros(20, 12), torch.ones(20, 9))
     fit = fit_pair(constant, constant, [2], [0.0])[2]
     assert not fit.bridge.student_map.any()

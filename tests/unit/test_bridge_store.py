@@ -1,4 +1,4 @@
-"""A bridge file comes back as it was, and one that is broken or of other models is refused in one line."""
+"""A bridge file is read as it was written; a broken file, or one of other models, is refused in one line."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def assert_same(found, expected):
     assert (found.rank, found.statistics, found.origin) == (expected.rank, expected.statistics, expected.origin)
 
 
-def test_a_bridge_survives_its_file(tmp_path):
+def test_a_bridge_is_read_as_written(tmp_path):
     bridge = some_bridge()
     write_bridge(tmp_path / "bridge", bridge)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["bridge", "bridge.json", "bridge.safetensors"]
@@ -54,7 +54,7 @@ def test_a_bridge_survives_its_file(tmp_path):
     assert "student_2.teacher_1.teacher_mean" in load_file(tmp_path / "bridge" / "bridge.safetensors")
 
 
-def test_a_bridge_that_says_little_survives_too(tmp_path):
+def test_a_bridge_without_optional_content_is_read_as_written(tmp_path):
     bridge = some_bridge()
     student, teacher = (ModelOrigin(None, None, None, width, None) for width in WIDTHS)
     bridge = dataclasses.replace(
@@ -64,7 +64,7 @@ def test_a_bridge_that_says_little_survives_too(tmp_path):
     assert_same(read_bridge(tmp_path / "bridge"), bridge)
 
 
-def test_what_is_there_is_not_overwritten(tmp_path):
+def test_an_existing_bridge_is_not_overwritten(tmp_path):
     write_bridge(tmp_path / "bridge", some_bridge())
     with pytest.raises(UserError, match=r"bridge exists and is not empty"):
         write_bridge(tmp_path / "bridge", some_bridge(seed=1))
@@ -72,7 +72,7 @@ def test_what_is_there_is_not_overwritten(tmp_path):
 
 
 def set_key(*path, value):
-    """An edit of bridge.json: the value at a path of keys."""
+    """Return an edit of bridge.json that sets, or with KeyError deletes, the value at a path of keys."""
 
     def edit(folder):
         document = json.loads((folder / "bridge.json").read_text())
@@ -89,7 +89,7 @@ def set_key(*path, value):
 
 
 def set_tensor(name, change):
-    """An edit of bridge.safetensors: one tensor changed, None taking it out."""
+    """Return an edit of bridge.safetensors that changes one tensor; if `change` returns None, the tensor is deleted."""
 
     def edit(folder):
         tensors = load_file(folder / "bridge.safetensors")
@@ -144,7 +144,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_file_is_one_line_that_names_it(damage, message, tmp_path):
+def test_the_error_of_a_broken_file_is_one_line_that_names_it(damage, message, tmp_path):
     write_bridge(tmp_path / "bridge", some_bridge())
     damage(tmp_path / "bridge")
     with pytest.raises(UserError, match=message) as caught:
@@ -153,7 +153,7 @@ def test_a_broken_file_is_one_line_that_names_it(damage, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_bridge_that_could_not_be_read_is_not_written(tmp_path):
+def test_an_invalid_bridge_is_not_written(tmp_path):
     bridge = some_bridge()
     maps = {**bridge.maps, PAIRS[1]: dataclasses.replace(bridge.maps[PAIRS[1]], teacher_mean=torch.zeros(5))}
     with pytest.raises(UserError, match="share a teacher layer"):
@@ -198,14 +198,14 @@ def other(model, **changes):
         ({"positions": Positions("last_k", 2000, 0, False)}, r"final_norm=true, the run .*final_norm=false"),
     ],
 )
-def test_a_bridge_of_something_else_is_refused(changes, message):
+def test_a_bridge_of_other_models_or_positions_is_refused(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         checked(some_bridge(), **changes)
     assert str(caught.value).startswith("some/bridge ")
     assert "-m megatron_oprd.bridge.fit" in str(caught.value)
 
 
-def test_what_is_not_known_is_not_compared_but_named():
+def test_unknown_properties_are_listed_and_not_compared():
     bridge = some_bridge()
     assert unrecorded_properties(bridge) == ["the teacher's tokenizer"]
     checked(bridge, teacher=other(TEACHER, tokenizer="sha256:d"))
@@ -224,12 +224,12 @@ def test_what_is_not_known_is_not_compared_but_named():
         checked(bridge, student=other(STUDENT, hidden_size=8))
 
 
-def test_k_is_no_difference_where_it_is_not_read():
+def test_k_is_compared_only_for_modes_that_use_it():
     assert Positions("all", 1, 0, True) == Positions("all", 2, 0, True)
     assert Positions("first_k", 1, 0, True) != Positions("first_k", 2, 0, True)
 
 
-def test_a_tokenizer_is_known_by_what_it_does(tmp_path):
+def test_the_tokenizer_hash_depends_on_behaviour_only(tmp_path):
     tokenizer = byte_tokenizer(chat=CHAT_TEMPLATE)
     digest = tokenizer_hash(tokenizer)
     assert digest.startswith("sha256:")

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read, what is refused, and bit-equal conversion there and back."""
+"""Hugging Face folders are read, checked and converted bit for bit."""
 
 import json
 
@@ -31,7 +31,7 @@ MODELS = {
 @pytest.mark.parametrize("tensor_size", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shard_bytes", ["20KB", "5GB"])
-def test_there_and_back_every_tensor_is_bit_equal(name, tensor_size, shard_bytes, tmp_path):
+def test_a_round_trip_is_bit_equal(name, tensor_size, shard_bytes, tmp_path):
     family, overrides = MODELS[name]
     if tensor_size > overrides.get("num_key_value_heads", 2):
         pytest.skip("one key-value head cannot be divided over two ranks")
@@ -40,8 +40,8 @@ def test_there_and_back_every_tensor_is_bit_equal(name, tensor_size, shard_bytes
     reader.check(spec)
     with HFWriter(tmp_path / "back", max_shard_bytes=30_000) as writer:
         for entry in entries(spec):
-            whole = to_megatron(entry, [reader.read(n) for n in entry.hf], spec)
-            shards = [shard(entry, whole, rank, tensor_size) for rank in range(tensor_size)]
+            full = to_megatron(entry, [reader.read(n) for n in entry.hf], spec)
+            shards = [shard(entry, full, rank, tensor_size) for rank in range(tensor_size)]
             for hf_name, tensor in from_megatron(entry, unshard(entry, shards), spec).items():
                 writer.write(hf_name, tensor)
     back = HFReader(tmp_path / "back")
@@ -51,7 +51,7 @@ def test_there_and_back_every_tensor_is_bit_equal(name, tensor_size, shard_bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_names_exactly_what_transformers_saves(family, tmp_path):
+def test_the_table_has_exactly_the_tensors_of_transformers(family, tmp_path):
     folder = save(random_hf_model(family), tmp_path / "hf")
     saved = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
     assert hf_shapes(read_model_spec(folder)) == saved
@@ -80,7 +80,7 @@ def test_the_table_names_exactly_what_transformers_saves(family, tmp_path):
         ({"vocab_size": "many"}, "vocab_size"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(change, message, tmp_path):
+def test_an_unsupported_feature_is_refused_by_name(change, message, tmp_path):
     assert_refused(edited("Qwen3", change, tmp_path, num_hidden_layers=1), message)
 
 
@@ -102,7 +102,7 @@ def test_what_is_not_supported_is_refused_by_name(change, message, tmp_path):
         ({"attention_bias": True}, "attention_bias"),
     ],
 )
-def test_what_is_wrong_with_a_mixture_of_experts_is_named(change, message, tmp_path):
+def test_an_invalid_mixture_of_experts_is_refused(change, message, tmp_path):
     assert_refused(edited("Qwen3Moe", change, tmp_path), message)
 
 
@@ -127,7 +127,7 @@ def test_the_sparse_layers_are_those_of_transformers(step, dense, experts, tmp_p
     HFReader(tmp_path / "hf").check(spec)
 
 
-def test_the_experts_of_a_config_by_its_older_name(tmp_path):
+def test_both_keys_for_the_number_of_experts_are_accepted(tmp_path):
     spec = read_model_spec(save(random_hf_model("Qwen3Moe"), tmp_path / "hf"))
     assert (spec.num_experts, spec.experts_per_token, spec.moe_ffn_hidden_size) == (4, 2, 40)
     assert (spec.norm_topk_prob, spec.sparse_layers) == (True, (0, 2, 3, 4))
@@ -138,7 +138,7 @@ def test_the_experts_of_a_config_by_its_older_name(tmp_path):
     assert read_model_spec(tmp_path / "hf") == spec
 
 
-def test_names_count_layers_and_experts_over_the_whole_model():
+def test_global_names_count_layers_and_experts_over_all_ranks():
     expert = "decoder.layers.1.mlp.experts.local_experts.0.linear_fc1.weight"
     assert global_name(expert, 3, 4) == "decoder.layers.4.mlp.experts.local_experts.4.linear_fc1.weight"
     assert global_name("decoder.layers.0.mlp.router.weight", 10, 4) == "decoder.layers.10.mlp.router.weight"
@@ -175,7 +175,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("name", BREAKAGES)
-def test_a_broken_checkpoint_is_one_line_that_names_the_file(name, tmp_path):
+def test_the_error_of_a_broken_checkpoint_is_one_line_that_names_the_file(name, tmp_path):
     damage, message = BREAKAGES[name]
     folder = save(random_hf_model("Qwen3", num_hidden_layers=1), tmp_path / "hf")
     damage(folder)
@@ -201,7 +201,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(change, message, tmp_pat
         HFReader(folder).check(read_model_spec(folder))
 
 
-def test_a_failed_export_leaves_nothing(tmp_path):
+def test_a_failed_export_leaves_no_files(tmp_path):
     with pytest.raises(RuntimeError), HFWriter(tmp_path / "out") as writer:
         writer.write("a", torch.zeros(3))
         raise RuntimeError
@@ -215,8 +215,8 @@ def test_shapes_of_megatron_parameters_are_those_of_converted_tensors(tensor_siz
     spec, reader = read_model_spec(folder), HFReader(folder)
     shapes = megatron_shapes(spec, tensor_size)
     for entry in entries(spec):
-        whole = to_megatron(entry, [reader.read(n) for n in entry.hf], spec)
-        shards = [shard(entry, whole, rank, tensor_size) for rank in range(tensor_size)]
+        full = to_megatron(entry, [reader.read(n) for n in entry.hf], spec)
+        shards = [shard(entry, full, rank, tensor_size) for rank in range(tensor_size)]
         assert tuple(unshard(entry, shards).shape) == shapes[entry.megatron]
         assert {tuple(s.shape) for s in shards} == {shard_shape(entry, shapes[entry.megatron], tensor_size)}
 
@@ -229,7 +229,7 @@ def test_shapes_of_megatron_parameters_are_those_of_converted_tensors(tensor_siz
         (torch.bfloat16, torch.float32, torch.float32),
     ],
 )
-def test_the_dtype_of_a_folder_holds_every_tensor(first, second, widest, tmp_path):
+def test_the_dtype_of_a_folder_represents_every_tensor(first, second, widest, tmp_path):
     tensors = {"a": torch.zeros(2, dtype=first), "b": torch.zeros(2, dtype=second)}
     save_file(tensors, tmp_path / "model.safetensors")
     assert HFReader(tmp_path).dtype() == widest
@@ -241,7 +241,7 @@ def test_a_quantised_tensor_is_refused_by_name(tmp_path):
         HFReader(tmp_path).dtype()
 
 
-def test_files_beside_the_weights_are_copied_and_weights_are_not(tmp_path):
+def test_companion_files_are_copied_without_weights(tmp_path):
     source = tmp_path / "source"
     (source / "additional_chat_templates").mkdir(parents=True)
     kept = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "merges.txt", "vocab.json"]
@@ -256,6 +256,6 @@ def test_files_beside_the_weights_are_copied_and_weights_are_not(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"torch_dtype": "float32"}
 
 
-def test_the_exported_config_names_the_dtype_under_the_key_it_used():
+def test_the_exported_config_keeps_its_key_for_the_dtype():
     assert config_with_dtype({"dtype": "float32"}, torch.bfloat16) == {"dtype": "bfloat16"}
     assert config_with_dtype({"torch_dtype": "float32"}, torch.bfloat16) == {"torch_dtype": "bfloat16"}

@@ -1,4 +1,4 @@
-"""A replay file gives back its rollouts in order, and a bad line is named before anything runs."""
+"""A replay file returns its rollouts in order, and an invalid line is named before anything runs."""
 
 import json
 
@@ -19,7 +19,7 @@ def numbered(path, count):
     return write(path, *({"prompt_ids": [i], "response_ids": [i, i]} for i in range(count)))
 
 
-def test_rollouts_come_back_as_written(tmp_path):
+def test_rollouts_are_read_as_written(tmp_path):
     path = write(tmp_path / "r.jsonl", GOOD, {**GOOD, "response_mask": [1, 0, 1]}, {**GOOD, "response_ids": []})
     assert load_replay(path) == [
         Rollout((1, 2), (3, 4, 5), (1, 1, 1), "replay", prompt_index=0),
@@ -28,7 +28,7 @@ def test_rollouts_come_back_as_written(tmp_path):
     ]
 
 
-def test_a_line_may_say_where_its_prompt_is_from_and_what_the_teacher_reads(tmp_path):
+def test_a_line_may_have_a_data_source_and_a_teacher_prompt(tmp_path):
     extra = {"data_source": "AIME", "teacher_prompt_ids": [1, 9, 2]}
     unset = {"data_source": None, "teacher_prompt_ids": None, "response_mask": None}
     first, second, third = load_replay(write(tmp_path / "r.jsonl", {**GOOD, **extra}, GOOD, {**GOOD, **unset}))
@@ -38,7 +38,7 @@ def test_a_line_may_say_where_its_prompt_is_from_and_what_the_teacher_reads(tmp_
         assert (rollout.data_source, rollout.teacher_prompt_ids) == ("", None)
 
 
-def test_windows_line_ends_and_line_separators_inside_strings(tmp_path):
+def test_windows_line_ends_and_line_separators_in_strings_are_accepted(tmp_path):
     path = tmp_path / "r.jsonl"
     record = json.dumps({**GOOD, "note": "a\u2028b\u0085c"}, ensure_ascii=False)
     path.write_bytes((record + "\r\n" + record + "\r\n").encode())
@@ -86,7 +86,7 @@ def test_a_bad_line_is_named(case, tmp_path):
     assert message.startswith(f"{path}, line 3: ") and complaint in message and "\n" not in message
 
 
-def test_another_vocabulary_of_the_teacher_is_that_of_its_prompts(tmp_path):
+def test_teacher_prompts_are_checked_against_the_teachers_vocabulary(tmp_path):
     line = {**GOOD, "teacher_prompt_ids": [100, 7]}
     path = write(tmp_path / "r.jsonl", line, line)
     assert load_replay(path, vocab_size=6, teacher_vocab_size=101)[1].teacher_prompt_ids == (100, 7)
@@ -111,7 +111,7 @@ def test_a_file_that_is_missing_or_empty_is_named(tmp_path):
         load_replay(write(tmp_path / "r.jsonl", b"", b""))
 
 
-def test_steps_read_on_where_the_last_one_stopped(tmp_path):
+def test_each_step_continues_after_the_previous_one(tmp_path):
     rollouts = load_replay(numbered(tmp_path / "r.jsonl", 10))
     assert [r.prompt_index for r in rollouts_of_step(rollouts, 0, 4)] == [0, 1, 2, 3]
     assert [r.prompt_index for r in rollouts_of_step(rollouts, 1, 4)] == [4, 5, 6, 7]

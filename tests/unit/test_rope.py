@@ -1,4 +1,4 @@
-"""The rotary embeddings of Llama and Phi-3: how a config.json asks for them, and what is refused."""
+"""Rotary embeddings of Llama and Phi-3 are read from config.json, and unsupported values are refused."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from tests.helpers.configs import assert_refused, edited
         ({"mlp_bias": True}, "mlp_bias"),
     ],
 )
-def test_what_a_llama_lacks_or_asks_too_much_is_named(change, message, tmp_path):
+def test_invalid_rope_scaling_of_llama_is_refused(change, message, tmp_path):
     assert_refused(edited("Llama", change, tmp_path, num_hidden_layers=1), message)
 
 
@@ -57,7 +57,7 @@ def test_what_a_llama_lacks_or_asks_too_much_is_named(change, message, tmp_path)
         ({"embd_pdrop": 0.1}, "embd_pdrop 0.1"),
     ],
 )
-def test_what_a_phi3_lacks_or_asks_too_much_is_named(change, message, tmp_path):
+def test_invalid_rope_scaling_of_phi3_is_refused(change, message, tmp_path):
     folder = save(random_hf_model("Phi3", num_hidden_layers=1), tmp_path / "hf")
     values = json.loads((folder / "config.json").read_text())
     values["rope_parameters"] |= change.pop("rope", {})
@@ -99,7 +99,7 @@ def read_config(values, tmp_path):
     return read_model_spec(tmp_path)
 
 
-def test_configs_as_they_are_on_the_hub(tmp_path):
+def test_configs_from_the_hub_are_read(tmp_path):
     llama = read_config(LLAMA_3_2_1B, tmp_path)
     assert (llama.rotary_dim, llama.rope_theta, llama.tied_embeddings) == (64, 500000.0, True)
     assert llama.rope_scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
@@ -113,7 +113,7 @@ def test_configs_as_they_are_on_the_hub(tmp_path):
     assert sum(map(math.prod, hf_shapes(phi).values())) == 3_836_021_760
 
 
-def test_both_ways_to_write_the_rotary_embedding_say_the_same(tmp_path):
+def test_both_config_formats_give_the_same_rotary_embedding(tmp_path):
     phi, su = read_config(PHI_4_MINI, tmp_path), {**PHI_4_MINI["rope_scaling"], "type": "su"}
     assert read_config({**PHI_4_MINI, "rope_scaling": su}, tmp_path) == phi
     now = {key: value for key, value in PHI_4_MINI.items() if not key.startswith(("rope", "partial"))}

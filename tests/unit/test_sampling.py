@@ -1,4 +1,4 @@
-"""Tokens are drawn with the probabilities of temperature, top-k and top-p, by the numbers given and nothing else."""
+"""Tokens are sampled with the probabilities of temperature, top-k and top-p, from the given uniform numbers only."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def random_logits(rows, vocabulary, seed=0):
 
 
 def reference_probabilities(logits, sampling):
-    """Hugging Face's own processors, in float64."""
+    """Return the probabilities of Hugging Face's logits processors, in float64."""
     warpers = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(sampling.temperature)])
     if sampling.top_k:
         warpers.append(transformers.TopKLogitsWarper(sampling.top_k))
@@ -59,7 +59,7 @@ def test_frequencies_follow_the_probabilities(name):
     assert abs(counts[~often].sum() - expected[~often].sum()) < 5 * np.sqrt(expected[~often].sum() + 1)
 
 
-def test_the_cumulative_weight_is_inverted_exactly():
+def test_the_cumulative_weights_are_inverted_exactly():
     weights = token_weights(random_logits(300, 3 * BLOCK + 77), SETTINGS["plain"])
     numbers = torch.from_numpy(np.random.default_rng(1).random(300))
     ends = weights.double().cumsum(-1)
@@ -76,22 +76,22 @@ def test_a_token_of_weight_zero_is_never_drawn(number):
     assert torch.equal(inverse_cdf(weights, numbers), torch.arange(vocabulary))
 
 
-def test_temperature_zero_takes_the_most_likely_token():
+def test_temperature_zero_selects_the_most_likely_token():
     logits = random_logits(50, 300)
     assert torch.equal(sample(logits, Sampling(temperature=0.0, top_k=5, top_p=0.5), None), logits.argmax(-1))
     almost = sample(logits, Sampling(temperature=1e-6), torch.rand(50, dtype=torch.float64))
     assert torch.equal(almost, logits.argmax(-1))
 
 
-def test_a_row_is_drawn_the_same_alone():
+def test_a_row_does_not_depend_on_other_rows():
     logits, numbers = random_logits(40, 900), torch.rand(40, dtype=torch.float64)
     for sampling in SETTINGS.values():
-        together = sample(logits, sampling, numbers)
+        batched = sample(logits, sampling, numbers)
         alone = torch.cat([sample(logits[i : i + 1], sampling, numbers[i : i + 1]) for i in range(40)])
-        assert torch.equal(together, alone)
+        assert torch.equal(batched, alone)
 
 
-def test_numbers_depend_on_seed_step_prompt_and_sample():
+def test_uniform_numbers_depend_on_seed_step_prompt_and_sample():
     first = uniforms(1, 2, 3, 4, 10)
     assert np.array_equal(uniforms(1, 2, 3, 4, 6), first[:6])
     for other in ((0, 2, 3, 4), (1, 0, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0), (2, 1, 3, 4)):

@@ -1,4 +1,4 @@
-"""What the three tools share: finding the package, the options of a layout, and starting the processes it needs."""
+"""Functions shared by the three tools: import path, layout options, and starting one process per rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 def find_package() -> None:
     """Make `megatron_oprd` importable from a clone that is not installed."""
-    # The same command works from any folder; an installed package takes precedence.
+    # An installed package takes precedence.
     try:
         import megatron_oprd  # noqa: F401
     except ModuleNotFoundError:
@@ -22,7 +22,7 @@ def find_package() -> None:
 
 
 def prepare() -> None:
-    """Before torch is imported: conversion runs on the CPU, offline, and without other libraries' chatter."""
+    """Set up a run on the CPU, offline, without messages of other libraries. Call it before torch is imported."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -32,13 +32,13 @@ def prepare() -> None:
 
 
 def add_layout(parser: argparse.ArgumentParser, why: str) -> None:
-    """The options --tensor and --pipeline."""
+    """Add the options --tensor and --pipeline."""
     parser.add_argument("--tensor", type=positive, default=1, metavar="N", help=f"tensor-parallel ranks: {why}")
     parser.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline stages, likewise")
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
+    """Parse an integer of at least 1, for argparse."""
     number = int(text)
     if number < 1:
         raise ValueError
@@ -46,9 +46,9 @@ def positive(text: str) -> int:
 
 
 def start_ranks(count: int) -> int | None:
-    """Run this same command in `count` processes and return the exit code, or None when this process is one of them.
+    """Run this command in `count` processes and return the exit code.
 
-    One process needs none of it; under torchrun the processes are there already.
+    Returns None if this process is one of the ranks: with one process, under torchrun, or in a started process.
     """
     if count == 1 or "RANK" in os.environ:
         return None
@@ -73,7 +73,7 @@ def start_ranks(count: int) -> int | None:
 
 
 def _wait(ranks: list[subprocess.Popen]) -> int:
-    """Rank 0's exit code. A rank that fails gives the others a moment to say why, then they are stopped."""
+    """Return the exit code of rank 0. After a rank fails, the others have 20 seconds to end by themselves."""
     deadline = None
     while any(rank.poll() is None for rank in ranks):
         if deadline is None and any(rank.poll() for rank in ranks):
@@ -85,7 +85,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
 
 
 def topology_of(tensor: int, pipeline: int):
-    """Join the processes and lay them out. Raises UserError for a layout that does not fit their number."""
+    """Start the process group and return its topology. Raises UserError if the layout does not fit its size."""
     import torch
 
     from megatron_oprd.config import ParallelConfig
@@ -97,7 +97,7 @@ def topology_of(tensor: int, pipeline: int):
 
 
 def leave() -> None:
-    """Close the process group: the normal end of a tool."""
+    """Destroy the process group at the normal end of a tool."""
     import torch.distributed as dist
 
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Compare a Megatron checkpoint, run in any layout, with the Hugging Face folder it came from, run by transformers.
+"""Compare a Megatron checkpoint, in any layout, with its Hugging Face folder as computed by transformers.
 
-Compares every weight bit for bit, and every layer's hidden state and the logits on random tokens. Exit code 0: equal;
-1: not, and the first layer that differs is named; 2: bad input.
+Weights are compared bit for bit, hidden states and logits on random tokens within a tolerance. Exit code 0: equal;
+1: different, and the first part that differs is named; 2: bad input.
 """
 
 import shared
@@ -11,7 +11,7 @@ shared.prepare()
 
 from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading  # noqa: E402
 
-# Bit-equal weights leave the order of summation; half of a bf16 model's digits are gone after a few layers.
+# With equal weights, only the order of sums differs. A bf16 model loses half of its digits after a few layers.
 DTYPES = {"fp32": ("float32", 1e-4), "bf16": ("bfloat16", 5e-2)}
 LENGTHS = (1, 7, 33, 128)
 
@@ -51,7 +51,7 @@ def verify(args) -> int:
     name, tolerance = DTYPES[args.dtype]
     compute, stored = getattr(torch, name), checkpoint_dtype(args.megatron)
     topology = shared.topology_of(args.tensor, args.pipeline)
-    # Built from its own config.json: a wrong rope base in it is a difference like any other.
+    # The Megatron model uses its own config.json, so that an error in it is found as a difference.
     model = build_model(read_model_spec(args.megatron), topology, compute).eval()
     load_model(model, args.megatron, spec, topology)
     weights = compare_weights(model, reader, spec, topology, stored)
@@ -63,7 +63,7 @@ def verify(args) -> int:
 
 
 def report(comparison, tolerance: float) -> int:
-    """Print the table; the exit code."""
+    """Print the table and return the exit code."""
     print(f"{'':<12}max relative error (tolerance {tolerance:g})")
     for name, error in comparison.errors.items():
         print(f"{name:<12}{error:.3e}{'' if error <= tolerance else '  differs'}")
