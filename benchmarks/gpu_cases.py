@@ -216,7 +216,7 @@ def run_teacher(teacher: Teacher, scene: Scene) -> None:
     targets, _ = teacher_pass([teacher], scene.global_batch, scene.micro_batches, scene.topology)
     targets.of(0)  # a streamed teacher runs here
     for layer in targets.layers:
-        targets.take(0, layer)
+        targets.of(0).take(layer)
 
 
 def held_bytes(model: torch.nn.Module, belongs: Callable[[str], bool] = lambda name: True) -> int:

@@ -73,8 +73,8 @@ def _hidden_states(
     targets, _ = teacher_pass(teachers, global_batch, micro_batches, topology)
     states = []
     for number in range(len(micro_batches)):
-        targets.of(number)  # a streamed teacher runs here
-        states.append({layer: targets.take(number, layer) for layer in targets.layers})
+        micro_batch_targets = targets.of(number)  # a streamed teacher runs here
+        states.append({layer: micro_batch_targets.take(layer) for layer in micro_batch_targets})
     return states
 
 
