@@ -56,14 +56,14 @@ def _print_step(console: Console, estimate: Estimate) -> None:
         table.add_row(name, f"{flops / 1e15:,.1f}", f"{nvlink / 1e9:.2f}", f"{network / 1e9:.2f}", f"{seconds:.1f}")
     console.print(table)
     console.print(
-        "operations of all ranks, bytes that a rank sends; every rollout has the most tokens. Assumed: "
+        "PFLOP: operations of all ranks. GB: bytes that one rank sends. Every rollout has the most tokens. Assumed: "
         f"{hardware.matrix_share:.0%} of {hardware.bf16_flops / 1e12:.0f} TFLOP/s in bf16, "
-        f"{hardware.fp8_share:.0%} of {hardware.fp8_flops / 1e12:.0f} in FP8, "
+        f"{hardware.fp8_share:.0%} of {hardware.fp8_flops / 1e12:.0f} TFLOP/s in FP8, "
         f"{hardware.expert_share:.0%} with experts; {hardware.memory_share:.0%} of {hardware.memory_bytes / 1e12:.2f} "
-        f"TB/s of memory, {hardware.link_share:.0%} of {hardware.nvlink_bytes / 1e9:.0f} GB/s NVLink and of "
-        f"{hardware.network_bytes / 1e9:.0f} GB/s network; pipeline bubble of the student "
-        f"{estimate.student_bubble:.0%}, of the teacher {estimate.teacher_bubble:.0%}. MFU that follows: "
-        f"{estimate.utilisation:.1%}. docs/scaling.md has the formulas.",
+        f"TB/s of memory bandwidth, {hardware.link_share:.0%} of {hardware.nvlink_bytes / 1e9:.0f} GB/s NVLink and of "
+        f"{hardware.network_bytes / 1e9:.0f} GB/s network. Pipeline bubble: student {estimate.student_bubble:.0%}, "
+        f"teacher {estimate.teacher_bubble:.0%}. Resulting MFU: {estimate.utilisation:.1%}. docs/scaling.md has the "
+        "formulas.",
         markup=False,
         highlight=False,
     )
@@ -78,12 +78,12 @@ def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int)
         name = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
         table.add_row(name, *map(_gib, parts))
     console.print(table)
-    most = max(footprint.peak for footprint in peaks.values())
-    console.print(f"fullest rank: {most / 1e9:.2f} GB; of 80 GB that leaves {80 - most / 1e9:.2f} GB", highlight=False)
+    largest = max(footprint.peak for footprint in peaks.values())
+    console.print(f"fullest rank: {largest / 1e9:.2f} GB; of 80 GB that leaves {80 - largest / 1e9:.2f} GB", highlight=False)
     console.print(
-        "traced without values on the fullest micro-batch, experts with as many tokens as each other; activations: "
-        "with the loss and all temporaries; teacher: weights, targets: its states. Beside it: the process itself, "
-        "communication buffers, and during rollouts keys and values in a third of what is free."
+        "Traced on the fullest micro-batch, with balanced experts. teacher: weights. targets: hidden states of the "
+        "teacher. activations: also the loss and all temporary tensors. Not included: CUDA context, communication "
+        "buffers, and during rollouts a KV cache in a third of the free memory."
     )
 
 
@@ -92,7 +92,7 @@ def _print_formulas(console: Console, parts: Mapping[str, int], world: int, reas
     for purpose, size in {**parts, "sum": sum(parts.values())}.items():
         table.add_row(purpose, _gib(size))
     console.print(table)
-    console.print(f"by arithmetic, not traced: {reason}", markup=False)
+    console.print(f"by formula, because the update could not be traced: {reason}", markup=False)
 
 
 def _gib(size: int) -> str:
@@ -114,9 +114,9 @@ def _print_teacher(console: Console, name: str, teacher: PlannedTeacher) -> None
         f"{sum(plan.teacher_stages)} of {plan.teacher_depth} and {head}"
     )
     console.print(
-        f"{title}: its states are born where they are compared"
+        f"{title}: its hidden states are computed on the ranks that compare them"
         if plan.aligned
-        else f"{title}: its states travel from its layout to the student's"
+        else f"{title}: its hidden states are sent from its layout to the student's"
     )
 
 

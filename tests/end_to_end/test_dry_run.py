@@ -1,4 +1,4 @@
-"""`train --dry-run` says what would run and what it needs, and the memory that it predicts is what a run takes."""
+"""`train --dry-run` prints the models, layouts, memory and time of a run, and predicts the memory that a run needs."""
 
 import json
 import os
@@ -16,17 +16,17 @@ from tests.helpers.runs import VOCAB_SIZE, in_folder, prompt_run, replay_run
 GIB = 2**30
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
-    arguments = prompt_run(tmp_path / "whole", 1, num_hidden_layers=2)
+def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
+    arguments = prompt_run(tmp_path / "run", 1, num_hidden_layers=2)
     log = finish([*in_folder(arguments, tmp_path / "dry"), "--dry-run"], tmp_path / "log")
     assert f"run_dir: {tmp_path / 'dry'}" in log
     for words in ("Compared layers", "student: Qwen3ForCausalLM", "Memory, 1 processes"):
         assert words in log
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "run"]
 
 
-def test_a_dry_run_plans_several_processes(tmp_path):
-    """One process prints, and none waits for the others."""
+def test_of_several_processes_only_one_prints_and_none_waits(tmp_path):
+    """One process that is told of the same number of processes prints the same."""
     arguments = replay_run(tmp_path, 1, num_hidden_layers=4)
     student = save(random_hf_model("Qwen3Moe", vocab_size=VOCAB_SIZE, num_hidden_layers=4), tmp_path / "experts")
     sizes = ("pipeline=2", "virtual_pipeline=2", "context=2", "expert=2")
@@ -39,7 +39,7 @@ def test_a_dry_run_plans_several_processes(tmp_path):
     rows = [line.split("│")[1:4] for line in first.splitlines() if ", chunk " in line]
     assert [row[2].strip() for row in rows] == ["0, chunk 0", "1, chunk 0", "0, chunk 1", "1, chunk 1"]
     for words in (
-        "teacher: its states travel from its layout to the student's",
+        "teacher: its hidden states are sent from its layout to the student's",
         "student: Qwen3MoeForCausalLM",
         "teacher: Qwen3ForCausalLM",
         "built up to layer 4 of 4",
@@ -52,8 +52,8 @@ def test_a_dry_run_plans_several_processes(tmp_path):
     assert (alone.code, alone.stdout) == (0, first)
 
 
-def test_a_dry_run_needs_no_weights_tokenizers_or_prompts(tmp_path):
-    """With --dry-run a config.json of each model is enough, and without it nothing changes."""
+def test_a_dry_run_needs_only_the_models_config_json(tmp_path):
+    """A run without --dry-run still needs weights, tokenizers and prompts."""
     arguments = prompt_run(tmp_path, 1, "data.max_prompt_tokens=40", "checkpoint.every=0", num_hidden_layers=1)
     for model in ("student", "teacher"):
         for path in (tmp_path / model).iterdir():
@@ -79,7 +79,7 @@ def test_a_dry_run_needs_no_weights_tokenizers_or_prompts(tmp_path):
 
 
 def dry_peaks(arguments, folder, world=1):
-    """GiB by the ranks' names."""
+    """Return the predicted GiB by group of ranks."""
     outcome = run_ranks(1, folder, "train", *arguments, "--dry-run", environment={"WORLD_SIZE": str(world)})[0]
     assert (outcome.code, outcome.stderr) == (0, "")
     table = outcome.stdout[outcome.stdout.index("Memory, ") :].splitlines()
@@ -87,7 +87,7 @@ def dry_peaks(arguments, folder, world=1):
     return {row[0]: float(row[-1]) for row in rows}
 
 
-def test_every_rank_of_a_pipeline_has_a_row(tmp_path):
+def test_every_pipeline_rank_has_a_row(tmp_path):
     arguments = replay_run(tmp_path, 1, "parallel.pipeline=2", num_hidden_layers=3, vocab_size=40000)
     peaks = dry_peaks(arguments, tmp_path, world=4)
     assert list(peaks) == ["0-1", "2-3"]
@@ -95,8 +95,8 @@ def test_every_rank_of_a_pipeline_has_a_row(tmp_path):
 
 
 @pytest.mark.nightly
-def test_the_predicted_peak_is_that_of_a_run(tmp_path):
-    """The difference between a run and one that is tiny, which is also what the process itself takes."""
+def test_the_predicted_peak_is_the_peak_of_a_run(tmp_path):
+    """A tiny run is subtracted from both, because the process itself needs memory too."""
     predicted, measured = [], []
     for name, (layers, width, vocabulary, tokens) in {"tiny": (1, 64, 256, 16), "run": (4, 512, 8192, 2048)}.items():
         folder = tmp_path / name

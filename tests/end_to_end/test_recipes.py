@@ -1,4 +1,4 @@
-"""The recipes for clusters: planned as they stand, and started as Slurm would start them, without Slurm."""
+"""The recipes for clusters: their dry runs, and their Slurm script on this machine without Slurm."""
 
 import os
 import re
@@ -21,12 +21,12 @@ ROOT = Path(__file__).parents[2]
 BATCH = ROOT / "examples" / "slurm" / "train.sbatch"
 DENSE = "examples/qwen3_32b_to_4b_64xh100.yaml"
 EXPERTS = "examples/qwen3_235b_a22b_to_30b_a3b_512xh100.yaml"
-# Parameters in thousands of millions, as the models' cards tell them.
+# Parameters in billions, from the models' cards.
 CARDS = {"Qwen3-4B": 4.02, "Qwen3-32B": 32.8, "Qwen3-30B-A3B": 30.5, "Qwen3-235B-A22B": 235.1}
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_models_have_the_parameter_counts_of_their_cards(name):
+def test_parameter_counts_agree_with_the_model_cards(name):
     spec = read_model_spec(ROOT / "examples" / "models" / name)
     assert count_parameters(spec) / 1e9 == pytest.approx(CARDS[name], rel=0.002)
     assert spec.eos_token_ids == (151645, 151643)
@@ -35,8 +35,8 @@ def test_models_have_the_parameter_counts_of_their_cards(name):
 @pytest.mark.parametrize(
     ("recipe", "world", "rows"), [(DENSE, 64, 1), pytest.param(EXPERTS, 512, 2, marks=pytest.mark.nightly)]
 )
-def test_a_recipe_fits_its_machines(recipe, world, rows, tmp_path, monkeypatch):
-    """On any machine, without weights: each rank below 80 GB, with room for what the table leaves out."""
+def test_a_recipe_fits_into_80_gb(recipe, world, rows, tmp_path, monkeypatch):
+    """The dry run needs no weights and no GPU. The limit leaves room for memory that the table does not include."""
     monkeypatch.chdir(ROOT)
     arguments = ("--config", recipe, f"train.run_dir={tmp_path}/run", "--dry-run")
     outcome = run(tmp_path, "train", *arguments, timeout_seconds=500)
@@ -55,7 +55,7 @@ def test_a_recipe_fits_its_machines(recipe, world, rows, tmp_path, monkeypatch):
     assert 20 < float(peak) < 65
 
 
-def test_a_recipe_is_made_for_a_number_of_processes(tmp_path):
+def test_a_recipe_is_refused_by_another_number_of_processes(tmp_path):
     arguments = replay_run(tmp_path, 1, "parallel.world_size=2", "checkpoint.every=0", num_hidden_layers=1)
     message = "parallel.world_size=2: the layout is made for 2 processes, and torchrun started "
     for settings, environment in (([], {}), (["--dry-run"], {"WORLD_SIZE": "1"})):
@@ -66,7 +66,7 @@ def test_a_recipe_is_made_for_a_number_of_processes(tmp_path):
 
 
 def cluster(folder):
-    """Return the environment of a job whose `srun` runs on this machine and whose `scontrol` records its arguments."""
+    """Return the environment of a Slurm job: `srun` runs on this machine, and `scontrol` logs its arguments."""
     programs = {
         "srun": 'while [ "$1" != torchrun ] && [ "$1" != pkill ]; do shift; done\nexec "$@"',
         "scontrol": f'if [ "$1" = show ]; then echo localhost; else echo "$@" >> {folder}/scontrol.log; fi',
@@ -89,7 +89,7 @@ def cluster(folder):
     }
 
 
-def test_the_batch_script_trains(tmp_path):
+def test_the_slurm_script_trains(tmp_path):
     layout = ("parallel.tensor=2", "parallel.world_size=2", "checkpoint.every=0", "checkpoint.export_hf=false")
     arguments = replay_run(tmp_path, 1, *layout, num_hidden_layers=1)
     command = ["bash", str(BATCH), *arguments]
@@ -111,8 +111,8 @@ sys.exit("no signal came")
 """
 
 
-def test_before_the_time_limit_all_workers_save(tmp_path):
-    """Both workers get the signal, torchrun does not, and the job goes back into the queue."""
+def test_before_the_time_limit_every_worker_gets_the_signal_to_save(tmp_path):
+    """torchrun does not get the signal, and the job goes back into the queue."""
     (tmp_path / "stand_in_worker.py").write_text(WORKER)
     environment = {**cluster(tmp_path), "MODULE": "stand_in_worker", "PYTHONPATH": str(tmp_path)}
     command = ["bash", str(BATCH), str(tmp_path)]
@@ -127,7 +127,7 @@ def test_before_the_time_limit_all_workers_save(tmp_path):
     assert (tmp_path / "scontrol.log").read_text() == f"requeue {os.getpid()}\n"
 
 
-def test_the_batch_script_is_sound():
+def test_the_slurm_script_has_no_syntax_error_and_time_to_save():
     subprocess.run(["bash", "-n", str(BATCH)], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", str(BATCH)], check=True)
@@ -135,7 +135,7 @@ def test_the_batch_script_is_sound():
     assert seconds >= 600
 
 
-def test_the_image_copies_existing_files():
+def test_the_docker_image_copies_existing_files_and_pins_megatron_core():
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
     copied = [words for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for words in line.split()[:-1]]
     assert {"pyproject.toml", "megatron_oprd"} <= set(copied)
