@@ -29,6 +29,8 @@ from benchmarks.pages import installed_versions
 from benchmarks.updates import AUTHORED, LOSSES_IN_TORCH, METHODS, Workload
 from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.launch.lengths import Lengths
+from megatron_oprd.launch.setup import Setup
+from megatron_oprd.models.precision import Precision
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
 from tests.helpers.memory import HONEST
@@ -89,7 +91,9 @@ def footprint_of(workload: Workload, method: str) -> Footprint:
     """Trace an update without values and return the bytes alive at its peak."""
     config, spec = workload.config(method), workload.spec
     lengths = Lengths(workload.prompt + max(workload.responses), max(workload.responses))
-    run = PlannedRun(config, spec, {"": plan_teacher(config, spec, spec)}, lengths, world_size=1)
+    teacher = plan_teacher(config, spec, spec)
+    setup = Setup(spec, teacher.plan.student_stages, {"": teacher}, Precision(), 1, None)
+    run = PlannedRun(config, setup, lengths)
     return trace_update(run, workload.rollouts(), rank=0)
 
 

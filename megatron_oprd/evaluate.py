@@ -21,8 +21,9 @@ import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to 
 from megatron_oprd.evaluation.grading import Sample
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
 from megatron_oprd.evaluation.scores import score_by_source
-from megatron_oprd.launch.assemble import load_student, make_evaluator, start_topology
+from megatron_oprd.launch.assemble import make_evaluator
 from megatron_oprd.launch.inputs import EvaluationInputs, read_evaluation_inputs
+from megatron_oprd.launch.models import build_student_stage, start_topology
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.runtime import progress
@@ -62,7 +63,7 @@ def evaluate_model(inputs: EvaluationInputs) -> list[Sample]:
     progress.enter("loading")
     config, setup = inputs.config, inputs.setup
     topology = start_topology(config, config.parallel)
-    engine = make_evaluator(config, load_student(config, setup, topology), setup.student, topology)
+    engine = make_evaluator(config, build_student_stage(config, setup, topology), setup.student, topology)
     progress.enter("evaluation")
     return evaluate_over_ranks(engine, inputs.prompts.prompts, inputs.tokenizer, topology)
 

@@ -26,8 +26,9 @@ if __name__ == "__main__":
 import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
-from megatron_oprd.launch.assemble import build_models, build_teacher
+from megatron_oprd.launch.assemble import build_models
 from megatron_oprd.launch.inputs import Inputs, read_inputs
+from megatron_oprd.launch.models import build_teacher
 from megatron_oprd.launch.step_data import align, make_global_batch, next_prompts
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.runtime.files import explain_os_errors, write_json
@@ -83,7 +84,7 @@ def measure(inputs: Inputs) -> dict[int, LayerError]:
     global_batch = make_global_batch(inputs, share_rollouts(align(inputs, local_rollouts), topology))
     setup = inputs.setup
     exact_precision = dataclasses.replace(setup.precision, teacher=setup.precision.exact_teacher)
-    exact = dataclasses.replace(inputs, setup=dataclasses.replace(setup, precision=exact_precision))
+    exact = dataclasses.replace(inputs.model_inputs, setup=dataclasses.replace(setup, precision=exact_precision))
     exact_teachers = [
         build_teacher(exact, planned, teacher.topology)
         for planned, teacher in zip(setup.teachers.values(), models.teachers, strict=True)

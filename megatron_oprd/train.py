@@ -58,14 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = PARSER.parse_args(arguments)
     inputs = read_inputs(load_config(options.config, options.overrides), dry_run=options.dry_run)
     if options.dry_run:
-        planned = PlannedRun(
-            inputs.config,
-            inputs.setup.student,
-            inputs.setup.teachers,
-            inputs.lengths,
-            inputs.setup.world_size,
-            inputs.bridge_rank,
-        )
+        planned = PlannedRun(inputs.config, inputs.setup, inputs.lengths, inputs.bridge_rank)
         describe_run(planned, inputs.missing)
         return 0
     with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):

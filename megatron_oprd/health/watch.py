@@ -24,7 +24,8 @@ from megatron_oprd.health.answers import (
 )
 from megatron_oprd.health.measure import MeasuredModels, has_teacher_distribution, measure_answers
 from megatron_oprd.health.rule import Check, HealthHistory, HealthWarning, new_warnings
-from megatron_oprd.launch.assemble import Run, load_heads
+from megatron_oprd.launch.assemble import Run
+from megatron_oprd.launch.models import load_heads
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import due
@@ -159,7 +160,11 @@ def _measured_models(run: Run) -> MeasuredModels:
     if not has_teacher_distribution(run.teachers) or inputs.aligner is not None:  # a KL needs a common vocabulary
         return models
     (teacher,) = run.teachers
-    heads = (lambda: run.heads) if setup.layer_plan.output else partial(load_heads, inputs, stage, run.topology)
+    heads = (
+        (lambda: run.heads)
+        if setup.layer_plan.output
+        else partial(load_heads, inputs.model_inputs, stage, run.topology)
+    )
     return dataclasses.replace(models, teacher=teacher, load_heads=heads)
 
 

@@ -18,6 +18,7 @@ from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import has_tokenizer
 from megatron_oprd.launch.lengths import Lengths, check_lengths, check_replayed_lengths, check_room, longest_prompt
 from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, longest_prompts
+from megatron_oprd.launch.models import ModelInputs
 from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup
 from megatron_oprd.launch.tokenizers import Tokenizers, read_student_tokenizer, read_tokenizers
 from megatron_oprd.rollout.replay import check_enough, load_replay
@@ -61,6 +62,12 @@ class Inputs:
         """Return True if teachers may read other prompts than the student."""
         replayed = any(rollout.teacher_prompt_ids is not None for rollout in self.replayed)
         return self.config.data.own_teacher_prompts or self.aligner is not None or replayed
+
+    @property
+    def model_inputs(self) -> ModelInputs:
+        """Return the inputs from which the models are built."""
+        maps = self.bridge.maps if self.bridge else {}
+        return ModelInputs(self.config, self.setup, maps, self.vocab_size, self.own_teacher_prompts)
 
     @property
     def bridge_rank(self) -> int | None:

@@ -25,6 +25,7 @@ def as_traced(config: Config) -> Config:
         update={
             "parallel": config.parallel.model_copy(update={**parallel, "cp_comm_type": "auto"}),
             "optimizer": config.optimizer.model_copy(update=optimizer),
+            "train": config.train.model_copy(update={"device": "cpu"}),
             "precision": type(config.precision)(dtype=config.precision.dtype, attention="sdpa"),
         }
     )

@@ -35,13 +35,13 @@ def describe_run(run: PlannedRun, missing: MissingInputs = NOTHING) -> None:
     console.print(dump_config(run.config), markup=False, highlight=False)
     for line in missing.lines(run.config):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"student: {run.student.architecture}, {count_parameters(run.student):,} parameters")
-    for name, teacher in run.teachers.items():
+    console.print(f"student: {run.setup.student.architecture}, {count_parameters(run.setup.student):,} parameters")
+    for name, teacher in run.setup.teachers.items():
         _print_teacher(console, name, teacher)
     try:
-        _print_peaks(console, predict_peaks(run), run.world_size)
+        _print_peaks(console, predict_peaks(run), run.setup.world_size)
     except NotTraced as reason:
-        _print_formulas(console, predict_memory(run), run.world_size, str(reason))
+        _print_formulas(console, predict_memory(run), run.setup.world_size, str(reason))
     _print_step(console, estimate_step(run))
 
 
@@ -79,7 +79,8 @@ def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int)
         table.add_row(name, *map(_gib, parts))
     console.print(table)
     largest = max(footprint.peak for footprint in peaks.values())
-    console.print(f"fullest rank: {largest / 1e9:.2f} GB; of 80 GB that leaves {80 - largest / 1e9:.2f} GB", highlight=False)
+    left = 80 - largest / 1e9
+    console.print(f"fullest rank: {largest / 1e9:.2f} GB; of 80 GB that leaves {left:.2f} GB", highlight=False)
     console.print(
         "Traced on the fullest micro-batch, with balanced experts. teacher: weights. targets: hidden states of the "
         "teacher. activations: also the loss and all temporary tensors. Not included: CUDA context, communication "

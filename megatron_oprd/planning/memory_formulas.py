@@ -24,10 +24,10 @@ def predict_memory(run: PlannedRun) -> dict[str, int]:
     - Activations: `layer_activation_bytes` of every layer; with full recomputation the inputs of all layers and the
       activations of one. A pipeline has the activations of several micro-batches.
     """
-    config, student, plan = run.config, run.student, run.layer_plan
+    config, student, plan = run.config, run.setup.student, run.setup.layer_plan
     parallel, size = config.parallel, BYTES[config.precision.dtype]
-    copies = run.world_size // (parallel.tensor * parallel.pipeline)  # of a dense parameter
-    expert_copies = run.world_size // (parallel.expert * parallel.pipeline)  # of an expert
+    copies = run.setup.world_size // (parallel.tensor * parallel.pipeline)  # of a dense parameter
+    expert_copies = run.setup.world_size // (parallel.expert * parallel.pipeline)  # of an expert
     division = ModelDivision(parallel.tensor, parallel.pipeline, parallel.expert, plan.student_stages)
     pipeline_ranks = range(parallel.pipeline)
     by_rank = [rank_parameters(student, division, rank, lm_head=True) for rank in pipeline_ranks]
@@ -35,7 +35,7 @@ def predict_memory(run: PlannedRun) -> dict[str, int]:
     fp8_copies = (linear_bytes(config, teacher=False) - size) * max(
         _linear_parameters(config, student, division, rank) for rank in pipeline_ranks
     )
-    teachers = list(run.teachers.values())
+    teachers = list(run.setup.teachers.values())
     teacher_bytes = [_teacher_bytes(config, teacher, teacher.layout or parallel) for teacher in teachers]
     head_rows = padded_vocab_size(student, parallel.tensor) // parallel.tensor
     heads = sum(head_rows * teacher.spec.hidden_size for teacher in teachers) if plan.output else 0
@@ -110,7 +110,7 @@ def _linear_parameters(config: Config, spec: ModelSpec, division: ModelDivision,
 
 
 def _activation_bytes(run: PlannedRun, data_size: int) -> int:
-    config, student, parallel = run.config, run.student, run.config.parallel
+    config, student, parallel = run.config, run.setup.student, run.config.parallel
     size = BYTES[config.precision.dtype]
     tokens = config.batch.max_tokens_per_micro_batch // parallel.context
     layers = _layers_in_flight(run, data_size)
@@ -130,12 +130,12 @@ def _layers_in_flight(run: PlannedRun, data_size: int) -> int:
     pipeline, virtual = run.config.parallel.pipeline, run.config.parallel.virtual_pipeline or 1
     chunks = pipeline if virtual == 1 else 2 * (pipeline - 1) + (virtual - 1) * pipeline + 1
     micro_batches = math.ceil(run.rollouts_per_step / data_size)
-    return max(run.layer_plan.student_stages) * min(chunks, virtual * micro_batches)
+    return max(run.setup.layer_plan.student_stages) * min(chunks, virtual * micro_batches)
 
 
 def _target_bytes(run: PlannedRun, copies: int) -> int:
-    config, plan, parallel = run.config, run.layer_plan, run.config.parallel
-    first_teacher = next(iter(run.teachers.values()))
+    config, plan, parallel = run.config, run.setup.layer_plan, run.config.parallel
+    first_teacher = next(iter(run.setup.teachers.values()))
     rows = run.rollouts_per_step / copies * min(most_selected_tokens(config.loss), config.rollout.max_new_tokens)
     if plan.aligned and parallel.pipeline == 1:  # the teacher is streamed: targets of one micro-batch exist
         rows = min(rows, config.batch.max_tokens_per_micro_batch / parallel.context)

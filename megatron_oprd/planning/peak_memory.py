@@ -32,8 +32,8 @@ def predict_peaks(run: PlannedRun) -> dict[range, Footprint]:
     Ranks with the same pipeline rank in the student and in every teacher form a group: they have the same footprint.
     Each group takes seconds in a worker process. Raises NotTraced if a worker fails.
     """
-    layouts = [run.config.parallel, *(teacher.layout or run.config.parallel for teacher in run.teachers.values())]
-    groups = groups_of_ranks(run.world_size, [layout.pipeline for layout in layouts])
+    layouts = [run.config.parallel, *(teacher.layout or run.config.parallel for teacher in run.setup.teachers.values())]
+    groups = groups_of_ranks(run.setup.world_size, [layout.pipeline for layout in layouts])
     workers = min(len(groups), os.cpu_count() or 1)
 
     def trace(some: Sequence[range]) -> list[Footprint]:
@@ -60,7 +60,7 @@ def fullest_micro_batch(run: PlannedRun) -> tuple[list[Rollout], int]:
     has as many rollouts as give the loss the most selected tokens.
     """
     config, parallel, lengths = run.config, run.config.parallel, run.lengths
-    replicas = run.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    replicas = run.setup.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
     most = math.ceil(run.rollouts_per_step / replicas)
     longest = min(lengths.sequence, config.batch.max_tokens_per_micro_batch)
     tokens = min(config.batch.max_tokens_per_micro_batch, most * longest) if config.batch.packing else longest

@@ -45,8 +45,8 @@ class Estimate:
 
 def estimate_step(run: PlannedRun, hardware: Hardware = H100) -> Estimate:
     """Return the cost of a step in which every rollout has the most tokens that it can have."""
-    links = Links(hardware, run.world_size)
-    rollouts, teachers = run.rollouts_per_step, list(run.teachers.values())
+    links = Links(hardware, run.setup.world_size)
+    rollouts, teachers = run.rollouts_per_step, list(run.setup.teachers.values())
     teacher_rollouts = math.ceil(rollouts / len(teachers))
     teacher_costs = [_teacher_pass(run, teacher, teacher_rollouts, links) for teacher in teachers]
     costs = (
@@ -59,7 +59,7 @@ def estimate_step(run: PlannedRun, hardware: Hardware = H100) -> Estimate:
     layout = teachers[-1].layout or run.config.parallel
     teacher_bubble = bubble(layout, _micro_batches(run, layout, teacher_rollouts))
     student_bubble = bubble(run.config.parallel, _micro_batches(run, run.config.parallel, rollouts))
-    return Estimate(costs, teacher_bubble, student_bubble, run.world_size, hardware)
+    return Estimate(costs, teacher_bubble, student_bubble, run.setup.world_size, hardware)
 
 
 def bubble(layout: ParallelConfig, micro_batches: int) -> float:
@@ -91,7 +91,7 @@ def decode_seconds(config: Config, spec: ModelSpec, rows: int, lengths: Lengths,
 
 def _micro_batches(run: PlannedRun, layout: ParallelConfig, rollouts: int) -> int:
     """Return the micro-batches of one replica of a model, filled with sequences of the most tokens."""
-    batch, replicas = run.config.batch, run.world_size // (layout.tensor * layout.pipeline * layout.context)
+    batch, replicas = run.config.batch, run.setup.world_size // (layout.tensor * layout.pipeline * layout.context)
     sequences = max(batch.max_tokens_per_micro_batch // run.lengths.sequence, 1) if batch.packing else 1
     return math.ceil(math.ceil(rollouts / replicas) / sequences)
 
@@ -104,15 +104,15 @@ def _division(config: Config, spec: ModelSpec) -> ModelDivision:
 
 def _rollout(run: PlannedRun, links: Links) -> list[Cost]:
     """Return the costs of prefill and of decoding. Each data- and context-parallel rank generates its own rollouts."""
-    config, spec, lengths = run.config, run.student, run.lengths
+    config, spec, lengths = run.config, run.setup.student, run.lengths
     parallel, size, rollouts = config.parallel, BYTES[config.precision.dtype], run.rollouts_per_step
     if config.rollout.engine != "megatron":
         return []
-    replicas = run.world_size // (parallel.tensor * parallel.pipeline)
+    replicas = run.setup.world_size // (parallel.tensor * parallel.pipeline)
     rows, prompt = math.ceil(rollouts / replicas), lengths.sequence - lengths.response
     layout = parallel.model_copy(update={"context": 1, "sequence": False})  # in which the engine runs the model
     prefill_flops = forward_flops(spec, spec.num_layers, [prompt] * rollouts)
-    prefill_seconds = prefill_flops / (run.world_size * links.hardware.flops_rate(spec, in_fp8=False))
+    prefill_seconds = prefill_flops / (run.setup.world_size * links.hardware.flops_rate(spec, in_fp8=False))
     prefill_traffic = forward_traffic(spec, layout, spec.num_layers, rows * prompt, size)
     decode_flops = forward_flops(spec, spec.num_layers, [lengths.sequence] * rollouts) - prefill_flops
     decode_flops += head_flops(spec, rollouts * lengths.response)
@@ -127,13 +127,13 @@ def _rollout(run: PlannedRun, links: Links) -> list[Cost]:
 def _teacher_pass(run: PlannedRun, teacher: PlannedTeacher, rollouts: int, links: Links) -> Cost:
     config, layout, layers = run.config, teacher.layout or run.config.parallel, sum(teacher.plan.teacher_stages)
     sequences = [run.lengths.sequence] * rollouts
-    replicas = run.world_size // (layout.tensor * layout.pipeline * layout.context)
+    replicas = run.setup.world_size // (layout.tensor * layout.pipeline * layout.context)
     flops = forward_flops(teacher.spec, layers, sequences)
     size = BYTES[config.precision.dtype]
     traffic = forward_traffic(teacher.spec, layout, layers, sum(sequences) / replicas, size)
     rate = links.hardware.flops_rate(teacher.spec, in_fp8=config.precision.teacher_fp8 != "off")
     idle = bubble(layout, _micro_batches(run, layout, rollouts))
-    return links.cost("teacher pass", flops, flops / (run.world_size * rate) * (1 + idle), traffic, layout)
+    return links.cost("teacher pass", flops, flops / (run.setup.world_size * rate) * (1 + idle), traffic, layout)
 
 
 def _target_traffic(run: PlannedRun) -> Traffic:
@@ -141,47 +141,47 @@ def _target_traffic(run: PlannedRun) -> Traffic:
 
     Every selected token of every compared layer goes to each rank that needs it. No such rank has it already.
     """
-    parallel, plan, teachers = run.config.parallel, run.layer_plan, list(run.teachers.values())
+    parallel, plan, teachers = run.config.parallel, run.setup.layer_plan, list(run.setup.teachers.values())
     if len(teachers) == 1 and plan.aligned:
         return Traffic()
     rows = run.rollouts_per_step * min(most_selected_tokens(run.config.loss), run.lengths.response)
     row_bytes = target_row_bytes(run, max(teacher.spec.hidden_size for teacher in teachers))
     layers = len({pair.teacher for pair in plan.pairs}) + plan.output
     copies = 1 if parallel.sequence else parallel.tensor  # ranks that need the same row
-    return Traffic(targets=rows * layers * row_bytes * copies / run.world_size)
+    return Traffic(targets=rows * layers * row_bytes * copies / run.setup.world_size)
 
 
 def _student_passes(run: PlannedRun, links: Links) -> list[Cost]:
     """Return the costs of the student's forward pass, recomputation and backward pass."""
-    config, student, plan = run.config, run.student, run.layer_plan
+    config, student, plan = run.config, run.setup.student, run.setup.layer_plan
     parallel, size, layers = config.parallel, BYTES[config.precision.dtype], plan.student_last_layer
     sequences = [run.lengths.sequence] * run.rollouts_per_step
     tokens = sum(sequences)
-    replicas = run.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+    replicas = run.setup.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
     idle = bubble(parallel, _micro_batches(run, parallel, run.rollouts_per_step))
     rate = links.hardware.flops_rate(student, in_fp8=config.precision.fp8 is not None) / (1 + idle)
 
     forward = forward_flops(student, layers, sequences)
     sent = forward_traffic(student, parallel, layers, tokens / replicas, size)
     # The loss computes the gradients of the student's head at once. The teachers' heads have a forward pass only.
-    heads = 3 * head_flops(student, tokens) + sum(head_flops(one.spec, tokens) for one in run.teachers.values())
+    heads = 3 * head_flops(student, tokens) + sum(head_flops(one.spec, tokens) for one in run.setup.teachers.values())
     flops = forward + (heads if plan.output else 0)
-    costs = [links.cost("student forward", flops, flops / (run.world_size * rate), sent, parallel)]
+    costs = [links.cost("student forward", flops, flops / (run.setup.world_size * rate), sent, parallel)]
     if config.recompute.granularity == "full":
-        sent_again, seconds = dataclasses.replace(sent, pipeline=0.0), forward / (run.world_size * rate)
+        sent_again, seconds = dataclasses.replace(sent, pipeline=0.0), forward / (run.setup.world_size * rate)
         costs.append(links.cost("student recompute", forward, seconds, sent_again, parallel))
     flops = backward_flops(student, layers, sequences)
     sent = backward_traffic(student, parallel, layers, tokens / replicas, size)
-    return [*costs, links.cost("student backward", flops, flops / (run.world_size * rate), sent, parallel)]
+    return [*costs, links.cost("student backward", flops, flops / (run.setup.world_size * rate), sent, parallel)]
 
 
 def _update(run: PlannedRun, links: Links) -> Cost:
     """Return the cost of reducing gradients, reading and writing the optimizer state, and gathering parameters."""
     config, parallel = run.config, run.config.parallel
-    lm_head = run.student.tied_embeddings or run.layer_plan.output
-    dense, experts = rank_parameters(run.student, _division(config, run.student), 0, lm_head=lm_head)
-    traffic = update_traffic(parallel, (dense, experts), run.world_size, BYTES[config.precision.dtype])
-    copies = run.world_size // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
+    lm_head = run.setup.student.tied_embeddings or run.setup.layer_plan.output
+    dense, experts = rank_parameters(run.setup.student, _division(config, run.setup.student), 0, lm_head=lm_head)
+    traffic = update_traffic(parallel, (dense, experts), run.setup.world_size, BYTES[config.precision.dtype])
+    copies = run.setup.world_size // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
     bytes_per_parameter = optimizer_state_bytes(config) + 4 + linear_bytes(config, teacher=False)
     seconds = 2 * ((dense + experts) / copies * bytes_per_parameter) / links.hardware.memory_rate()
     overlaps = parallel.overlap_grad_reduce and parallel.overlap_param_gather

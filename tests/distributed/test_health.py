@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from megatron_oprd.health.measure import MeasuredModels, has_teacher_distribution, measure_answers
-from megatron_oprd.launch.assemble import load_heads
+from megatron_oprd.launch.models import load_heads
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.replayed_run import some_rollouts
@@ -82,7 +82,9 @@ def measure_and_train(rank, student, teacher, overrides):
     def losses(measuring):
         run = make_run(student, teacher, *overrides, "optimizer.lr=0.01", rollouts=some_rollouts(VOCABULARY))
         config = run.inputs.config
-        heads = run.heads if config.loss.reads_output else load_heads(run.inputs, run.student.stage, run.topology)
+        heads = run.heads
+        if not config.loss.reads_output:
+            heads = load_heads(run.inputs.model_inputs, run.student.stage, run.topology)
         with_teacher = has_teacher_distribution(run.teachers)
         models = MeasuredModels(
             run.student.stage,

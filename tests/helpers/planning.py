@@ -7,6 +7,8 @@ import torch
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.launch.lengths import Lengths
+from megatron_oprd.launch.setup import Setup
+from megatron_oprd.models.precision import Precision
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
 from megatron_oprd.testing.distributed import result_of
@@ -62,7 +64,8 @@ def planned_run(
 ) -> PlannedRun:
     """Return the run of `config` with one teacher, which has the student's sizes unless `teacher` is given."""
     planned = plan_teacher(config, spec, teacher or spec, "", world_size)
-    return PlannedRun(config, spec, {"": planned}, lengths, world_size)
+    setup = Setup(spec, planned.plan.student_stages, {"": planned}, Precision(), world_size, None)
+    return PlannedRun(config, setup, lengths)
 
 
 def filling_rollouts(tokens: int, count: int = 2) -> list[Rollout]:

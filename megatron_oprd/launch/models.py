@@ -1,0 +1,196 @@
+"""Build the models of a run on this rank: student, teachers and LM heads. A dry run builds them without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from megatron_oprd.checkpoint.weights import load_lm_head, load_weights
+from megatron_oprd.config import Config, ParallelConfig
+from megatron_oprd.launch.setup import Setup
+from megatron_oprd.models.build import DTYPES, ModelPart, build_model
+from megatron_oprd.models.layer_plan import PlannedTeacher
+from megatron_oprd.models.model import Stage
+from megatron_oprd.models.output_loss import Heads, OutputLoss
+from megatron_oprd.models.projection import student_maps, teacher_maps
+from megatron_oprd.models.scaled_linear import quantize_weights
+from megatron_oprd.parallel.rank_zero import on_every_rank
+from megatron_oprd.parallel.topology import Topology, build_topology, collective_timeout, start_process
+from megatron_oprd.runtime import platform
+from megatron_oprd.training.student import Student, build_student
+from megatron_oprd.training.teacher import Teacher, build_frozen
+from megatron_oprd.types import LayerPair, ModelSpec, PairBridge
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """The inputs from which the models of a run are built."""
+
+    config: Config
+    setup: Setup
+    bridge: Mapping[LayerPair, PairBridge]  # the maps of the bridge; empty without a bridge
+    vocab_size: int  # number of token ids that all models with the student's tokenizer have
+    own_teacher_prompts: bool  # True if a teacher may have other tokens than the student
+
+
+class WeightSource(Protocol):
+    """The source of the weights of a model."""
+
+    def fill(self, stage: Stage, folder: str, spec: ModelSpec, topology: Topology) -> None:
+        """Fill the parameters of a stage. Collective over the world."""
+
+    def lm_head(self, folder: str, spec: ModelSpec, start: int, end: int) -> torch.Tensor:
+        """Return rows `start` to `end` [rows, hidden] of the LM head. No communication."""
+
+
+class ModelFolders:
+    """Weights from model folders."""
+
+    def fill(self, stage: Stage, folder: str, spec: ModelSpec, topology: Topology) -> None:
+        load_weights(stage, folder, spec, topology)
+
+    def lm_head(self, folder: str, spec: ModelSpec, start: int, end: int) -> torch.Tensor:
+        return load_lm_head(folder, spec, start, end)
+
+
+class NoWeights:
+    """No weights: parameters stay as they are built, for example without memory."""
+
+    def fill(self, stage: Stage, folder: str, spec: ModelSpec, topology: Topology) -> None:
+        return None
+
+    def lm_head(self, folder: str, spec: ModelSpec, start: int, end: int) -> torch.Tensor:
+        return torch.empty(end - start, spec.hidden_size)
+
+
+MODEL_FOLDERS = ModelFolders()
+
+
+@dataclass(frozen=True)
+class Topologies:
+    """The layouts of the models of a run."""
+
+    student: Topology
+    teachers: tuple[Topology, ...]  # in the order of the configuration; the student's object if a teacher shares it
+
+
+def start_topologies(config: Config, setup: Setup) -> Topologies:
+    """Join the process group and make the process groups of every layout. The student's layout is then in force.
+
+    Collective over the world.
+    """
+    layouts = [teacher.layout for teacher in setup.teachers.values()]
+    distinct: list[tuple[ParallelConfig, Topology]] = []
+    for layout in layouts:
+        if layout is not None and all(layout != known for known, _ in distinct):
+            distinct.append((layout, start_topology(config, layout)))
+    student = start_topology(config, config.parallel)  # the last layout stays in force
+    teachers = (next((own for known, own in distinct if known == layout), student) for layout in layouts)
+    return Topologies(student, tuple(teachers))
+
+
+def start_topology(config: Config, parallel: ParallelConfig) -> Topology:
+    """Join the process group, make the process groups of a layout and put it in force. Collective over the world."""
+    device = platform.choose_device(config.train.device)
+    timeout_seconds = collective_timeout(config.watchdog)
+    start_process(device, timeout_seconds)
+    return build_topology(parallel, device, config.train.seed, timeout_seconds)
+
+
+def build_student_stage(
+    config: Config, setup: Setup, topology: Topology, weights: WeightSource = MODEL_FOLDERS
+) -> Stage:
+    """Return this rank's chunks of the student, with weights. Collective over the world."""
+    stage = build_model(
+        setup.student,
+        topology,
+        DTYPES[config.precision.dtype],
+        ModelPart(setup.student_stages),
+        recompute=config.recompute,
+        precision=setup.precision.student,
+    )
+    weights.fill(stage, config.student.path, setup.student, topology)
+    return stage
+
+
+def build_trained_student(inputs: ModelInputs, stage: Stage, topology: Topology) -> Student:
+    """Wrap the student's chunks for training: optimizer, schedule, and the student's maps of a bridge.
+
+    Collective over the world.
+    """
+    trained = inputs.config.loss.representation.train_bridge
+    maps = student_maps(inputs.bridge, topology.device, trained=trained)
+    return build_student(stage, inputs.config, inputs.setup.layer_plan, topology, maps)
+
+
+def build_teachers(
+    inputs: ModelInputs, topologies: Topologies, weights: WeightSource = MODEL_FOLDERS
+) -> tuple[Teacher, ...]:
+    """Return the teachers, in the order of the configuration. Collective over the world."""
+    planned = inputs.setup.teachers.values()
+    return tuple(
+        build_teacher(inputs, teacher, topology, weights)
+        for teacher, topology in zip(planned, topologies.teachers, strict=True)
+    )
+
+
+def build_teacher(
+    inputs: ModelInputs, teacher: PlannedTeacher, topology: Topology, weights: WeightSource = MODEL_FOLDERS
+) -> Teacher:
+    """Return a frozen teacher up to its highest compared layer. Collective over the world.
+
+    With `teachers_in_memory: one`, the model is built anew for each pass.
+    """
+    config, precision = inputs.config, inputs.setup.precision.teacher
+
+    def load() -> Stage:
+        stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype], precision)
+        with topology.active():
+            weights.fill(stage, teacher.config.path, teacher.spec, topology)
+            if precision.scaled_weights:
+                quantize_weights(stage, precision.keep_bf16)
+        stage.eval().requires_grad_(False)
+        return stage
+
+    loaded = load() if config.teachers_in_memory == "all" else None
+    return Teacher(
+        load if loaded is None else lambda: loaded,
+        topology,
+        teacher.plan,
+        inputs.setup.widest_teacher,
+        own_prompts=inputs.own_teacher_prompts,
+        offload=teacher.config.offload_targets,
+        maps=teacher_maps(inputs.bridge, topology.device),
+    )
+
+
+def load_heads(
+    inputs: ModelInputs, stage: Stage, topology: Topology, weights: WeightSource = MODEL_FOLDERS
+) -> Heads | None:
+    """Return the LM heads of student and teachers on the ranks of the student's last stage, None on other ranks.
+
+    Collective over the world.
+    """
+
+    def load() -> Heads | None:
+        if topology.num_stages - 1 not in topology.stages:
+            return None
+        head = stage[-1].lm_head
+        first = topology.tensor_rank * len(head)
+        end = max(min(first + len(head), inputs.vocab_size), first)
+        teachers = inputs.setup.teachers.values()
+        rows = (weights.lm_head(teacher.config.path, teacher.spec, first, end) for teacher in teachers)
+        return Heads(head, tuple(of_teacher.to(topology.device, head.dtype) for of_teacher in rows), first)
+
+    return on_every_rank(load)
+
+
+def output_loss(config: Config, heads: Heads | None, topology: Topology, *, with_metrics: bool) -> OutputLoss | None:
+    """Return the output-space objective of one step if this rank has `heads`, otherwise None."""
+    if heads is None:
+        return None
+    temperature = config.rollout.temperature
+    return OutputLoss(config.loss.output, heads, topology, temperature=temperature, with_metrics=with_metrics)
