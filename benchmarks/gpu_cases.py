@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from benchmarks.gpu_flops import Flops, Modules, block_weights, forward_flops
-from benchmarks.updates import AUTHORED, METHODS, Update, Workload, fill_randomly, megatron_update
+from benchmarks.updates import AUTHORED, METHODS, Update, Workload, megatron_update
 from megatron_oprd.config import Config
 from megatron_oprd.launch.layouts import check_precision, plan_teacher
 from megatron_oprd.models.build import DTYPES, ModelPart, build_model
@@ -20,6 +20,7 @@ from megatron_oprd.models.scaled_linear import quantize_weights
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.topology import Topology, build_topology, start_process
 from megatron_oprd.runtime.environment import Machine
+from megatron_oprd.testing.random_update import fill_randomly
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import build_student
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss, student_step

@@ -20,7 +20,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.updates import fill_randomly
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import make_plan
@@ -28,6 +27,7 @@ from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import TeacherTargets
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime import cpu_stand_ins, platform
+from megatron_oprd.testing.random_update import fill_randomly
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.student import build_student

@@ -25,19 +25,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.launch.layouts import plan_teacher
-from megatron_oprd.models.build import DTYPES, ModelPart, build_model
-from megatron_oprd.models.layer_plan import PlannedTeacher
+from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
-from megatron_oprd.models.output_loss import Heads, OutputLoss
-from megatron_oprd.parallel.topology import Topology, build_topology, start_process
 from megatron_oprd.runtime import platform
-from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.training.student import build_student
-from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher import Teacher, build_frozen
-from megatron_oprd.training.teacher_pass import teacher_pass
+from megatron_oprd.testing.random_update import build_random_update
 from megatron_oprd.types import DeviceBatch, ModelSpec, Rollout
 
 Update = Callable[[], None]
@@ -137,48 +129,14 @@ class Workload:
 
 def megatron_update(workload: Workload, method: str, device: torch.device) -> Update:
     """Return an update as `train` runs it, with random weights."""
-    config, spec = workload.config(method), workload.spec
-    start_process(device)
-    topology = build_topology(config.parallel, device, seed=0)
-    planned = plan_teacher(config, spec, spec)
-    stage, frozen = _stages(config, spec, planned, topology)
-    heads = None
-    if planned.plan.output:
-        head = stage[-1].lm_head
-        heads = Heads(head, (torch.randn_like(head).mul_(0.02),), 0)
-    student = build_student(stage, config, planned.plan, topology)
-    teacher = Teacher(lambda: frozen, topology, planned.plan, spec.hidden_size)
-    rollouts = tuple(workload.rollouts())
-    global_batch = GlobalBatch(rollouts, (0,) * len(rollouts), config.loss, config.batch, spec)
-    micro_batches = global_batch.micro_batches(topology)
+    random_update = build_random_update(workload.config(method), workload.spec, workload.rollouts(), device)
 
     def update() -> None:
         if method == AUTHORED:
-            _rank_tokens(stage, micro_batches[0])
-        targets, _ = teacher_pass([teacher], global_batch, micro_batches, topology)
-        output = None
-        if heads is not None:
-            output = OutputLoss(config.loss.output, heads, topology, temperature=1.0, with_metrics=False)
-        student_step(student, global_batch, micro_batches, targets, output)
+            _rank_tokens(random_update.stage, random_update.micro_batches[0])
+        random_update.run()
 
     return update
-
-
-def _stages(config: Config, spec: ModelSpec, planned: PlannedTeacher, topology: Topology) -> tuple[Stage, Stage]:
-    dtype = DTYPES[config.precision.dtype]
-    student = build_model(spec, topology, dtype, ModelPart(planned.plan.student_stages), recompute=config.recompute)
-    teacher = build_frozen(planned, topology, dtype)
-    fill_randomly(student, teacher)
-    return student, teacher.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def fill_randomly(*models: torch.nn.Module) -> None:
-    """Fill models that were built without weights; FP8 parameters accept values only by `copy_`."""
-    torch.manual_seed(0)
-    for parameter in (parameter for model in models for parameter in model.parameters()):
-        values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        parameter.copy_(values.normal_(std=0.02) if parameter.ndim > 1 else values.fill_(1))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from benchmarks.gpu_cases import Case, all_cases, held_bytes
 from benchmarks.gpu_flops import GPUS, block_weights, find_gpu, forward_flops, training_flops, utilization
 from benchmarks.gpu_page import HEADING, line, predictions, runs, section
 from benchmarks.pages import with_section
-from benchmarks.updates import Workload, fill_randomly
+from benchmarks.updates import Workload
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
@@ -25,6 +25,7 @@ from megatron_oprd.models.model import HiddenStateModel
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.runtime.platform import choose_device
+from megatron_oprd.testing.random_update import fill_randomly
 from megatron_oprd.types import UserError
 from tests.gpu.conftest import reason_to_skip
 

@@ -11,19 +11,13 @@ import psutil
 import pytest
 import torch
 
-from megatron_oprd.launch.layouts import plan_teacher
-from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import even_stages
-from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.planning.megatron_patches import Patch, patched, tracing_patches
 from megatron_oprd.planning.memory_trace import LiveBytes
 from megatron_oprd.planning.parameter_counts import ModelDivision, count_parameters, rank_parameters
 from megatron_oprd.runtime import platform
-from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.training.student import build_student
-from megatron_oprd.training.student_step import student_step
-from megatron_oprd.training.teacher import Teacher, build_frozen
-from megatron_oprd.training.teacher_pass import teacher_pass
+from megatron_oprd.testing.random_update import build_random_update
 from megatron_oprd.types import LongRope
 from tests.helpers.memory import HONEST
 from tests.helpers.planning import (
@@ -52,24 +46,10 @@ def measure(tokens, kind, sizes, overrides):
 
 def update(tokens, spec, overrides):
     """Run two updates and reset the peak before each."""
-    config, rollouts = replay_config(tokens, *overrides), filling_rollouts(tokens)
-    topology = build_topology(config.parallel, DEVICE, seed=0)
-    planned = plan_teacher(config, spec, spec)
-    plan = planned.plan
-    global_batch = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss, config.batch, spec)
-    micro_batches = global_batch.micro_batches(topology)
-    dtype = DTYPES[config.precision.dtype]
-    stage = build_model(spec, topology, dtype, ModelPart(plan.student_stages), recompute=config.recompute)
-    frozen = build_frozen(planned, topology, dtype)
-    for parameter in [*stage.parameters(), *frozen.parameters()]:
-        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else torch.nn.init.ones_(parameter)
-    frozen.eval().requires_grad_(False)
-    teacher = Teacher(lambda: frozen, topology, plan, spec.hidden_size)
-    student = build_student(stage, config, plan, topology)
+    random_update = build_random_update(replay_config(tokens, *overrides), spec, filling_rollouts(tokens), DEVICE)
     for _ in range(2):
         platform.reset_peak_memory(DEVICE)
-        targets, _ = teacher_pass([teacher], global_batch, micro_batches, topology)
-        student_step(student, global_batch, micro_batches, targets)
+        random_update.run()
 
 
 @pytest.mark.parametrize(
