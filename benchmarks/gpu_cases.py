@@ -215,9 +215,9 @@ def frozen_teacher(scene: Scene) -> torch.nn.ModuleList:
 
 def run_teacher(teacher: Teacher, scene: Scene) -> None:
     targets, _ = teacher_pass([teacher], scene.global_batch, scene.micro_batches, scene.topology)
-    targets.of(0)  # a streamed teacher runs here
-    for layer in targets.layers:
-        targets.of(0).take(layer)
+    micro_batch_targets = targets.of(0)  # a streamed teacher runs here, once
+    for layer in micro_batch_targets:
+        micro_batch_targets.take(layer)
 
 
 def held_bytes(model: torch.nn.Module, belongs: Callable[[str], bool] = lambda name: True) -> int:
