@@ -1,6 +1,6 @@
-"""Two byte-level tokenizers that cut answers in different ways: what the pair of unlike tokenizers reads and writes.
+"""Two byte-level tokenizers that split answers differently, for the pair with unlike tokenizers.
 
-Only tokens whose bytes are known can be aligned with those of another tokenizer; those of the demo's own are not.
+Tokens of two tokenizers can be aligned only if their bytes are known. The bytes of the demo's own tokens are not.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ CHAT_TEMPLATE = (
 
 
 def build_student_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a symbol, with the ids of the demo's tokenizer and without a chat template, as that one."""
+    """Build a tokenizer with one token per symbol, the ids of the demo's tokenizer and no chat template."""
     vocabulary = {symbol.replace(" ", SPACE): index for index, symbol in enumerate(SYMBOLS)}
     tokenizer = _byte_level(vocabulary, [], [PAD_TOKEN, EOS_TOKEN, UNKNOWN_TOKEN])
     return _wrap(tokenizer, pad_token=PAD_TOKEN, eos_token=EOS_TOKEN, unk_token=UNKNOWN_TOKEN)
 
 
 def build_teacher_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a symbol, but for two and three spaces.
+    """Build a tokenizer with one token per symbol, and single tokens for two and for three spaces.
 
-    Its chat template ends a turn with another token than its EOS, as Phi-4-mini's does.
+    The chat template ends a turn with another token than the EOS, as Phi-4-mini's does.
     """
     special = [END_OF_TEXT, END_OF_TURN, USER, ASSISTANT]
     tokens = [*special, *DIGITS, "+", "=", SPACE, *(first + second for first, second in MERGES)]

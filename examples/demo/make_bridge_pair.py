@@ -1,7 +1,7 @@
 """Make a pair of unlike models, with their prompts: `python -m examples.demo.make_bridge_pair --kind KIND --out DIR`.
 
-The student is made as the demo's: a Qwen3 of 4 layers and width 96 that stops half-way. The teacher starts from weights
-of its own: a deeper and wider Qwen3 with the student's tokenizer (`cross_architecture`), or a Phi-3 as deep and as wide
+The student is the demo's: a Qwen3 of 4 layers and width 96 that stops half-way. The teacher starts from weights of its
+own: a deeper and wider Qwen3 with the student's tokenizer (`cross_architecture`), or a Phi-3 as deep and as wide
 as that with a tokenizer and a chat template of its own (`cross_tokenizer`). Only a bridge can compare their states.
 """
 
@@ -33,9 +33,9 @@ KINDS = ("cross_architecture", "cross_tokenizer")
 
 @dataclass(frozen=True)
 class Part:
-    """One model of a pair, and how it is made."""
+    """The recipe of one model of a pair."""
 
-    build: Callable[[int], PreTrainedModel]  # of a seed
+    build: Callable[[int], PreTrainedModel]  # takes the seed of the weights
     tokenizer: PreTrainedTokenizerFast
     train: Callable[[PreTrainedModel, Iterator[torch.Tensor], torch.Tensor, int, int], PreTrainedModel]
     batch_size: int
@@ -43,12 +43,14 @@ class Part:
 
     @property
     def response_length(self) -> int:
-        """Tokens of an answer, the same for all of them, and of what ends it."""
+        """Return the tokens of an answer with its end-of-turn token; all answers have the same number."""
         return len(self.tokenizer("1998".rjust(self.answer_width))["input_ids"]) + 1
 
     def encode(self, problems: Sequence[Addition]) -> torch.Tensor:
-        """Prompts by the tokenizer's chat template, with their answers: token ids [problems, prompt + response_length]
-        int64."""
+        """Return prompts with their answers as token ids [problems, prompt + response_length] int64.
+
+        The tokenizer's chat template renders the prompts.
+        """
         end = end_of_turn_id(self.tokenizer)
         prompts = [render_text(problem.prompt, self.tokenizer, {}) for problem in problems]
         answers = self.tokenizer([problem.answer.rjust(self.answer_width) for problem in problems])["input_ids"]
@@ -56,12 +58,12 @@ class Part:
         return torch.tensor([[*prompt, *answer, end] for prompt, answer in rows])
 
     def exact_match(self, model: PreTrainedModel, problems: Sequence[Addition]) -> float:
-        """Share of problems that greedy decoding answers exactly, in the model's own tokens."""
+        """Return the share of problems that greedy decoding answers exactly."""
         return exact_match(model, self.encode(problems), self.response_length)
 
 
 def parts_of(kind: str) -> tuple[Part, Part]:
-    """The student and the teacher of one of KINDS."""
+    """Return the recipes of the student and the teacher of one of KINDS."""
     if kind == "cross_architecture":
         tokenizer = build_tokenizer()
         build_teacher = partial(build_model, num_layers=6, hidden_size=128, rope_theta=ROPE_THETA)
@@ -77,7 +79,7 @@ def parts_of(kind: str) -> tuple[Part, Part]:
 
 
 def build_phi(seed: int) -> Phi3ForCausalLM:
-    """A random Phi-3 of 0.9 million parameters in fp32, deeper and wider than the student."""
+    """Build a random Phi-3 of 0.9 million parameters in fp32, deeper and wider than the student."""
     torch.manual_seed(seed)
     tokenizer = byte_level.build_teacher_tokenizer()
     config = Phi3Config(
@@ -124,7 +126,7 @@ def train_teacher(
 
 
 def train_part(part: Part, splits: Splits, seed: int, steps: int) -> PreTrainedModel:
-    """A trained model; starts over, up to twice, where its first weights learn slowly. Raises TargetMissed."""
+    """Train a model. Start over, up to twice, if the first weights learn slowly. Raises TargetMissed."""
     validation = part.encode(splits.validation)
     for weights_seed in (seed, seed + 1000, seed + 2000):
         batches = (part.encode(additions(numbers)) for numbers in splits.supervised.split(part.batch_size))
@@ -137,14 +139,14 @@ def train_part(part: Part, splits: Splits, seed: int, steps: int) -> PreTrainedM
 
 
 def align(student: Part, teacher: Part, answers: Sequence[str]) -> list[Alignment]:
-    """How the teacher reads each answer of the student's, which an EOS ends."""
+    """Align each answer of the student, which ends with an EOS, with the teacher's tokens."""
     end, eos_id = end_of_turn_id(teacher.tokenizer), student.tokenizer.eos_token_id
     aligner = make_aligner(student.tokenizer, teacher.tokenizer, student_eos_ids=[eos_id], teacher_end_of_turn_id=end)
     return [aligner.align([*ids, eos_id]) for ids in student.tokenizer(list(answers))["input_ids"]]
 
 
 def print_coverage(student: Part, teacher: Part, problems: Sequence[Addition]) -> None:
-    """Sync points a token of the student's, in right answers and in ones that lack their last digit but one."""
+    """Print the sync points per student token, for right answers and for answers without their last digit but one."""
     right = [problem.answer.rjust(student.answer_width) for problem in problems]
     for title, answers in (("right", right), ("wrong", [answer[:-2] + answer[-1] for answer in right])):
         coverages = [alignment.coverage for alignment in align(student, teacher, answers)]
@@ -154,13 +156,13 @@ def print_coverage(student: Part, teacher: Part, problems: Sequence[Addition]) -
 
 def make_bridge_pair(kind: str, out: Path, seed: int, steps: int) -> None:
     """Write `student/` and `teacher/` (Hugging Face folders with tokenizers), `train.jsonl`, `heldout.jsonl` and
-    `validation.jsonl` into `out`, and print how the teacher reads answers.
+    `validation.jsonl` into `out`, and print how many of the student's tokens align with the teacher's.
 
     `steps` bounds the training of each model. Deterministic for a seed on one machine. Raises TargetMissed.
     """
     splits, (student, teacher) = split_additions(seed), parts_of(kind)
     parts = {"student": student, "teacher": teacher}
-    # Other seeds than the student's: the two are to have nothing in common.
+    # The teacher's seed differs: the two models must have nothing in common.
     models = {name: train_part(part, splits, seed + 500 * (part is teacher), steps) for name, part in parts.items()}
     out.mkdir(parents=True, exist_ok=True)
     for name, model in models.items():
@@ -174,7 +176,7 @@ def make_bridge_pair(kind: str, out: Path, seed: int, steps: int) -> None:
 
 
 def main() -> int:
-    """The command line; exit code 1 when a model misses its accuracy."""
+    """Run the command line. Return exit code 1 if a model misses its accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, required=True, help="what is unlike")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

@@ -1,7 +1,7 @@
 """Make the demo's teacher and student, with their prompts: `python -m examples.demo.make_pair --out DIR`.
 
 The student stops its training half-way; the teacher continues from the student's weights with a frozen embedding and
-LM head. So the two share family, width and head, and differ in what their hidden states hold: OPRD's setting.
+LM head. Both models share family, width and LM head and differ in their hidden states, which is the setting of OPRD.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class TargetMissed(Exception):
 def build_model(
     seed: int, *, num_layers: int = 4, hidden_size: int = 96, rope_theta: float = 100.0
 ) -> Qwen3ForCausalLM:
-    """A random Qwen3 in fp32, of 0.5 million parameters unless told; heads, layers and vocabulary all divide by two."""
+    """Build a random Qwen3 in fp32, by default with 0.5 million parameters. Heads, layers and vocabulary are even."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(SYMBOLS),
@@ -63,14 +63,14 @@ def build_model(
 
 
 def response_logits(model: PreTrainedModel, tokens: torch.Tensor, response_length: int) -> torch.Tensor:
-    """Logits [problems, response_length, vocabulary] that predict the response tokens."""
+    """Return the logits [problems, response_length, vocabulary] that predict the response tokens."""
     states = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
     return model.lm_head(states[:, -response_length:])
 
 
 @torch.no_grad()
 def exact_match(model: PreTrainedModel, tokens: torch.Tensor, response_length: int = RESPONSE_LENGTH) -> float:
-    """Share of problems that greedy decoding answers exactly.
+    """Return the share of problems that greedy decoding answers exactly.
 
     Greedy decoding gives the reference answer if and only if every reference token is the most likely one after the
     reference prefix, so one forward pass measures it without generating.
@@ -86,7 +86,7 @@ def train_step(
     lr: float,
     response_length: int = RESPONSE_LENGTH,
 ) -> None:
-    """One step of supervised training on the answers."""
+    """Run one step of supervised training on the answers."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     logits, targets = response_logits(model, tokens, response_length), tokens[:, -response_length:]
@@ -143,9 +143,9 @@ def train_teacher(
 def train_pair(
     seed: int, batches: Iterator[torch.Tensor], validation: torch.Tensor, steps: int
 ) -> tuple[Qwen3ForCausalLM, Qwen3ForCausalLM]:
-    """The student and the teacher; starts over, up to twice, where the first weights learn slowly. Raises TargetMissed.
+    """Train the student and the teacher. Start over, up to twice, if the first weights learn slowly.
 
-    Rounding differs between machines, so a seed that is quick on one of them may be slow on another.
+    Rounding differs between machines, so a seed that is quick on one may be slow on another. Raises TargetMissed.
     """
     for weights_seed in (seed, seed + 1000, seed + 2000):
         try:
@@ -177,7 +177,7 @@ def make_pair(out: Path, seed: int, steps: int) -> None:
 
 
 def main() -> int:
-    """The command line; exit code 1 when a model misses its accuracy."""
+    """Run the command line. Return exit code 1 if a model misses its accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the problems")

@@ -1,8 +1,8 @@
 """Three-digit addition: `123+456=` is answered by `  579` and the end-of-sequence token, `999+999=` by ` 1998`.
 
-The answer opens with a space because OPRD supervises the states of response tokens only: so the state that chooses the
-first digit is one of them, and not that of the last prompt token. It is right-aligned because a digit that always
-stands at the same place is learned several times faster. Decoding drops the spaces.
+The answer begins with a space, because OPRD compares only the hidden states of response tokens. With the space, the
+state that predicts the first digit belongs to a response token. The answer is right-aligned, because a digit at a fixed
+position is learned several times faster. Decoding drops the spaces.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOKEN_IDS = {symbol: i for i, symbol in enumerate(SYMBOLS)}
 
 @dataclass(frozen=True)
 class Addition:
-    """One problem and its answer, as text."""
+    """An addition and its answer, as text."""
 
     left: int
     right: int
@@ -39,7 +39,7 @@ class Addition:
         return str(self.left + self.right)
 
     def row(self) -> dict[str, object]:
-        """The problem as a line of a prompt file (verl's columns)."""
+        """Return the problem as a line of a prompt file (verl's columns)."""
         reward = {"ground_truth": self.answer, "style": "exact"}
         return {"prompt": self.prompt, "data_source": "addition", "reward_model": reward}
 
@@ -55,7 +55,7 @@ class Splits:
 
 
 def split_additions(seed: int, num_heldout: int = 1000, num_validation: int = 1000, num_prompts: int = 8192) -> Splits:
-    """All additions of two numbers of three digits in the random order of `seed`, cut into disjoint parts."""
+    """Shuffle all additions of two 3-digit numbers by `seed` and divide them into disjoint parts."""
     order = torch.randperm(NUM_OPERANDS**2, generator=torch.Generator().manual_seed(seed))
     sizes = [num_heldout, num_validation, num_prompts, len(order) - num_heldout - num_validation - num_prompts]
     heldout, validation, prompts, supervised = order.split(sizes)
@@ -63,16 +63,16 @@ def split_additions(seed: int, num_heldout: int = 1000, num_validation: int = 10
 
 
 def additions(numbers: torch.Tensor) -> list[Addition]:
-    """The additions of problem numbers in 0 .. NUM_OPERANDS**2 - 1."""
+    """Return the additions of problem numbers in 0 .. NUM_OPERANDS**2 - 1."""
     return [Addition(LOWEST + n // NUM_OPERANDS, LOWEST + n % NUM_OPERANDS) for n in numbers.tolist()]
 
 
 def encode(problems: list[Addition]) -> torch.Tensor:
-    """Prompts with their answers, token ids [problems, PROMPT_LENGTH + RESPONSE_LENGTH] int64."""
+    """Return prompts with their answers as token ids [problems, PROMPT_LENGTH + RESPONSE_LENGTH] int64."""
     texts = [problem.prompt + problem.answer.rjust(ANSWER_WIDTH) for problem in problems]
     return torch.tensor([[*(_TOKEN_IDS[symbol] for symbol in text), EOS_ID] for text in texts])
 
 
 def write_rows(path: Path, problems: list[Addition]) -> None:
-    """A JSONL prompt file, one addition a line."""
+    """Write a JSONL prompt file with one addition per line."""
     path.write_text("".join(json.dumps(problem.row()) + "\n" for problem in problems), encoding="utf-8")

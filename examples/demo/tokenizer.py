@@ -11,7 +11,7 @@ PAD_ID, EOS_ID = SYMBOLS.index(PAD_TOKEN), SYMBOLS.index(EOS_TOKEN)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer, ready for `save_pretrained`. It adds no special tokens to a prompt and has no chat template."""
+    """Build the tokenizer. No special tokens are added to a prompt, and there is no chat template."""
     tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(SYMBOLS)}, unk_token=UNKNOWN_TOKEN))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     # Without Fuse the decoded characters are joined by spaces; Strip drops the spaces that open an answer.

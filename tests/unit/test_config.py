@@ -10,13 +10,13 @@ TEACHERLESS = ["student.path=s", "train.run_dir=r", "data.prompts=[p.jsonl]"]
 REQUIRED = [*TEACHERLESS, "teacher.path=t"]
 
 
-def test_a_dumped_configuration_reads_back_equal():
+def test_a_dumped_configuration_loads_equal():
     config = load_config(None, [*REQUIRED, "loss.representation.pairs=[[1,2],[3,4]]", "optimizer.betas=[0.8,0.9]"])
     assert parse_config(yaml.safe_load(dump_config(config))) == config
     assert config.loss.representation.pairs == [(1, 2), (3, 4)]
 
 
-def test_a_dumped_configuration_of_objectives_and_teachers_reads_back_equal():
+def test_a_dumped_configuration_of_objectives_and_teachers_loads_equal():
     chosen = {
         "objective": "topk_kl", "weight": 0.5, "k": 8, "support": "union", "tail_bucket": True, "direction": "jsd",
         "beta": 0.1, "teacher_temperature": 0.7, "positions": "last_k", "positions_k": 9,
@@ -36,13 +36,13 @@ def test_a_dumped_configuration_of_objectives_and_teachers_reads_back_equal():
     }
 
 
-def test_the_only_teacher_has_no_name():
+def test_a_single_teacher_has_an_empty_name():
     assert load_config(None, REQUIRED).named_teachers == {"": TeacherConfig(path="t")}
     assert list(load_config(None, [*TEACHERLESS, "teachers.math.path=m"]).named_teachers) == ["math"]
 
 
 @pytest.mark.parametrize(("written", "value"), [("null", None), ("auto", "auto"), ("7", 7)])
-def test_tokens_of_a_chunk(written, value):
+def test_chunk_tokens_may_be_null_auto_or_a_number(written, value):
     assert load_config(None, [*REQUIRED, f"loss.output.chunk_tokens={written}"]).loss.output.chunk_tokens == value
 
 
@@ -113,7 +113,7 @@ def test_a_bad_value_is_one_line_that_names_the_key(override, message):
         ("data.append_instruction=maybe", "='maybe': Input should be 'auto' or a valid boolean"),
     ],
 )
-def test_a_value_of_several_types_is_told_of_once(override, message):
+def test_a_value_of_several_types_has_one_message(override, message):
     with pytest.raises(UserError) as caught:
         load_config(None, [*REQUIRED, override])
     assert str(caught.value) == override.partition("=")[0] + message
@@ -146,26 +146,26 @@ def test_a_value_of_several_types_is_told_of_once(override, message):
         ),
     ],
 )
-def test_bad_teachers_are_one_line_that_names_the_one(overrides, message):
+def test_a_bad_teacher_is_one_line_that_names_the_teacher(overrides, message):
     with pytest.raises(UserError) as caught:
         load_config(None, [*TEACHERLESS, *overrides])
     assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("objective", ["sampled", "topk_surrogate", "topk_kl", "full_kl"])
-def test_greedy_rollouts_have_no_probabilities_to_compare(objective):
-    asked = [*REQUIRED, f"loss.output.objective={objective}"]
-    load_config(None, asked)
+def test_objectives_on_distributions_need_a_temperature_above_0(objective):
+    overrides = [*REQUIRED, f"loss.output.objective={objective}"]
+    load_config(None, overrides)
     load_config(None, [*REQUIRED, "rollout.temperature=0"])
     with pytest.raises(UserError, match=rf"^rollout\.temperature=0 has no .*{objective}; use one above 0$"):
-        load_config(None, [*asked, "rollout.temperature=0"])
+        load_config(None, [*overrides, "rollout.temperature=0"])
 
 
-def test_a_column_for_the_teacher_is_not_read_beside_stored_rollouts():
-    asked = [*REQUIRED, "data.teacher_prompt_key=solved"]
-    load_config(None, asked)
+def test_replay_and_a_teacher_prompt_column_exclude_each_other():
+    overrides = [*REQUIRED, "data.teacher_prompt_key=solved"]
+    load_config(None, overrides)
     with pytest.raises(UserError, match=r"^data\.teacher_prompt_key=solved is not read .*; put teacher_prompt_ids"):
-        load_config(None, [*asked, "rollout.engine=replay", "rollout.path=r.jsonl"])
+        load_config(None, [*overrides, "rollout.engine=replay", "rollout.path=r.jsonl"])
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"- 1", b"student: {path: ${nowhere}}"])

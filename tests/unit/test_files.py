@@ -1,4 +1,4 @@
-"""Folders and files are there whole or not at all, and what the disk refuses is one line."""
+"""Folders and files appear completely or not at all, and a disk error is one line."""
 
 import errno
 import os
@@ -10,7 +10,7 @@ from megatron_oprd.runtime.files import commit_partial, prepare_partial, write_f
 from megatron_oprd.types import UserError
 
 
-def test_a_folder_appears_whole(tmp_path):
+def test_a_folder_appears_when_it_is_complete(tmp_path):
     target = tmp_path / "new" / "out"
     with write_folder(target) as folder:
         (folder / "a").mkdir()
@@ -20,7 +20,7 @@ def test_a_folder_appears_whole(tmp_path):
     assert os.listdir(target.parent) == ["out"]
 
 
-def test_an_error_leaves_nothing(tmp_path):
+def test_an_error_leaves_no_files(tmp_path):
     with pytest.raises(KeyboardInterrupt), write_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("x")
         raise KeyboardInterrupt
@@ -28,14 +28,14 @@ def test_an_error_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("x"), lambda p: (p.mkdir(), (p / "a").write_text("x"))])
-def test_what_is_there_is_not_overwritten(make, tmp_path):
+def test_an_existing_target_is_not_overwritten(make, tmp_path):
     make(tmp_path / "out")
     with pytest.raises(UserError, match="out exists and is not"), write_folder(tmp_path / "out"):
         pass
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_an_empty_target_and_a_dead_process_are_no_obstacle(tmp_path):
+def test_an_empty_target_and_an_old_partial_folder_are_replaced(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "stale").write_text("x")
@@ -45,7 +45,7 @@ def test_an_empty_target_and_a_dead_process_are_no_obstacle(tmp_path):
     assert os.listdir(tmp_path / "out") == ["a"]
 
 
-def test_files_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_folder_is_renamed(tmp_path, monkeypatch):
     synced, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     with write_folder(tmp_path / "out") as folder:
@@ -55,7 +55,7 @@ def test_files_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_what_the_disk_refuses_names_the_path(code, tmp_path, monkeypatch):
+def test_a_disk_error_names_the_path(code, tmp_path, monkeypatch):
     def refuse(descriptor):
         raise OSError(code, os.strerror(code))
 
@@ -67,7 +67,7 @@ def test_what_the_disk_refuses_names_the_path(code, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_that_a_library_wrapped_is_found(tmp_path):
+def test_a_disk_error_that_a_library_wrapped_is_found(tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device", "/disk/file")
     with pytest.raises(UserError, match="cannot write /disk/file: No space left"), write_folder(tmp_path / "a"):
         try:
@@ -80,7 +80,7 @@ def test_an_error_that_a_library_wrapped_is_found(tmp_path):
         raise collected
 
 
-def test_an_error_that_is_not_about_the_disk_stays_what_it_is(tmp_path):
+def test_other_errors_are_not_changed(tmp_path):
     for error in (BrokenPipeError(errno.EPIPE, "pipe"), ValueError("x")):
         with pytest.raises(type(error)), write_folder(tmp_path / "a"):
             raise error
@@ -115,14 +115,14 @@ def raises(error):
         ),
     ],
 )
-def test_a_command_ends_with_one_line(main, code, message, capsys):
+def test_a_mistake_is_one_line_and_exit_code_2(main, code, message, capsys):
     with pytest.raises(SystemExit) as caught:
         run_command(main)
     assert caught.value.code == code
     assert capsys.readouterr().err == message
 
 
-def test_only_rank_zero_speaks(monkeypatch, capsys):
+def test_only_rank_zero_prints_the_error(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as caught:
         run_command(raises(UserError("bad")))
@@ -130,6 +130,6 @@ def test_only_rank_zero_speaks(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_an_error_of_ours_keeps_its_traceback():
+def test_an_internal_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_command(raises(ZeroDivisionError()))
