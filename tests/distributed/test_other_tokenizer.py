@@ -1,4 +1,4 @@
-"""A teacher with another tokenizer reads its own tokens of the student's responses, in every layout."""
+"""A teacher with another tokenizer runs on its own tokens of the student's responses, in every layout."""
 
 import dataclasses
 import random
@@ -37,7 +37,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of two models of one width, each with a tokenizer of its own."""
+    """Return the folder of models of equal width, each with its own tokenizer."""
     folder = tmp_path_factory.mktemp("models")
     for seed, (name, tokenizer) in enumerate({"bytes": byte_tokenizer(), "llama_3": llama_3_tokenizer()}.items()):
         model = random_hf_model("Qwen3", seed, num_hidden_layers=4, vocab_size=len(tokenizer), eos_token_id=258)
@@ -52,17 +52,17 @@ def aligner_of(student, teacher):
 
 
 def spoken(student, teacher):
-    """Responses that the student's tokenizer gives, some of them ended, one empty and one that says nothing."""
-    generator, (mine, other) = random.Random(3), (load_tokenizer(path) for path in (student, teacher))
-    responses = [[], [mine.convert_tokens_to_ids(mine.eos_token)] * 2]
+    """Return responses of the student: some end with EOS, one is empty, and one has no text."""
+    generator, (student_tokenizer, other) = random.Random(3), (load_tokenizer(path) for path in (student, teacher))
+    responses = [[], [student_tokenizer.convert_tokens_to_ids(student_tokenizer.eos_token)] * 2]
     while len(responses) < 9:
-        ids = mine(random_text(generator), add_special_tokens=False)["input_ids"][:20]
+        ids = student_tokenizer(random_text(generator), add_special_tokens=False)["input_ids"][:20]
         responses += [ids + [258] * generator.choice([0, 1])] if len(ids) > 5 else []
     rollouts = []
     for number, ids in enumerate(responses):
         prompts = [
             tuple(generator.choices(range(len(one)), k=1 + (number + more) % 7))
-            for more, one in enumerate((mine, other))
+            for more, one in enumerate((student_tokenizer, other))
         ]
         mask = (1,) * len(ids) if number % 2 else tuple(generator.choices([0, 1, 1], k=len(ids)))
         rollouts.append(Rollout(prompts[0], tuple(ids), mask, "replay", teacher_prompt_ids=prompts[1]))
@@ -70,7 +70,7 @@ def spoken(student, teacher):
 
 
 def _update(rank, student, teacher, overrides, rollouts):
-    """A step that aligns the rollouts itself. Widths are equal, so that the states compare without a bridge."""
+    """Run a step that aligns the rollouts itself. Equal widths need no bridge."""
     config = make_config(student, teacher, *overrides, f"rollout.prompts_per_step={len(rollouts)}")
     inputs = dataclasses.replace(make_inputs(config, rollouts), aligner=aligner_of(student, teacher))
     return measure_update(build_run(inputs), one_step)
@@ -78,7 +78,7 @@ def _update(rank, student, teacher, overrides, rollouts):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_the_update_is_that_of_the_states_that_have_read_the_same(models, case, layout):
+def test_the_update_equals_the_reference_on_sync_points(models, case, layout):
     (world, overrides), (names, choice) = LAYOUTS[layout], CASES[case]
     student, teacher = (models / name for name in names)
     overrides = (*choice, *overrides, f"batch.max_tokens_per_micro_batch={ROOM}")
@@ -93,7 +93,7 @@ def test_the_update_is_that_of_the_states_that_have_read_the_same(models, case, 
 
 @pytest.fixture(scope="module")
 def bridged(models):
-    """Folders of a student, of a deeper and wider teacher with another tokenizer, and of a bridge between them."""
+    """Return the folders of a student, a deeper and wider teacher with another tokenizer, and a bridge."""
     teacher, tokenizer = models / "wide", llama_3_tokenizer()
     sizes = {"num_hidden_layers": 6, "hidden_size": 96, "vocab_size": len(tokenizer)}
     tokenizer.save_pretrained(save(random_hf_model("Qwen2", 5, **sizes, eos_token_id=258), teacher))
@@ -101,7 +101,7 @@ def bridged(models):
 
 
 @pytest.mark.parametrize("layout", ["one", "tensor and sequence", "pipeline", "a teacher cut otherwise"])
-def test_a_bridge_joins_what_has_read_the_same(bridged, layout):
+def test_a_bridge_compares_states_at_sync_points(bridged, layout):
     student, teacher, bridge = bridged
     world, overrides = {**LAYOUTS, "a teacher cut otherwise": (2, ("teacher.parallel={tensor: 2}",))}[layout]
     overrides = (*overrides, f"loss.representation.bridge={bridge}", f"batch.max_tokens_per_micro_batch={ROOM}")
@@ -112,8 +112,8 @@ def test_a_bridge_joins_what_has_read_the_same(bridged, layout):
     assert 0 < update.metrics["align/coverage"] < 1
 
 
-def test_it_matters_which_tokens_are_compared(models):
-    """The reference itself: another pairing of the tokens gives another gradient."""
+def test_other_pairs_of_tokens_give_another_gradient(models):
+    """A check of the reference: it depends on the sync points."""
     student, teacher = models / "bytes", models / "llama_3"
     aligned = align_rollouts(aligner_of(student, teacher), spoken(student, teacher), ROOM)
     expected = reference_update(student, teacher, rollouts=aligned)
@@ -122,6 +122,6 @@ def test_it_matters_which_tokens_are_compared(models):
 
 
 def later(alignment):
-    """Each token of the student's with the teacher's token of the next sync point."""
+    """Return an alignment that pairs each student token with the teacher token of the next sync point."""
     student, teacher = alignment.student_positions, alignment.teacher_positions
     return dataclasses.replace(alignment, student_positions=student[:-1], teacher_positions=teacher[1:])

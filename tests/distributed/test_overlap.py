@@ -1,7 +1,7 @@
-"""What overlaps with other work is there when it is read. (That gradients are right: `test_layouts.py`.)
+"""Overlapped communication is complete before its results are used. (`test_layouts.py` checks the gradients.)
 
-Gathers of parameters are made as late as they can be: they do nothing until someone waits for them, so that whoever
-reads parameters without waiting reads those of the step before.
+Parameters are gathered as late as possible: nothing is gathered until someone waits, so that code that does not wait
+sees the parameters of the step before.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def late_gathers():
 
 @contextlib.contextmanager
 def counting_reductions():
-    """A list of whether each bucket's reduction had been started when its end was waited for."""
+    """Yield a list with True for each bucket whose reduction had started before the end of backward."""
     finish, started = BucketGroup.finish_grad_sync, []
 
     def count_and_finish(group, **options):
@@ -67,8 +67,7 @@ def counting_reductions():
 
 
 def parameters_after_steps(rank, case, student, teacher, overlap):
-    """Losses of three steps, the weights of this rank after them, and how many buckets of the last were not reduced
-    before backward was over."""
+    """Return the losses of three steps, this rank's weights, and the buckets that the last backward did not reduce."""
     rollouts = rollouts_of(case.rollouts)
     with small_buckets(), late_gathers():
         rate = f"optimizer.lr={0.1 * ADAM_EPSILON}"
@@ -77,13 +76,13 @@ def parameters_after_steps(rank, case, student, teacher, overlap):
         with counting_reductions() as started:
             losses.append(one_step(run, TrainState())[1]["loss"])
     wait_for_gather(run.student.ddp)
-    held = {name: parameter.detach().numpy() for name, parameter in named_parameters(run.student.stage).items()}
-    return losses, held, started.count(False)
+    weights = {name: parameter.detach().numpy() for name, parameter in named_parameters(run.student.stage).items()}
+    return losses, weights, started.count(False)
 
 
 # The second: how many buckets on each rank wait for no gradient, and are reduced at the end: that of an LM head.
 @pytest.mark.parametrize(("line", "at_the_end"), [("4 qwen3 tp2 sp reverse", 1), ("4 qwen2 pp2 vp2 tied 4of4 many", 0)])
-def test_adamw_with_overlap_takes_the_steps_of_one_without(line, at_the_end, tmp_path):
+def test_overlap_does_not_change_the_steps_of_adamw(line, at_the_end, tmp_path):
     case = parse(line)
     models = References(tmp_path).models(case)
     expected = run_distributed(case.world, parameters_after_steps, case, *models, ())
@@ -102,7 +101,7 @@ def train(rank, arguments, gathers=late_gathers):
         finish(run)
 
 
-# Who reads first after a step: of three steps the checkpoint, the evaluation and the health watch; then the export.
+# The first reader of the weights after each of three steps: checkpoint, evaluation, health watch; then the export.
 READERS = {
     "all": ("checkpoint.every=1", "evaluation.every=2", "health.every=3", "health.prompts=2", "checkpoint.keep=9"),
     "export": ("checkpoint.every=0",),
@@ -110,7 +109,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("readers", READERS)
-def test_whoever_reads_the_student_sees_what_the_optimizer_has_updated(readers, tmp_path):
+def test_every_reader_of_the_student_sees_the_updated_weights(readers, tmp_path):
     arguments = prompt_run(tmp_path, 3, *ADAMW, "optimizer.lr=0.01", *READERS[readers], num_hidden_layers=2)
     plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
     run_distributed(2, train, in_folder(arguments, plain))
@@ -127,7 +126,7 @@ def test_whoever_reads_the_student_sees_what_the_optimizer_has_updated(readers, 
         assert (overlapped / file.relative_to(plain)).read_bytes() == file.read_bytes(), file
 
 
-def test_a_replica_without_prompts_keeps_no_other_waiting(tmp_path):
+def test_a_replica_without_prompts_does_not_block_the_others(tmp_path):
     arguments = prompt_run(
         tmp_path, 2, *OVERLAP, "rollout.prompts_per_step=1", "checkpoint.every=0", num_hidden_layers=1
     )

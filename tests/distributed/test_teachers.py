@@ -1,4 +1,4 @@
-"""Each rollout is compared with its own teacher, and with what that teacher reads, in every layout."""
+"""Each rollout is compared with its own teacher, on that teacher's prompt, in every layout."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ OBJECTIVE = ("loss.output.objective=full_kl", "loss.output.chunk_tokens=3")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A student and two teachers, the second one deeper."""
+    """Return the folders of a student and two teachers. The second teacher has more layers."""
     folder = tmp_path_factory.mktemp("models")
     return [
         save(random_hf_model("Qwen3", seed, num_hidden_layers=4 + 2 * (seed == 2)), folder / str(seed))
@@ -26,7 +26,7 @@ def models(tmp_path_factory):
 
 
 def taught(first="math", second="code"):
-    """Rollouts of two sources, mixed."""
+    """Return rollouts of two data sources, alternating."""
     return [
         dataclasses.replace(rollout, data_source=first if number % 2 else second)
         for number, rollout in enumerate(some_rollouts(131))
@@ -34,7 +34,7 @@ def taught(first="math", second="code"):
 
 
 def with_hints():
-    """The teacher reads another prompt before some of the rollouts: a longer one, or a shorter."""
+    """Return rollouts of which some have a longer or shorter prompt for the teacher."""
     return [
         dataclasses.replace(
             rollout, teacher_prompt_ids=(7, *rollout.prompt_ids, 9, 11)[number:] if number % 3 else None
@@ -52,7 +52,7 @@ def _update(rank, student, teachers, overrides, rollouts):
 
 
 @pytest.mark.parametrize("layout", FEW_LAYOUTS)
-def test_every_rollout_has_its_own_teacher(models, layout):
+def test_every_rollout_is_compared_with_its_own_teacher(models, layout):
     world, overrides = FEW_LAYOUTS[layout]
     student, math, code = models
     teachers = {"math": math, "code": code}
@@ -65,7 +65,7 @@ def test_every_rollout_has_its_own_teacher(models, layout):
 
 
 @pytest.mark.parametrize("layout", FEW_LAYOUTS)
-def test_a_teacher_reads_its_own_prompts(models, layout):
+def test_the_teachers_states_come_after_its_own_prompts(models, layout):
     world, overrides = FEW_LAYOUTS[layout]
     student, teacher, _ = models
     expected = reference_update(student, teacher, *OBJECTIVE, rollouts=with_hints())

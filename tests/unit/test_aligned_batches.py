@@ -1,5 +1,5 @@
-"""A teacher with another tokenizer has micro-batches of its own tokens, in which every compared token has the number
-and the weight that it has in the student's."""
+"""A teacher with another tokenizer has micro-batches of its own tokens. Every compared token has the same number and
+weight as in the student's micro-batches."""
 
 import bisect
 import dataclasses
@@ -41,7 +41,7 @@ class Pair:
         )
 
     def rollouts(self, seed, count, room=ROOM):
-        """One is empty; all are short enough for the student, and some of the teacher's readings are cut."""
+        """Return random rollouts. One is empty, and the teacher's tokens of some are cut."""
         generator, rollouts = random.Random(seed), [Rollout((1,), (), (), "replay", teacher_prompt_ids=(2,))]
         while len(rollouts) < count:
             response = tuple(random_response(generator, self.tokenizers[0]))
@@ -58,27 +58,27 @@ def pair_of(tmp_path_factory):
     return functools.cache(lambda names: Pair(names, folders))
 
 
-def batches_of(whole, topology, teacher=None):
-    return whole.micro_batches(topology, teacher=teacher)
+def batches_of(global_batch, topology, teacher=None):
+    return global_batch.micro_batches(topology, teacher=teacher)
 
 
-def host_batches(whole, topology, teacher=None):
-    return [batch.host for batch in batches_of(whole, topology, teacher)]
+def host_batches(global_batch, topology, teacher=None):
+    return [batch.host for batch in batches_of(global_batch, topology, teacher)]
 
 
-def global_batch(rollouts, **representation):
+def make_batch(rollouts, **representation):
     loss = LossConfig(representation=RepresentationConfig(**representation))
     batch = BatchConfig(max_tokens_per_micro_batch=ROOM)
     return GlobalBatch(tuple(rollouts), (0,) * len(rollouts), loss, batch, tiny_spec())
 
 
 def compared(pair, rollout, mode, k, shift):
-    """Tokens of student and teacher whose states have read the same bytes, found by looking at every pair."""
+    """Return the (student token, teacher token) pairs whose states come after the same bytes, by brute force."""
     ended = rollout.response_ids[-1:] == (pair.eos,)
-    whole = pair.aligner.align(rollout.response_ids).teacher_ids
+    global_batch = pair.aligner.align(rollout.response_ids).teacher_ids
     said, read = (
         speller.prefixes(list(ids[: len(ids) - ended]))
-        for speller, ids in zip(pair.spellers, (rollout.response_ids, whole), strict=True)
+        for speller, ids in zip(pair.spellers, (rollout.response_ids, global_batch), strict=True)
     )
     states = {*brute_force(said, read), (-1, -1)} | ({(len(said), len(read))} if ended else set())
     room = ROOM - len(rollout.teacher_prompt_ids)
@@ -91,7 +91,7 @@ def test_every_compared_token_has_one_number_and_one_weight_in_both_models(names
     pair = pair_of(names)
     for seed, (mode, shift, aggregation) in enumerate(SETTINGS):
         rollouts = pair.rollouts(seed, 30)
-        whole = global_batch(rollouts, positions=mode, k=4, shift=shift, aggregation=aggregation)
+        global_batch = make_batch(rollouts, positions=mode, k=4, shift=shift, aggregation=aggregation)
         per_rollout = [compared(pair, rollout, mode, 4, shift) for rollout in rollouts]
         sequences, total = sum(map(bool, per_rollout)), sum(map(len, per_rollout))
         assert 0 < sequences < len(rollouts) and total >= 10
@@ -103,16 +103,16 @@ def test_every_compared_token_has_one_number_and_one_weight_in_both_models(names
                 teacher = len(rollouts[number].teacher_prompt_ids) + u + shift
                 expected.append((number, (student, teacher), weight, rollouts[number].response_ids[t]))
         for layout in LAYOUTS:
-            assert_as_expected(whole, layout, expected)
+            assert_as_expected(global_batch, layout, expected)
 
 
-def assert_as_expected(whole, layout, expected):
+def assert_as_expected(global_batch, layout, expected):
     for side, teacher in enumerate((None, 0)):
-        readings = [teacher_view(rollout) if side else rollout for rollout in whole.rollouts]
+        readings = [teacher_view(rollout) if side else rollout for rollout in global_batch.rollouts]
         found = []
         for topology in ranks(*layout):
-            for batch in batches_of(whole, topology, teacher):
-                held = [
+            for batch in batches_of(global_batch, topology, teacher):
+                hidden_rows = [
                     values.chunk(layout[2])[topology.tensor_rank] if layout[2] > 1 else values
                     for values in (batch.tokens, batch.position_ids, batch.lengths)
                 ]
@@ -127,7 +127,7 @@ def assert_as_expected(whole, layout, expected):
                     rollout, places, expected_weight, sampled = expected[number]
                     ids = readings[rollout].prompt_ids + readings[rollout].response_ids
                     where = (ids[places[side]], places[side], len(ids))
-                    assert tuple(int(values[row]) for values in held) == where
+                    assert tuple(int(values[row]) for values in hidden_rows) == where
                     assert weight == pytest.approx(expected_weight, rel=1e-12) and token == sampled
                     found.append(number)
         assert sorted(found) == list(range(len(expected)))
@@ -135,29 +135,35 @@ def assert_as_expected(whole, layout, expected):
 
 @pytest.mark.parametrize("shift", [0, -1])
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
-def test_the_states_in_one_row_of_both_models_have_read_the_same_bytes(names, shift, pair_of):
-    """Read from nothing but the tokens of the micro-batches."""
+def test_states_with_the_same_number_come_after_the_same_bytes(names, shift, pair_of):
+    """The texts are decoded from the tokens of the micro-batches alone."""
     pair = pair_of(names)
     rollouts = pair.rollouts(f"{shift}", 300)
-    whole, (topology,) = global_batch(rollouts, positions="all", shift=shift), ranks(1, 1, 1)
+    global_batch, (topology,) = make_batch(rollouts, positions="all", shift=shift), ranks(1, 1, 1)
     prompts = {rollout.prompt_ids + rollout.response_ids: rollout for rollout in rollouts}
     number = 0
-    for mine, of_teacher in zip(*(host_batches(whole, topology, teacher) for teacher in (None, 0)), strict=True):
-        assert max(mine.num_tokens, of_teacher.num_tokens) <= ROOM
-        assert mine.representation.token_numbers.tolist() == of_teacher.representation.token_numbers.tolist()
-        assert mine.representation.weights.tolist() == of_teacher.representation.weights.tolist()
-        bounds = [batch.bounds for batch in (mine, of_teacher)]
+    for of_student, of_teacher in zip(
+        *(host_batches(global_batch, topology, teacher) for teacher in (None, 0)), strict=True
+    ):
+        assert max(of_student.num_tokens, of_teacher.num_tokens) <= ROOM
+        assert of_student.representation.token_numbers.tolist() == of_teacher.representation.token_numbers.tolist()
+        assert of_student.representation.weights.tolist() == of_teacher.representation.weights.tolist()
+        bounds = [batch.bounds for batch in (of_student, of_teacher)]
         for rows in zip(
-            mine.representation.selected.tolist(), of_teacher.representation.selected.tolist(), strict=True
+            of_student.representation.selected.tolist(), of_teacher.representation.selected.tolist(), strict=True
         ):
             places = [bisect.bisect(ends, row) - 1 for ends, row in zip(bounds, rows, strict=True)]
             assert places[0] == places[1]
             start, end = bounds[0][places[0] : places[0] + 2]
-            rollout = prompts[tuple(mine.tokens[start:end].tolist())]
+            rollout = prompts[tuple(of_student.tokens[start:end].tolist())]
             said, read = (
                 batch.tokens[starts[places[0]] : row + 1].tolist()[len(prompt) :]
                 for batch, starts, row, prompt in zip(
-                    (mine, of_teacher), bounds, rows, (rollout.prompt_ids, rollout.teacher_prompt_ids), strict=True
+                    (of_student, of_teacher),
+                    bounds,
+                    rows,
+                    (rollout.prompt_ids, rollout.teacher_prompt_ids),
+                    strict=True,
                 )
             )
             assert (len(said) == len(rollout.response_ids) and said[-1:] == [pair.eos]) == (
@@ -166,11 +172,11 @@ def test_the_states_in_one_row_of_both_models_have_read_the_same_bytes(names, sh
             spelled = [speller.prefixes(ids) for speller, ids in zip(pair.spellers, (said, read), strict=True)]
             assert (spelled[0] or [b""])[-1] == (spelled[1] or [b""])[-1]
             number += 1
-    assert number == whole.representation.counts.tokens > 300
+    assert number == global_batch.representation.counts.tokens > 300
 
 
 @pytest.mark.parametrize("shift", [0, -1])
-def test_with_one_tokenizer_every_tensor_is_that_of_the_plain_path(shift, pair_of):
+def test_with_the_same_tokenizer_every_tensor_equals_that_without_alignment(shift, pair_of):
     tokenizer = pair_of(("bytes", "qwen")).tokenizers[0]
     rollouts = [
         dataclasses.replace(one, alignment=None) for one in pair_of(("bytes", "qwen")).rollouts(0, 40, ROOM - 9)
@@ -179,15 +185,15 @@ def test_with_one_tokenizer_every_tensor_is_that_of_the_plain_path(shift, pair_o
     aligned = align_rollouts(aligner, rollouts, ROOM)
     assert [max_num_tokens(one) for one in aligned] == [max_num_tokens(one) for one in rollouts]
     settings = {"positions": "last_k", "k": 4, "shift": shift}
-    plain, whole = global_batch(rollouts, **settings), global_batch(aligned, **settings)
+    plain, global_batch = make_batch(rollouts, **settings), make_batch(aligned, **settings)
     for layout in LAYOUTS:
         for topology, teacher in itertools.product(ranks(*layout), (None, 0)):
-            pairs = zip(batches_of(plain, topology, teacher), batches_of(whole, topology, teacher), strict=True)
+            pairs = zip(batches_of(plain, topology, teacher), batches_of(global_batch, topology, teacher), strict=True)
             for expected, actual in pairs:
                 assert_equal(expected, actual)
-    extra = {key: value for key, value in whole.metrics().items() if key not in plain.metrics()}
+    extra = {key: value for key, value in global_batch.metrics().items() if key not in plain.metrics()}
     assert extra["align/coverage"] == 1 and extra["align/no_sync"] == extra["align/teacher_tokens_cut"] == 0
-    assert plain.metrics().items() <= whole.metrics().items()
+    assert plain.metrics().items() <= global_batch.metrics().items()
 
 
 def assert_equal(expected, actual):
@@ -203,8 +209,8 @@ def assert_equal(expected, actual):
             assert first == second
 
 
-def test_the_metrics_count_what_can_be_compared(pair_of):
-    """`ab12` in bytes against pieces of one byte; the second response has nothing at which both have read the same."""
+def test_the_metrics_count_comparable_tokens(pair_of):
+    """Every teacher token ends at a sync point of the first response. The second response has no sync point."""
     pair = pair_of(("bytes", "llama_3"))
     student = pair.tokenizers[0]
     said = [student("the 2024", add_special_tokens=False)["input_ids"], [256, 257], []]
@@ -212,24 +218,24 @@ def test_the_metrics_count_what_can_be_compared(pair_of):
     reading = pair.tokenizers[1]("the 2024", add_special_tokens=False)["input_ids"]
     assert len(reading) < len(said[0])
     points = len(reading)  # bytes are read one by one: every token of the teacher ends with one
-    found = global_batch(align_rollouts(pair.aligner, rollouts, ROOM), positions="all").metrics()
+    found = make_batch(align_rollouts(pair.aligner, rollouts, ROOM), positions="all").metrics()
     assert found["align/coverage"] == points / (len(said[0]) + 2)
     assert found["align/teacher_tokens"] == len(reading) / 3
     assert found["align/teacher_tokens_cut"] == 0
     assert found["align/no_sync"] == 1
     assert found["rep/num_tokens"] == points
-    cut = global_batch(align_rollouts(pair.aligner, rollouts, 2 + 1), positions="all").metrics()
+    cut = make_batch(align_rollouts(pair.aligner, rollouts, 2 + 1), positions="all").metrics()
     assert cut["align/teacher_tokens_cut"] == len(reading) - 1
     assert cut["align/coverage"] == 1 / (len(said[0]) + 2)
-    last = global_batch(align_rollouts(pair.aligner, rollouts, 2 + 1), positions="last").metrics()
+    last = make_batch(align_rollouts(pair.aligner, rollouts, 2 + 1), positions="last").metrics()
     assert (last["align/coverage"], last["align/no_sync"]) == (0, 2)
-    assert global_batch(align_rollouts(pair.aligner, rollouts[2:], ROOM)).metrics()["align/coverage"] == 1
+    assert make_batch(align_rollouts(pair.aligner, rollouts[2:], ROOM)).metrics()["align/coverage"] == 1
 
 
-def test_a_step_without_a_single_point_is_a_step_of_padding(pair_of):
+def test_a_step_without_sync_points_has_only_padding(pair_of):
     pair, (topology,) = pair_of(("bytes", "llama_3")), ranks(1, 1, 1)
     rollouts = [Rollout((1,), (256,), (1,), "replay", teacher_prompt_ids=(2,))] * 3
-    whole = global_batch(align_rollouts(pair.aligner, rollouts, ROOM))
+    global_batch = make_batch(align_rollouts(pair.aligner, rollouts, ROOM))
     for teacher in (None, 0):
-        (batch,) = batches_of(whole, topology, teacher)
+        (batch,) = batches_of(global_batch, topology, teacher)
         assert len(batch.representation) == 0

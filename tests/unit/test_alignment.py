@@ -1,5 +1,5 @@
-"""Across tokenizers, the teacher reads the student's bytes, and the two are compared exactly where both have read the
-same ones."""
+"""A teacher with another tokenizer gets the student's bytes, and the sync points are exactly the tokens that end after
+the same bytes."""
 
 import functools
 import random
@@ -49,7 +49,7 @@ def spellers(tokenizers, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-def test_sync_points_are_exactly_where_both_have_read_the_same_bytes(student, teacher, tokenizers, aligners, spellers):
+def test_sync_points_are_the_tokens_that_end_after_the_same_bytes(student, teacher, tokenizers, aligners, spellers):
     generator = random.Random(f"{student} {teacher}")
     aligner, eos = aligners(student, teacher), tokenizers(student).eos_token_id
     for _ in range(2000):
@@ -66,13 +66,13 @@ def test_sync_points_are_exactly_where_both_have_read_the_same_bytes(student, te
         assert alignment.coverage == (len(pairs) / len(response) if response else 1)
         if ended:
             assert alignment.teacher_ids[-1] == end_of_turn_id(tokenizers(teacher))
-        _decodes_alike(
+        _decoded_text_is_equal(
             generator, pairs[: len(pairs) - ended], said, text_ids, teacher_ids, student, teacher, tokenizers
         )
 
 
-def _decodes_alike(generator, pairs, said, text_ids, teacher_ids, student, teacher, tokenizers):
-    """At one of the pairs, with the decoders of both tokenizers; they agree on how to show valid UTF-8 alone."""
+def _decoded_text_is_equal(generator, pairs, said, text_ids, teacher_ids, student, teacher, tokenizers):
+    """Compare the decoded texts at one of the pairs. The two decoders agree on valid UTF-8 only."""
     if not pairs:
         return
     t, u = generator.choice(pairs)
@@ -86,7 +86,7 @@ def _decodes_alike(generator, pairs, said, text_ids, teacher_ids, student, teach
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_bytes_come_back_from_their_tokens(name, aligners):
+def test_tokens_of_any_bytes_have_these_bytes(name, aligners):
     student = "phi_4_mini" if name != "phi_4_mini" else "llama_3"
     encoder, generator = aligners(student, name).teacher, random.Random(name)
     for _ in range(500):
@@ -99,7 +99,7 @@ TEXTS = ["Hello world", "x = 12345 + 1", "由此可得 😀", "def f(x):\n    re
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_teacher_reads_a_text_as_its_own_tokenizer_cuts_it(name, text, tokenizers, aligners):
+def test_the_encoder_returns_the_ids_of_the_tokenizer(name, text, tokenizers, aligners):
     tokenizer, student = tokenizers(name), "phi_4_mini" if name != "phi_4_mini" else "llama_3"
     alignment = aligners(student, name).align(ids_of(tokenizers(student), text))
     assert list(alignment.teacher_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -113,7 +113,7 @@ def pairs_of(alignment):
     return list(zip(alignment.student_positions, alignment.teacher_positions, strict=True))
 
 
-def test_pieces_that_split_a_character_meet_at_equal_bytes(tokenizers, aligners):
+def test_tokens_that_split_a_character_have_sync_points_at_equal_bytes(tokenizers, aligners):
     llama_2, phi = tokenizers("llama_2"), tokenizers("phi_4_mini")
     by_bytes = pieces_of(llama_2, "▁", "<0xE9>", "<0xBE>", "<0x98>", "<0x31>", "<0x32>")  # 龘12
     alignment = aligners("llama_2", "qwen").align(by_bytes)
@@ -125,7 +125,7 @@ def test_pieces_that_split_a_character_meet_at_equal_bytes(tokenizers, aligners)
     assert pairs_of(aligners("phi_4_mini", "llama_2").align(ids_of(phi, "龘"))) == [(0, 1), (1, 2), (2, 3)]
 
 
-def test_bytes_that_are_no_text_do_not_cost_what_follows(tokenizers, aligners):
+def test_invalid_utf8_does_not_remove_later_sync_points(tokenizers, aligners):
     phi, gemma = tokenizers("phi_4_mini"), tokenizers("gemma")
     cut = ids_of(phi, "x 龘")[:-1]  # two of its three bytes
     assert pairs_of(aligners("phi_4_mini", "gemma").align(cut))[-1][0] == len(cut) - 1
@@ -135,7 +135,7 @@ def test_bytes_that_are_no_text_do_not_cost_what_follows(tokenizers, aligners):
     assert alignment.student_positions[-1] == alignment.student_tokens - 1
 
 
-def test_composed_and_other_forms_are_read_as_the_student_wrote_them(tokenizers, aligners):
+def test_unicode_is_not_normalised(tokenizers, aligners):
     text = "e\u0301 \u2126 \u212b x"  # Qwen's tokenizer writes each as another character
     ids = ids_of(tokenizers("llama_3"), text)
     alignment = aligners("llama_3", "qwen").align(ids)
@@ -143,7 +143,7 @@ def test_composed_and_other_forms_are_read_as_the_student_wrote_them(tokenizers,
     assert alignment.student_positions[-1] == len(ids) - 1
 
 
-def test_the_end_of_turn_follows_an_eos_and_nothing_else(tokenizers, aligners):
+def test_only_an_eos_becomes_the_end_of_turn(tokenizers, aligners):
     llama, phi = tokenizers("llama_3"), tokenizers("phi_4_mini")
     aligner, text, eos, end = aligners("llama_3", "phi_4_mini"), ids_of(llama, "Hello 12"), llama.eos_token_id, 1501
     assert phi.convert_ids_to_tokens(end) == "<|end|>"
@@ -168,7 +168,7 @@ def test_an_empty_response_has_no_sync_points(aligners):
         assert (alignment.teacher_ids, alignment.student_positions, alignment.coverage) == ((), (), 1.0)
 
 
-def test_one_tokenizer_keeps_the_sampled_ids_and_every_position(tmp_path):
+def test_the_same_tokenizer_keeps_the_sampled_ids_and_every_position(tmp_path):
     tokenizer = vocabularies.llama_3_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     again = PreTrainedTokenizerFast.from_pretrained(tmp_path)
@@ -183,12 +183,12 @@ def test_one_tokenizer_keeps_the_sampled_ids_and_every_position(tmp_path):
     assert (cut.teacher_ids, cut.student_positions) == (tuple(never_encoded[:4]), (0, 1, 2, 3))
 
 
-def test_one_tokenizer_of_any_kind_goes_with_itself():
+def test_a_tokenizer_of_any_kind_is_aligned_with_itself():
     aligner = make_aligner(build_tokenizer(), build_tokenizer(), student_eos_ids=[1], teacher_end_of_turn_id=1)
     assert aligner.align([5, 6, 1]).teacher_ids == (5, 6, 1)
 
 
-def test_special_tokens_are_no_text_and_their_text_is_no_special_token(tokenizers, aligners):
+def test_special_tokens_have_no_bytes_and_their_text_is_ordinary_text(tokenizers, aligners):
     llama, phi = tokenizers("llama_3"), tokenizers("phi_4_mini")
     text = [*ids_of(llama, "a"), 1002, 1003, UNKNOWN_ID, *ids_of(llama, " b")]
     alignment = aligners("llama_3", "phi_4_mini").align(text)
@@ -200,7 +200,7 @@ def test_special_tokens_are_no_text_and_their_text_is_no_special_token(tokenizer
     assert not {1500, 1501, 1502, 1503} & set(spelled.teacher_ids)
 
 
-def test_an_ordinary_added_token_is_the_teachers_own_and_takes_no_spaces_with_it(tokenizers, aligners):
+def test_an_added_token_of_the_teacher_is_used_and_keeps_the_spaces_around_it(tokenizers, aligners):
     phi = tokenizers("phi_4_mini")
     alignment = aligners("qwen", "phi_4_mini").align(ids_of(tokenizers("qwen"), "a <think> b"))
     assert phi.convert_tokens_to_ids("<think>") in alignment.teacher_ids
@@ -222,28 +222,28 @@ def test_the_leading_space_of_sentencepiece_is_not_in_the_text(text, tokenizers,
         assert back.student_positions[-1] == back.student_tokens - 1
 
 
-def test_old_and_new_files_of_a_sentencepiece_model_spell_alike(tokenizers):
+def test_old_and_new_files_of_a_sentencepiece_model_give_the_same_bytes(tokenizers):
     new, old = tokenizers("llama_2"), tokenizers("legacy_llama_2")
     assert token_bytes(new) == token_bytes(old)
     assert byte_encoder(new).encode(b" a  \xff b") == byte_encoder(old).encode(b" a  \xff b")
 
 
-def test_what_the_teacher_has_no_room_for_is_cut_with_its_sync_points(tokenizers, aligners):
+def test_tokens_beyond_the_teachers_limit_are_cut_with_their_sync_points(tokenizers, aligners):
     aligner, llama = aligners("llama_3", "phi_4_mini"), tokenizers("llama_3")
     response = [*ids_of(llama, "x = 1234 + 5678 = 6912, naïve 龘"), llama.eos_token_id]
-    whole = aligner.align(response)
-    length = len(whole.teacher_ids)
-    assert aligner.align(response, prompt_tokens=7, max_tokens=7 + length) == whole
+    complete = aligner.align(response)
+    length = len(complete.teacher_ids)
+    assert aligner.align(response, prompt_tokens=7, max_tokens=7 + length) == complete
     for room in range(length):
         cut = aligner.align(response, prompt_tokens=7, max_tokens=7 + room)
-        assert cut.teacher_ids == whole.teacher_ids[:room]
+        assert cut.teacher_ids == complete.teacher_ids[:room]
         assert cut.teacher_tokens_cut == length - room
-        assert pairs_of(cut) == [(t, u) for t, u in pairs_of(whole) if u < room]
+        assert pairs_of(cut) == [(t, u) for t, u in pairs_of(complete) if u < room]
         assert cut.student_tokens == len(response)
     assert aligner.align(response, prompt_tokens=9, max_tokens=7).teacher_ids == ()
 
 
-def test_positions_are_chosen_first_and_met_with_the_sync_points_then(tokenizers, aligners):
+def test_positions_are_selected_before_sync_points_are_considered(tokenizers, aligners):
     ids = ids_of(tokenizers("qwen"), "x = 1234 + 5678")
     alignment = aligners("qwen", "llama_3").align(ids)
     assert len(pairs_of(alignment)) < len(ids)
@@ -257,27 +257,25 @@ def test_positions_are_chosen_first_and_met_with_the_sync_points_then(tokenizers
 
 @pytest.mark.parametrize("shift", [0, -1])
 @pytest.mark.parametrize(("student", "teacher"), [("qwen", "llama_3"), ("llama_2", "qwen"), ("bytes", "gemma")])
-def test_states_are_compared_where_both_have_read_the_same_bytes_up_to_them(
-    student, teacher, shift, tokenizers, aligners, spellers
-):
-    """The state `shift` tokens from a token has read those before it too; before the first token it has read none."""
+def test_compared_states_are_those_after_the_same_bytes(student, teacher, shift, tokenizers, aligners, spellers):
+    """With shift -1 the compared state is that of the preceding token; before the first token no byte has been read."""
     generator, aligner, eos = random.Random(shift), aligners(student, teacher), tokenizers(student).eos_token_id
     nothing_yet, ends = 0, 0
     for _ in range(500):
         response = random_response(generator, tokenizers(student))
         room = generator.choice([None, 0, 1, 4])
         alignment = aligner.align(response, max_tokens=room)
-        whole = aligner.align(response)
+        complete = aligner.align(response)
         ended = response[-1:] == [eos]
         said = spellers(student).prefixes(response[: len(response) - ended])
-        read = spellers(teacher).prefixes(list(whole.teacher_ids[: len(whole.teacher_ids) - ended]))
+        read = spellers(teacher).prefixes(list(complete.teacher_ids[: len(complete.teacher_ids) - ended]))
         comparable = {*brute_force(said, read), (-1, -1)} | ({(len(said), len(read))} if ended else set())
         positions = sorted(generator.sample(range(len(response)), generator.randint(0, len(response))))
         last_state = len(alignment.teacher_ids) - 1
         expected = [
             (t, u)
             for t in positions
-            for u in range(len(whole.teacher_ids) + 2)
+            for u in range(len(complete.teacher_ids) + 2)
             if (t + shift, u + shift) in comparable and u + shift <= last_state
         ]
         assert list(zip(*alignment.comparable(positions, shift), strict=True)) == expected, response
@@ -286,14 +284,14 @@ def test_states_are_compared_where_both_have_read_the_same_bytes_up_to_them(
     assert nothing_yet and bool(ends) == (shift == -1), "the edges are among the cases"
 
 
-def test_texts_that_differ_have_no_sync_point_beyond():
+def test_there_is_no_sync_point_after_the_first_different_byte():
     ends = np.array([1, 2, 2, 4, 5])
     assert [each.tolist() for each in sync_points(b"abcde", ends, b"abcde", np.array([0, 2, 5]))] == [[1, 4], [1, 2]]
     assert [each.tolist() for each in sync_points(b"abcde", ends, b"abXde", np.array([0, 2, 5]))] == [[1], [1]]
     assert [each.tolist() for each in sync_points(b"abcde", ends, b"", np.array([], np.int64))] == [[], []]
 
 
-def test_a_teacher_that_cannot_say_a_character_is_compared_up_to_it():
+def test_sync_points_end_before_a_character_that_the_teacher_lacks():
     poor = Tokenizer(models.BPE({character: index for index, character in enumerate("abcĠ")}, []))
     poor.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
     poor.decoder = decoders.ByteLevel()
@@ -306,7 +304,7 @@ def test_a_teacher_that_cannot_say_a_character_is_compared_up_to_it():
         assert pairs_of(alignment) == [(t, t) for t in range(points)] + [(5, 5)] * (rest == "c a")
 
 
-def test_limits_saved_with_a_tokenizer_do_not_cut_a_response(tokenizers):
+def test_a_truncation_setting_of_the_tokenizer_does_not_cut_a_response(tokenizers):
     teacher = vocabularies.llama_3_tokenizer()
     teacher.backend_tokenizer.enable_truncation(4)
     teacher.backend_tokenizer.enable_padding(length=50)
@@ -324,7 +322,7 @@ def other_kinds():
 
 
 @pytest.mark.parametrize("other", other_kinds())
-def test_other_kinds_are_refused_in_one_line_that_names_the_folder(other, tmp_path):
+def test_other_kinds_of_tokenizer_raise_an_error_that_names_the_folder(other, tmp_path):
     other.save_pretrained(tmp_path)
     other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for pair in ((other, byte_tokenizer()), (byte_tokenizer(), other)):
@@ -338,12 +336,12 @@ def test_other_kinds_are_refused_in_one_line_that_names_the_folder(other, tmp_pa
     ("name", "token"),
     [("llama_3", "<|eot_id|>"), ("phi_4_mini", "<|end|>"), ("llama_2", "</s>"), ("gemma", "</s>")],
 )
-def test_the_end_of_a_turn_is_what_the_chat_template_writes(name, token, tokenizers):
+def test_the_end_of_turn_is_the_token_that_the_chat_template_writes(name, token, tokenizers):
     tokenizer = tokenizers(name)
     assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == token
 
 
-def test_without_a_template_that_ends_a_turn_it_is_the_eos():
+def test_without_a_chat_template_the_end_of_turn_is_the_eos():
     tokenizer = byte_tokenizer(chat=CHAT_TEMPLATE)
     tokenizer.eos_token = "<|endoftext|>"
     assert end_of_turn_id(tokenizer) == 258  # <|im_end|>

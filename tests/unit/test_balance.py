@@ -1,4 +1,4 @@
-"""Sequences go to ranks and micro-batches by their cost; none is lost, none does not fit."""
+"""Sequences are assigned to ranks and micro-batches by cost. None is lost, and no micro-batch is too long."""
 
 import itertools
 import random
@@ -23,7 +23,7 @@ def lengths_of(seed, count, longest=16000):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(("ranks", "count", "multiple"), [(1, 7, 1), (2, 3, 2), (4, 16, 1), (8, 5, 4), (3, 0, 2)])
 @pytest.mark.parametrize("packing", [True, False])
-def test_every_sequence_goes_to_one_micro_batch_with_room(seed, ranks, count, multiple, packing):
+def test_every_sequence_is_in_one_micro_batch_with_room(seed, ranks, count, multiple, packing):
     lengths = lengths_of(seed, count)
     shares = assign(lengths, lengths, ranks, 16000, multiple=multiple, packing=packing)
     batches = list(itertools.chain(*shares))
@@ -34,7 +34,7 @@ def test_every_sequence_goes_to_one_micro_batch_with_room(seed, ranks, count, mu
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_ranks_share_the_cost_and_not_the_tokens(seed):
+def test_cost_is_balanced_over_ranks_and_not_tokens(seed):
     lengths = lengths_of(seed, 128)
     costs = [sequence_cost(length, SPEC) for length in lengths]
     loads = [sum(costs[i] for i in itertools.chain(*share)) for share in assign(lengths, costs, 8, 32768)]
@@ -42,19 +42,19 @@ def test_ranks_share_the_cost_and_not_the_tokens(seed):
     assert max(loads) / min(loads) < 1.05 < max(contiguous) / min(contiguous)
 
 
-def test_attention_makes_a_long_sequence_dearer_than_its_tokens():
+def test_cost_grows_faster_than_the_length():
     ratio = sequence_cost(32768, SPEC) / (32 * sequence_cost(1024, SPEC))
     # Per block and token: 2048 * (2*2048 + 2*1024 + 3*6144) multiply-adds in the matrices, 2048 * tokens in attention.
     matrices = 2048 * (2 * 2048 + 2 * 1024 + 3 * 6144)
     assert ratio == pytest.approx((matrices + 2048 * 32768) / (matrices + 2048 * 1024))
 
 
-def test_a_sequence_that_does_not_fit_is_named():
+def test_a_sequence_that_does_not_fit_raises_an_error():
     with pytest.raises(UserError, match="max_tokens_per_micro_batch=4 is less than a rollout of 9 tokens"):
         assign([3, 9], [3, 9], 2, 4)
 
 
-def test_micro_batches_that_cannot_be_balanced_are_filled_first_fit():
+def test_first_fit_is_used_if_balancing_needs_too_many_micro_batches():
     # By cost the two long ones would take the room that the three others need.
     lengths = [6, 5, 5, 4, 4, 4, 2]
     shares = assign(lengths, [1.0] * 7, 1, 10)

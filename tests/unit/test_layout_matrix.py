@@ -32,18 +32,18 @@ def test_there_are_many_cases_of_different_names_on_up_to_eight_ranks():
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_every_feature_stands_alone_with_no_more_than_it_needs(feature):
+def test_every_feature_has_a_case_without_other_features(feature):
     assert any(case.features == {feature, *COMPANIONS.get(feature, ())} for case in MATRIX)
 
 
 @pytest.mark.parametrize("cases", [MATRIX, covering()], ids=["matrix", "covering"])
-def test_every_pair_of_features_that_can_stand_together_does(cases):
+def test_every_possible_pair_of_features_has_a_case(cases):
     covered_pairs = set().union(*map(covered, cases))
     assert [sorted(pair) for pair in pairs() if pair not in covered_pairs] == []
 
 
 @pytest.mark.parametrize("cases", [MATRIX, covering()], ids=["matrix", "covering"])
-def test_every_feature_is_there_for_every_family(cases):
+def test_every_feature_has_a_case_in_every_family(cases):
     for feature, family in itertools.product(FEATURES, FAMILIES.values()):
         present = any(feature in case.features and case.family == family for case in cases)
         if family in LIKE_ANOTHER:
@@ -52,7 +52,7 @@ def test_every_feature_is_there_for_every_family(cases):
             assert present == (feature != "expert" or family == "Qwen3Moe"), (feature, family)
 
 
-def test_pairs_that_cannot_be_are_not_there():
+def test_impossible_pairs_have_no_case():
     assert all(len(pair) == 2 and pair <= set(FEATURES) for pair in pairs_that_cannot_be())
     assert len(pairs()) + len(pairs_that_cannot_be()) == len(FEATURES) * (len(FEATURES) - 1) // 2
     for case in MATRIX:

@@ -1,4 +1,4 @@
-"""What FP8 wants of a rank's tokens: padded to a multiple, by what no loss reads and no scale notices."""
+"""Under FP8 the tokens of a rank are padded to a multiple. Padding is in no loss and changes no FP8 scale."""
 
 import random
 
@@ -29,7 +29,7 @@ def micro_batches(seed, pad_tokens, topology):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("multiple", [16, 24, 128])
-def test_every_rank_has_a_multiple(multiple, layout):
+def test_the_tokens_of_every_rank_are_a_multiple(multiple, layout):
     for seed in SEEDS:
         for topology in ranks(*layout):
             for batch in micro_batches(seed, multiple, topology):
@@ -39,22 +39,22 @@ def test_every_rank_has_a_multiple(multiple, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_the_loss_reads_the_same_tokens_with_the_same_weights(layout):
+def test_padding_is_never_in_the_loss(layout):
     for seed in SEEDS:
         padded, plain = {}, {}
         for topology in ranks(*layout):
             for read, multiple in ((padded, 16), (plain, 1)):
                 for batch in micro_batches(seed, multiple, topology):
                     chosen = batch.host.representation
-                    held = batch.tokens.chunk(layout[2])[topology.tensor_rank]
-                    assert torch.equal(held[chosen.selected], chosen.token_ids)
+                    hidden_rows = batch.tokens.chunk(layout[2])[topology.tensor_rank]
+                    assert torch.equal(hidden_rows[chosen.selected], chosen.token_ids)
                     for row, token, weight in zip(chosen.token_numbers, chosen.token_ids, chosen.weights, strict=True):
                         assert int(row) not in read
                         read[int(row)] = int(token), float(weight)
         assert padded == plain and sorted(plain) == list(range(len(plain)))
 
 
-def test_padding_reads_as_the_micro_batch_begins():
+def test_padding_repeats_the_first_tokens_of_the_micro_batch():
     (topology,) = ranks(1, 1, 1)
     seen = 0
     for seed in SEEDS:

@@ -45,7 +45,7 @@ def user(content: str) -> list[dict[str, str]]:
 # Rendering
 
 
-def test_a_string_is_one_user_turn_under_a_chat_template_and_itself_without(tmp_path):
+def test_a_string_is_one_user_message_for_a_chat_template_and_unchanged_without(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "2+2?"}, {"prompt": user("2+2?")}])
     assert texts(path, CHAT) == ["<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"] * 2
     assert texts(path, PLAIN) == ["2+2?"] * 2
@@ -117,13 +117,13 @@ def test_rows_that_fail_or_are_too_long_are_counted_and_the_others_keep_their_ro
     assert result.summary() == "7 rows: 3 kept, 1 too long, 3 not usable (first: row 1: no tool)"
 
 
-def test_nothing_left_is_an_error_with_the_counts(tmp_path):
+def test_an_error_with_all_counts_is_raised_if_no_prompt_is_left(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "too long"}, {"prompt": ""}])
     with pytest.raises(UserError, match=r"p\.jsonl: 2 rows: 0 kept, 1 too long, 1 not usable.*max_prompt_tokens=3"):
         load_prompts([path], PLAIN, config(max_prompt_tokens=3))
 
 
-def test_a_broken_template_is_told_as_the_reason(tmp_path):
+def test_the_error_of_a_chat_template_is_the_reason(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
     with pytest.raises(UserError, match="0 kept, 0 too long, 1 not usable") as caught:
         load_prompts([path], byte_tokenizer(chat="{% for %}"), config())
@@ -155,7 +155,7 @@ def test_the_instruction_is_added_on_request_and_automatically_to_graded_mathema
 
 @pytest.mark.parametrize("append", [True, "auto"])
 @pytest.mark.parametrize("prompt", ["2+2?" + INSTRUCTION, "Box it: \\boxed{{}}", user("2+2?" + INSTRUCTION)])
-def test_the_instruction_never_comes_twice(tmp_path, append, prompt):
+def test_the_instruction_is_never_added_twice(tmp_path, append, prompt):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": prompt, **GRADED}])
     content = prompt if isinstance(prompt, str) else prompt[0]["content"]
     assert texts(path, append_instruction=append) == [content]
@@ -232,7 +232,7 @@ GOOD = b'{"prompt": "a"}\n'
         (GOOD + b'{"prompt": "a", "reward_model": "4"}\n', "line 2: reward_model must be an object"),
     ],
 )
-def test_a_mistake_in_jsonl_is_one_line_that_names_file_and_line(tmp_path, content, message):
+def test_an_error_in_jsonl_names_file_and_line(tmp_path, content, message):
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -241,7 +241,7 @@ def test_a_mistake_in_jsonl_is_one_line_that_names_file_and_line(tmp_path, conte
     assert "\n" not in str(caught.value)
 
 
-def test_a_mistake_in_parquet_names_the_file_and_the_row(tmp_path):
+def test_an_error_in_parquet_names_the_file_and_the_row(tmp_path):
     with pytest.raises(UserError, match=r"a\.parquet, row 2: 'prompt' must be"):
         texts(write_parquet(tmp_path / "a.parquet", [{"prompt": "a"}, {"prompt": None}]))
     with pytest.raises(UserError, match=r"b\.parquet has no column 'prompt' .*it has: text, id"):
@@ -289,7 +289,7 @@ def teacher_config(**values) -> DataConfig:
 
 @pytest.mark.parametrize("write", [write_jsonl, write_parquet])
 @pytest.mark.parametrize("solved", ["2+2? It is 4.", user("2+2? It is 4.")])
-def test_the_teacher_reads_another_column_rendered_like_the_prompt(tmp_path, write, solved):
+def test_the_teachers_column_is_rendered_like_the_prompt(tmp_path, write, solved):
     tokenizer = byte_tokenizer(chat="{{ mood }}: {{ messages[0]['content'] }}<|im_end|>")
     path = write(tmp_path / "p", [{"prompt": "2+2?", "solved": solved, **GRADED}])
     values = {"chat_template_kwargs": {"mood": "calm"}}
@@ -352,8 +352,8 @@ def test_another_tokenizer_renders_the_same_row_with_its_own_template_and_ids(tm
     (plain,) = load_prompts([path], CHAT, config()).prompts
     (prompt,) = load_prompts([path], CHAT, config(), teacher_tokenizer=teacher).prompts
     assert (prompt.text, prompt.prompt_ids) == (plain.text, plain.prompt_ids)
-    asked = teacher.apply_chat_template(user(f"2+2?{INSTRUCTION}"), add_generation_prompt=True, tokenize=False)
-    assert prompt.teacher_prompt_ids == tuple(teacher(asked, add_special_tokens=False)["input_ids"])
+    teacher_text = teacher.apply_chat_template(user(f"2+2?{INSTRUCTION}"), add_generation_prompt=True, tokenize=False)
+    assert prompt.teacher_prompt_ids == tuple(teacher(teacher_text, add_special_tokens=False)["input_ids"])
     assert prompt.teacher_prompt_ids.count(teacher.bos_token_id) == 1
     (prompt,) = load_prompts([path], CHAT, teacher_config(), teacher_tokenizer=teacher).prompts
     assert f"2+2? It is 4.{INSTRUCTION}" in teacher.decode(prompt.teacher_prompt_ids)
@@ -448,7 +448,7 @@ TEN = [Prompt(index=i, prompt_ids=(i,)) for i in range(10)]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_each_epoch_takes_every_prompt_once_however_the_steps_are_cut(shuffle):
+def test_each_epoch_takes_every_prompt_once_for_any_step_size(shuffle):
     taken, state = take(TEN, PromptState(), 30, seed=5, shuffle=shuffle)
     assert state == PromptState(epoch=3, position=0)
     for epoch in range(3):
@@ -462,7 +462,7 @@ def test_each_epoch_takes_every_prompt_once_however_the_steps_are_cut(shuffle):
     assert indices(pieces) == indices(taken)
 
 
-def test_the_order_is_of_the_seed_and_the_epoch():
+def test_the_order_depends_on_seed_and_epoch_alone():
     order = {
         (seed, epoch): indices(take(TEN, PromptState(epoch, 0), 10, seed=seed, shuffle=True)[0])
         for seed in (0, 1)

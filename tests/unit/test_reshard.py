@@ -1,4 +1,4 @@
-"""Every wanted row of every layer is there already or arrives once, from near by, and no replica sends it all."""
+"""Every missing row of every layer arrives once, from a near rank, and replicas share the sending."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from megatron_oprd.parallel.reshard import Shard, Transfer, minimum_rows, moved_
 
 
 def layout(world, tensor=1, pipeline=1, context=1, *, rows=101, layers=(1, 2, 3, 4, 6, 7), later=0, seed=0, deal=True):
-    """Each rank's shard, ranks numbered as Megatron does: tensor fastest, then context, data and pipeline.
+    """Return the shard of each rank. Ranks are numbered as in Megatron: tensor fastest, then context, data, pipeline.
 
     Data-parallel replicas share all rows in an order of their own; `deal` says whether rows are dealt out at random or
     cut in order. Context-parallel ranks have the two slices of a zig-zag. Stages have consecutive layers, each but the
@@ -40,7 +40,7 @@ STUDENT = {"tensor": 2, "pipeline": 2, "later": 1}
 
 
 def random_shards(world, seed):
-    """Rows and layers at random, overlapping anyhow, but each (layer, row) that is wanted is held somewhere."""
+    """Return random rows and layers for each rank. Every (layer, row) that a rank needs is on some rank."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(items, share):
@@ -50,8 +50,10 @@ def random_shards(world, seed):
         rows = some(torch.randperm(60, generator=generator), share)
         return Shard(tuple(some(torch.arange(1, 6), 0.6).tolist()), rows)
 
-    held = [shard(0.4) for _ in range(world - 1)]
-    return [*held, Shard((1, 2, 3, 4, 5), torch.randperm(60, generator=generator))], [shard(0.5) for _ in range(world)]
+    available = [shard(0.4) for _ in range(world - 1)]
+    return [*available, Shard((1, 2, 3, 4, 5), torch.randperm(60, generator=generator))], [
+        shard(0.5) for _ in range(world)
+    ]
 
 
 CASES = {
@@ -69,15 +71,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("held", "wanted"), CASES.values(), ids=CASES)
-def test_what_is_not_there_arrives_exactly_once_from_a_rank_that_holds_it(held, wanted):
-    has = [{(layer, row) for layer in shard.layers for row in shard.rows.tolist()} for shard in held]
+@pytest.mark.parametrize(("available", "needed"), CASES.values(), ids=CASES)
+def test_every_missing_row_arrives_exactly_once_from_a_rank_that_has_it(available, needed):
+    has = [{(layer, row) for layer in shard.layers for row in shard.rows.tolist()} for shard in available]
     lacks = [
         {(layer, row) for layer in shard.layers for row in shard.rows.tolist()} - has[rank]
-        for rank, shard in enumerate(wanted)
+        for rank, shard in enumerate(needed)
     ]
-    arrived = [Counter() for _ in wanted]
-    transfers = plan_transfers(held, wanted)
+    arrived = [Counter() for _ in needed]
+    transfers = plan_transfers(available, needed)
     for transfer in transfers:
         assert transfer.source != transfer.target
         assert transfer.layers == tuple(sorted(set(transfer.layers)))
@@ -86,18 +88,18 @@ def test_what_is_not_there_arrives_exactly_once_from_a_rank_that_holds_it(held, 
         assert has[transfer.source].issuperset(pairs)
         arrived[transfer.target].update(pairs)
     assert arrived == [Counter(dict.fromkeys(pairs, 1)) for pairs in lacks]
-    assert minimum_rows(held, wanted) == sum(map(len, lacks)) == moved_bytes(transfers, 1)
+    assert minimum_rows(available, needed) == sum(map(len, lacks)) == moved_bytes(transfers, 1)
     assert moved_bytes(transfers, 96) == 96 * moved_bytes(transfers, 1)
     ways = [(transfer.source, transfer.target, transfer.layers) for transfer in transfers]
-    assert len(ways) == len(set(ways)), "one message would do for the rows of the same layers"
+    assert len(ways) == len(set(ways)), "rows of the same layers between two ranks must be one message"
 
 
-@pytest.mark.parametrize(("held", "wanted"), [CASES["random-1"], CASES["large"]])
-def test_equal_input_gives_an_equal_plan(held, wanted):
+@pytest.mark.parametrize(("available", "needed"), [CASES["random-1"], CASES["large"]])
+def test_equal_input_gives_an_equal_plan(available, needed):
     def copies(shards):
         return [Shard(tuple(shard.layers), shard.rows.clone()) for shard in shards]
 
-    first, second = plan_transfers(held, wanted), plan_transfers(copies(held), copies(wanted))
+    first, second = plan_transfers(available, needed), plan_transfers(copies(available), copies(needed))
     assert [(t.source, t.target, t.layers, t.rows.tolist()) for t in first] == [
         (t.source, t.target, t.layers, t.rows.tolist()) for t in second
     ]
@@ -105,30 +107,30 @@ def test_equal_input_gives_an_equal_plan(held, wanted):
 
 @pytest.mark.parametrize("parallel", [*TEACHERS.values(), {"context": 2, "tensor": 2}])
 def test_equal_layouts_move_nothing_whatever_the_order_of_rows(parallel):
-    held = layout(8, **parallel)
-    assert plan_transfers(held, held) == []
-    assert minimum_rows(held, held) == 0
-    assert plan_transfers(held, [Shard(shard.layers, shard.rows.flip(0)) for shard in held]) == []
+    available = layout(8, **parallel)
+    assert plan_transfers(available, available) == []
+    assert minimum_rows(available, available) == 0
+    assert plan_transfers(available, [Shard(shard.layers, shard.rows.flip(0)) for shard in available]) == []
 
 
-def test_a_teacher_that_is_whole_on_every_rank_moves_nothing():
+def test_nothing_moves_if_every_rank_has_all_states():
     assert plan_transfers(layout(4, tensor=4), layout(4, **STUDENT)) == []
 
 
 def test_a_stage_sends_all_its_layers_in_one_message():
     rows = torch.arange(10)
-    held = [Shard((1, 2), rows), Shard((3, 4), rows)]
-    wanted = [Shard((1, 2, 3, 4), rows.flip(0)), Shard((), rows)]
-    (transfer,) = plan_transfers(held, wanted)
+    available = [Shard((1, 2), rows), Shard((3, 4), rows)]
+    needed = [Shard((1, 2, 3, 4), rows.flip(0)), Shard((), rows)]
+    (transfer,) = plan_transfers(available, needed)
     assert (transfer.source, transfer.target, transfer.layers) == (1, 0, (3, 4))
     assert sorted(transfer.rows.tolist()) == rows.tolist()
 
 
 def test_replicas_share_the_sending():
     rows, nothing = torch.arange(12), torch.arange(0)
-    held = [Shard((1, 2), rows)] * 4 + [Shard((1, 2), nothing)] * 4
-    wanted = [Shard((1, 2), nothing)] * 4 + [Shard((1, 2), rows)] * 4
-    assert sorted(t.source for t in plan_transfers(held, wanted)) == [0, 1, 2, 3]
+    available = [Shard((1, 2), rows)] * 4 + [Shard((1, 2), nothing)] * 4
+    needed = [Shard((1, 2), nothing)] * 4 + [Shard((1, 2), rows)] * 4
+    assert sorted(t.source for t in plan_transfers(available, needed)) == [0, 1, 2, 3]
     # Each of two replicas of eight lacks what the other has.
     sent = Counter()
     for transfer in plan_transfers(layout(16, 8, rows=64, deal=False), layout(16, 16, rows=64, deal=False, seed=1)):
@@ -136,11 +138,11 @@ def test_replicas_share_the_sending():
     assert len(sent) == 16 and len(set(sent.values())) == 1
 
 
-def test_a_holder_in_the_same_block_of_ranks_is_preferred():
+def test_a_source_in_the_same_block_of_ranks_is_preferred():
     rows, nothing = torch.arange(12), torch.arange(0)
     holders = {1, 6, 9, 14}
-    held = [Shard((5,), rows if rank in holders else nothing) for rank in range(16)]
-    plan = plan_transfers(held, [Shard((5,), rows)] * 16)
+    available = [Shard((5,), rows if rank in holders else nothing) for rank in range(16)]
+    plan = plan_transfers(available, [Shard((5,), rows)] * 16)
     assert len(plan) == 12
     for transfer in plan:
         assert transfer.source // 4 == transfer.target // 4
@@ -149,14 +151,14 @@ def test_a_holder_in_the_same_block_of_ranks_is_preferred():
 @pytest.mark.parametrize(
     ("layers", "row", "missing"), [((1, 2), 7, "layer 1 of row 7"), ((2, 3), 4, "layer 3 of row 4")]
 )
-def test_what_no_rank_holds_is_named(layers, row, missing):
-    held = [Shard((1, 2), torch.arange(5)), Shard((2,), torch.arange(3))]
-    wanted = [Shard((1,), torch.arange(5)), Shard(layers, torch.tensor([row]))]
+def test_a_row_that_no_rank_has_is_named(layers, row, missing):
+    available = [Shard((1, 2), torch.arange(5)), Shard((2,), torch.arange(3))]
+    needed = [Shard((1,), torch.arange(5)), Shard(layers, torch.tensor([row]))]
     with pytest.raises(ValueError, match=f"rank 1 wants {missing}"):
-        plan_transfers(held, wanted)
+        plan_transfers(available, needed)
 
 
-def test_lists_of_different_worlds_are_refused():
+def test_lists_of_different_lengths_raise_an_error():
     with pytest.raises(ValueError, match="not the same ranks"):
         plan_transfers(layout(2), layout(4))
 

@@ -1,4 +1,4 @@
-"""Every item goes to exactly one rank, in order, and no rank has much more than another."""
+"""Every item goes to exactly one rank, in order. The numbers of items differ by at most one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A tokenizer that is missing, broken or of another model is refused in one line."""
+"""A tokenizer that is missing, broken or from another model raises an error of one line."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def test_a_saved_tokenizer_loads_with_its_chat_template(tmp_path):
         ({"tokenizer.json": "\x00\x01"}, "cannot be read"),
     ],
 )
-def test_missing_and_broken_files_are_one_line_that_names_the_folder(tmp_path, files, message):
+def test_missing_and_broken_files_raise_an_error_that_names_the_folder(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -77,7 +77,7 @@ def test_the_same_vocabulary_gives_no_id_two_meanings(first, second, same):
     assert same_vocabulary(second, first) is same
 
 
-def test_a_vocabulary_with_more_ordinary_tokens_is_another_one():
+def test_vocabularies_with_different_ordinary_tokens_differ():
     vocabulary = {"a": 0, "b": 1}
     small, large = (
         PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")))
