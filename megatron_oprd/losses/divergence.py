@@ -1,9 +1,11 @@
-"""Divergences between a student's p and a teacher's q from their logarithms, with the gradient in closed form.
+"""Divergences between a student's distribution p and a teacher's q, with their gradients in closed form.
 
-With g_v = dD/dp_v, the gradient for the student's logits is p_v * (g_v - sum_u p_u g_u); a constant in g cancels.
-All functions take log_p, log_q [n, width], normalised over all columns of `shard`, overwrite both, and return the
-value [n] (same bits on every rank) and, in the memory of log_p, the gradient [n, width] of this rank's columns. One
-all_reduce each. Entries are finite; equal inputs give exactly zero.
+Let g_v = dD/dp_v. The gradient with respect to the student's logits is p_v * (g_v - sum_u p_u g_u), in which a constant
+in g cancels.
+
+Each function takes log_p and log_q [n, width], finite and normalised over the columns of all ranks of `shard`, and
+overwrites both. It returns the value [n], bitwise equal on all ranks, and the gradient [n, width] for this rank's
+columns, in the memory of log_p. Each needs one all_reduce. Equal inputs give exactly zero.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from megatron_oprd.losses.vocabulary import VocabularyShard
 def divergence(
     log_p: Tensor, log_q: Tensor, shard: VocabularyShard, direction: str, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """KL(p || q) (`reverse`), KL(q || p) (`forward`) or the generalised JSD(beta) (`jsd`, arXiv 2306.13649).
+    """Return KL(p || q) (`reverse`), KL(q || p) (`forward`) or the generalised JSD(beta) (`jsd`, arXiv 2306.13649).
 
-    JSD(beta) = beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p, vanishes at both ends. There it is,
-    as in TRL, what its quotient tends to: forward KL at 0 (of JSD(beta) / beta), reverse KL at 1 (of
-    JSD(beta) / (1 - beta)).
+    JSD(beta) = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p. It vanishes for beta 0 and 1. As
+    in TRL, beta 0 means the limit of JSD(beta) / beta, which is the forward KL, and beta 1 the limit of
+    JSD(beta) / (1 - beta), which is the reverse KL.
     """
     if direction == "reverse" or (direction == "jsd" and beta == 1.0):
         return reverse_kl(log_p, log_q, shard)
@@ -33,7 +35,7 @@ def divergence(
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """KL(p || q); g = log p - log q. OPRD eq. (4). One temporary [n, width]."""
+    """Return KL(p || q), OPRD eq. (4); g = log p - log q. Allocates one temporary [n, width]."""
     ratio = torch.sub(log_p, log_q, out=log_q)
     p = log_p.exp_()
     value = shard.sum((p * ratio).sum(-1))
@@ -41,7 +43,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard) -> tuple[Te
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """KL(q || p); g = -q / p, so the gradient is p - q. One temporary [n, width]."""
+    """Return KL(q || p); g = -q / p, so the gradient is p - q. Allocates one temporary [n, width]."""
     ratio = log_q - log_p
     q = log_q.exp_()
     value = shard.sum(ratio.mul_(q).sum(-1))
@@ -49,7 +51,7 @@ def forward_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard) -> tuple[Te
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, shard: VocabularyShard, beta: float) -> tuple[Tensor, Tensor]:
-    """Generalised JSD, 0 < beta < 1; g = (1 - beta) (log p - log m). Three temporaries [n, width]."""
+    """Return JSD(beta), 0 < beta < 1; g = (1 - beta) (log p - log m). Allocates three temporaries [n, width]."""
     teacher_ratio = log_q - log_p
     mixture_ratio = _log_mixture_over_student(teacher_ratio, beta)  # log m - log p
     p, q = log_p.exp_(), log_q.exp_()
@@ -61,9 +63,9 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, shard: VocabularyShard, beta: f
 
 
 def _log_mixture_over_student(teacher_ratio: Tensor, beta: float) -> Tensor:
-    """log(m / p) = log(1 - beta + beta e^u) from u = log q - log p.
+    """Return log(m / p) = log(1 - beta + beta e^u) from u = log q - log p, without overflow and exactly zero at u = 0.
 
-    log1p(beta * expm1(u)) for u <= 0, u + log1p((1 - beta) * expm1(-u)) above: never overflows, zero at u = 0.
+    For u <= 0 this is log1p(beta * expm1(u)), for u > 0 it is u + log1p((1 - beta) * expm1(-u)).
     """
     weight = (teacher_ratio > 0).to(teacher_ratio.dtype).mul_(1 - 2 * beta).add_(beta)
     result = teacher_ratio.abs().neg_().expm1_().mul_(weight).log1p_()

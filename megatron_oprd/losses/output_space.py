@@ -1,6 +1,6 @@
-"""The output-space objectives (OPD): per-token value and gradient for the student's logits, in closed form.
+"""The output-space objectives (OPD): the value of each token and its gradient for the student's logits, in closed form.
 
-p and q are the student's and the teacher's next-token distributions, d = log p - log q.
+p and q are the next-token distributions of student and teacher; d = log p - log q.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ METRICS = (
 
 @dataclass(frozen=True)
 class TokenObjective:
-    """Per token of one chunk. `value` and `metrics` are the same on every rank of the vocabulary's group."""
+    """The objective of each token of one chunk. `value` and `metrics` are equal on all ranks of the shard's group."""
 
     value: Tensor  # [n]
-    gradient: Tensor  # [n, width], of each value for this rank's columns of the temperature-scaled student logits
+    gradient: Tensor  # [n, width], for this rank's columns of the student's logits after the temperature
     metrics: Tensor | None  # [n, len(METRICS)]
 
 
 @dataclass(frozen=True)
 class _Support:
-    """S of the top-k objectives."""
+    """The set S of token ids of a top-k objective."""
 
-    ids: Tensor  # [n, m], the same on every rank
-    counts: Tensor  # [n, m] bool: false at the second copy of an id that both models have in their top k
+    ids: Tensor  # [n, m], equal on all ranks
+    counts: Tensor  # [n, m] bool: False at the second copy of an id that is in the top k of both models
 
 
 @torch.no_grad()
@@ -54,15 +54,18 @@ def token_objective(
     *,
     with_metrics: bool,
 ) -> TokenObjective:
-    """The objective `config.objective` of each token, its gradient and, if wanted, its METRICS.
+    """Return the objective `config.objective` of each token, its gradient and, with `with_metrics`, the METRICS.
 
-    student_logits, teacher_logits: [n, width], this rank's columns, float32 or float64, finite, already divided by
-    their temperatures; both are CONSUMED: the gradient is written over student_logits.
-    token_ids: [n] int64, the y_t of the rollout. Communicates over `shard.group` only: 3 all_reduces, with the top-k
-    objectives also an all_gather a ranking, with the tail bucket 2 more all_reduces, with metrics 2 more.
+    Args:
+        student_logits, teacher_logits: [n, width], this rank's columns, finite, in float32 or float64, already divided
+            by their temperatures. BOTH ARE OVERWRITTEN; the gradient takes the memory of student_logits.
+        token_ids: [n] int64, the sampled tokens y_t.
+
+    Communicates over `shard.group`: 3 all_reduces; one all_gather for each ranking of a top-k objective; 2 more
+    all_reduces with the tail bucket, and 2 more with metrics.
     """
     is_topk = config.objective in ("topk_surrogate", "topk_kl")
-    # Ranked before the log-sum-exp is subtracted: its rounding depends on the cut and can make logits equal.
+    # Rank before subtracting the log-sum-exp: its rounding depends on the number of ranks and can make logits equal.
     top = _rankings(student_logits, teacher_logits, shard, config, with_metrics) if is_topk or with_metrics else {}
     shard.normalize_(student_logits, teacher_logits)
     log_p, log_q = student_logits, teacher_logits
@@ -81,7 +84,7 @@ def token_objective(
 
 
 def _sampled(log_p: Tensor, log_q: Tensor, token_ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """-A log p(y) with A = -(log p(y) - log q(y)) held constant; gradient -A (e_y - p)."""
+    """Return -A log p(y), with A = -(log p(y) - log q(y)) held constant; the gradient is -A (e_y - p)."""
     ids = token_ids[:, None]
     student, teacher = _gather_both(log_p, log_q, ids, shard)
     advantage = teacher - student
@@ -90,8 +93,8 @@ def _sampled(log_p: Tensor, log_q: Tensor, token_ids: Tensor, shard: VocabularyS
 
 
 def _topk_surrogate(log_p: Tensor, log_q: Tensor, support: _Support, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
-    """sum over S of w d log p with w = p renormalised on S and d held constant: OPRD eq. (5) as its authors run it;
-    gradient sum over S of w_v d_v (e_v - p)."""
+    """Return the sum over S of w d log p, with w (p renormalised on S) and d held constant: OPRD eq. (5) as its authors
+    implemented it. The gradient is the sum over S of w_v d_v (e_v - p)."""
     student, teacher = _gather_both(log_p, log_q, support.ids, shard)
     weights = _drop_copies(student, support).softmax(-1)
     weighted = weights * (student - teacher)
@@ -102,11 +105,11 @@ def _topk_surrogate(log_p: Tensor, log_q: Tensor, support: _Support, shard: Voca
 def _topk_kl(
     log_p: Tensor, log_q: Tensor, support: _Support, shard: VocabularyShard, config: OutputConfig
 ) -> tuple[Tensor, Tensor]:
-    """The divergence between p and q on S, OPRD eq. (5): both renormalised on S, or, with `tail_bucket`, as they are
-    and with one more outcome that holds the rest of the mass."""
+    """Return the divergence between p and q on S, OPRD eq. (5). Both are renormalised on S; with `tail_bucket` they are
+    not, and one more outcome has the probability of all other tokens."""
     log_probs = _drop_copies(_gather_both(log_p, log_q, support.ids, shard), support)  # [2, n, m]
     if config.tail_bucket:
-        # The rest is summed itself: 1 - (mass of S) would lose it. Dividing it out leaves log p(v | not in S).
+        # Sum the other tokens: 1 - (mass of S) would round to zero. Normalising them gives log p(v | not in S).
         outside = support.counts.to(log_p.dtype).mul_(_never(log_p))
         for log_probability in (log_p, log_q):
             shard.add_(log_probability, support.ids, outside)
@@ -114,7 +117,7 @@ def _topk_kl(
         log_probs = torch.cat([log_probs, tail[..., None]], dim=-1)
     else:
         log_probs = log_probs.log_softmax(-1)
-    # Every rank holds all outcomes here, so their sums need no communication.
+    # Every rank has all outcomes here, so that the sums need no communication.
     value, outcomes = divergence(log_probs[0], log_probs[1], VocabularyShard(), config.direction, config.beta)
     if config.tail_bucket:
         gradient, outcomes = log_p.exp_().mul_(outcomes[:, -1:]), outcomes[:, :-1]
@@ -131,7 +134,10 @@ def _metrics(
     shard: VocabularyShard,
     config: OutputConfig,
 ) -> Tensor:
-    """[n, len(METRICS)]; log_p and log_q stay. Two all_reduces and two temporaries [n, width]."""
+    """Return the metrics [n, len(METRICS)] and leave log_p and log_q unchanged.
+
+    Needs two all_reduces and two temporaries [n, width].
+    """
     probability, ratio = log_p.exp(), log_p - log_q
     reverse_kl = ratio.mul_(probability).sum(-1)
     student_entropy = -probability.mul_(log_p).sum(-1)
@@ -157,7 +163,7 @@ def _metrics(
 def _rankings(
     student_logits: Tensor, teacher_logits: Tensor, shard: VocabularyShard, config: OutputConfig, both: bool
 ) -> dict[str, Tensor]:
-    """The top k [n, k] of the models whose ranking is asked for."""
+    """Return the top k ids [n, k] of both models (`both`), or of the models that `config.support` names."""
     logits = {"student": student_logits, "teacher": teacher_logits}
     return {model: shard.top(logits[model], config.k) for model in logits if both or config.support in (model, "union")}
 
@@ -177,7 +183,7 @@ def _union(first: Tensor, second: Tensor) -> _Support:
 
 
 def _gather_both(log_p: Tensor, log_q: Tensor, ids: Tensor, shard: VocabularyShard) -> Tensor:
-    """[2, n, m]: both at ids [n, m], the same on every rank. One all_reduce."""
+    """Return the entries of log_p and log_q at ids [n, m], stacked [2, n, m], equal on all ranks. One all_reduce."""
     return shard.sum(torch.stack([shard.pick(log_p, ids), shard.pick(log_q, ids)]))
 
 
@@ -186,5 +192,5 @@ def _drop_copies(log_probs: Tensor, support: _Support) -> Tensor:
 
 
 def _never(like: Tensor) -> float:
-    """The logarithm of a probability of zero, finite so that no difference of two is nan."""
+    """Return a finite stand-in for log 0, so that the difference of two is never nan."""
     return torch.finfo(like.dtype).min / 4

@@ -1,4 +1,4 @@
-"""Which response tokens the loss reads."""
+"""Selection of the response tokens that the loss compares."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ from collections.abc import Sequence
 
 
 def select_positions(response_mask: Sequence[int], mode: str, k: int) -> list[int]:
-    """Indices into the response, ascending, of the tokens that are compared.
+    """Return the indices of the selected response tokens, in ascending order.
 
-    `response_mask` is 1 where the student sampled the token; "last k" means the last k of those, so that tool output in
-    between neither counts nor is compared. Modes: all, last, last_k, first_k. An empty response selects nothing.
+    Only tokens that the student sampled can be selected: tool output neither is compared nor counts for k.
+
+    Args:
+        response_mask: 1 for each response token that the student sampled, else 0.
+        mode: all, last, last_k or first_k.
+        k: the number of tokens for last_k and first_k.
+
+    Raises:
+        ValueError: another mode.
     """
     sampled = [index for index, flag in enumerate(response_mask) if flag]
     if mode == "all":

@@ -1,15 +1,15 @@
-"""The only file that sums, divides and weighs.
+"""Weights, sums and means of the loss: no other file divides a loss.
 
-The loss is a mean over the whole global batch, so every divisor is known before the first forward: it comes from
-lengths, which every rank knows. Each selected token then has a constant weight and every partial result
-is a plain sum of weight * e: nothing depends on the cut into micro-batches, ranks or shards.
+The loss is a mean over the global batch. Its divisors depend only on response lengths, which every rank has before the
+first forward pass. Each selected token therefore has a constant weight, and every partial result is a plain sum of
+weight * e, so the loss does not depend on micro-batches or ranks.
 
-What Megatron multiplies on the way, and how each factor is kept at one:
-- schedules divide the loss by the number of micro-batches, unless `calculate_per_token_loss`: it is set;
-- DDP scales gradients by 1 / (data- x context-parallel size), unless `calculate_per_token_loss`: it is set, so DDP
-  sums over data- and context-parallel ranks, and experts' gradients over the ranks that hold the same experts;
-- `finalize_model_grads` sums the gradients of what sequence-parallel ranks hold alike (norms, routers) and divides by
-  the number of tokens it is given: `training/student.py` gives it none;
+Megatron-Core multiplies losses and gradients by factors of its own. Each is kept at one:
+- schedules divide the loss by the number of micro-batches, except with `calculate_per_token_loss`, which is set;
+- DDP divides gradients by the data- x context-parallel size, except with `calculate_per_token_loss`: DDP then sums over
+  data- and context-parallel ranks, and sums the gradients of experts over the ranks with the same experts;
+- `finalize_model_grads` sums the gradients of parameters that sequence-parallel ranks share (norms, routers), and
+  divides by a number of tokens if it receives one: `training/student.py` passes none;
 - the optimizer's gradient scale is one for bf16 and fp32.
 """
 
@@ -25,15 +25,18 @@ from megatron_oprd.types import GlobalCounts
 
 
 def count(selected_per_sequence: Iterable[int]) -> GlobalCounts:
-    """Counts of some sequences from how many tokens each has selected. No communication."""
+    """Return the counts of sequences from the number of selected tokens of each. No communication."""
     lengths = list(selected_per_sequence)
     return GlobalCounts(sequences=sum(length > 0 for length in lengths), tokens=sum(lengths))
 
 
 def token_weight(selected: int, counts: GlobalCounts, aggregation: str) -> float:
-    """Weight of each of a sequence's `selected` tokens in AGG of OPRD eq. (6).
+    """Return the weight, in AGG of OPRD eq. (6), of each token of a sequence with `selected` selected tokens.
 
     sequence_mean: 1 / (non-empty sequences * selected); token_mean: 1 / (all selected tokens).
+
+    Raises:
+        ValueError: another aggregation.
     """
     if aggregation == "sequence_mean":
         return 1.0 / (counts.sequences * selected)
@@ -43,20 +46,20 @@ def token_weight(selected: int, counts: GlobalCounts, aggregation: str) -> float
 
 
 def layer_weights(weights: torch.Tensor, num_layers: int) -> torch.Tensor:
-    """Token weights with the mean over layers of L_rep in them."""
+    """Return the token weights divided by the number of layers, for the mean over layers in L_rep."""
     return weights / num_layers
 
 
 def layer_sums(statistics: TokenStatistics, weights: torch.Tensor) -> torch.Tensor:
-    """Partial sums [4] in float64 of one layer on one micro-batch: AGG of e (`weights` without the layer mean), then
-    plain sums of cosine, student norm and teacher norm. They add up over micro-batches and ranks."""
+    """Return the partial sums [4] in float64 of one layer on one micro-batch, to be added over micro-batches and ranks:
+    the weighted sum of e, then the plain sums of cosine, student norm and teacher norm."""
     error = (weights.double() * statistics.error.double()).sum()
     rest = (statistics.cosine, statistics.student_norm, statistics.teacher_norm)
     return torch.stack([error, *(value.double().sum() for value in rest)])
 
 
 def layer_metrics(sums: dict[int, list[float]], counts: GlobalCounts) -> dict[str, float]:
-    """Metrics per layer and as a mean over layers from the global sums [4] of each student layer."""
+    """Return the metrics of each layer and their means over layers, from the global sums [4] of each student layer."""
     tokens = max(counts.tokens, 1)
     per_layer = {layer: [values[0], *(value / tokens for value in values[1:])] for layer, values in sums.items()}
     metrics: dict[str, float] = {}
@@ -67,8 +70,8 @@ def layer_metrics(sums: dict[int, list[float]], counts: GlobalCounts) -> dict[st
 
 
 def output_sums(tokens: TokenObjective, weights: torch.Tensor) -> torch.Tensor:
-    """Partial sums [1 + METRICS] in float64 of the output-space objective on some tokens: AGG of its value, then plain
-    sums of the metrics, zeros where they were not asked for. They add up over chunks, micro-batches and ranks."""
+    """Return the partial sums [1 + METRICS] in float64 of an output-space objective, to be added over chunks,
+    micro-batches and ranks: the weighted sum of the values, then the plain sums of the metrics (zeros without them)."""
     value = (weights.double() * tokens.value.double()).sum()[None]
     if tokens.metrics is None:
         return torch.cat((value, value.new_zeros(len(METRICS))))
@@ -76,7 +79,8 @@ def output_sums(tokens: TokenObjective, weights: torch.Tensor) -> torch.Tensor:
 
 
 def output_metrics(sums: list[float], counts: GlobalCounts, *, with_metrics: bool) -> dict[str, float]:
-    """Metrics of the output-space objective from the global sums [1 + METRICS]: its value always."""
+    """Return the metrics of the output-space objective from the global sums [1 + METRICS]; without `with_metrics`, the
+    loss alone."""
     tokens = max(counts.tokens, 1)
     others = {f"output/{name}": value / tokens for name, value in zip(METRICS, sums[1:], strict=True)}
     return {"output/loss": sums[0]} | (others if with_metrics else {})

@@ -11,19 +11,22 @@ _EPSILON = 1e-12
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Per token, each [tokens] in float32 (float64 for float64 states), detached."""
+    """Statistics of each token at one layer, [tokens] in float32 (float64 for float64 states), detached."""
 
-    error: torch.Tensor  # e[l, t], of the states after `normalize`
+    error: torch.Tensor  # e[l, t] of OPRD eq. (6), from the states after `normalize`
     cosine: torch.Tensor
     student_norm: torch.Tensor
     teacher_norm: torch.Tensor
 
 
 def token_statistics(student: torch.Tensor, teacher: torch.Tensor, normalize: str) -> TokenStatistics:
-    """e[t] = ||f(student[t]) - f(teacher[t])||^2 / hidden, f the identity (`none`) or the L2-normalisation (`l2`).
+    """Return the statistics of each token, with error e[t] = ||f(student[t]) - f(teacher[t])||^2 / hidden.
 
-    student, teacher: [tokens, hidden]. Computed in float32 at least. Identical inputs give exactly zero.
-    No communication.
+    f is the identity (normalize="none") or divides each state by its norm ("l2"). Computed in float32 at least.
+    Identical inputs give exactly zero. No communication.
+
+    Args:
+        student, teacher: [tokens, hidden].
     """
     student, teacher = _wide(student), _wide(teacher)
     student_norm, teacher_norm = student.norm(dim=-1), teacher.norm(dim=-1)
@@ -36,10 +39,14 @@ def token_statistics(student: torch.Tensor, teacher: torch.Tensor, normalize: st
 def weighted_gradient(
     student: torch.Tensor, teacher: torch.Tensor, normalize: str, weights: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of sum_t weights[t] * e[t] for the student's states, [tokens, hidden] in their dtype.
+    """Return the gradient of sum_t weights[t] * e[t] with respect to the student's states, in their dtype.
 
-    Written out rather than left to autograd: no graph and no second copy of the states is kept between forward and
-    backward. weights: [tokens]. No communication.
+    The closed form needs no autograd graph and no second copy of the states between forward and backward.
+    No communication.
+
+    Args:
+        student, teacher: [tokens, hidden].
+        weights: [tokens].
     """
     wide_student, wide_teacher = _wide(student), _wide(teacher)
     scale = (2.0 / student.shape[-1]) * weights.to(wide_student.dtype)[:, None]

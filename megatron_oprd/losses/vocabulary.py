@@ -1,7 +1,7 @@
-"""A vocabulary cut over ranks: the sums, look-ups and rankings that a loss over it needs.
+"""Sums, look-ups and rankings over a vocabulary that is divided over ranks.
 
-Nothing here is differentiated. The loss that uses it writes its gradient out, so no collective needs a backward: an
-all_reduce inside autograd is where sharded losses get the value right and the gradient wrong.
+Autograd does not differentiate this file. Losses compute their gradients in closed form, so that no collective needs a
+backward pass: a plain all_reduce inside autograd gives the right value and a wrong gradient.
 """
 
 from __future__ import annotations
@@ -12,54 +12,54 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_NO_ID = 2**40  # of a candidate that fills up a shard narrower than k; sorts after every real id
+_NO_ID = 2**40  # stands for a missing candidate of a shard narrower than k; sorts after every real id
 
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """The columns of the vocabulary that this rank holds.
+    """The part of the vocabulary on this rank: `width` columns without padding, as few as 0 on the last ranks.
 
-    `start` is the id of the first one, `group` are the ranks that hold the others (None: this rank holds all). Columns
-    are real entries, so widths differ where padding was cut off, down to 0. Every rank of `group` has the same tokens
-    and makes the same calls; without tokens nothing is sent. `widest`: what no rank's width exceeds, the same on every
-    rank, which bounds what a ranking sends; None: not known.
+    All ranks of `group` must have the same tokens and make the same calls. Without tokens nothing is sent.
     """
 
-    start: int = 0
-    group: dist.ProcessGroup | None = None
-    widest: int | None = None
+    start: int = 0  # the token id of the first column
+    group: dist.ProcessGroup | None = None  # the ranks that share the vocabulary; None: this rank has all columns
+    widest: int | None = None  # a bound on every rank's width, which limits what a ranking sends; None: not known
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over `group`, in place, the same bits on every rank. One all_reduce."""
+        """Sum over `group`, in place; the result is bitwise equal on all ranks. One all_reduce."""
         return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
-        """Maximum over `group`, in place. One all_reduce."""
+        """Compute the maximum over `group`, in place. One all_reduce."""
         return self._all_reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, values: Tensor, ids: Tensor) -> Tensor:
-        """values [n, width] at ids [n, m] of the whole vocabulary -> [n, m], the same on every rank. One all_reduce."""
+        """Return the entries of values [n, width] at token ids [n, m], equal on all ranks. One all_reduce."""
         return self.sum(self.pick(values, ids))
 
     def pick(self, values: Tensor, ids: Tensor) -> Tensor:
-        """This rank's part of `gather`: zero at ids that other ranks hold. No communication."""
+        """Return this rank's part of `gather`: zero at the ids of other ranks. No communication."""
         if values.shape[1] == 0:
             return values.new_zeros(ids.shape)
-        columns, held = self._columns(values, ids)
-        return values.gather(1, columns).masked_fill_(~held, 0)
+        columns, is_local = self._columns(values, ids)
+        return values.gather(1, columns).masked_fill_(~is_local, 0)
 
     def add_(self, values: Tensor, ids: Tensor, summands: Tensor) -> Tensor:
-        """Adds summands [n, m] to values [n, width] at those of the ids [n, m] that this rank holds, in place.
-        An id may come twice where its other summand is zero. No communication."""
+        """Add summands [n, m] to values [n, width], in place, at the ids [n, m] that are on this rank.
+
+        An id may occur twice in a row if one of its summands is zero. No communication.
+        """
         if values.shape[1] == 0:
             return values
-        columns, held = self._columns(values, ids)
-        return values.scatter_add_(1, columns, summands.masked_fill(~held, 0))
+        columns, is_local = self._columns(values, ids)
+        return values.scatter_add_(1, columns, summands.masked_fill(~is_local, 0))
 
     def top(self, logits: Tensor, k: int) -> Tensor:
-        """Ids of the k highest of logits [n, width], [n, k] int64: highest first, of equals the lower id first, the
-        same for every cut of the vocabulary. k beyond the whole vocabulary means all of it. One all_gather
-        [2, n, min(k, widest)].
+        """Return the ids [n, k] of the k highest logits [n, width]: the highest first, the lower id first among equals.
+
+        The result does not depend on how many ranks share the vocabulary. A k above the size of the vocabulary means
+        all of it. One all_gather of [2, n, min(k, widest)].
         """
         tokens, width = logits.shape
         if tokens == 0:
@@ -71,13 +71,15 @@ class VocabularyShard:
         by_id = ids.argsort(dim=-1)
         by_value = values.gather(1, by_id).argsort(dim=-1, descending=True, stable=True)
         ids = ids.gather(1, by_id).gather(1, by_value)[:, :k]
-        if width < k:  # asked only where it can be so: it waits for the device
+        if width < k:  # only then can ids be missing: the sum waits for the device
             ids = ids[:, : int((ids[0] < _NO_ID).sum())]
         return ids
 
     def normalize_(self, *values: Tensor) -> Tensor:
-        """Turns each [n, width] into its log-softmax over the whole vocabulary, in place; returns the log-sum-exps,
-        stacked [len(values), n]. Two all_reduces and one temporary [n, width]."""
+        """Replace each tensor [n, width] by its log-softmax over the vocabulary of all ranks, in place.
+
+        Returns the log-sum-exps, stacked [len(values), n]. Needs two all_reduces and one temporary [n, width].
+        """
         highest = self.max(torch.stack([_highest(one) for one in values]))
         for one, shift in zip(values, highest, strict=True):
             one.sub_(shift[:, None])
@@ -97,15 +99,15 @@ class VocabularyShard:
         return columns.clamp(0, width - 1), (columns >= 0) & (columns < width)
 
     def _all_candidates(self, values: Tensor, ids: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        """Values and ids of every rank's candidates, up to `most` of each, [n, ranks * most]. float64 holds both
-        exactly."""
+        """Return values and ids of the candidates of all ranks, at most `most` of each rank: [n, ranks * most]. float64
+        represents both exactly."""
         tokens, width = values.shape
-        mine = torch.full((2, tokens, most), -torch.inf, dtype=torch.float64, device=values.device)
-        mine[1] = _NO_ID
-        mine[0, :, :width], mine[1, :, :width] = values, ids
-        everyones = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(everyones, mine, group=self.group)
-        values, wide_ids = torch.cat(everyones, dim=-1)
+        candidates = torch.full((2, tokens, most), -torch.inf, dtype=torch.float64, device=values.device)
+        candidates[1] = _NO_ID
+        candidates[0, :, :width], candidates[1, :, :width] = values, ids
+        gathered = [torch.empty_like(candidates) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(gathered, candidates, group=self.group)
+        values, wide_ids = torch.cat(gathered, dim=-1)
         return values, wide_ids.long()
 
 
@@ -114,10 +116,10 @@ def _highest(values: Tensor) -> Tensor:
 
 
 def _top_columns(logits: Tensor, k: int) -> Tensor:
-    """The k highest columns of each row, [n, k], unordered, of equals the lower columns.
+    """Return the columns [n, k] of the k highest logits of each row, in any order; among equals the lower columns.
 
-    torch.topk takes any of several equals, and bf16 logits often tie at the k-th place: which columns are chosen would
-    then depend on the cut. Such rows take the strictly higher ones and fill up with the lowest of the tied.
+    torch.topk chooses any of several equal logits, and bf16 logits often tie at the k-th place: the choice would depend
+    on the number of ranks. A row with such a tie takes the strictly higher columns and the lowest of the tied columns.
     """
     tokens, width = logits.shape
     if k == width:

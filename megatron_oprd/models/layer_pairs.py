@@ -1,4 +1,4 @@
-"""Which student layer is compared with which teacher layer (OPRD eq. (11))."""
+"""Pairs of a student layer and the teacher layer that it is compared with (OPRD eq. (11))."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_oprd.types import LayerPair, UserError
 
 
 def map_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
-    """phi of OPRD eq. (11): the teacher layer (1-based) of a student layer, exact integers, ties round half up."""
+    """Return the teacher layer phi(layer) of OPRD eq. (11). Layers count from 1; ties round up, in exact integers."""
     if student_layers == teacher_layers:
         return layer
     if student_layers == 1:
@@ -18,9 +18,12 @@ def map_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
 
 
 def select_layers(layers: str | Sequence[int], student_layers: int) -> list[int]:
-    """Student layers, 1-based, ascending, of a mode (all, last, even, odd) or an explicit list.
+    """Return the student layers of a mode (all, last, even, odd) or a list, in ascending order.
 
-    `even` and `odd` speak of 0-based blocks: even is 1, 3, 5, ... and odd is 2, 4, 6, ...
+    Layers count from 1, but `even` and `odd` refer to layers counted from 0: even is 1, 3, 5, ... and odd 2, 4, 6, ...
+
+    Raises:
+        UserError: no layer is selected, a layer does not exist, or a layer is named twice.
     """
     modes = {
         "all": list(range(1, student_layers + 1)),

@@ -1,4 +1,4 @@
-"""The classes that a model is built of, by their place in a transformer layer."""
+"""The classes from which a transformer layer is built."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 @dataclass(frozen=True)
 class ModuleSet:
-    """The classes of one implementation: our own, or Transformer Engine's."""
+    """The classes of one implementation: this package's own or Transformer Engine's."""
 
     norm: type
-    column: type  # a linear layer that is cut by its outputs, after a norm
+    column: type  # column-parallel linear layer (QKV, first of the MLP)
     fused_norm: bool  # True if the column-parallel linear layer contains the preceding norm (Transformer Engine)
-    row: type  # one that is cut by its inputs
+    row: type  # row-parallel linear layer (attention output, second of the MLP)
     core_attention: type
     experts: ModuleSpec
-    checkpoint_names: Mapping[str, str] = field(default_factory=dict)  # its names -> those in a checkpoint
+    checkpoint_names: Mapping[str, str] = field(default_factory=dict)  # parameter names -> names in a checkpoint

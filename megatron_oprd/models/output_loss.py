@@ -1,5 +1,8 @@
-"""The output-space objective where the final states are: the LM head, the log-sum-exp and the objective in one pass
-over chunks of tokens, on this rank's part of the vocabulary. No tensor of tokens x vocabulary is kept."""
+"""The output-space objective on the last pipeline stage: logits, value and gradient in one pass over chunks of tokens.
+
+Each tensor-parallel rank computes the logits of its own part of the vocabulary. No tensor of all tokens x vocabulary
+exists.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +19,31 @@ from megatron_oprd.parallel.sequence_rows import gather_rows, scatter_sum_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import DeviceSelection
 
-HEAD_ROWS = 16384  # of a head whose gradient has another dtype than the head: bounds the buffer between them
+HEAD_ROWS = 16384  # rows of a head's gradient that are converted to the dtype of the gradient buffer at one time
 
 
 @dataclass(frozen=True)
 class Heads:
-    """The LM heads on a rank of the student's last stage, all cut over tensor-parallel ranks as the student's is.
+    """The LM heads of all models on one rank of the student's last stage, with rows for the same token ids.
 
-    A vocabulary is as long as the shortest of all models': rows beyond it are padding and take no probability.
+    The objective covers the smallest vocabulary of all models. Other rows of the student's head get no probability.
     """
 
     student: torch.nn.Parameter  # [padded vocabulary / tensor size, d_S]
-    teachers: tuple[torch.Tensor, ...]  # each [rows, d_T], of the student's rows those in the vocabulary
+    teachers: tuple[torch.Tensor, ...]  # each [rows, d_T], without rows beyond the smallest vocabulary
     first: int  # the token id of the first row
 
     @property
     def rows(self) -> int:
-        """Rows of this rank in the vocabulary."""
+        """The number of token ids of the smallest vocabulary on this rank."""
         return len(self.teachers[0])
 
 
 class OutputLoss:
-    """Values, metrics and gradients of one objective (method of OPRD eq. (3)-(5)) for micro-batches of one step.
+    """One output-space objective (OPRD eq. (3)-(5)) for the micro-batches of a step.
 
-    Called on the selected rows of this rank, it adds the gradient of the head to the head's at once and returns that of
-    the states: chunk by chunk, so that logits exist for `chunk_tokens` tokens at a time. `temperature`: that of the
-    rollouts.
+    A call returns the gradient of the student's states and adds the gradient of the student's LM head to the head's
+    gradient buffer. Logits exist for `chunk_tokens` tokens at one time. `temperature` is the rollouts' temperature.
     """
 
     def __init__(
@@ -58,29 +60,37 @@ class OutputLoss:
     def __call__(
         self, student: torch.Tensor, teacher: torch.Tensor, selection: DeviceSelection
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradient [rows, d_S] of the weighted sum of the objective for `student` [rows, d_S], in its dtype, and the
-        sums [1 + METRICS] float64: of weight * value, then of the metrics (zero without them), over the rows of all
-        tensor-parallel ranks.
+        """Return the gradient of the states and the sums for metrics.
 
-        `teacher` [rows, d_T of the widest]: the final states at the same tokens, each row of its own teacher.
-        Communicates over the tensor-parallel group: every rank of it calls this at the same time.
+        Args:
+            student: [N, d_S], the student's final states at the selected tokens of this rank.
+            teacher: [N, d_T of the widest teacher], the final states of each token's own teacher.
+            selection: the selected tokens.
+
+        Returns:
+            The gradient [N, d_S] of the weighted sum of the objective, in the dtype of `student`.
+            The sums [1 + METRICS] in float64 of weight * value and of each metric (zero without metrics), over the
+            tokens of all tensor-parallel ranks.
+
+        Communicates over the tensor-parallel group; all its ranks must call this together.
         """
-        held = (student, teacher, selection.weights, selection.token_ids)
+        rows = (student, teacher, selection.weights, selection.token_ids)
         if self.sequence_group is not None:
-            held = tuple(gather_rows(part, selection.rows_per_rank, self.sequence_group) for part in held)
-        student, teacher, weights, token_ids = held
+            rows = tuple(gather_rows(part, selection.rows_per_rank, self.sequence_group) for part in rows)
+        student, teacher, weights, token_ids = rows
         gradient = torch.zeros_like(student)
         sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=student.device)
         for number, head in enumerate(self.heads.teachers):
             for chunk in self._chunks(selection, number):
-                gradient[chunk], of_chunk = self._chunk(
+                gradient[chunk], chunk_sums = self._chunk(
                     student[chunk], teacher[chunk], head, token_ids[chunk], weights[chunk]
                 )
-                sums += of_chunk
+                sums += chunk_sums
         return self._sum_over_vocabulary(gradient, selection), sums
 
     def _sum_over_vocabulary(self, gradient: torch.Tensor, selection: DeviceSelection) -> torch.Tensor:
-        """Each rank's part of the vocabulary gave it a part of the states' gradient."""
+        """Sum the gradient of the states over the tensor-parallel ranks, each of which has the part that its own rows
+        of the head contribute."""
         if self.sequence_group is not None:
             return scatter_sum_rows(gradient, selection.rows_per_rank, self.sequence_group)
         return self.shard.sum(gradient)
@@ -93,7 +103,7 @@ class OutputLoss:
         token_ids: torch.Tensor,
         weights: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's part of the gradient for `student` [tokens, d_S], and the chunk's sums."""
+        """Return the part of the gradient of `student` [n, d_S] from this rank's vocabulary, and the chunk's sums."""
         head = self.heads.student.detach()[: self.heads.rows]
         result = token_objective(
             logits_of(student, head, self.temperature),
@@ -125,10 +135,10 @@ class OutputLoss:
 
 
 def _add_head_gradient(head: torch.nn.Parameter, for_logits: torch.Tensor, states: torch.Tensor) -> None:
-    """Add for_logits^T states to the gradient of the head's first rows, where mcore's DDP keeps it.
+    """Add for_logits^T states to the first rows of the head's gradient buffer, `main_grad` under Megatron-Core's DDP.
 
-    Not through autograd, which would make a second matrix of the head's size for every micro-batch; a tied embedding
-    adds its own part to the same buffer.
+    Autograd would allocate a second matrix of the head's size for every micro-batch. The gradient of a tied embedding
+    is added to the same buffer.
     """
     if getattr(head, "main_grad", None) is None:
         if head.grad is None:

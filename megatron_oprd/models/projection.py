@@ -1,4 +1,4 @@
-"""Both sides of a bridge between unlike models: r numbers take the place of a hidden state (OPRD eq. (12)-(14))."""
+"""The two projections of a bridge between models of different width (OPRD eq. (12)-(14)): r numbers per token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_oprd.types import LayerPair, PairBridge
 
 @dataclass(frozen=True)
 class TeacherMap:
-    """The teacher's side of a layer: z_T = P_T (h_T - mu_T), in float32 at least. No communication."""
+    """The projection of a teacher layer, z_T = P_T (h_T - mu_T), in float32 at least. No communication."""
 
     weight: torch.Tensor  # P_T [r, d_T]
     mean: torch.Tensor  # mu_T [d_T]
@@ -23,14 +23,14 @@ class TeacherMap:
         return len(self.weight)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """[tokens, d_T] -> [tokens, r]."""
+        """Project states [tokens, d_T] to [tokens, r]."""
         return (_wide(states) - self.mean) @ self.weight.t()
 
 
 class StudentMap:
-    """The student's side of a layer: z_S = P_S h_S, in float32 at least, and the way back for gradients.
+    """The projection of a student layer, z_S = P_S h_S, in float32 at least, and its backward. No communication.
 
-    `gradient` [r, d_S] gathers that of P_S where it is trained; else it stays None. No communication.
+    `gradient` [r, d_S] accumulates the gradient of P_S; it is None if P_S is not trained.
     """
 
     def __init__(self, weight: torch.Tensor, *, trained: bool) -> None:
@@ -38,19 +38,19 @@ class StudentMap:
         self.gradient = torch.zeros_like(weight) if trained else None
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """[tokens, d_S] -> [tokens, r]."""
+        """Project states [tokens, d_S] to [tokens, r]."""
         return _wide(states) @ self.weight.t()
 
     def pull_back(self, gradient: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """The gradient for z_S [tokens, r] as one for `states` [tokens, d_S], in their dtype; that for P_S is added to
-        `gradient`."""
+        """Return the gradient of `states` [tokens, d_S], in their dtype, from the gradient of z_S [tokens, r]. Add the
+        gradient of P_S to `self.gradient`."""
         if self.gradient is not None:
             self.gradient.addmm_(gradient.t(), _wide(states))
         return (gradient @ self.weight).to(states.dtype)
 
 
 def teacher_maps(bridge: Mapping[LayerPair, PairBridge], device: torch.device) -> dict[int, TeacherMap]:
-    """The teacher's side by teacher layer; pairs that share one have the same."""
+    """Return the projections {teacher layer: TeacherMap}. Pairs with the same teacher layer share one projection."""
     return {
         pair.teacher: TeacherMap(maps.teacher_map.to(device), maps.teacher_mean.to(device))
         for pair, maps in bridge.items()
@@ -60,7 +60,7 @@ def teacher_maps(bridge: Mapping[LayerPair, PairBridge], device: torch.device) -
 def student_maps(
     bridge: Mapping[LayerPair, PairBridge], device: torch.device, *, trained: bool
 ) -> dict[int, StudentMap]:
-    """The student's side by student layer, copies that may be changed."""
+    """Return the projections {student layer: StudentMap}, as copies that training may change."""
     return {
         pair.student: StudentMap(maps.student_map.to(device, copy=True), trained=trained)
         for pair, maps in bridge.items()
@@ -68,7 +68,7 @@ def student_maps(
 
 
 def identify(bridge: Mapping[LayerPair, PairBridge]) -> str:
-    """`sha256:` and 64 hexadecimal digits that change with any number of the maps."""
+    """Return the SHA-256 digest of all projections, written `sha256:` and 64 hexadecimal digits."""
     total = hashlib.sha256()
     for pair, maps in sorted(bridge.items(), key=lambda item: (item[0].student, item[0].teacher)):
         total.update(f"{pair.student} {pair.teacher}\n".encode())

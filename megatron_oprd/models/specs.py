@@ -1,5 +1,4 @@
-"""Layer specs: which module stands where in mcore's GPTModel. Without Transformer Engine they are our own; those on it
-are in `te_spec.py`."""
+"""Layer specs for Megatron-Core's GPTModel, from the modules of this package or of Transformer Engine (te_spec.py)."""
 
 from __future__ import annotations
 
@@ -35,13 +34,14 @@ OWN = ModuleSet(
 def block_spec(
     sparse: Sequence[bool], qk_norm: bool, *, transformer_engine: bool = False
 ) -> TransformerBlockSubmodules:
-    """The spec of one chunk of the model: a layer for each entry of `sparse`, with experts where it is true.
+    """Return the spec of one model chunk: a layer for each entry of `sparse`, with experts where the entry is True.
 
-    The final norm is named too: given a bare layer spec, mcore takes Transformer Engine's norm once that is installed.
+    The spec names the final norm: from a layer spec alone, Megatron-Core would take Transformer Engine's norm as soon
+    as Transformer Engine is installed.
     """
     modules = OWN
     if transformer_engine:
-        from megatron_oprd.models.te_spec import MODULES as modules  # asks for Transformer Engine when it is imported
+        from megatron_oprd.models.te_spec import MODULES as modules  # importing this file needs Transformer Engine
     layers = {is_sparse: _layer_spec(modules, is_sparse, qk_norm) for is_sparse in set(sparse)}
     return TransformerBlockSubmodules([layers[is_sparse] for is_sparse in sparse], layer_norm=modules.norm)
 

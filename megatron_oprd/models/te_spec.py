@@ -1,5 +1,7 @@
-"""What models are built of on Transformer Engine: fused norm and linear, fused attention, grouped experts. Imported
-only where it is in use: Megatron-Core's classes over it need it."""
+"""The modules of a model on Transformer Engine: fused norm and linear layer, fused attention, grouped experts.
+
+Import this file only if Transformer Engine is in use: without it, the classes of Megatron-Core below do not exist.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,10 @@ from megatron_oprd.models.rotary import rotate
 
 
 class FusedAttention(PackedAttention):
-    """Causal self-attention inside each sequence of the micro-batch by Transformer Engine's fused kernels; generation,
-    which has a cache, goes over torch's as ever.
+    """Causal self-attention within each packed sequence, by Transformer Engine's fused kernels.
 
-    Under context parallelism keys and values travel as `cp_comm_type` says: in a ring, or all to all by heads.
+    Generation has a KV cache and uses torch's attention. Under context parallelism `cp_comm_type` selects how keys and
+    values are exchanged: in a ring, or all-to-all by heads.
     """
 
     def __init__(
@@ -55,11 +57,11 @@ class FusedAttention(PackedAttention):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """query [tokens, 1, heads, d], key and value [tokens, 1, groups, d] -> [tokens, 1, heads * d]."""
+        """Return [tokens, 1, heads * d] from query [tokens, 1, heads, d], key and value [tokens, 1, groups, d]."""
         batch = micro_batch.of(kwargs)
         if batch.cache is not None:
             return super().forward(query, key, value, attention_mask, **kwargs)
-        assert batch.rotary is not None  # the model makes it before its first layer
+        assert batch.rotary is not None  # the model computes it before its first layer
         query, key = (rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
         packing = _packing(batch, query.device)
         output: torch.Tensor = self.fused(
@@ -69,11 +71,11 @@ class FusedAttention(PackedAttention):
 
 
 def _packing(batch: MicroBatch, device: torch.device) -> PackedSeqParams:
-    """The packing in Transformer Engine's words; lengths are whole under context parallelism too."""
+    """Return the packing as Transformer Engine's PackedSeqParams, with full lengths also under context parallelism."""
     if batch.fused_packing is None:
         bounds = torch.tensor(batch.bounds, dtype=torch.int32)
         longest, bounds = int(bounds.diff().max()), bounds.to(device)
-        padded = bounds if batch.context is not None else None  # asked for there; elsewhere it costs a comparison
+        padded = bounds if batch.context is not None else None  # needed only under context parallelism
         batch.fused_packing = PackedSeqParams("thd", bounds, bounds, padded, padded, longest, longest)
     return batch.fused_packing
 

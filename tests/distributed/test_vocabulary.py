@@ -1,4 +1,4 @@
-"""A vocabulary cut over tensor-parallel ranks changes no value, no gradient and no ranking."""
+"""Dividing a vocabulary over tensor-parallel ranks changes no value, no gradient and no ranking."""
 
 import dataclasses
 import functools
@@ -15,13 +15,13 @@ from megatron_oprd.testing.output_reference import top_ids
 from tests.helpers.output_objectives import every_config
 
 TOKENS = 6
-WHOLE = VocabularyShard()
+UNDIVIDED = VocabularyShard()
 # (ranks, vocabulary): 131 leaves a narrower last rank, 5 over four ranks gives the widths 2, 2, 1, 0.
 LAYOUTS = [(2, 131), (4, 131), (4, 5)]
 
 
 def shard_of(rank, ranks, vocabulary):
-    """This rank's shard and its columns, of a vocabulary padded to a multiple of `ranks` whose padding was cut off."""
+    """Return this rank's shard and columns, without the padding that makes the vocabulary a multiple of `ranks`."""
     width = -(-vocabulary // ranks)
     start = rank * width
     columns = slice(min(start, vocabulary), min(start + width, vocabulary))
@@ -30,7 +30,7 @@ def shard_of(rank, ranks, vocabulary):
 
 @functools.cache
 def logits(vocabulary, dtype, tokens=TOKENS):
-    """The third token's logits are small integers, which tie."""
+    """Return logits of both models and token ids. The logits of the third token are small integers with ties."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(tokens, vocabulary, generator=generator, dtype=torch.float64) for _ in range(2))
     student[2:3].mul_(2).round_()
@@ -53,19 +53,21 @@ def configs(vocabulary):
 
 
 def check_objectives(rank, ranks, vocabulary):
-    """Compares with the uncut vocabulary; returns the bits of what every rank must hold alike."""
+    """Compare with the undivided vocabulary. Return the bytes of the results that must be equal on all ranks."""
     shard, columns = shard_of(rank, ranks, vocabulary)
     bits = []
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
         close = functools.partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance)
         for config in configs(vocabulary):
             cut = compute(shard, columns, config, vocabulary, dtype)
-            whole = compute(WHOLE, slice(None), config, vocabulary, dtype)
-            close(cut.value, whole.value, msg=lambda text, config=config: f"value, {config}: {text}")
+            undivided = compute(UNDIVIDED, slice(None), config, vocabulary, dtype)
+            close(cut.value, undivided.value, msg=lambda text, config=config: f"value, {config}: {text}")
             close(
-                cut.gradient, whole.gradient[:, columns], msg=lambda text, config=config: f"gradient, {config}: {text}"
+                cut.gradient,
+                undivided.gradient[:, columns],
+                msg=lambda text, config=config: f"gradient, {config}: {text}",
             )
-            close(cut.metrics, whole.metrics, msg=lambda text, config=config: f"metrics, {config}: {text}")
+            close(cut.metrics, undivided.metrics, msg=lambda text, config=config: f"metrics, {config}: {text}")
             bits.append(torch.cat([cut.value, cut.metrics.flatten()]).numpy().tobytes())
     empty = compute(shard, columns, OutputConfig(objective="topk_kl", tail_bucket=True), vocabulary, dtype, tokens=0)
     assert empty.gradient.shape == (0, columns.stop - columns.start) and empty.metrics.shape == (0, len(METRICS))
@@ -73,7 +75,7 @@ def check_objectives(rank, ranks, vocabulary):
 
 
 @pytest.mark.parametrize(("ranks", "vocabulary"), LAYOUTS)
-def test_objectives_do_not_depend_on_the_cut(ranks, vocabulary):
+def test_objectives_do_not_depend_on_the_number_of_ranks(ranks, vocabulary):
     bits = run_distributed(ranks, check_objectives, ranks, vocabulary)
     assert all(other == bits[0] for other in bits)
 
@@ -105,7 +107,7 @@ def check_shard(rank, ranks, vocabulary):
 
 
 @pytest.mark.parametrize(("ranks", "vocabulary"), LAYOUTS)
-def test_rankings_and_look_ups_do_not_depend_on_the_cut(ranks, vocabulary):
+def test_rankings_and_look_ups_do_not_depend_on_the_number_of_ranks(ranks, vocabulary):
     run_distributed(ranks, check_shard, ranks, vocabulary)
 
 
@@ -114,9 +116,9 @@ def check_what_a_ranking_sends(rank, ranks, vocabulary):
     sent = []
     all_gather = dist.all_gather
 
-    def recording(everyones, mine, group):
-        sent.append(tuple(mine.shape))
-        all_gather(everyones, mine, group=group)
+    def recording(gathered, candidates, group):
+        sent.append(tuple(candidates.shape))
+        all_gather(gathered, candidates, group=group)
 
     dist.all_gather = recording
     for k in (1, 10**6):

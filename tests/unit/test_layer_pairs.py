@@ -21,12 +21,12 @@ def test_the_map_rounds_half_up_exactly(student, teacher):
         assert map_layer(layer, student, teacher) == expected
 
 
-def test_the_papers_pair_of_depths():
+def test_the_map_of_28_to_36_layers_is_the_papers():
     expected = "0 1 3 4 5 6 8 9 10 12 13 14 16 17 18 19 21 22 23 25 26 27 29 30 31 32 34 35"
     assert " ".join(str(map_layer(layer, 28, 36) - 1) for layer in range(1, 29)) == expected
 
 
-def test_modes_speak_of_zero_based_blocks():
+def test_even_and_odd_count_layers_from_zero():
     assert select_layers("even", 5) == [1, 3, 5]
     assert select_layers("odd", 5) == [2, 4]
     assert select_layers("last", 5) == [5]
@@ -34,7 +34,7 @@ def test_modes_speak_of_zero_based_blocks():
     assert select_layers([4, 2], 5) == [2, 4]
 
 
-def test_explicit_pairs_are_taken_as_they_are():
+def test_explicit_pairs_replace_the_map():
     assert layer_pairs(4, 6, pairs=[(2, 6), (1, 3)]) == (LayerPair(1, 3), LayerPair(2, 6))
 
 
