@@ -21,14 +21,14 @@ from tests.helpers.layouts import FEW_LAYOUTS
 from tests.helpers.training import make_run, megatron_update
 
 RANK = 5
-# Blocks and hidden size of the student, and of teachers beside it.
+# Layers and hidden size of the student and of each teacher.
 SIZES = {"student": (4, 32), "narrow": (4, 24), "wide": (4, 48), "shallow": (2, 32), "deep": (7, 32), "unlike": (6, 48)}
 TRAINED = "train_bridge=true"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """All models, and a bridge from the student to each other for whatever positions and layers."""
+    """Save all models, and a random bridge from the student to each teacher."""
     folder = tmp_path_factory.mktemp("models")
     for seed, (name, (layers, width)) in enumerate(SIZES.items()):
         shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 48, "num_key_value_heads": 4}
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def settings(folder, teacher, *overrides):
-    """Models, and the overrides of a run that the bridge between them leads."""
+    """Return the folders of both models, and the overrides of a run with the bridge between them."""
     of_loss = (f"bridge={folder / f'to_{teacher}'}", *(one for one in overrides if "." not in one.split("=")[0]))
     others = (one for one in overrides if "." in one.split("=")[0])
     return folder / "student", folder / teacher, *(f"loss.representation.{one}" for one in of_loss), *others
@@ -111,7 +111,7 @@ LAYOUTS = {
 
 
 def _map_gradients(rank, *given):
-    """What a step of plain SGD makes of P_S, by layer, as gradients; after it all ranks that hold one have the same."""
+    """Return the gradient of P_S of each layer, from the change in a plain SGD step. All ranks must have equal P_S."""
     run = make_run(*given)
     before = {layer: one.weight.clone() for layer, one in run.student.maps.items()}
     one_step(run, TrainState())

@@ -1,4 +1,4 @@
-"""One plain SGD step moves every parameter by -lr times the gradient of Hugging Face's model in float64."""
+"""A plain SGD step moves every parameter by -lr times the gradient of Hugging Face's model in float64."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""One step of an output-space objective moves every parameter by the gradient of Hugging Face's models in float64."""
+"""A step of an output-space objective moves every parameter by the gradient of Hugging Face's models in float64."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,7 @@ WARM = ("rollout.temperature=0.7", "loss.output.teacher_temperature=1.3")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The folder of a random Qwen3, made once."""
+    """Return a function that saves a random Qwen3 and returns its folder; equal arguments share one folder."""
     folder, made = tmp_path_factory.mktemp("models"), {}
 
     def make(seed, family="Qwen3", **sizes):
@@ -46,7 +46,7 @@ def check(student, teacher, *overrides, rollouts=None):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sizes", [(131, 140), (140, 131)])
-def test_tokens_that_only_one_model_knows_have_no_probability(model, kind, tied, sizes):
+def test_tokens_outside_the_smaller_vocabulary_have_no_probability(model, kind, tied, sizes):
     student, teacher = (model(seed, vocab_size=size, tie_word_embeddings=tied) for seed, size in enumerate(sizes))
     expected = check(student, teacher, *SETTINGS[kind], *ALONE, rollouts=some_rollouts(131))
     assert not expected.gradients[EMBEDDING if tied else HEAD][131:].any()
@@ -56,8 +56,8 @@ def updates_of(rank, cases):
     return [megatron_update(rank, *models, *overrides, rollouts=rollouts) for models, overrides, rollouts in cases]
 
 
-def test_a_rank_may_hold_padding_alone(model):
-    """Of 300 rows on two ranks the second has none that the teacher knows."""
+def test_a_rank_may_have_padding_rows_only(model):
+    """The student has 300 rows on two ranks, and the teacher's 131 rows are all on the first rank."""
     rollouts, layout = some_rollouts(131), ("parallel.tensor=2", "parallel.sequence=true")
     sizes = itertools.product(KINDS, [(300, 131), (140, 131)])
     cases = [
@@ -90,7 +90,7 @@ def test_a_teacher_can_have_any_shape(model, kind, family):
     check(model(0), teacher, *SETTINGS[kind], *ALONE)
 
 
-def test_teachers_of_one_batch_need_nothing_but_a_tokenizer_in_common(model):
+def test_teachers_of_one_batch_need_only_share_the_tokenizer(model):
     """In one process, and where ranks bring their rows together before the head."""
     teachers = {
         "tied": model(1, "Qwen2", hidden_size=48, tie_word_embeddings=True, vocab_size=140),

@@ -1,4 +1,4 @@
-"""Packed, weighted sums equal the method's definition, however the batch is cut."""
+"""Packed, weighted sums equal the definition of the loss for every division of the batch over ranks."""
 
 import itertools
 
@@ -18,7 +18,7 @@ from megatron_oprd.types import Rollout
 
 @pytest.mark.parametrize("normalize", ["none", "l2"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_closed_form_gradient_is_autograds(normalize, seed):
+def test_the_closed_form_gradient_equals_autograd(normalize, seed):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(9, 16, generator=generator, dtype=torch.float64) for _ in range(2))
     weights = torch.rand(9, generator=generator, dtype=torch.float64)
@@ -42,7 +42,7 @@ def test_identical_states_give_exactly_zero(normalize, dtype):
     assert torch.all(statistics.cosine > 0.999)
 
 
-def test_a_zero_state_gives_finite_numbers():
+def test_a_zero_state_gives_finite_results():
     zeros, ones = torch.zeros(2, 4), torch.ones(2, 4)
     assert token_statistics(zeros, ones, "l2").error.isfinite().all()
     assert weighted_gradient(zeros, ones, "l2", torch.ones(2)).isfinite().all()
@@ -134,7 +134,7 @@ def every_rank(rollouts, config, data, context, sequence, limit):
 
 
 def whole_states(whole, states, side, layer):
-    """The states of every row of the whole micro-batch; a sequence of padding begins like the first one."""
+    """Return the states of every row of a micro-batch. Padding repeats the start of the first sequence."""
     bounds = whole.bounds
     result = torch.zeros(bounds[-1], 6).double()
     first_tokens = {}
