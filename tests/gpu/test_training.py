@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from megatron_oprd import train
-from megatron_oprd.launch import inputs
+from megatron_oprd.launch import setup
 from tests.gpu.conftest import machine
 from tests.helpers.runs import prompt_run
 
@@ -33,7 +33,7 @@ SETTINGS = (
 
 def trained(arguments, run_dir):
     """Train, and return the loss and gradient norm of every step."""
-    with mock.patch.object(inputs, "find_machine", machine):
+    with mock.patch.object(setup, "find_machine", machine):
         assert train.main([*arguments, f"train.run_dir={run_dir}"]) == 0
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(line["loss"], line["grad_norm"]) for line in lines]
