@@ -181,7 +181,7 @@ def _collapse(part: dict[str, Any]) -> list[str]:
     for one in part["collapses"]:
         start = one["accuracy"][0][1]
         halved = next((step for step, accuracy in one["accuracy"] if accuracy < start / 2), None)
-        told = ", ".join(f"{warning['step']} ({warning['kind']})" for warning in one["warnings"])
+        warnings = ", ".join(f"{warning['step']} ({warning['kind']})" for warning in one["warnings"])
         cosine = [value for _, value in one["cosine"]]
         rows.append(
             [
@@ -189,7 +189,7 @@ def _collapse(part: dict[str, Any]) -> list[str]:
                 f"{100 * start:.1f} -> {100 * one['accuracy'][-1][1]:.1f}",
                 f"{cosine[0]:.3f} -> {cosine[-1]:.3f}",
                 f"{one['perplexity'][0][1]:.2f} -> {one['perplexity'][-1][1]:.3g}",
-                told or "none",
+                warnings or "none",
                 halved if halved is not None else "never",
             ]
         )

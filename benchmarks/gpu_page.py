@@ -69,13 +69,13 @@ def _speed_cells(row: dict[str, Any], device: str) -> list[str]:
         return [*cells, row["note"]]
     seconds = statistics.median(row["seconds"])
     used = utilization(row["flops"], seconds, device)
-    whole = utilization(row["flops"] * (1 + row["repeated"] / row["passes"]), seconds, device)
+    with_recomputation = utilization(row["flops"] * (1 + row["repeated"] / row["passes"]), seconds, device)
     return [
         *cells,
         milliseconds(row["seconds"]),
         f"{1e3 * row['predicted_seconds']:.1f}" if row["predicted_seconds"] else "",
         f"{row['tokens'] / seconds:,.0f}",
-        *("" if part is None else f"{100 * part:.1f} %" for part in (used, whole)),
+        *("" if part is None else f"{100 * part:.1f} %" for part in (used, with_recomputation)),
         *(gib(row[key]) for key in ("step_peak", "predicted_peak", "weights", "predicted_weights")),
     ]
 

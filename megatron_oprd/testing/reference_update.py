@@ -1,4 +1,4 @@
-"""One update of Hugging Face's models in float64, one sequence at a time: the reference of an update by the package."""
+"""Compute an update of Hugging Face's models in float64, one sequence at a time: the reference of an update."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def _run_models(
     sequences, logits = [], []
     for rollout in some_rollouts(student.config.vocab_size) if rollouts is None else rollouts:
         name = rollout.data_source if len(teachers) > 1 else next(iter(teachers))
-        whole = rollout.prompt_ids + rollout.response_ids
-        states, of_student = _states(student, whole, len(rollout.prompt_ids), config)
+        token_ids = rollout.prompt_ids + rollout.response_ids
+        states, of_student = _states(student, token_ids, len(rollout.prompt_ids), config)
         with torch.no_grad():
             prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
             read = rollout.response_ids if rollout.alignment is None else rollout.alignment.teacher_ids

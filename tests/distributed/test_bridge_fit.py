@@ -124,10 +124,10 @@ def test_the_fitted_states_equal_transformers(fitted, expected, layout):
 def test_the_bridge_does_not_depend_on_the_layout(fitted, layout):
     """States differ by the rounding of float32 (1e-6); the maps of a positive ridge do not amplify it."""
     found, one = fitted(layout), fitted("one")
-    assert found.told().keys() == one.told().keys()
-    for key, row in found.told().items():
+    assert found.reported_fits().keys() == one.reported_fits().keys()
+    for key, row in found.reported_fits().items():
         for name in ("error", "total", "explained_variance", "cosine_before", "cosine_after"):
-            assert row[name] == pytest.approx(one.told()[key][name], rel=1e-4, abs=1e-5), (key, name)
+            assert row[name] == pytest.approx(one.reported_fits()[key][name], rel=1e-4, abs=1e-5), (key, name)
         assert row["ridge"] == RIDGE
     for rank in RANKS:
         for pair, maps in found.maps(rank).items():
@@ -139,7 +139,7 @@ def test_the_bridge_does_not_depend_on_the_layout(fitted, layout):
 @pytest.mark.parametrize("layout", ["one", "tensor and sequence", "pipeline"])
 def test_cosines_and_errors_equal_those_of_the_held_out_states(fitted, layout):
     found = fitted(layout)
-    for (pair, rank), row in found.told().items():
+    for (pair, rank), row in found.reported_fits().items():
         (student, teacher, held_out), maps = found.states[pair], found.maps(rank)[pair]
         x, y = student[held_out].double(), teacher[held_out].double()
         target = (y - maps.teacher_mean.double()) @ maps.teacher_map.double().T
@@ -203,8 +203,8 @@ def related(folder):
 
 def test_the_closed_form_is_no_worse_than_adamw(folder, related):
     run = arguments(folder, folder / "both", *related)
-    closed = recorded_fit(1, run).told()
-    adamw = recorded_fit(1, [*run, "bridge.method=adamw", "bridge.epochs=20", "bridge.lr=3e-3"]).told()
+    closed = recorded_fit(1, run).reported_fits()
+    adamw = recorded_fit(1, [*run, "bridge.method=adamw", "bridge.epochs=20", "bridge.lr=3e-3"]).reported_fits()
     assert closed.keys() == adamw.keys() == {(pair, rank) for pair in layer_map(3, 4) for rank in RANKS}
     for key, row in closed.items():
         assert row["error"] <= adamw[key]["error"] < 0.95 * row["total"], key  # both have found something
@@ -242,8 +242,8 @@ def test_the_bridge_of_adamw_does_not_depend_on_the_layout(folder, by_adamw, lay
     for pair, maps in found.maps(5).items():
         assert relative(maps.student_map, by_adamw.maps(5)[pair].student_map) < 1e-4
         assert torch.equal(found.maps(2)[pair].teacher_map, maps.teacher_map[:2])
-    for key, row in found.told().items():
-        assert row["error"] == pytest.approx(by_adamw.told()[key]["error"], rel=1e-4)
+    for key, row in found.reported_fits().items():
+        assert row["error"] == pytest.approx(by_adamw.reported_fits()[key]["error"], rel=1e-4)
 
 
 def test_pairs_that_share_a_teacher_layer_share_its_map():

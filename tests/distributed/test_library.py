@@ -200,11 +200,11 @@ def check(rank, layout, settings, normalize):
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     compared = 0
     for name, parameter in student.named_parameters():
-        whole, gradient = expected[undivided_name(student, name)], gradients[name]
-        if whole is None:  # above the highest compared layer
+        full, gradient = expected[undivided_name(student, name)], gradients[name]
+        if full is None:  # above the highest compared layer
             assert gradient is None or not gradient.any(), name
             continue
-        part = own_part(whole, parameter)
+        part = own_part(full, parameter)
         assert (gradient - part).norm() <= 1e-5 * part.norm() and part.norm() > 0, name
         compared += 1
     assert compared > 10

@@ -26,7 +26,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
 
 
 def test_of_several_processes_only_one_prints_and_none_waits(tmp_path):
-    """One process that is told of the same number of processes prints the same."""
+    """A single process that plans for the same number of processes prints the same."""
     arguments = replay_run(tmp_path, 1, num_hidden_layers=4)
     student = save(random_hf_model("Qwen3Moe", vocab_size=VOCAB_SIZE, num_hidden_layers=4), tmp_path / "experts")
     sizes = ("pipeline=2", "virtual_pipeline=2", "context=2", "expert=2")

@@ -49,8 +49,8 @@ def mean_of_micro_batch_means() -> Iterator[None]:
         )
         return pack(rollouts, numbers, *own, *arguments)
 
-    def average(whole: Any, topology: Any, **kwargs: Any) -> list[DeviceBatch]:
-        batches = pack_all(whole, topology, **kwargs)
+    def average(global_batch: Any, topology: Any, **kwargs: Any) -> list[DeviceBatch]:
+        batches = pack_all(global_batch, topology, **kwargs)
         number = len(batches) * topology.data_size
 
         def divided(selection: DeviceSelection) -> DeviceSelection:

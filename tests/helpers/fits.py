@@ -34,7 +34,7 @@ States = dict[LayerPair, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # stu
 
 @dataclass(frozen=True)
 class RecordedFit:
-    """What the ranks of a fit saw and summed, each token once, and the folder that it left."""
+    """The states that the ranks of a fit used, each token once, the sums of them, and the folder of the fit."""
 
     folder: Path
     states: States
@@ -43,8 +43,8 @@ class RecordedFit:
     def maps(self, rank: int) -> Mapping[LayerPair, PairBridge]:
         return read_bridge(self.folder / f"rank_{rank}").maps
 
-    def told(self) -> dict[tuple[LayerPair, int], dict[str, float]]:
-        """The rows of fit.json by pair and rank."""
+    def reported_fits(self) -> dict[tuple[LayerPair, int], dict[str, float]]:
+        """Return the rows of fit.json by pair and rank."""
         rows = json.loads((self.folder / "fit.json").read_text())["fits"]
         return {(LayerPair(row["student"], row["teacher"]), row["rank"]): row for row in rows}
 
@@ -67,7 +67,7 @@ def recorded_fit(world_size: int, arguments: Sequence[str]) -> RecordedFit:
 
 
 def fit_quietly(arguments: Sequence[str]) -> FitRun:
-    """What the command does, but for what it prints. Collective over the world."""
+    """Run the command without its output. Collective over the world."""
     inputs = read_inputs(fitting_config(load_config(None, list(arguments))), fitting=True)
     check_inputs(inputs)
     fit_run = FitRun(inputs, build_models(inputs))
@@ -128,7 +128,10 @@ def layer_map(student_layers: int, teacher_layers: int) -> list[LayerPair]:
 def reference_states(
     student: Path, teacher: Path, rows: Sequence[Mapping], pairs: Sequence[LayerPair], *, k: int, held_out: set[int]
 ) -> States:
-    """The states of Hugging Face's models in float64 at the last k sampled tokens. `held_out`: numbers of the rows."""
+    """Return the hidden states of Hugging Face's models in float64 at the last k sampled tokens.
+
+    `held_out` has the numbers of the held-out rows.
+    """
     read_by = [
         transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in (student, teacher)
     ]

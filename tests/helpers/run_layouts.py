@@ -40,7 +40,7 @@ BRIDGE_RANK = 6
 
 @dataclass(frozen=True)
 class Result:
-    """What the ranks of a case hand back."""
+    """The results of the ranks of a case."""
 
     update: Update
     fewest_bytes: int  # of teacher states that any way to move them moves
@@ -77,7 +77,7 @@ class References:
         )
 
     def overrides(self, case: Case) -> tuple[str, ...]:
-        """The settings of the case, with a bridge between its models where it has one."""
+        """Return the settings of the case, with a bridge between its models if it has one."""
         bridged = case.config.loss.representation.bridge is not None
         return (
             *case.overrides,
@@ -112,8 +112,10 @@ Defect = Callable[[], AbstractContextManager[None]]  # entered on every rank aro
 def run_cases(
     cases: Iterable[Case], references: References, folder: Path, defect: Defect = nullcontext
 ) -> Iterator[Outcome]:
-    """Every case on real ranks, beside its reference. Cases of one size run one after the other on the same processes,
-    which are started anew after one that raised."""
+    """Run every case on real ranks and compare it with its reference.
+
+    Cases with equally many ranks run one after the other on the same processes, which start anew after an error.
+    """
     in_order = sorted(cases, key=lambda case: case.world)
     for world, group in itertools.groupby(in_order, key=lambda case: case.world):
         rest = list(group)
@@ -192,9 +194,9 @@ def _fewest_bytes(run: Run) -> int:
             tuple(sorted(layer for layer in set(layers) if (layer == FINAL_STATES) == (term == "output")))
             for layers in (plan.teacher_layers(teacher.topology.stages), readers.values())
         )
-        held = Shard(born, _selected_rows(run, teacher.topology, term))
+        source = Shard(born, _selected_rows(run, teacher.topology, term))
         wanted = Shard(read, _selected_rows(run, run.topology, term))
-        shards = gather_objects((held, wanted), dist.group.WORLD)
+        shards = gather_objects((source, wanted), dist.group.WORLD)
         rows = minimum_rows([of_rank for of_rank, _ in shards], [of_rank for _, of_rank in shards])
         bridge = run.inputs.bridge if term == "representation" else None
         total += rows * (bridge.rank if bridge else width)

@@ -1,4 +1,4 @@
-"""One update of a tiny student by the package, also with AdamW and with gradient buckets that tiny models fill."""
+"""Run an update of a tiny student by the package, also with AdamW and with gradient buckets that tiny models fill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process as a layout of its own."""
+"""Fixture: a layout of one process."""
 
 import pytest
 

@@ -42,7 +42,7 @@ def precision_of(settings):
 
 
 def in_words(model):
-    """What the page says of a model's precision."""
+    """Describe a model's precision in the words of docs/precision.md."""
     arguments = {name: value for name, value in model.arguments.items() if name != "cp_comm_type"}
     words = ["TE" if model.transformer_engine else "own"]
     if model.scaled_weights:
@@ -65,9 +65,9 @@ def outcome(config, machine, parallel=None):
     return f"student: {in_words(planned.student)}; teacher: {in_words(planned.teacher)}; tokens to {planned.pad_tokens}"
 
 
-@pytest.mark.parametrize(("machine", "settings", "said"), TABLE, ids=[" ".join(row[:2]).strip() for row in TABLE])
-def test_a_row_of_the_table(machine, settings, said):
-    assert outcome(precision_of(settings), MACHINES[machine]) == said
+@pytest.mark.parametrize(("machine", "settings", "expected"), TABLE, ids=[" ".join(row[:2]).strip() for row in TABLE])
+def test_a_row_of_the_table(machine, settings, expected):
+    assert outcome(precision_of(settings), MACHINES[machine]) == expected
 
 
 def test_the_table_has_every_recipe_machine_and_kind_of_modules():
@@ -123,7 +123,7 @@ def test_a_bare_off_in_yaml_is_off():
 
 
 @pytest.mark.parametrize(
-    ("asked", "context", "machine", "said"),
+    ("requested", "context", "machine", "expected"),
     [
         ("auto", 2, "CPU", None),
         ("auto", 2, "H100", "p2p"),
@@ -134,13 +134,15 @@ def test_a_bare_off_in_yaml_is_off():
         ("a2a", 1, "H100 without TE", "error: parallel.cp_comm_type=a2a needs Transformer Engine's attention"),
     ],
 )
-def test_how_keys_and_values_travel(asked, context, machine, said):
-    parallel = ParallelConfig(context=context, cp_comm_type=asked)
-    if said is not None and said.startswith("error"):
-        assert outcome(PrecisionConfig(), MACHINES[machine], parallel).startswith(said)
+def test_context_parallel_communication_is_chosen_or_refused(requested, context, machine, expected):
+    parallel = ParallelConfig(context=context, cp_comm_type=requested)
+    if expected is not None and expected.startswith("error"):
+        assert outcome(PrecisionConfig(), MACHINES[machine], parallel).startswith(expected)
     else:
         planned = plan_precision(PrecisionConfig(), parallel, MACHINES[machine])
-        assert planned.student.arguments.get("cp_comm_type") == planned.teacher.arguments.get("cp_comm_type") == said
+        assert (
+            planned.student.arguments.get("cp_comm_type") == planned.teacher.arguments.get("cp_comm_type") == expected
+        )
 
 
 def student_layout(**sizes):
@@ -152,7 +154,7 @@ SIZES = tiny_spec(hidden_size=256, ffn_hidden_size=512, num_attention_heads=8, n
 
 
 @pytest.mark.parametrize(
-    ("changes", "recipe", "tensor", "said"),
+    ("changes", "recipe", "tensor", "expected"),
     [
         ({}, "blockwise", 2, None),
         ({"hidden_size": 264}, "tensorwise", 1, "hidden size is 264"),
@@ -166,15 +168,15 @@ SIZES = tiny_spec(hidden_size=256, ffn_hidden_size=512, num_attention_heads=8, n
         ({"head_dim": 24}, "mxfp8", 4, "width of the heads is 48"),
     ],
 )
-def test_sizes_that_have_no_fp8_product_are_named(changes, recipe, tensor, said):
+def test_sizes_that_have_no_fp8_product_are_named(changes, recipe, tensor, expected):
     spec = dataclasses.replace(SIZES, **changes)
     layout = ModelLayout(ParallelConfig(tensor=tensor, pipeline=2), (4, 4), "teacher", "parallel")
     check = (recipe, spec, layout)
     check_dimensions(ModelPrecision(), *check)  # without FP8 any will do
-    if said is None:
+    if expected is None:
         check_dimensions(IN_FP8, *check)
         return
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         check_dimensions(IN_FP8, *check)
 
 
