@@ -12,7 +12,7 @@ from megatron_oprd.types import ModelSpec
 
 @dataclass(frozen=True)
 class Hardware:
-    """One GPU: rates per second from its data sheet, and the share of each that is assumed to be reached."""
+    """Data sheet of a GPU: rates per second, and the share of each rate that is assumed to be reached."""
 
     name: str = "H100 SXM"
     gpus_per_node: int = 8

@@ -13,7 +13,7 @@ from megatron_oprd.types import ModelSpec
 
 @dataclass(frozen=True)
 class ModelDivision:
-    """How a model is divided over ranks."""
+    """Division of a model over ranks."""
 
     tensor: int  # tensor-parallel size
     pipeline: int  # pipeline-parallel size

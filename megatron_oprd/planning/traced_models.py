@@ -34,7 +34,7 @@ from megatron_oprd.types import DeviceBatch, LayerPair, PairBridge
 
 @dataclass(frozen=True)
 class MicroBatches:
-    """One micro-batch of this rank, as student and teachers get it."""
+    """The micro-batch of this rank for the student and for each teacher."""
 
     student: DeviceBatch
     teachers: tuple[DeviceBatch, ...]  # in the order of the configuration
