@@ -40,7 +40,7 @@ class Heads:
 
 
 class OutputLoss:
-    """One output-space objective (OPRD eq. (3)-(5)) for the micro-batches of a step.
+    """An output-space objective (OPRD eq. (3)-(5)) for the micro-batches of a step.
 
     A call returns the gradient of the student's states and adds the gradient of the student's LM head to the head's
     gradient buffer. Logits exist for `chunk_tokens` tokens at one time. `temperature` is the rollouts' temperature.

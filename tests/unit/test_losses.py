@@ -97,26 +97,26 @@ def test_packed_sums_equal_the_definition(positions, aggregation, normalize, shi
         sequences.append((student, teacher, len(rollout.prompt_ids), rollout.response_mask))
     expected = oprd_loss([(1, 1), (2, 2)], sequences, config)
     total, rows = 0.0, []
-    for whole, batch, place in every_rank(rollouts, config, *layout):
+    for full_batch, batch, place in every_rank(rollouts, config, *layout):
         selection = batch.representation
         rows += selection.token_numbers.tolist()
         for layer in (1, 2):
-            held = [whole_states(whole, states, side, layer)[place] for side in (0, 1)]
-            statistics = token_statistics(held[0][selection.selected], held[1][selection.selected], normalize)
+            student, teacher = (full_states(full_batch, states, side, layer)[place] for side in (0, 1))
+            statistics = token_statistics(student[selection.selected], teacher[selection.selected], normalize)
             total += layer_sums(statistics, layer_weights(selection.weights, num_layers=2))[0].item()
     assert total == pytest.approx(expected.item(), rel=1e-12)
     assert sorted(rows) == list(range(len(rows))), "each selected token is compared once and has a number of its own"
 
 
 def every_rank(rollouts, config, data, context, sequence, limit):
-    """(whole micro-batch, a rank's part, rows of the whole that its hidden states are) of every rank of a layout."""
+    """Yield (full micro-batch, part of a rank, its rows of the full micro-batch) for every rank of a layout."""
     term, output = representation_term(config, rollouts), output_term(OutputConfig(), rollouts)
     assert term.counts.sequences == 4 and output.counts.tokens == 0
     useful = [i for i, chosen in enumerate(term.positions) if chosen]
     lengths = [num_tokens(rollouts[i]) for i in useful]
     multiple = 2 * context if context > 1 else 1
     for members in itertools.chain(*assign(lengths, lengths, data, limit)):
-        whole = pack(
+        full_batch = pack(
             [rollouts[useful[i]] for i in members],
             [useful[i] for i in members],
             term,
@@ -125,21 +125,21 @@ def every_rank(rollouts, config, data, context, sequence, limit):
             Padding(multiple, multiple * sequence),
         )
         for c, s in itertools.product(range(context), range(sequence)):
-            place = torch.arange(whole.num_tokens)
+            place = torch.arange(full_batch.num_tokens)
             if context > 1:
-                place = zigzag_rows(whole.bounds, c, context)
-            part = cut(whole, Slice(c, context, s, sequence))
-            torch.testing.assert_close(part.tokens, whole.tokens[place])
-            yield whole, part, place.chunk(sequence)[s]
+                place = zigzag_rows(full_batch.bounds, c, context)
+            part = cut(full_batch, Slice(c, context, s, sequence))
+            torch.testing.assert_close(part.tokens, full_batch.tokens[place])
+            yield full_batch, part, place.chunk(sequence)[s]
 
 
-def whole_states(whole, states, side, layer):
+def full_states(full_batch, states, side, layer):
     """Return the states of every row of a micro-batch. Padding repeats the start of the first sequence."""
-    bounds = whole.bounds
+    bounds = full_batch.bounds
     result = torch.zeros(bounds[-1], 6).double()
     first_tokens = {}
     for sequence, (start, end) in enumerate(itertools.pairwise(bounds)):
-        for token in whole.tokens[start:end].tolist():
+        for token in full_batch.tokens[start:end].tolist():
             if token >= 100:
                 first_tokens[sequence] = token  # a prompt's tokens are all alike
     for sequence, token in first_tokens.items():
@@ -158,6 +158,6 @@ def test_a_batch_of_padding_selects_nothing():
 def test_lengths_are_those_without_padding_on_every_context_parallel_rank():
     rollouts = [Rollout((9,) * 3, (1,) * n, (1,) * n, "replay") for n in (2, 6)]
     terms = representation_term(RepresentationConfig(), rollouts), output_term(OutputConfig(), rollouts)
-    whole = pack(rollouts, [0, 1], *terms, [0, 0], Padding(4, 8))
-    assert whole.lengths.tolist() == [5] * 8 + [9] * 12 + [4] * 4
-    assert [cut(whole, Slice(rank, 2)).lengths.tolist() for rank in (0, 1)] == [[5] * 4 + [9] * 6 + [4] * 2] * 2
+    full_batch = pack(rollouts, [0, 1], *terms, [0, 0], Padding(4, 8))
+    assert full_batch.lengths.tolist() == [5] * 8 + [9] * 12 + [4] * 4
+    assert [cut(full_batch, Slice(rank, 2)).lengths.tolist() for rank in (0, 1)] == [[5] * 4 + [9] * 6 + [4] * 2] * 2
