@@ -1,4 +1,4 @@
-"""Fits of a bridge on real ranks, beside the states that the ranks saw and what Hugging Face's models make of them."""
+"""Fit a bridge on real ranks, record the states that went into it, and compute the states of Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class RecordedFit:
 
 
 def write_replay(path: Path, lengths: Sequence[int], vocab_size: int) -> list[dict]:
-    """Stored rollouts with responses of these lengths, some of their tokens not sampled; the rows."""
+    """Write rollouts with responses of these lengths, in which some tokens are not sampled, and return the rows."""
     draw = random.Random(11)
     rows = []
     for number, length in enumerate(lengths):
@@ -62,7 +62,7 @@ def write_replay(path: Path, lengths: Sequence[int], vocab_size: int) -> list[di
 
 
 def recorded_fit(world_size: int, arguments: Sequence[str]) -> RecordedFit:
-    """`megatron_oprd.bridge.fit` with these arguments on so many ranks."""
+    """Run `megatron_oprd.bridge.fit` with these arguments on several ranks."""
     return run_distributed(world_size, _recorded_fit, list(arguments))[0]
 
 
@@ -95,7 +95,7 @@ def _recorded_fit(rank: int, arguments: list[str]) -> RecordedFit | None:
         fit_run = fit_quietly(arguments)
     topology = fit_run.models.topology
     if topology.tensor_rank and not topology.sequence_parallel:
-        local_states.clear()  # it has seen what the first one has
+        local_states.clear()  # they are those of tensor rank 0
     world = torch.distributed.group.WORLD
     seen = gather_objects(dict(local_states), world)
     sums = gather_objects(kept["moments"].total, world)
@@ -120,7 +120,7 @@ def _joined(seen: Sequence[Mapping[LayerPair, list]]) -> States:
 
 
 def layer_map(student_layers: int, teacher_layers: int) -> list[LayerPair]:
-    """OPRD eq. (11) in fractions of the depth, ties rounded up."""
+    """Return the layer pairs of equation (11) of OPRD: equal fractions of the depth, halves rounded up."""
     scale = (teacher_layers - 1) / (student_layers - 1)
     return [LayerPair(n + 1, math.floor(n * scale + 0.5) + 1) for n in range(student_layers)]
 

@@ -1,7 +1,7 @@
 """Environment variables for processes whose resident memory is measured."""
 
-# Freed memory goes back to the machine at once, so that residency is what is alive. It costs time. oneDNN keeps a
-# compiled kernel for every shape of a bf16 product, and experts have many.
+# malloc returns freed memory to the machine at once, so that resident memory is memory in use; this costs time. oneDNN
+# caches a compiled kernel for every shape of a bf16 product, and experts have many shapes.
 HONEST = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",

@@ -1,4 +1,4 @@
-"""Cases of the matrix on real ranks, each beside the reference's update."""
+"""Run cases of the matrix on real ranks and compare each of them with the update of the reference."""
 
 from __future__ import annotations
 
@@ -43,23 +43,23 @@ class Result:
     """The results of the ranks of a case."""
 
     update: Update
-    fewest_bytes: int  # of teacher states that any way to move them moves
+    fewest_bytes: int  # the smallest number of bytes of teacher states that must move between ranks
     seconds: float
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A case beside its reference."""
+    """A case, its result, and the comparison with the reference."""
 
     case: Case
     result: Result | None
     difference: Difference | None
-    failure: str | None  # None: everything agrees
-    details: str = ""  # the traceback of a case that raised
+    failure: str | None  # None if the update agrees with the reference
+    details: str = ""  # the traceback if the case raised
 
 
 class References:
-    """The models of the cases, in a folder, and the reference's update of each, every one of them made once."""
+    """The models of the cases in a folder, and the update of the reference for each case. Both are cached."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class References:
         self.bridge = functools.cache(self._bridge)
 
     def models(self, case: Case) -> tuple[Path, Path]:
-        """Student and teacher."""
+        """Return the folders of student and teacher."""
         student, teacher = case.layers
         return (
             self.model(case.family, student, case.tied, 0, 64),
@@ -168,12 +168,12 @@ def _run_job(case: Case, student: Path, teacher: Path, overrides: tuple[str, ...
         run = make_run(student, teacher, *overrides, rollouts=rollouts_of(case.rollouts))
     fewest = _fewest_bytes(run)
     if overlaps:
-        undo_step(run, one_step)  # only now does mcore know when a bucket is full: it overlaps from the second step on
+        undo_step(run, one_step)  # Megatron-Core overlaps from the second step on, when it knows how full a bucket is
     return Result(measure_update(run, one_step), fewest, time.perf_counter() - begin)
 
 
 def _new_world(rank: int, world: int, store: Path) -> None:
-    """Leave all process groups of the last case, of which Megatron makes dozens, with threads each, and start anew."""
+    """Replace the process groups of the last case by a new world. Megatron makes dozens, each with threads."""
     parallel_state.destroy_model_parallel()
     gc.collect()
     dist.destroy_process_group()
@@ -183,8 +183,10 @@ def _new_world(rank: int, world: int, store: Path) -> None:
 
 
 def _fewest_bytes(run: Run) -> int:
-    """Bytes of teacher states that some rank reads and does not hold, from the micro-batches of both layouts.
-    Collective over the world."""
+    """Return the bytes of teacher states that a rank needs and that another rank computes.
+
+    Computed from the micro-batches of both layouts. Collective over the world.
+    """
     plan, (teacher,) = run.inputs.setup.layer_plan, run.teachers
     readers = plan.readers(run.topology.stages)
     (planned,) = run.inputs.setup.teachers.values()

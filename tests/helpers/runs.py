@@ -1,4 +1,4 @@
-"""Small whole runs for tests: the arguments of `train`, and what is compared of what they leave."""
+"""Small complete runs for tests: the arguments of `train`, and comparisons of run folders."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 from megatron_oprd.models.precision import ModelPrecision, Precision
 from megatron_oprd.models.te_spec import FusedAttention
-from tests.helpers import training
+from megatron_oprd.testing import replayed_run
 from tests.helpers.layouts import OBJECTIVE_CASES, covering
 from tests.helpers.run_layouts import References, run_cases
 
@@ -25,7 +25,7 @@ def on_transformer_engine(exchange: str = "p2p") -> Iterator[None]:
     """Student and teacher on Transformer Engine's modules; in float32, which a configuration does not combine."""
     modules = ModelPrecision(transformer_engine=True, arguments={"cp_comm_type": exchange})
     fused = mock.patch.object(FusedAttention, "forward", autospec=True, side_effect=FusedAttention.forward)
-    with mock.patch.object(training, "PRECISION", Precision(modules, modules)), fused as forward:
+    with mock.patch.object(replayed_run, "PRECISION", Precision(modules, modules)), fused as forward:
         yield
     assert forward.called, "the models were built of other modules"
 
