@@ -13,6 +13,12 @@ RANKS = 4
 OF_EACH_COLOUR = 1
 
 
+IN_CI = DEFECTS[::3]
+CASES = [
+    pytest.param(defect, id=defect.name, marks=[] if defect in IN_CI else [pytest.mark.nightly]) for defect in DEFECTS
+]
+
+
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
     return References(tmp_path_factory.mktemp("models"))
@@ -26,7 +32,7 @@ def handful(defect):
     return felt[:OF_EACH_COLOUR] + unfelt[:OF_EACH_COLOUR]
 
 
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
+@pytest.mark.parametrize("defect", CASES)
 def test_a_mistake_turns_red_the_cells_that_feel_it_and_no_others(defect, references, tmp_path):
     outcomes = list(run_cases(handful(defect), references, tmp_path, defect.install))
     red = [outcome.case.name for outcome in outcomes if outcome.failure is not None]
