@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-from megatron_oprd.launch import assemble
+from megatron_oprd.launch import models as launch_models
 from megatron_oprd.parallel import topology
 from megatron_oprd.runtime.cli import run_command
 from megatron_oprd.testing.distributed import forked_process
@@ -106,7 +106,7 @@ def run_until_start(command: str, *arguments: str, environment: dict[str, str] |
 
     stdout, stderr = io.StringIO(), io.StringIO()
     with (
-        mock.patch.object(assemble, "start_process", stop),
+        mock.patch.object(launch_models, "start_process", stop),
         mock.patch.object(topology, "start_process", stop),
         mock.patch.dict(os.environ, environment or {}),
         mock.patch.object(sys, "argv", [command, *arguments]),
