@@ -1,7 +1,7 @@
 """A teacher with FP8 weights, without Transformer Engine, is close to itself in full in every layout, layer by layer.
 
 One product in FP8 is 4 % off, and random blocks add theirs to a stream that is little but them: the bound is wider than
-for a trained teacher (tests/end_to_end/test_fp8_teacher.py).
+for a trained teacher (tests/end_to_end/test_teacher_in_fp8.py).
 """
 
 import pytest
