@@ -82,6 +82,7 @@ class Rollout:
     data_source: str = ""
     teacher_prompt_ids: tuple[int, ...] | None = None  # the prompt for the teacher; None: the student's prompt
     alignment: Alignment | None = None  # the response for a teacher with another tokenizer; None: the same tokens
+    logprobs: tuple[float, ...] | None = None  # of each sampled token under the policy that sampled it, if asked for
 
     def __post_init__(self) -> None:
         if len(self.response_mask) != len(self.response_ids):

@@ -17,7 +17,7 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import max_over
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.rollout.engine import Sampling
+from megatron_oprd.rollout.engine import ImmediateEngine, Sampling
 from megatron_oprd.rollout.inference_mode import (
     without_fp8,
     without_linear_autograd,
@@ -32,7 +32,7 @@ from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 PROMPT_TOKENS_PER_STEP = 8192  # limits the activations of prefill; a longer prompt is still processed in one pass
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(ImmediateEngine):
     """Generates rollouts with this rank's part of the student, at most `max_batch` rows per replica at a time.
 
     Each step is one forward pass that decodes one token of every active row and prefills the prompts that start.

@@ -19,6 +19,7 @@ class Sampling:
     top_k: int = 0  # 0: all tokens
     max_new_tokens: int = 16384  # per response
     samples_per_prompt: int = 1
+    logprobs: bool = False  # return the log-probability of each sampled token
 
 
 def rollout_sampling(config: RolloutConfig) -> Sampling:
@@ -31,6 +32,17 @@ def evaluation_sampling(config: EvaluationConfig) -> Sampling:
     return Sampling(config.temperature, config.top_p, 0, config.max_new_tokens, config.samples)
 
 
+class PendingRollouts(Protocol):
+    """Rollouts that an engine generates, perhaps beside other work."""
+
+    def result(self) -> list[Rollout]:
+        """Wait for the rollouts and return them, ordered by prompt and then by sample, from sample 0.
+
+        All ranks of a model replica call this together and receive the same rollouts. Raises what generation raises.
+        """
+        ...
+
+
 class RolloutEngine(Protocol):
     """Generates rollouts.
 
@@ -39,6 +51,51 @@ class RolloutEngine(Protocol):
     `generate` at the same time.
     """
 
+    def sync_weights(self, version: int) -> dict[str, float]:
+        """Make the engine generate with the student's present weights, and return metrics of the transfer.
+
+        An engine that shares the student's weights has nothing to do. Nothing may be pending. Collective over the
+        world.
+
+        Args:
+            version: number of updates that the weights have seen.
+        """
+        ...
+
+    def submit(self, prompts: Sequence[Prompt], step: int) -> PendingRollouts:
+        """Start the rollouts of a training step with the weights of the last `sync_weights`.
+
+        An engine that shares the student's weights generates before it returns.
+        """
+        ...
+
     def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
         """Return the rollouts of a training step, ordered by prompt and then by sample, from sample 0."""
         ...
+
+
+@dataclass(frozen=True)
+class FinishedRollouts:
+    """The result of an engine that generates before `submit` returns."""
+
+    rollouts: list[Rollout]
+
+    def result(self) -> list[Rollout]:
+        """Return the rollouts."""
+        return self.rollouts
+
+
+class ImmediateEngine:
+    """Base of engines that share the student's weights or need none: nothing to transfer, nothing pending."""
+
+    def sync_weights(self, version: int) -> dict[str, float]:
+        """Do nothing and return no metrics."""
+        return {}
+
+    def submit(self, prompts: Sequence[Prompt], step: int) -> FinishedRollouts:
+        """Generate the rollouts of a training step and return them."""
+        return FinishedRollouts(self.generate(prompts, step))
+
+    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+        """Return the rollouts of a training step, ordered by prompt and then by sample, from sample 0."""
+        raise NotImplementedError

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_oprd.data.sharding import split
+from megatron_oprd.rollout.engine import ImmediateEngine
 from megatron_oprd.types import Prompt, Rollout, UserError
 
 
@@ -65,7 +66,7 @@ def check_enough(rollouts: Sequence[Rollout], steps: int, per_step: int) -> None
         )
 
 
-class ReplayEngine:
+class ReplayEngine(ImmediateEngine):
     """Returns stored rollouts step by step. No communication.
 
     Each of the `num_replicas` replicas gets a contiguous part of a step. The sizes of the parts differ by at most one.
