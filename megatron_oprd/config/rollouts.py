@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from megatron_oprd.config.section import PROMPTS, STEPS, TOKENS, Section
+from megatron_oprd.config.section import BYTES, FRACTION, PROMPTS, RANKS, SECONDS, STEPS, TOKENS, Section
 
 
 class DataConfig(Section):
@@ -39,11 +39,63 @@ class DataConfig(Section):
         return self.chat_template_kwargs if own is None else own
 
 
+class RolloutServerConfig(Section):
+    """The vLLM servers of rollout.engine=vllm."""
+
+    addresses: list[str] = Field([], description="servers that run already, each as host:port")
+    python: str | None = Field(
+        None, description="Python of the environment of a server that the run starts and ends itself"
+    )
+    tensor: int = Field(1, ge=1, description="tensor-parallel size of the started server", json_schema_extra=RANKS)
+    devices: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="GPUs of the started server, one for each tensor-parallel rank; empty: the first ones"
+    )
+    memory: float = Field(
+        0.5, gt=0.0, lt=1.0, description="share of a device's memory for the started server", json_schema_extra=FRACTION
+    )
+    max_running: int = Field(64, ge=1, description="requests that a server runs at once")
+    sync: Literal["file", "nccl"] = Field("file", description="transport of the weights to the servers")
+    sync_dir: str | None = Field(
+        None, description="folder that the run and the servers share for the weights; null: shared memory"
+    )
+    bucket_bytes: int = Field(
+        256 * 1024**2, ge=1, description="weights that are transferred at once", json_schema_extra=BYTES
+    )
+    stall_seconds: float = Field(
+        300.0, gt=0.0, description="a server has failed after this time without a new token", json_schema_extra=SECONDS
+    )
+    batch_invariant: bool = Field(
+        False, description="the started server computes each answer independently of its batch, bit for bit (GPU)"
+    )
+
+    @field_validator("addresses")
+    @classmethod
+    def _addresses_have_host_and_port(cls, addresses: list[str]) -> list[str]:
+        for address in addresses:
+            host, _, port = address.removeprefix("http://").rstrip("/").rpartition(":")
+            if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
+                raise ValueError(f"rollout.server.addresses: {address!r} is not of the form host:port")
+        if len({address.removeprefix("http://").rstrip("/") for address in addresses}) < len(addresses):
+            raise ValueError(f"rollout.server.addresses={addresses} names a server twice")
+        return addresses
+
+    @model_validator(mode="after")
+    def _devices_are_one_for_each_rank(self) -> RolloutServerConfig:
+        if self.devices and len(set(self.devices)) != self.tensor:
+            raise ValueError(
+                f"rollout.server.devices={self.devices} must name {self.tensor} different GPUs, one for each of "
+                f"rollout.server.tensor={self.tensor} ranks"
+            )
+        if self.sync == "nccl":
+            raise ValueError("rollout.server.sync=nccl is not implemented; use sync=file")
+        return self
+
+
 class RolloutConfig(Section):
     """The student's responses of a training step."""
 
-    engine: Literal["megatron", "replay"] = Field(
-        "megatron", description="generate with the student, or replay stored token ids"
+    engine: Literal["megatron", "vllm", "replay"] = Field(
+        "megatron", description="generate with the student, with vLLM servers, or replay stored token ids"
     )
     path: str | None = Field(None, description="JSONL file of stored rollouts; needed by engine replay")
     prompts_per_step: int = Field(8, ge=1, description="prompts of a training step", json_schema_extra=PROMPTS)
@@ -52,6 +104,27 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus sampling; 1: off")
     top_k: int = Field(0, ge=0, description="sample among the k most likely tokens; 0: all", json_schema_extra=TOKENS)
     max_new_tokens: int = Field(16384, ge=1, description="longest response", json_schema_extra=TOKENS)
+    server: RolloutServerConfig = RolloutServerConfig()
+
+    @property
+    def generates(self) -> bool:
+        """Return True if the responses are generated, from the prompts of `data`, and not replayed."""
+        return self.engine != "replay"
+
+    @model_validator(mode="after")
+    def _vllm_needs_a_server(self) -> RolloutConfig:
+        if self.engine == "vllm":
+            if bool(self.server.addresses) == bool(self.server.python):
+                given = "both are" if self.server.python else "neither is"
+                raise ValueError(
+                    f"rollout.engine=vllm needs rollout.server.addresses or rollout.server.python; {given} given"
+                )
+            if not (self.temperature == 0 or 0.01 <= self.temperature <= 2):
+                raise ValueError(
+                    f"rollout.temperature={self.temperature:g}: vLLM samples with 0 or with 0.01 to 2; "
+                    "rollout.engine=megatron with any"
+                )
+        return self
 
     @model_validator(mode="after")
     def _replay_needs_a_path(self) -> RolloutConfig:

@@ -53,7 +53,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _prompts_are_given_or_replayed(self) -> Config:
-        if self.rollout.engine == "megatron" and not self.data.prompts:
+        if self.rollout.generates and not self.data.prompts:
             raise ValueError("data.prompts: name at least one prompt file (only rollout.engine=replay needs none)")
         return self
 

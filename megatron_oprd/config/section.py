@@ -14,6 +14,7 @@ class Section(BaseModel):
 
 # Values for `json_schema_extra`: the unit of a field, which docs/configuration.md prints.
 TOKENS: JsonDict = {"unit": "tokens"}
+BYTES: JsonDict = {"unit": "bytes"}
 STEPS: JsonDict = {"unit": "steps"}
 SECONDS: JsonDict = {"unit": "seconds"}
 PROMPTS: JsonDict = {"unit": "prompts"}

@@ -32,7 +32,7 @@ from megatron_oprd.rollout.replay import ReplayEngine
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import ModelSpec
+from megatron_oprd.types import ModelSpec, UserError
 
 EVALUATION_SEED = 1_000_003  # added to train.seed: every evaluation draws the same numbers, other ones than training
 
@@ -141,6 +141,8 @@ def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
         return ReplayEngine(
             inputs.replayed, per_step, replica_rank=topology.replica_rank, num_replicas=topology.num_replicas
         )
+    if config.rollout.engine == "vllm":
+        raise UserError("rollout.engine=vllm is not implemented; use rollout.engine=megatron")
     sampling = rollout_sampling(config.rollout)
     rows = rows_at_a_time(
         inputs.setup.student, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens

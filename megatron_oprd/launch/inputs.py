@@ -154,7 +154,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
 def _read_tokenizers(config: Config, setup: Setup, missing: MissingInputs, *, with_bridge: bool) -> Tokenizers:
     folders = [config.student.path, *(teacher.config.path for teacher in setup.teachers.values())]
     needed = (
-        config.rollout.engine == "megatron"
+        config.rollout.generates
         or bool(config.evaluation.every)
         or (with_bridge and any(has_tokenizer(folder) for folder in folders))
     )
@@ -164,7 +164,7 @@ def _read_tokenizers(config: Config, setup: Setup, missing: MissingInputs, *, wi
 
 
 def _read_prompts(config: Config, tokenizers: Tokenizers, missing: MissingInputs) -> PromptSet | None:
-    if config.rollout.engine != "megatron":
+    if not config.rollout.generates:
         return None
     if missing.tokenizers or missing.prompts:
         return longest_prompts(config)
@@ -212,7 +212,7 @@ def _check_data_sources(config: Config, taught: Sequence[Prompt] | Sequence[Roll
                 f"{number} rollouts of {config.rollout.path} have no data_source to say who teaches; {known}"
             )
         if source not in config.teachers:
-            what = "prompts" if config.rollout.engine == "megatron" else "rollouts"
+            what = "prompts" if config.rollout.generates else "rollouts"
             raise UserError(f"data_source {source!r} of {number} {what} has no teacher; {known}")
 
 

@@ -50,7 +50,7 @@ def find_missing(config: Config, planned_for: str | None = None) -> MissingInput
     """
     folders = list(dict.fromkeys([config.student.path, *(one.path for one in config.named_teachers.values())]))
     bridge = config.loss.representation.bridge if config.loss.reads_layers else None
-    generates = config.rollout.engine == "megatron"
+    generates = config.rollout.generates
     evaluated = config.evaluation.data if config.evaluation.every else []
     prompts = [*(config.data.prompts if generates else []), *evaluated]
     readers = folders if bridge else folders[:1]  # teachers without a tokenizer of their own read the student's ids

@@ -168,6 +168,36 @@ def test_replay_and_a_teacher_prompt_column_exclude_each_other():
         load_config(None, [*overrides, "rollout.engine=replay", "rollout.path=r.jsonl"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "rollout.engine=vllm needs rollout.server.addresses or rollout.server.python; neither is given"),
+        (["addresses=[a:1]", "python=p"], "rollout.server.python; both are given"),
+        (["addresses=[a]"], "rollout.server.addresses: 'a' is not of the form host:port"),
+        (["addresses=['https://a:1']"], "rollout.server.addresses: 'https://a:1' is not of the form host:port"),
+        (["addresses=['a:1','http://a:1/']"], "rollout.server.addresses=['a:1', 'http://a:1/'] names a server twice"),
+        (["python=p", "devices=[0,0]", "tensor=2"], "rollout.server.devices=[0, 0] must name 2 different GPUs"),
+        (["addresses=[a:1]", "sync=nccl"], "rollout.server.sync=nccl is not implemented; use sync=file"),
+        (["addresses=[a:1]", "stall_seconds=0"], "rollout.server.stall_seconds=0: Input should be greater than 0"),
+    ],
+)
+def test_a_bad_server_section_is_one_line_that_names_the_key(overrides, message):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [*REQUIRED, "rollout.engine=vllm", *(f"rollout.server.{one}" for one in overrides)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_vllm_needs_prompts_and_a_temperature_that_it_samples_with():
+    overrides = [*REQUIRED, "rollout.engine=vllm", "rollout.server.addresses=['http://[::1]:8000','a.b:8000']"]
+    assert load_config(None, [*overrides, "rollout.temperature=0"]).rollout.generates
+    for temperature in ("0.001", "2.5"):
+        with pytest.raises(UserError, match=rf"rollout\.temperature={temperature}: vLLM samples with 0 or with 0\.01"):
+            load_config(None, [*overrides, f"rollout.temperature={temperature}"])
+    with pytest.raises(UserError, match=r"data\.prompts"):
+        load_config(None, [*overrides, "data.prompts=[]"])
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"- 1", b"student: {path: ${nowhere}}"])
 def test_a_broken_file_is_one_line_that_names_the_file(tmp_path, content):
     path = tmp_path / "c.yaml"

@@ -37,7 +37,7 @@ def fit_bridge(run: FitRun) -> None:
     """
     origin = on_rank_zero(lambda: open_folder(run))
     file = RolloutFile(run.folder / "rollouts.jsonl", run.rollouts_per_step)
-    if run.config.rollout.engine == "megatron":
+    if run.config.rollout.generates:
         generate_answers(run, file)
     moments = compute_moments(run, file)
     local_fits = fit_adamw(run, file, moments) if run.config.bridge.method == "adamw" else fit_closed_form(run, moments)
