@@ -62,14 +62,18 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def submit(self, prompts: Sequence[Prompt], step: int) -> PendingRollouts:
+    def submit(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> PendingRollouts:
         """Start the rollouts of a training step with the weights of the last `sync_weights`.
 
         An engine that shares the student's weights generates before it returns.
+
+        Args:
+            limits: most tokens of a response to each prompt, in place of `Sampling.max_new_tokens`. A sample's tokens
+                do not depend on the limit: a higher limit continues the same response.
         """
         ...
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> list[Rollout]:
         """Return the rollouts of a training step, ordered by prompt and then by sample, from sample 0."""
         ...
 
@@ -92,10 +96,10 @@ class ImmediateEngine:
         """Do nothing and return no metrics."""
         return {}
 
-    def submit(self, prompts: Sequence[Prompt], step: int) -> FinishedRollouts:
+    def submit(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> FinishedRollouts:
         """Generate the rollouts of a training step and return them."""
-        return FinishedRollouts(self.generate(prompts, step))
+        return FinishedRollouts(self.generate(prompts, step, limits))
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> list[Rollout]:
         """Return the rollouts of a training step, ordered by prompt and then by sample, from sample 0."""
         raise NotImplementedError

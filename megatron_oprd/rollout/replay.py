@@ -80,8 +80,11 @@ class ReplayEngine(ImmediateEngine):
         self.replica_rank = replica_rank
         self.num_replicas = num_replicas
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
-        """Return this replica's rollouts of a step, counted from 0. `prompts` is ignored: the file has the prompts."""
+    def generate(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> list[Rollout]:
+        """Return this replica's rollouts of a step, counted from 0.
+
+        `prompts` and `limits` are ignored: the file has the prompts and the responses.
+        """
         return split(rollouts_of_step(self.rollouts, step, self.per_step), self.replica_rank, self.num_replicas)
 
 
