@@ -7,7 +7,22 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_oprd.types import ModelSpec
+
 CHUNK = 128  # the capacity is a multiple of this number of positions
+
+
+def kv_cache_bytes(spec: ModelSpec, rows: int, length: int, layers: int, tensor_size: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a rank's keys and values in generation.
+
+    Args:
+        rows: rollouts that are generated at once.
+        length: tokens of the longest row, prompt and response; at most `max_position_embeddings` of them are stored.
+        layers: transformer layers of the rank.
+        tensor_size: ranks of the tensor-parallel group, which share the key-value heads.
+    """
+    token_bytes = 2 * layers * (spec.num_query_groups // tensor_size) * spec.head_dim * dtype.itemsize
+    return rows * min(length, spec.max_position_embeddings) * token_bytes
 
 
 class KeyValueCache:

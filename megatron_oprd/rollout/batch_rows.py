@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_oprd.models.kv_cache import kv_cache_bytes
 from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.topology import Topology
@@ -20,10 +21,8 @@ def rows_at_a_time(
 
     Communicates over: the tensor- and the pipeline-parallel group.
     """
-    parameter = next(stage.parameters())
-    layers, heads = sum(len(chunk.decoder.layers) for chunk in stage), spec.num_query_groups // topology.tensor_size
-    row_bytes = 2 * max(layers, 1) * heads * spec.head_dim * parameter.element_size()
-    row_bytes *= min(longest_row, spec.max_position_embeddings)
+    layers = max(sum(len(chunk.decoder.layers) for chunk in stage), 1)
+    row_bytes = kv_cache_bytes(spec, 1, longest_row, layers, topology.tensor_size, stage.config.params_dtype)
     rows: float = max(1, min(max_rows, platform.free_memory_bytes(topology.device) // 3 // row_bytes))
     for group in (topology.groups.tp, topology.groups.pp):
         (rows,) = min_over([rows], group, topology.device)
