@@ -24,10 +24,11 @@ from megatron_oprd.rollout.inference_mode import (
     without_sequence_parallelism,
 )
 from megatron_oprd.rollout.longrope_refill import refill_crossing_rows
+from megatron_oprd.rollout.requests import Request, make_requests
 from megatron_oprd.rollout.sampling import sample
-from megatron_oprd.rollout.slots import Request, Slots
+from megatron_oprd.rollout.slots import Slots
 from megatron_oprd.runtime import progress
-from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
+from megatron_oprd.types import ModelSpec, Prompt, Rollout
 
 PROMPT_TOKENS_PER_STEP = 8192  # limits the activations of prefill; a longer prompt is still processed in one pass
 
@@ -85,7 +86,7 @@ class EmbeddedEngine(ImmediateEngine):
 
         Communicates over: the tensor- and the pipeline-parallel group, and the groups of the experts.
         """
-        requests = self._requests(prompts, limits)
+        requests = make_requests(prompts, self.spec, self.sampling, limits)
         rollouts: dict[int, Rollout] = {}
         training = self.stage.training
         self.stage.eval()
@@ -105,22 +106,6 @@ class EmbeddedEngine(ImmediateEngine):
             for chunk in self.stage:
                 chunk.set_input_tensor(None)
         return [rollouts[request.order] for request in requests]
-
-    def _requests(self, prompts: Sequence[Prompt], limits: Sequence[int] | None) -> list[Request]:
-        requests: list[Request] = []
-        for number, prompt in enumerate(prompts):
-            room = self.spec.max_position_embeddings - len(prompt.prompt_ids)
-            if not prompt.prompt_ids:
-                raise UserError(f"prompt {prompt.index} is empty: a model needs at least one token to go on from")
-            if room < 1:
-                raise UserError(
-                    f"prompt {prompt.index} has {len(prompt.prompt_ids)} tokens and leaves no room for an answer: the "
-                    f"student has {self.spec.max_position_embeddings} positions; lower data.max_prompt_tokens"
-                )
-            limit = min(room, self.sampling.max_new_tokens if limits is None else limits[number])
-            for sample_index in range(self.sampling.samples_per_prompt):
-                requests.append(Request(prompt, sample_index, len(requests), limit))
-        return requests
 
     def _run(self, requests: Sequence[Request], step: int) -> Iterator[tuple[int, Rollout]]:
         """Yield each rollout when it ends, with its index in the result, until no request is left."""

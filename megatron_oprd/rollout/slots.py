@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from megatron_oprd.rollout import sampling
-from megatron_oprd.types import Prompt, Rollout
-
-
-@dataclass(frozen=True)
-class Request:
-    """A rollout to generate."""
-
-    prompt: Prompt
-    sample_index: int
-    order: int  # index in the result of `generate`
-    max_new_tokens: int
+from megatron_oprd.rollout.requests import Request
+from megatron_oprd.types import Rollout
 
 
 class Slots:
