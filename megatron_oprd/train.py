@@ -23,13 +23,12 @@ if __name__ == "__main__":
 import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
 from megatron_oprd.checkpoint.hf_export import export_student
 from megatron_oprd.checkpoint.saver import Saver
-from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.health.observers import start_observers
 from megatron_oprd.launch.assemble import Run, build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import open_run_folder
-from megatron_oprd.launch.step_data import align, make_global_batch, next_prompts
+from megatron_oprd.launch.step_data import align, make_global_batch
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.planning.dry_run import describe_run
 from megatron_oprd.planning.planned_run import PlannedRun
@@ -108,15 +107,16 @@ def fit(run: Run) -> Stop | None:
 def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float], list[Rollout]]:
     """Update the student once: it generates rollouts, the teachers run on them, and it trains on their states.
 
+    With `rollout.ahead: 1` the rollouts were generated during the step before.
+
     Returns: the new state, the metrics, and the rollouts of the global batch. Collective over the world.
     """
     inputs, config, topology = run.inputs, run.inputs.config, run.topology
     progress.enter("batch", state.step + 1)
     meter = StepMeter(topology.device)
-    prompts, position = next_prompts(inputs, state.prompts)
     with meter.stage("rollout"):
-        local_prompts = split(prompts, topology.replica_rank, topology.num_replicas)
-        local_rollouts = align(inputs, run.engine.generate(local_prompts, state.step))
+        local_rollouts, rollout_metrics, next_state = run.rollouts.next(state)
+        local_rollouts = align(inputs, local_rollouts)
     global_batch = make_global_batch(inputs, share_rollouts(local_rollouts, topology))
     micro_batches = global_batch.micro_batches(topology)
     with progress.stage("teacher"):
@@ -125,9 +125,8 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     output = run.output_loss(with_metrics=with_metrics)
     with meter.stage("student"):
         report = student_step(run.student, global_batch, micro_batches, targets, output, with_metrics=with_metrics)
-    state = TrainState(state.step + 1, position)
-    metrics = meter.metrics(state.step, report, global_batch, targets, teacher_report)
-    return state, metrics, list(global_batch.rollouts)
+    metrics = meter.metrics(next_state.step, report, global_batch, targets, teacher_report) | rollout_metrics
+    return next_state, metrics, list(global_batch.rollouts)
 
 
 def finish(run: Run) -> None:

@@ -8,27 +8,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
 
 from megatron_oprd.checkpoint.megatron_format import describe_model, plan_model
 from megatron_oprd.checkpoint.optimizer_state import plan_optimizer, state_is_a_copy
+from megatron_oprd.checkpoint.pending_rollouts import write_pending
 from megatron_oprd.checkpoint.training_state import MARK, CheckpointContent, prepare_folders, prune_checkpoints
 from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import progress
 from megatron_oprd.runtime.files import commit_partial, discard_partial, explain_os_errors, write_json, write_text
+from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.state import TrainState
+from megatron_oprd.types import Rollout
 
 
 class Saver:
     """Saves checkpoints of a run, one at a time. Every rank calls the same methods at the same steps.
 
     With `asynchronous` (`checkpoint.asynchronous`) `save` returns when the values are copied to CPU memory. A later
-    `after_step` or `wait` completes the checkpoint.
+    `after_step` or `wait` completes the checkpoint. Either way `save` waits for rollouts that are pending.
     """
 
     def __init__(self, folder: Path, content: CheckpointContent, *, keep: int, asynchronous: bool) -> None:
@@ -83,6 +87,7 @@ class Saving:
         """
         self.topology, self.keep = content.topology, keep
         self.target = folder / f"step_{state.step:07d}"
+        rollouts = _pending_rollouts(state, self.topology)
         wait_for_gather(content.student.ddp)
         self.partial = on_rank_zero(lambda: prepare_folders(self.target))
         with self._discarded_on_failure():
@@ -92,7 +97,7 @@ class Saving:
             self._writes = (model, optimizer)
             if student.map_optimizer is not None:
                 student.map_optimizer.save(self.partial)
-            on_rank_zero(lambda: self._describe(content, state))
+            on_rank_zero(lambda: self._describe(content, state, rollouts))
             if asynchronous:
                 model.snapshot(copy=True)
                 optimizer.snapshot(copy=not state_is_a_copy(student))
@@ -135,12 +140,22 @@ class Saving:
                 discard_partial(self.target)
             raise
 
-    def _describe(self, content: CheckpointContent, state: TrainState) -> None:
+    def _describe(self, content: CheckpointContent, state: TrainState, rollouts: Sequence[Rollout]) -> None:
         describe_model(content.student.stage, self.partial / "model", content.spec, self.topology, content.source)
         teachers = {name: dataclasses.asdict(identity) for name, identity in content.teachers.items()}
         values = {"step": state.step, "prompts": state.prompts.to_dict(), "teachers": teachers}
+        if state.pending is not None:
+            values["pending"] = write_pending(self.partial, state.pending, rollouts)
         write_json(self.partial / "state.json", values)
 
     def _commit(self) -> None:
         commit_partial(self.target)
         write_text(self.target / MARK, "")
+
+
+def _pending_rollouts(state: TrainState, topology: Topology) -> list[Rollout]:
+    """Wait for the pending rollouts of all replicas and return them; an empty list if none are pending."""
+    if state.pending is None:
+        return []
+    with progress.stage("rollout"):
+        return share_rollouts(state.pending.rollouts, topology)

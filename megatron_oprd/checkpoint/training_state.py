@@ -1,6 +1,7 @@
 """Training checkpoints: the student's weights, the optimizer's state and the position of the run.
 
     checkpoints/step_0000050/   model/ optimizer/ state.json complete
+                                pending_rollouts.jsonl (only if rollouts were pending)
 
 `saver.py` writes a checkpoint under another name, forces it to the disk, renames it and then adds the file `complete`.
 A process killed at any moment leaves the last complete checkpoint intact. This file finds, loads and removes them.
@@ -11,6 +12,7 @@ layout can load the checkpoint of another layout.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -22,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_oprd.checkpoint.megatron_format import check_files, describe_damage, load_model
 from megatron_oprd.checkpoint.optimizer_state import load_optimizer
+from megatron_oprd.checkpoint.pending_rollouts import read_pending
 from megatron_oprd.config import teacher_section
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.hf.config import read_json
@@ -93,6 +96,8 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
     values = read_json(checkpoint / "state.json")
     with _explain_damage(checkpoint / "state.json"):
         state = TrainState(int(values["step"]), PromptState.from_dict(values["prompts"]))
+        if "pending" in values:
+            state = dataclasses.replace(state, pending=read_pending(checkpoint, values["pending"], topology))
         saved = {
             str(name): Identity(
                 str(one["path"]), str(one["hash"]), tuple((s, t) for s, t in one["pairs"]), one.get("bridge")

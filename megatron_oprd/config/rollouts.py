@@ -98,6 +98,12 @@ class RolloutConfig(Section):
         "megatron", description="generate with the student, with vLLM servers, or replay stored token ids"
     )
     path: str | None = Field(None, description="JSONL file of stored rollouts; needed by engine replay")
+    ahead: Literal[0, 1] = Field(
+        0,
+        description="updates between the weights that sample rollouts and those that train on them; 1: the rollouts of "
+        "the next step are generated while the student trains",
+        json_schema_extra=STEPS,
+    )
     prompts_per_step: int = Field(8, ge=1, description="prompts of a training step", json_schema_extra=PROMPTS)
     samples_per_prompt: int = Field(2, ge=1, description="responses to each prompt")
     temperature: float = Field(1.0, ge=0.0, description="sampling temperature; 0: greedy")
@@ -130,6 +136,15 @@ class RolloutConfig(Section):
     def _replay_needs_a_path(self) -> RolloutConfig:
         if self.engine == "replay" and not self.path:
             raise ValueError("rollout.path: engine replay needs the JSONL file to read")
+        return self
+
+    @model_validator(mode="after")
+    def _replay_generates_nothing_ahead(self) -> RolloutConfig:
+        if self.engine == "replay" and self.ahead:
+            raise ValueError(
+                f"rollout.ahead={self.ahead} is not possible with rollout.engine=replay: stored rollouts are not "
+                "generated; leave it out"
+            )
         return self
 
 

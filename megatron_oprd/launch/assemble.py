@@ -18,6 +18,7 @@ from megatron_oprd.launch.models import (
     output_loss,
     start_topologies,
 )
+from megatron_oprd.launch.step_data import next_prompts
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
@@ -29,6 +30,7 @@ from megatron_oprd.rollout.batch_rows import rows_at_a_time
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import RolloutEngine, evaluation_sampling, rollout_sampling
 from megatron_oprd.rollout.replay import ReplayEngine
+from megatron_oprd.training.ahead import RolloutSource
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student
 from megatron_oprd.training.teacher import Teacher
@@ -72,6 +74,13 @@ class Run:
     def engine(self) -> RolloutEngine:
         """Return the engine that makes the rollouts of training."""
         return self.models.engine
+
+    @property
+    def rollouts(self) -> RolloutSource:
+        """Return the source of the rollouts of each training step."""
+        inputs, config = self.inputs, self.inputs.config
+        take_prompts = partial(next_prompts, inputs)
+        return RolloutSource(self.engine, take_prompts, self.topology, config.rollout.ahead, config.train.steps)
 
     @property
     def checkpoint_content(self) -> CheckpointContent:

@@ -7,8 +7,25 @@ order of prompts of (seed, epoch). No state of a random-number generator has to 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from megatron_oprd.data.prompts import PromptState
+from megatron_oprd.rollout.engine import PendingRollouts
+from megatron_oprd.types import Rollout
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """The rollouts of the next step, which an engine may still generate."""
+
+    version: int  # updates that the sampling weights have seen
+    prompts: PromptState  # prompts taken so far, those of the next step included
+    generation: PendingRollouts  # of this replica
+
+    @cached_property
+    def rollouts(self) -> list[Rollout]:
+        """Wait for the rollouts of this replica and return them. Raises what generation raises."""
+        return self.generation.result()
 
 
 @dataclass(frozen=True)
@@ -16,7 +33,8 @@ class TrainState:
     """The position of a run between two steps."""
 
     step: int = 0  # updates made so far
-    prompts: PromptState = field(default_factory=PromptState)  # prompts taken so far
+    prompts: PromptState = field(default_factory=PromptState)  # prompts that the student has trained on
+    pending: PendingStep | None = None  # rollouts submitted before the last update (rollout.ahead)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.progress import track
 
@@ -14,7 +15,7 @@ from megatron_oprd.bridge.fitting.paired_states import ModelPair
 from megatron_oprd.bridge.fitting.solve import check_ranks
 from megatron_oprd.bridge.origin import with_weight_hashes
 from megatron_oprd.bridge.record import Origin
-from megatron_oprd.config import Config, HealthConfig, OutputConfig
+from megatron_oprd.config import Config, HealthConfig, OutputConfig, RolloutConfig
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.launch.assemble import Models
 from megatron_oprd.launch.inputs import Inputs
@@ -136,7 +137,7 @@ def open_folder(run: FitRun) -> Origin:
         "student": [origin.student.hash, origin.student.tokenizer],
         "teacher": [origin.teacher.hash, origin.teacher.tokenizer],
         "data": config.data.model_dump(mode="json"),
-        "rollout": config.rollout.model_dump(mode="json"),
+        "rollout": _rollout_settings(config.rollout),
         "content of rollout.path": _file_hash(config.rollout.path) if config.rollout.engine == "replay" else None,
         "loss.representation": config.loss.representation.model_dump(mode="json", include=SELECTION_KEYS),
         "precision": config.precision.model_dump(mode="json"),
@@ -148,10 +149,16 @@ def open_folder(run: FitRun) -> Origin:
     if not (folder / "asked.json").exists():
         write_json(folder / "asked.json", settings)
     stored = read_json(folder / "asked.json")
+    # An older version did not store keys that were added since. Their defaults keep its behaviour.
+    stored["rollout"] = _rollout_settings(RolloutConfig()) | stored.get("rollout", {})
     for key, value in settings.items():
         if stored.get(key) != value:
             raise UserError(f"{folder} holds a fit with another {key}; go on with that one or name a new train.run_dir")
     return origin
+
+
+def _rollout_settings(config: RolloutConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"ahead"})  # a fit trains no student
 
 
 def _file_hash(path: str | None) -> str:

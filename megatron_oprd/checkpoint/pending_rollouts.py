@@ -1,0 +1,54 @@
+"""The rollouts that are pending when a checkpoint is saved (`rollout.ahead: 1`), so that a resumed run is exact.
+
+A resumed run could not make them again: the weights that sampled them are older than those of the checkpoint.
+`saver.py` writes the file and `training_state.py` reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_oprd.data.prompts import PromptState
+from megatron_oprd.data.sharding import split
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.rollout.engine import FinishedRollouts
+from megatron_oprd.rollout.stored import rollouts_as_text, rollouts_from_text
+from megatron_oprd.runtime.files import write_text
+from megatron_oprd.training.state import PendingStep
+from megatron_oprd.types import Rollout, UserError
+
+FILE = "pending_rollouts.jsonl"
+
+
+def write_pending(folder: Path, pending: PendingStep, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Write the rollouts of all replicas to `folder` and return their entry in state.json.
+
+    One rank calls this. Raises UserError for a disk error.
+    """
+    text = rollouts_as_text(rollouts)
+    write_text(folder / FILE, text)
+    return {"version": pending.version, "prompts": pending.prompts.to_dict(), "sha256": _digest(text.encode())}
+
+
+def read_pending(folder: Path, entry: dict[str, Any], topology: Topology) -> PendingStep:
+    """Return this replica's part of the pending rollouts in `folder`, in any layout.
+
+    No communication. Raises UserError for a missing or changed file, and any exception for a damaged entry.
+    """
+    try:
+        content = (folder / FILE).read_bytes()
+    except OSError as error:
+        raise UserError(f"{folder / FILE}: {error.strerror}") from None
+    if _digest(content) != entry["sha256"]:
+        raise UserError(f"{folder / FILE} is truncated or corrupt: its hash is not that in state.json")
+    rollouts = rollouts_from_text(content.decode())
+    local_rollouts = split(rollouts, topology.replica_rank, topology.num_replicas)
+    prompts = PromptState.from_dict(entry["prompts"])
+    return PendingStep(int(entry["version"]), prompts, FinishedRollouts(local_rollouts))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
