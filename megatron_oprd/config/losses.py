@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_oprd.config.section import STEPS, TOKENS, Section
+from megatron_oprd.config.section import STEPS, TOKENS, PathText, Section
 
 
 class RepresentationConfig(Section):
@@ -29,7 +29,7 @@ class RepresentationConfig(Section):
     )
     final_norm: bool = Field(True, description="compare the last layer after the model's final norm")
     shift: Literal[0, -1] = Field(0, description="0: the hidden state at a token; -1: at the token before")
-    bridge: str | None = Field(
+    bridge: PathText | None = Field(
         None, description="folder that bridge.fit wrote (OPRD-Bridge); null: compare as they are (OPRD-Vanilla)"
     )
     train_bridge: bool = Field(False, description="also train the student's side of the bridge")

@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_oprd.config.section import LAYERS, RANKS, TOKENS, Section
+from megatron_oprd.config.section import LAYERS, RANKS, TOKENS, PathText, Section
 
 
 class StudentConfig(Section):
     """The model that is trained."""
 
-    path: str = Field(description="Hugging Face folder or Megatron checkpoint of the student's first weights")
+    path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the student's first weights")
     freeze: list[Literal["embedding", "lm_head"]] = Field([], description="parts that are not trained")
 
 
@@ -27,7 +27,7 @@ class TeacherParallelConfig(Section):
 class TeacherConfig(Section):
     """The frozen model that the student learns from."""
 
-    path: str = Field(description="Hugging Face folder or Megatron checkpoint of the teacher")
+    path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the teacher")
     parallel: TeacherParallelConfig | None = Field(
         None, description="layout of the teacher on the same processes; null: the student's layout"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from megatron_oprd.config.root import Config
+from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
 from megatron_oprd.types import UserError
 
 
@@ -25,18 +27,19 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     """
     try:
         tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
-    except (
-        OmegaConfBaseException,
-        RecursionError,
-    ) as error:  # YAML parses 2024-01-31 as a date; an anchor can make a loop
+    except (OmegaConfBaseException, RecursionError) as error:  # an anchor can make a loop
         key = getattr(error, "full_key", None)
         raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {_first_line(error)}") from None
     for override in overrides:
-        if "=" not in override:
+        key, equals, value = override.partition("=")
+        if not (equals and key.strip()):
             raise UserError(f"override {override!r} is not of the form key=value")
         try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+            OmegaConf.update(tree, key.strip(), load_yaml(value), merge=True, force_add=True)
+        except yaml.YAMLError as error:
+            hint = f"""if it is text, put it in quotes: {key.strip()}='"..."'"""
+            raise UserError(f"override {override!r} has no YAML value ({_first_line(error)}); {hint}") from None
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
             raise UserError(f"override {override!r}: {_first_line(error)}") from None
     try:
         values = OmegaConf.to_container(tree, resolve=True)
@@ -55,12 +58,12 @@ def parse_config(values: Any) -> Config:
 
 def dump_config(config: Config) -> str:
     """Return YAML from which `load_config` makes an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -152,7 +155,26 @@ def _explain(item: Any) -> str:
     if item["type"] == "model_type":
         return f"{key}={item['input']!r} must be a section with {', '.join(_known_keys(location))}"
     message = item["msg"].removeprefix("Value error, ")
-    return message if not key or message.startswith(key) else f"{key}={item['input']!r}: {message}"
+    message += _advice(message, item["input"])
+    return message if not key or message.startswith(key) else f"{key}={_as_written(item['input'])}: {message}"
+
+
+def _advice(message: str, value: Any) -> str:
+    """Return what to write instead of a value that YAML takes for something else than its author did, or ''."""
+    match value:
+        case str() if "boolean" in message and value.lower() in ("yes", "no", "on", "off"):
+            return "; write true or false"
+        case str() if message == "Input should be a valid list":
+            return f"; write [{value}]"
+        case str() if "_" in value and ("integer" in message or "number" in message):
+            return "; write the digits without _"
+        case bool() | int() | float() if "string" in message:
+            return """; put it in quotes, on the command line in two pairs: '"..."'"""
+    return ""
+
+
+def _as_written(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _first_line(error: Exception) -> str:

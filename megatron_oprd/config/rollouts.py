@@ -6,13 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_oprd.config.section import BYTES, FRACTION, PROMPTS, RANKS, SECONDS, STEPS, TOKENS, Section
+from megatron_oprd.config.section import BYTES, FRACTION, PROMPTS, RANKS, SECONDS, STEPS, TOKENS, PathText, Section
 
 
 class DataConfig(Section):
     """The prompts of training."""
 
-    prompts: list[str] = Field([], description="Parquet or JSONL files, or dataset names on the Hugging Face hub")
+    prompts: list[PathText] = Field([], description="Parquet or JSONL files, or dataset names on the Hugging Face hub")
     prompt_key: str = Field("prompt", description="column with the prompt, as text or as messages")
     teacher_prompt_key: str | None = Field(
         None, description="column with the teacher's prompt; null: the teacher has the student's prompt"
@@ -43,7 +43,7 @@ class RolloutServerConfig(Section):
     """The vLLM servers of rollout.engine=vllm."""
 
     addresses: list[str] = Field([], description="servers that run already, each as host:port")
-    python: str | None = Field(
+    python: PathText | None = Field(
         None, description="Python of the environment of a server that the run starts and ends itself"
     )
     tensor: int = Field(1, ge=1, description="tensor-parallel size of the started server", json_schema_extra=RANKS)
@@ -55,7 +55,7 @@ class RolloutServerConfig(Section):
     )
     max_running: int = Field(64, ge=1, description="requests that a server runs at once")
     sync: Literal["file", "nccl"] = Field("file", description="transport of the weights to the servers")
-    sync_dir: str | None = Field(
+    sync_dir: PathText | None = Field(
         None, description="folder that the run and the servers share for the weights; null: shared memory"
     )
     bucket_bytes: int = Field(
@@ -97,7 +97,7 @@ class RolloutConfig(Section):
     engine: Literal["megatron", "vllm", "replay"] = Field(
         "megatron", description="generate with the student, with vLLM servers, or replay stored token ids"
     )
-    path: str | None = Field(None, description="JSONL file of stored rollouts; needed by engine replay")
+    path: PathText | None = Field(None, description="JSONL file of stored rollouts; needed by engine replay")
     ahead: Literal[0, 1] = Field(
         0,
         description="updates between the weights that sample rollouts and those that train on them; 1: the rollouts of "
@@ -155,7 +155,7 @@ class EvaluationConfig(Section):
         0, ge=0, description="evaluate at the start, at the end and every so many steps; 0: never",
         json_schema_extra=STEPS,
     )  # fmt: skip
-    data: list[str] = Field([], description="prompt files with the right answers")
+    data: list[PathText] = Field([], description="prompt files with the right answers")
     samples: int = Field(16, ge=1, description="answers to each prompt")
     temperature: float = Field(0.7, ge=0.0, description="sampling temperature; 0: greedy")
     top_p: float = Field(0.95, gt=0.0, le=1.0, description="nucleus sampling; 1: off")

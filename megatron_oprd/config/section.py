@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import os
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic.config import JsonDict
+
+_SHELL_VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)")
 
 
 class Section(BaseModel):
     """A strict, frozen part of the configuration; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _expand_path(text: str) -> str:
+    """Return a path with the home folder in place of `~`. Raises ValueError for an empty path and for `$NAME`."""
+    if not text.strip():
+        raise ValueError("the path is empty")
+    variable = _SHELL_VARIABLE.search(text)
+    if variable is not None:
+        raise ValueError(f"write an environment variable as ${{oc.env:{variable[1]}}}")
+    return os.path.expanduser(text)
+
+
+PathText = Annotated[str, AfterValidator(_expand_path)]  # a file, a folder or the name of a dataset
 
 
 # Values for `json_schema_extra`: the unit of a field, which docs/configuration.md prints.

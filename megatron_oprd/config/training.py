@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_oprd.config.section import FRACTION, STEPS, TOKENS, Section
+from megatron_oprd.config.section import FRACTION, STEPS, TOKENS, PathText, Section
 
 
 class BatchConfig(Section):
@@ -46,7 +46,7 @@ class TrainConfig(Section):
     steps: int = Field(500, ge=0, description="training steps", json_schema_extra=STEPS)
     seed: int = Field(0, ge=0, description="seed of the order of prompts and of sampling")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device; auto: CUDA if the machine has it")
-    run_dir: str = Field(description="folder of the run: logs, checkpoints, export and report")
+    run_dir: PathText = Field(description="folder of the run: logs, checkpoints, export and report")
 
 
 class CheckpointConfig(Section):

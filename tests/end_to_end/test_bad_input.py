@@ -62,7 +62,7 @@ OVERRIDES = {
     "no such choice": (["optimizer.name=lion"], ("optimizer.name='lion'", "'adamw' or 'sgd'")),
     "one beta": (["optimizer.betas=[0.9]"], ("optimizer.betas",)),
     "pairs of one": (["loss.representation.pairs=[[1]]"], ("loss.representation.pairs",)),
-    "null run folder": (["train.run_dir=null"], ("train.run_dir=None", "string")),
+    "null run folder": (["train.run_dir=null"], ("train.run_dir=null", "string")),
     "zero byte": (["train.run_dir=a\0b"], ("train.run_dir",)),
     "missing interpolation": (["train.run_dir=${oc.env:NO_SUCH_VARIABLE}"], ("NO_SUCH_VARIABLE",)),
     "index into a mapping": (["train[0]=1"], ("unknown key train.0", "did you mean")),

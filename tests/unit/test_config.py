@@ -1,9 +1,9 @@
 """The configuration is strict: every mistake is one line that names the key and what would work."""
 
 import pytest
-import yaml
 
 from megatron_oprd.config import TeacherConfig, TeacherParallelConfig, dump_config, load_config, parse_config
+from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
 from megatron_oprd.types import UserError
 
 TEACHERLESS = ["student.path=s", "train.run_dir=r", "data.prompts=[p.jsonl]"]
@@ -12,7 +12,7 @@ REQUIRED = [*TEACHERLESS, "teacher.path=t"]
 
 def test_a_dumped_configuration_loads_equal():
     config = load_config(None, [*REQUIRED, "loss.representation.pairs=[[1,2],[3,4]]", "optimizer.betas=[0.8,0.9]"])
-    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert parse_config(load_yaml(dump_config(config))) == config
     assert config.loss.representation.pairs == [(1, 2), (3, 4)]
 
 
@@ -27,7 +27,7 @@ def test_a_dumped_configuration_of_objectives_and_teachers_loads_equal():
     others = ["loss.representation.weight=0", "teachers_in_memory=one", "data.teacher_prompt_key=solved"]
     others += ["data.teacher_chat_template_kwargs={enable_thinking: true}"]
     config = load_config(None, [*TEACHERLESS, *output, teachers, *others])
-    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    assert parse_config(load_yaml(dump_config(config))) == config
     assert config.loss.output.model_dump() == chosen
     assert not config.loss.reads_layers and config.loss.reads_output
     assert config.teacher is None and config.named_teachers == {
@@ -70,7 +70,7 @@ def test_the_last_override_wins_over_the_file(tmp_path):
         ("train", "key=value"),
         ("loss.output=full_kl", "loss.output='full_kl' must be a section with objective, weight, k,"),
         ("loss.output.objective=kl", "loss.output.objective='kl': Input should be 'none', 'sampled', 'topk_surrogate'"),
-        ("loss.output.objective=null", "loss.output.objective=None"),
+        ("loss.output.objective=null", "loss.output.objective=null"),
         ("loss.output.objectve=sampled", "unknown key loss.output.objectve (did you mean loss.output.objective?)"),
         ("loss.output.weight=0", "loss.output.weight=0: Input should be greater than 0"),
         ("loss.output.weight=-1", "loss.output.weight=-1: Input should be greater than 0"),
@@ -107,10 +107,11 @@ def test_a_bad_value_is_one_line_that_names_the_key(override, message):
         ("loss.output.chunk_tokens=0", "=0: Input should be 'auto' or greater than or equal to 1"),
         ("loss.output.chunk_tokens=some", "='some': Input should be 'auto' or a valid integer"),
         ("loss.output.chunk_tokens=1.5", "=1.5: Input should be 'auto' or a valid integer"),
-        ("loss.output.chunk_tokens=true", "=True: Input should be 'auto' or a valid integer"),
+        ("loss.output.chunk_tokens=true", "=true: Input should be 'auto' or a valid integer"),
         ("loss.representation.layers=most", "='most': Input should be 'all', 'last', 'even' or 'odd' or a valid list"),
         ("loss.representation.layers=[1, two]", ".1='two': Input should be a valid integer"),
         ("data.append_instruction=maybe", "='maybe': Input should be 'auto' or a valid boolean"),
+        ("data.append_instruction=yes", "='yes': Input should be 'auto' or a valid boolean; write true or false"),
     ],
 )
 def test_a_value_of_several_types_has_one_message(override, message):
@@ -211,3 +212,110 @@ def test_a_broken_file_is_one_line_that_names_the_file(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         load_config(tmp_path / "nowhere.yaml", [])
+
+
+def load_both_ways(tmp_path, key, written):
+    """Return the value of a key that a file and an override write alike. Both must give the same value."""
+    section, _, name = key.partition(".")
+    others = [override for override in REQUIRED if not override.startswith(key + "=")]
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{section}:\n  {name}: {written}\n")
+    values = []
+    for config in (load_config(path, others), load_config(None, [*others, f"{key}={written}"])):
+        values.append(getattr(getattr(config, section), name))
+    assert values[0] == values[1] and type(values[0]) is type(values[1])
+    return values[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("optimizer.lr", "1e-4", 1e-4),
+        ("optimizer.lr", "1E-5", 1e-5),
+        ("optimizer.lr", "1e5", 1e5),
+        ("optimizer.lr", ".5", 0.5),
+        ("optimizer.lr", "2", 2),
+        ("train.seed", "010", 10),
+        ("train.seed", "0o10", 8),
+        ("train.seed", "0x10", 16),
+        ("data.shuffle", "false", False),
+        ("data.shuffle", "True", True),
+        ("student.path", "no", "no"),
+        ("student.path", "12:30:00", "12:30:00"),
+        ("student.path", "2024-01-31", "2024-01-31"),
+        ("student.path", "1_000", "1_000"),
+        ("student.path", "'007'", "007"),
+        ("student.path", "a=b", "a=b"),
+        ("student.path", "${oc.env:FOLDER}/m", "/data/m"),
+        ("student.path", "~/m", "/home/me/m"),
+        ("data.prompts", "[a.jsonl, ~/b.jsonl]", ["a.jsonl", "/home/me/b.jsonl"]),
+        ("rollout.path", "null", None),
+        ("rollout.path", "", None),
+    ],
+)
+def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path, monkeypatch, key, written, value):
+    monkeypatch.setenv("FOLDER", "/data")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load_both_ways(tmp_path, key, written) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "message"),
+    [
+        ("data.shuffle", "yes", "data.shuffle='yes': Input should be a valid boolean; write true or false"),
+        ("data.shuffle", "off", "data.shuffle='off': Input should be a valid boolean; write true or false"),
+        ("train.seed", "12:30:00", "train.seed='12:30:00': Input should be a valid integer"),
+        ("train.seed", "1_000", "train.seed='1_000': Input should be a valid integer; write the digits without _"),
+        (
+            "student.path",
+            "007",
+            "student.path=7: Input should be a valid string; put it in quotes, on the command line",
+        ),
+        ("student.path", "", "student.path=null: Input should be a valid string"),
+        ("student.path", "' '", "student.path=' ': the path is empty"),
+        ("student.path", "$DATA/m", "student.path='$DATA/m': write an environment variable as ${oc.env:DATA}"),
+        ("data.prompts", "a.jsonl", "data.prompts='a.jsonl': Input should be a valid list; write [a.jsonl]"),
+    ],
+)
+def test_a_value_that_yaml_takes_for_another_type_is_refused_with_advice(tmp_path, key, written, message):
+    for load in (
+        lambda: load_both_ways(tmp_path, key, written),
+        lambda: load_config(None, [*REQUIRED, f"{key}={written}"]),
+    ):
+        with pytest.raises(UserError) as caught:
+            load()
+        assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("value", ["*a", "'a", "%a", "!!python/object:a"])
+def test_an_override_without_a_yaml_value_is_refused_with_advice(value):
+    with pytest.raises(UserError, match=r"student\.path=.* has no YAML value .*put it in quotes"):
+        load_config(None, [*REQUIRED, f"student.path={value}"])
+
+
+def test_a_key_with_dots_is_written_in_brackets():
+    config = load_config(None, [*TEACHERLESS, "teachers[big.code].path=c", "teachers.math.path=m"])
+    assert {name: teacher.path for name, teacher in config.teachers.items()} == {"big.code": "c", "math": "m"}
+
+
+def test_spaces_around_the_key_of_an_override_are_ignored():
+    assert load_config(None, [*REQUIRED, " train.seed = 5"]).train.seed == 5
+
+
+def test_a_key_that_occurs_twice_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("train:\n  run_dir: a\n  seed: 1\n  run_dir: b\n")
+    with pytest.raises(UserError, match=r"c\.yaml.*the key 'run_dir' occurs twice.*line 4"):
+        load_config(path, [])
+
+
+@pytest.mark.parametrize(
+    "text", ["1e-5", "on", "no", "12:30:00", "010", "0o7", "null", "~", "", "2024-01-31", "<<", "=", "a: b"]
+)
+def test_written_text_stays_text(text):
+    assert load_yaml(dump_yaml({"a": text, text: [text]})) == {"a": text, text: [text]}
+
+
+def test_merged_mappings_of_a_file_are_read():
+    text = "a: &base {path: x, parallel: {tensor: 2}}\nb: {<<: *base, path: y}\n"
+    assert load_yaml(text)["b"] == {"path": "y", "parallel": {"tensor": 2}}
