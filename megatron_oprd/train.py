@@ -34,6 +34,7 @@ from megatron_oprd.planning.dry_run import describe_run
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.resilience.signals import handle_signals, received_by_any
+from megatron_oprd.rollout.horizon import horizon_metrics
 from megatron_oprd.runtime import progress
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.state import TrainState, due
@@ -126,6 +127,7 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     with meter.stage("student"):
         report = student_step(run.student, global_batch, micro_batches, targets, output, with_metrics=with_metrics)
     metrics = meter.metrics(next_state.step, report, global_batch, targets, teacher_report) | rollout_metrics
+    metrics |= horizon_metrics(config, state.step, global_batch.rollouts)
     return next_state, metrics, list(global_batch.rollouts)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:  # importing torch takes seconds, and commands check their arguments before they need it
     import torch
 
-FinishReason = Literal["eos", "length", "replay"]
+FinishReason = Literal["eos", "length", "horizon", "replay"]
 
 
 class UserError(Exception):

@@ -98,6 +98,14 @@ class LossConfig(Section):
         """Return True if the loss compares next-token distributions."""
         return self.output.objective != "none"
 
+    @property
+    def first_tokens(self) -> int | None:
+        """Return after how many sampled tokens of a response no loss compares one; None if the last one is compared."""
+        representation, output = self.representation, self.output
+        terms = [(representation.positions, representation.k)] if self.reads_layers else []
+        terms += [(output.positions, output.positions_k)] if self.reads_output else []
+        return max(k for _, k in terms) if all(positions == "first_k" for positions, _ in terms) else None
+
     @model_validator(mode="after")
     def _one_part_at_least(self) -> LossConfig:
         if not (self.reads_layers or self.reads_output):

@@ -71,7 +71,7 @@ def _rows(section: type[Section], prefix: str) -> Iterator[str]:
 
 def _row(key: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), ensure_ascii=False)}`"
-    values = "section or `null`" if _section(field.annotation) else _values(field.annotation, field.metadata)
+    values = _values(field.annotation, field.metadata)
     extra = field.json_schema_extra
     unit = extra.get("unit", "") if isinstance(extra, dict) else ""
     return f"| `{key}` | {default} | {values} | {unit} | {field.description} |"
@@ -103,6 +103,8 @@ def _values(annotation: Any, metadata: Any = ()) -> str:
         return f"pair of: {_values(types[0])}"
     if origin is dict:
         return "mapping"
+    if _section(annotation):
+        return "section"
     limits = [f"{word} {getattr(item, name):g}" for kind, name, word in BOUNDS for item in metadata
               if isinstance(item, kind)]  # fmt: skip
     return " ".join([NAMES[annotation], *([" and ".join(limits)] if limits else [])])

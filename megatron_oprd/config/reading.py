@@ -128,9 +128,15 @@ def _without_alternatives(errors: Iterable[Any]) -> list[Mapping[str, Any]]:
     for place, items in grouped.items():
         inside = [item for item in items if len(item["loc"]) > len(place)]
         first, *others = items
-        more = (item["msg"].removeprefix("Input should be ") for item in others)
+        more = (_expected(item) for item in others)
         merged += inside or [{**first, "msg": " or ".join([first["msg"], *more])}]
     return merged
+
+
+def _expected(item: Mapping[str, Any]) -> str:
+    if item["type"] == "model_type":
+        return f"a section with {', '.join(_known_keys(item['loc']))}"
+    return str(item["msg"]).removeprefix("Input should be ")
 
 
 def _has_alternatives(location: tuple[Any, ...]) -> bool:

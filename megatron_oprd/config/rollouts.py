@@ -91,6 +91,14 @@ class RolloutServerConfig(Section):
         return self
 
 
+class RolloutHorizonConfig(Section):
+    """A limit on the tokens of a response that grows with the training step, up to rollout.max_new_tokens."""
+
+    start: int = Field(ge=1, description="tokens of a response in the first steps", json_schema_extra=TOKENS)
+    grow: int = Field(ge=0, description="tokens that are added at a time", json_schema_extra=TOKENS)
+    every: int = Field(ge=1, description="steps after which tokens are added", json_schema_extra=STEPS)
+
+
 class RolloutConfig(Section):
     """The student's responses of a training step."""
 
@@ -110,12 +118,25 @@ class RolloutConfig(Section):
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="nucleus sampling; 1: off")
     top_k: int = Field(0, ge=0, description="sample among the k most likely tokens; 0: all", json_schema_extra=TOKENS)
     max_new_tokens: int = Field(16384, ge=1, description="longest response", json_schema_extra=TOKENS)
+    horizon: Literal["auto"] | RolloutHorizonConfig | None = Field(
+        None,
+        description="end responses earlier: auto after the last token that any loss compares (positions first_k), or "
+        "a limit that grows with the step",
+    )
     server: RolloutServerConfig = RolloutServerConfig()
 
     @property
     def generates(self) -> bool:
         """Return True if the responses are generated, from the prompts of `data`, and not replayed."""
         return self.engine != "replay"
+
+    @model_validator(mode="after")
+    def _horizon_needs_generation(self) -> RolloutConfig:
+        if self.horizon is not None and not self.generates:
+            raise ValueError(
+                "rollout.horizon limits generation, and rollout.engine=replay has stored responses; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _vllm_needs_a_server(self) -> RolloutConfig:

@@ -77,6 +77,19 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _automatic_horizon_needs_first_tokens(self) -> Config:
+        if self.rollout.horizon == "auto" and self.loss.first_tokens is None:
+            representation, output = self.loss.representation.positions, self.loss.output.positions
+            terms = [f"loss.representation.positions={representation}"] if self.loss.reads_layers else []
+            terms += [f"loss.output.positions={output}"] if self.loss.reads_output else []
+            complete = " and ".join(term for term in terms if not term.endswith("=first_k"))
+            raise ValueError(
+                f"rollout.horizon=auto cannot end a response early, because {complete} compares its last token; use "
+                "first_k for every loss, or rollout.horizon={start, grow, every}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _output_loss_needs_a_temperature(self) -> Config:
         if self.loss.reads_output and self.rollout.temperature == 0:
             raise ValueError(

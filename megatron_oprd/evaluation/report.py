@@ -134,9 +134,15 @@ def _curves(metrics: Sequence[Record], evaluations: Sequence[Record]) -> str:
         line_chart("Gradient norm, before clipping", {"gradient norm": curve(metrics, "grad_norm")}),
         line_chart("Learning rate", {"lr": curve(metrics, "lr")}),
         line_chart(
-            "Response length (tokens)", {which: curve(metrics, f"rollout/length_{which}") for which in ("mean", "max")}
+            "Response length (tokens)",
+            {
+                "mean": curve(metrics, "rollout/length_mean"),
+                "max": curve(metrics, "rollout/length_max"),
+                "horizon": curve(metrics, "rollout/horizon"),
+            },
         ),
         line_chart("Truncated responses (fraction)", {"": curve(metrics, "rollout/truncated_fraction")}),
+        line_chart("Responses cut by the horizon (fraction)", {"": curve(metrics, "rollout/horizon_fraction")}),
     ]
     drawn = "".join(charts)
     return f'<h2>Curves</h2><div class="grid">{drawn}</div>' if drawn else ""

@@ -32,7 +32,9 @@ class Check:
     entropy: float  # nats a token
     reverse_kl: float | None = None  # KL(student || teacher), nats a token; None: no teacher distribution
     objective: float | None = None  # mean loss since the previous check; None at step 0
-    length_mean: float | None = None  # mean response tokens since the previous check; None at step 0 and for replay
+    length_mean: float | None = (
+        None  # mean response tokens since the previous check; None at step 0 and if lengths do not count
+    )
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics that `metrics.jsonl` and tensorboard contain."""
@@ -64,15 +66,15 @@ class HealthHistory:
         step = metrics["loss"], metrics["rollout/length_mean"]
         return dataclasses.replace(self, steps_since_check=(*self.steps_since_check, step))
 
-    def with_check(self, check: Check, *, generates: bool) -> HealthHistory:
+    def with_check(self, check: Check, *, with_lengths: bool) -> HealthHistory:
         """Return the history after a check, to which the means over the steps before it are added.
 
-        `generates`: True if the student generates the responses, so that their lengths say something about it.
+        `with_lengths`: True if the lengths of the responses reveal something about the student.
         """
         if self.steps_since_check:
             objectives, lengths = zip(*self.steps_since_check, strict=True)
             check = dataclasses.replace(
-                check, objective=_mean(objectives), length_mean=_mean(lengths) if generates else None
+                check, objective=_mean(objectives), length_mean=_mean(lengths) if with_lengths else None
             )
         return dataclasses.replace(self, checks=(*self.checks, check), steps_since_check=())
 

@@ -45,7 +45,7 @@ class HealthWatch:
     def check_start(self, counts: AnswerCounts) -> None:
         """Measure the start model at step 0 and log the result with the numbers of its answers."""
         check = self._measure(0)
-        self.history = self.history.with_check(check, generates=self._generates)
+        self.history = self.history.with_check(check, with_lengths=self._lengths_count)
 
         def write() -> None:
             self.log.check(dataclasses.asdict(check) | dataclasses.asdict(counts), check.metrics())
@@ -67,7 +67,7 @@ class HealthWatch:
         if not due(step, self.config.health.every, self.config.train.steps):
             return {}
         started = time.perf_counter()
-        self.history = self.history.with_check(self._measure(step), generates=self._generates)
+        self.history = self.history.with_check(self._measure(step), with_lengths=self._lengths_count)
         check = self.history.checks[-1]
         on_rank_zero(lambda: self.log.check(dataclasses.asdict(check), {}))  # the step's metrics draw the curves
         self._warn(step)
@@ -86,8 +86,12 @@ class HealthWatch:
         return f"stopped by health.stop=true: {self.history.warnings[0].message}"
 
     @property
-    def _generates(self) -> bool:
-        return self.config.rollout.engine != "replay"
+    def _lengths_count(self) -> bool:
+        """Return True if response lengths reveal something about the student.
+
+        Stored responses do not, and with a growing horizon the lengths grow by design.
+        """
+        return self.config.rollout.generates and self.config.rollout.horizon in (None, "auto")
 
     def _measure(self, step: int) -> Check:
         return Check(step, **dataclasses.asdict(measure_answers(self.models, self.answers)))

@@ -29,6 +29,7 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.batch_rows import rows_at_a_time
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import RolloutEngine, evaluation_sampling, rollout_sampling
+from megatron_oprd.rollout.horizon import HorizonEngine, longest_response, response_limit
 from megatron_oprd.rollout.replay import ReplayEngine
 from megatron_oprd.training.ahead import RolloutSource
 from megatron_oprd.training.state import Identity
@@ -121,7 +122,7 @@ def build_models(inputs: Inputs) -> Models:
     on_rank_zero(partial(_check_bridge, inputs))
     stage = build_student_stage(config, setup, topology)
     teachers = build_teachers(inputs.model_inputs, topologies)
-    return Models(topology, stage, teachers, _engine(inputs, stage, topology))
+    return Models(topology, stage, teachers, _engine_with_horizon(inputs, stage, topology))
 
 
 def _check_bridge(inputs: Inputs) -> None:
@@ -143,6 +144,14 @@ def make_evaluator(config: Config, stage: Stage, spec: ModelSpec, topology: Topo
     return EmbeddedEngine(stage, spec, topology, sampling, seed=seed, max_batch=rows)
 
 
+def _engine_with_horizon(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
+    config, engine = inputs.config, _engine(inputs, stage, topology)
+    if config.rollout.horizon is None:
+        return engine
+    positions = inputs.setup.student.max_position_embeddings
+    return HorizonEngine(engine, partial(response_limit, config), config.rollout.max_new_tokens, positions)
+
+
 def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
     config = inputs.config
     if config.rollout.engine == "replay":
@@ -154,7 +163,7 @@ def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
         raise UserError("rollout.engine=vllm is not implemented; use rollout.engine=megatron")
     sampling = rollout_sampling(config.rollout)
     rows = rows_at_a_time(
-        inputs.setup.student, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens
+        inputs.setup.student, topology, stage, config.data.max_prompt_tokens + longest_response(config)
     )
     return EmbeddedEngine(
         stage,

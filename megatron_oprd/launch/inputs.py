@@ -16,11 +16,19 @@ from megatron_oprd.data.alignment import Aligner
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import has_tokenizer
-from megatron_oprd.launch.lengths import Lengths, check_lengths, check_replayed_lengths, check_room, longest_prompt
+from megatron_oprd.launch.lengths import (
+    Lengths,
+    check_lengths,
+    check_replayed_lengths,
+    check_room,
+    check_rotary_factors,
+    longest_prompt,
+)
 from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, longest_prompts
 from megatron_oprd.launch.models import ModelInputs
 from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup
 from megatron_oprd.launch.tokenizers import Tokenizers, read_student_tokenizer, read_tokenizers
+from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.rollout.replay import check_enough, load_replay
 from megatron_oprd.training.global_batch import max_num_tokens
 from megatron_oprd.types import Prompt, Rollout, UserError
@@ -81,7 +89,7 @@ class Inputs:
         if self.prompts is None:
             responses = (len(rollout.response_ids) for rollout in self.replayed)
             return Lengths(max(map(max_num_tokens, self.replayed), default=1), max(responses, default=1))
-        response = self.config.rollout.max_new_tokens
+        response = longest_response(self.config)
         longest = longest_prompt(self.prompts.prompts) + response
         return Lengths(min(longest, self.setup.student.max_position_embeddings), response)
 
@@ -118,6 +126,11 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     evaluation_prompts = None
     if tokenizers.student is not None and config.evaluation.every and not missing.prompts:
         evaluation_prompts = _read_evaluation_prompts(config, tokenizers.student)
+    if config.rollout.horizon == "auto" and aligner is not None and aligner.student is not None:
+        raise UserError(
+            "rollout.horizon=auto needs a teacher with the student's tokenizer: the tokens of another tokenizer at the "
+            "end of a response depend on what follows; use rollout.horizon={start, grow, every} or null"
+        )
     _check_data_sources(config, prompts.prompts if prompts else replayed)
     _check_lengths(config, setup, prompts, evaluation_prompts, replayed, other_tokenizer=aligner is not None)
     origin = _bridge_origin(config, setup, tokenizers) if with_bridge else None
@@ -230,6 +243,7 @@ def _check_lengths(
         check_room(config, setup.student, chosen.prompts)
     if prompts is not None:
         check_lengths(config, setup.student, setup.teachers, prompts.prompts, other_tokenizer=other_tokenizer)
+        check_rotary_factors(config, setup.student, setup.teachers, prompts.prompts)
     check_replayed_lengths(config, setup.student, setup.teachers, replayed, other_tokenizer=other_tokenizer)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from megatron_oprd.config import Config, teacher_section
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.models.layer_plan import PlannedTeacher
+from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.training.global_batch import teacher_view
-from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
+from megatron_oprd.types import LongRope, ModelSpec, Prompt, Rollout, UserError
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,16 @@ def check_lengths(
     With `other_tokenizer`, the single teacher has another tokenizer than the student. Its tokens of an answer are then
     cut to its room, so that only a prompt without any room for an answer is an error.
     """
-    most = config.rollout.max_new_tokens
+    most = longest_response(config)
+    limit = f"rollout.max_new_tokens={most}"
+    if most < config.rollout.max_new_tokens:
+        limit = f"the {most} tokens of rollout.horizon"
     longest = max(len(prompt.prompt_ids) for prompt in prompts) if other_tokenizer else longest_prompt(prompts)
     needed = longest + most
     if needed > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "
-            f"prompt with rollout.max_new_tokens={most} ({needed} tokens); raise it to {needed} or lower "
+            f"prompt with {limit} ({needed} tokens); raise it to {needed} or lower "
             "rollout.max_new_tokens"
         )
     if other_tokenizer:
@@ -77,7 +81,36 @@ def check_lengths(
             works = f"rollout.max_new_tokens to {room}" if room > 0 else f"data.max_prompt_tokens below {positions}"
             raise UserError(
                 f"{teacher_section(name)}.path={teacher.config.path} has {_positions(teacher.spec)}, and its longest "
-                f"prompt with rollout.max_new_tokens={most} needs {needed}; lower {works}"
+                f"prompt with {limit} needs {needed}; lower {works}"
+            )
+
+
+def check_rotary_factors(
+    config: Config, student: ModelSpec, teachers: Mapping[str, PlannedTeacher], prompts: Sequence[Prompt]
+) -> None:
+    """Raise UserError if `rollout.horizon: auto` would change the rotary factors of a model with LongRoPE.
+
+    The factors of a sequence, at all its positions, depend on its length. A response that the horizon cuts must be on
+    the same side of `original_positions` as the complete response can be.
+    """
+    if config.rollout.horizon != "auto":
+        return
+    cut, most = longest_response(config), config.rollout.max_new_tokens
+    models = [("student", config.student.path, student, [len(prompt.prompt_ids) for prompt in prompts])]
+    for name, teacher in teachers.items():
+        own = [prompt for prompt in prompts if name in ("", prompt.data_source)]
+        lengths = [len(prompt.teacher_prompt_ids or prompt.prompt_ids) for prompt in own]
+        models.append((teacher_section(name), teacher.config.path, teacher.spec, lengths))
+    for section, path, spec, lengths in models:
+        if not isinstance(spec.rope_scaling, LongRope):
+            continue
+        original = spec.rope_scaling.original_positions
+        crossing = sum(length + cut <= original < length + most for length in lengths)
+        if crossing:
+            raise UserError(
+                f"rollout.horizon=auto would change the loss: {section}.path={path} has other rotary factors above "
+                f"{original} positions (LongRoPE), which {crossing} prompts reach with rollout.max_new_tokens={most} "
+                f"and not with {cut} tokens; lower rollout.max_new_tokens to {cut} or use rollout.horizon=null"
             )
 
 

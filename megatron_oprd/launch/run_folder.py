@@ -14,7 +14,6 @@ from megatron_oprd.launch.assemble import Run
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.rollout.engine import ImmediateEngine
 from megatron_oprd.runtime.environment import describe_environment, one_line
 from megatron_oprd.runtime.files import explain_os_errors, write_json, write_text
 from megatron_oprd.training.state import TrainState
@@ -76,7 +75,7 @@ def describe(run: Run) -> None:
     print(one_line(environment), flush=True)
     if inputs.prompts is not None:
         print(f"prompts: {inputs.prompts.summary()}", flush=True)
-    if inputs.config.rollout.ahead and isinstance(run.engine, ImmediateEngine):
+    if inputs.config.rollout.ahead and inputs.config.rollout.engine == "megatron":
         print("rollout.ahead=1 saves no time: the student generates its rollouts itself, before it trains", flush=True)
     if inputs.bridge is not None and (unrecorded := unrecorded_properties(inputs.bridge)):
         path = inputs.config.loss.representation.bridge

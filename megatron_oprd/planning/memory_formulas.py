@@ -11,6 +11,7 @@ from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.planning.device_formulas import BYTES, linear_bytes, may_be_fp8, optimizer_state_bytes
 from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
 from megatron_oprd.planning.planned_run import PlannedRun
+from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.types import ModelSpec
 
 
@@ -136,7 +137,7 @@ def _layers_in_flight(run: PlannedRun, data_size: int) -> int:
 def _target_bytes(run: PlannedRun, copies: int) -> int:
     config, plan, parallel = run.config, run.setup.layer_plan, run.config.parallel
     first_teacher = next(iter(run.setup.teachers.values()))
-    rows = run.rollouts_per_step / copies * min(most_selected_tokens(config.loss), config.rollout.max_new_tokens)
+    rows = run.rollouts_per_step / copies * min(most_selected_tokens(config.loss), longest_response(config))
     if plan.aligned and parallel.pipeline == 1:  # the teacher is streamed: targets of one micro-batch exist
         rows = min(rows, config.batch.max_tokens_per_micro_batch / parallel.context)
     owners = [rank for _, rank in map(plan.student_place, plan.student_layers)]

@@ -137,13 +137,13 @@ def test_each_kind_of_warning_is_given_once():
 
 
 def test_a_check_contains_the_means_since_the_previous_check():
-    history = HealthHistory().with_check(START, generates=True)
+    history = HealthHistory().with_check(START, with_lengths=True)
     for loss in (1.0, 2.0, 6.0):
         history = history.with_step({"loss": loss, "rollout/length_mean": 10 * loss})
-    history = history.with_check(Check(3, 1.0, 1.0), generates=True).with_step(
+    history = history.with_check(Check(3, 1.0, 1.0), with_lengths=True).with_step(
         {"loss": 7.0, "rollout/length_mean": 0.0}
     )
-    history = history.with_check(Check(4, 1.0, 1.0), generates=False)
+    history = history.with_check(Check(4, 1.0, 1.0), with_lengths=False)
     assert [(check.objective, check.length_mean) for check in history.checks] == [
         (None, None),
         (3.0, 30.0),
