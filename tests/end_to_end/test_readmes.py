@@ -81,6 +81,7 @@ RUNS = {
     "bash ci/nightly.sh": "--collect-only -q tests/unit",
     "bash ci/lint.sh": "",
     "python benchmarks/rollout.py": "--batch 2 --repeats 1 --layers 1 --hidden 64 --vocabulary 64",
+    "python benchmarks/rollout.py --preset h100 --rehearse": None,  # test_rollout_benchmark.py
     "python benchmarks/parity.py": "--only 2-qwen3-tp2-sp",
     "python benchmarks/cost.py": "--methods 'OPRD, all tokens' --layers 1 --tokens 512 --sequences 1 --repeats 1 "
     f"--workload '{UPDATE}' --json {{out}}.json --markdown {{out}}.md",

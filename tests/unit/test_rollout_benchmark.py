@@ -1,0 +1,88 @@
+"""The benchmark of rollout engines: every case of the GPU run at tiny sizes, its figures, and what goes wrong."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import rollout
+from benchmarks.rollout_calls import calls_per_decode_step, kind_of
+from benchmarks.rollout_engines import Side
+from benchmarks.rollout_page import decode_steps, line, runs
+from benchmarks.rollout_workloads import REHEARSAL_WORKLOADS, Shape, Workload
+from megatron_oprd.types import Prompt, UserError
+
+TINY = Shape("Qwen3", 1, 64, 96, 4, 2, 61, tied=True, deviation=0.1)
+CPU = torch.device("cpu")
+
+
+def test_every_case_of_the_gpu_run_gives_figures(tmp_path, capsys):
+    assert rollout.main(["--preset", "h100", "--rehearse", "--repeats", "1", "--docs", str(tmp_path)]) == 0
+    (record,) = json.loads((tmp_path / "rollouts.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
+    expected = [(case.name, case.rows, side) for case in REHEARSAL_WORKLOADS for side in ("embedded", "transformers")]
+    assert [(row["workload"], row["rows"], row["engine"]) for row in record["rows"]] == expected
+    for row in record["rows"]:
+        assert row["seconds"] and row["tokens"] and row["peak_bytes"] is not None and not row["note"]
+        assert bool(row["prefill_seconds"]) == bool(row["calls"]) == row["workload"].startswith("equal")
+    assert (tmp_path / "rollouts.md").read_text() == runs([record])
+
+
+def test_the_sides_give_the_same_answers_to_prompts_of_any_length(tmp_path):
+    embedded, transformers = rollout.build_sides(TINY, tmp_path, CPU)
+    workload = Workload("mixed", 2, 5, (1, 9), (1, 6))
+    prompts, limits = workload.draw(TINY.vocabulary)
+    answers = embedded.prepare(workload)(prompts, limits)
+    assert answers == transformers.prepare(workload)(prompts, limits)
+    assert [len(answer) for answer in answers] == limits and len(set(limits)) > 1
+
+
+def test_a_decode_step_is_counted_and_timed_without_prefill():
+    def generate(prompts, limits):
+        one = torch.zeros(())
+        for _ in range(7 + 3 * max(limits)):
+            one = one.neg()
+        return []
+
+    assert calls_per_decode_step(generate, [Prompt(0, (1,))], CPU) == {"operators": 3}
+    assert decode_steps({"new_tokens": (5, 5), "seconds": [0.9], "prefill_seconds": [0.1]}) == [pytest.approx(0.2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "on_device", "kind"),
+    [
+        ("aten::add", False, "operators"),
+        ("cudaLaunchKernel", False, "launches"),
+        ("cudaGraphLaunch", False, "graph_launches"),
+        ("void at::native::add_kernel", True, "kernels"),
+        ("Memcpy DtoH (Device -> Pinned)", True, "copies_to_host"),
+        ("Memcpy HtoD (Pageable -> Device)", True, None),
+        ("cudaStreamSynchronize", False, None),
+    ],
+)
+def test_profiled_events_are_counted_by_kind(name, on_device, kind):
+    assert kind_of(name, on_device=on_device) == kind
+
+
+@pytest.mark.parametrize(
+    ("error", "note"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+        (ValueError("no\nsuch kernel"), "failed: ValueError: no such kernel"),
+    ],
+)
+def test_an_engine_that_fails_is_noted_and_the_others_are_measured(error, note):
+    def fail(prompts, limits):
+        raise error
+
+    sides = [Side("a", lambda workload: fail), Side("b", lambda workload: lambda prompts, limits: [(1,) * limits[0]])]
+    workload = Workload("equal", 2, 2, (3, 3), (4, 4))
+    failed, measured = rollout.Measurement(CPU, rollout.CLOCKS["wall"], repeats=1).run(sides, workload, 61)
+    assert line(failed) == f"equal, 2 rows: a: {note}"
+    assert measured["seconds"] and not measured["note"] and measured["same_answers"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it starts")
+def test_the_gpu_run_without_a_gpu_is_refused():
+    with pytest.raises(UserError, match="--preset h100 needs a CUDA device"):
+        rollout.main(["--preset", "h100"])
