@@ -104,32 +104,65 @@ def gather_hf_tensors(
     Raises:
         RuntimeError: on every rank, if a parameter is missing or has a wrong shape.
     """
-    table = named_parameters(stage)
-    return _stream(table, _sources(table, spec, topology), spec, topology)
+    return HFTensorStream(stage, spec, topology).gather(root=0)
 
 
-def _stream(
-    table: dict[str, torch.nn.Parameter], sources: dict[str, _Source], spec: ModelSpec, topology: Topology
-) -> Iterator[tuple[str, torch.Tensor]]:
-    # All ranks send in the order in which rank 0 receives, so no rank waits forever.
-    for entry in entries(spec):
-        source = sources[entry.megatron]
-        if topology.rank == 0:
-            pieces = [_receive(table.get(entry.megatron), rank, source, topology) for rank in source.ranks]
-            yield from from_megatron(entry, unshard(entry, pieces), spec).items()
-        elif topology.rank in source.ranks:
-            dist.send(table[entry.megatron].detach().contiguous(), dst=0)
-    dist.barrier()
+class HFTensorStream:
+    """The Hugging Face tensors of a distributed model, as often as they are needed.
 
+    Construction is collective over the world. Only the first replica of a parameter sends.
 
-def _receive(own: torch.nn.Parameter | None, rank: int, source: _Source, topology: Topology) -> torch.Tensor:
-    """Return on rank 0 what `rank` sends of a parameter. `own` is rank 0's own part of the parameter."""
-    if rank == 0:
-        assert own is not None
-        return own.detach()
-    piece = torch.empty(source.shape, dtype=source.dtype, device=topology.device)
-    dist.recv(piece, src=rank)
-    return piece
+    Raises:
+        RuntimeError: on every rank, if a parameter is missing or has a wrong shape.
+    """
+
+    def __init__(self, stage: torch.nn.ModuleList, spec: ModelSpec, topology: Topology) -> None:
+        self._table = named_parameters(stage)
+        self._sources = _sources(self._table, spec, topology)
+        self._spec = spec
+        self._topology = topology
+
+    def gather(self, root: int | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) for the complete tensors, on the device and in the dtype of the model.
+
+        Collective over the world: every rank must exhaust the iterator. The next parameter is being received while the
+        caller uses a tensor, so the memory of two parameters is needed.
+
+        Args:
+            root: the rank that receives all tensors. None: each tensor is yielded on the first rank that has a part of
+                it, so that pipeline stages and experts do not share a sender.
+        """
+        received = None
+        # All ranks send in the order in which the receivers receive, so no rank waits forever.
+        for entry in entries(self._spec):
+            source = self._sources[entry.megatron]
+            receiver = source.ranks[0] if root is None else root
+            if self._topology.rank == receiver:
+                requested = entry, [self._request(entry, rank, source) for rank in source.ranks]
+                if received is not None:
+                    yield from self._complete(*received)
+                received = requested
+            elif self._topology.rank in source.ranks:
+                dist.send(self._table[entry.megatron].detach().contiguous(), dst=receiver)
+        if received is not None:
+            yield from self._complete(*received)
+        dist.barrier()
+
+    def _request(self, entry: Entry, rank: int, source: _Source) -> tuple[torch.Tensor, dist.Work | None]:
+        """Return the buffer for what `rank` sends of a parameter, and the operation that fills the buffer."""
+        if rank == self._topology.rank:
+            return self._table[entry.megatron].detach(), None
+        piece = torch.empty(source.shape, dtype=source.dtype, device=self._topology.device)
+        return piece, dist.irecv(piece, src=rank)
+
+    def _complete(
+        self, entry: Entry, requested: list[tuple[torch.Tensor, dist.Work | None]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for _, operation in requested:
+            if operation is not None:
+                operation.wait()
+        pieces = [piece for piece, _ in requested]
+        yield from from_megatron(entry, unshard(entry, pieces), self._spec).items()
 
 
 def _sources(table: dict[str, torch.nn.Parameter], spec: ModelSpec, topology: Topology) -> dict[str, _Source]:

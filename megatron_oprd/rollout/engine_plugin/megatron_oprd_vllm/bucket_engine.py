@@ -1,0 +1,111 @@
+"""Load weight buckets from files into vLLM's model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+
+from megatron_oprd_vllm.buckets import BadBucket, Update, read_bucket
+
+
+@dataclass
+class NoInitInfo(WeightTransferInitInfo):
+    """Files need no connection."""
+
+
+@dataclass
+class BucketInfo(WeightTransferUpdateInfo):
+    """One bucket of an update."""
+
+    path: str  # the safetensors file
+    version: str  # of the weights; equal in all buckets of an update
+    total_tensors: int  # of the complete update
+    checksums: dict[str, int]  # of each tensor of the bucket, by name
+
+
+class BucketEngine(WeightTransferEngine[NoInitInfo, BucketInfo]):
+    """Loads buckets with vLLM's layerwise reload, which restores and processes the weights of one layer at a time."""
+
+    init_info_cls = NoInitInfo
+    update_info_cls = BucketInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
+        """Do nothing."""
+
+    def start_weight_update(self) -> None:
+        """Begin an update. Nothing may be generated until it is finished."""
+        initialize_layerwise_reload(self.model)
+        self._update = Update()
+        self._missing = {name for name, _ in self.model.named_parameters()} - self._tied_parameters()
+
+    def receive_weights(self, update_info: BucketInfo) -> None:
+        """Load one bucket.
+
+        Raises:
+            BadBucket: the bucket is damaged, or the model has no tensor of this name and shape.
+        """
+        tensors = read_bucket(update_info.path, update_info.checksums)
+        self._update.add(set(tensors), update_info.version, update_info.total_tensors)
+        self._load(tensors)
+
+    def finish_weight_update(self) -> None:
+        """Complete the update. Raises BadBucket if a tensor is missing or a parameter of the model got no weights."""
+        self._update.check_complete()
+        if self._missing:
+            raise BadBucket(
+                f"version {self._update.version}: {len(self._missing)} parameters of the server's model got no "
+                f"weights, the first is {min(self._missing)}"
+            )
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._repack_heads()
+
+    def shutdown(self) -> None:
+        """Do nothing."""
+
+    def _load(self, tensors: dict[str, torch.Tensor]) -> None:
+        current = ""
+
+        def weights() -> Iterator[tuple[str, torch.Tensor]]:
+            nonlocal current
+            for current, tensor in tensors.items():  # noqa: UP028  # errors name `current`
+                yield current, tensor
+
+        try:
+            loaded = self.model.load_weights(weights())
+        except Exception as error:
+            shape = list(tensors[current].shape) if current else []
+            problem = str(error) or type(error).__name__
+            raise BadBucket(f"the server's model does not accept {current} of shape {shape}: {problem}") from error
+        self._missing -= set(loaded)
+
+    def _tied_parameters(self) -> set[str]:
+        """Return the names of the LM head's parameters if the head is tied to the embedding and gets no weights."""
+        if not getattr(self.model_config.hf_text_config, "tie_word_embeddings", False):
+            return set()
+        return {
+            f"{prefix}.{name}"
+            for prefix, module in self.model.named_modules()
+            if isinstance(module, ParallelLMHead)
+            for name, _ in module.named_parameters()
+        }
+
+    def _repack_heads(self) -> None:
+        """Pack the LM heads again on a CPU.
+
+        A head multiplies with a packed copy of its weight. The reload renews that copy only if the head gets weights.
+        """
+        if current_platform.is_cpu():
+            for module in self.model.modules():
+                if isinstance(module, ParallelLMHead):
+                    module.quant_method.process_weights_after_loading(module)

@@ -1,0 +1,151 @@
+"""Servers get the weights of the Hugging Face export from every layout, and the canary finds servers that differ."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_oprd.checkpoint.weights import load_weights
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.models.build import build_model
+from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.rollout.server_client import ServerError
+from megatron_oprd.rollout.weight_sync import SyncFailed, SyncSettings, WeightSync
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
+from tests.helpers.hf_server import HFServer
+
+BUCKET_BYTES = 40_000  # a few tensors; some are larger
+
+
+def open_stage(folder, layout):
+    device = torch.device("cpu")
+    start_process(device)
+    topology = build_topology(ParallelConfig(**layout), device, seed=0)
+    spec = read_model_spec(folder)
+    stage = build_model(spec, topology, torch.float32)
+    load_weights(stage, folder, spec, topology)
+    return stage.train(), spec, topology
+
+
+def transferred_names(folder):
+    """Return the tensors that are transferred: a tied LM head is not."""
+    names = HFReader(folder).names()
+    return [name for name in names if name != "lm_head.weight" or not read_model_spec(folder).tied_embeddings]
+
+
+def push_twice(rank, folders, layout, work):
+    """Push the weights of two folders. Return metrics, files, and whether the server has the tensors of the folder."""
+    stage, spec, topology = open_stage(folders[0], layout)
+    server = HFServer(work / "state", folders[0])
+    sync = WeightSync(stage, spec, topology, [server], SyncSettings(work / "buckets", "run", BUCKET_BYTES))
+    results = []
+    for version, folder in enumerate(folders):
+        load_weights(stage, folder, spec, topology)
+        metrics = sync.push(version)
+        expected = HFReader(folder)
+        equal = rank > 0 or (
+            sorted(server.tensors) == transferred_names(folder)
+            and all(torch.equal(tensor, expected.read(name)) for name, tensor in server.tensors.items())
+        )
+        files = sorted(str(path.relative_to(work / "buckets")) for path in (work / "buckets").rglob("*.safetensors"))
+        results.append((metrics, equal, files, sync.label))
+    assert stage.training and stage.config.sequence_parallel == topology.sequence_parallel, "left as it was"
+    return results, server.calls
+
+
+CASES = [
+    pytest.param("Qwen3", True, 4, {"tensor": 2, "pipeline": 2}, (0, 2), id="tied, tensor 2, pipeline 2"),
+    pytest.param("Qwen2", False, 2, {"pipeline": 2, "virtual_pipeline": 2}, (0, 1), id="virtual pipeline"),
+    pytest.param("Qwen3Moe", False, 4, {"pipeline": 2, "expert": 2}, (0, 1, 2, 3), id="experts, pipeline 2"),
+    pytest.param("Llama", True, 2, {"context": 2}, (0,), id="context", marks=pytest.mark.nightly),
+    pytest.param("Phi3", False, 2, {"tensor": 2, "sequence": True}, (0,), id="sequence", marks=pytest.mark.nightly),
+    pytest.param(
+        "Qwen3Moe", False, 4, {"context": 2, "expert": 4}, (0, 1, 2, 3), id="context", marks=pytest.mark.nightly
+    ),
+    pytest.param("Qwen2", True, 1, {}, (0,), id="one rank", marks=pytest.mark.nightly),
+    pytest.param("Qwen2", False, 2, {}, (0,), id="data", marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize(("family", "tied", "world", "layout", "writers"), CASES)
+def test_a_server_gets_the_tensors_of_the_export_from_every_layout(family, tied, world, layout, writers, tmp_path):
+    folders = [
+        save(random_hf_model(family, seed, num_hidden_layers=4, tie_word_embeddings=tied), tmp_path / f"hf{seed}")
+        for seed in range(2)
+    ]
+    names = transferred_names(folders[0])
+    for rank, (results, calls) in enumerate(run_distributed(world, push_twice, folders, layout, tmp_path)):
+        for version, (metrics, equal, files, label) in enumerate(results):
+            assert equal, f"rank {rank}, version {version}"
+            assert label == f"run:{version}"
+            assert metrics["sync/canary_difference"] < 1e-5
+            assert metrics["sync/bytes"] == sum(HFReader(folders[0]).read(name).nbytes for name in names)
+            # Each stage and each group of experts writes its own files, and only the newest version is kept.
+            assert {Path(file).name[:9] for file in files} == {f"rank{writer:05d}" for writer in writers}
+            assert {Path(file).parts[0] for file in files} == {f"run_{version}"}
+            assert len(files) > len(writers), "several buckets"
+        assert calls == (["pause", "start", "finish", "reset", "resume"] * 2 if rank == 0 else [])
+
+
+def push_to_faulty_server(rank, folders, layout, work, fault):
+    stage, spec, topology = open_stage(folders[0], layout)
+    server = HFServer(work / "state", folders[0])
+    sync = WeightSync(stage, spec, topology, [server], SyncSettings(work / "buckets", "run", BUCKET_BYTES))
+    sync.push(0)
+    server.fault = fault
+    load_weights(stage, folders[1], spec, topology)
+    try:
+        sync.push(1)
+    except SyncFailed as error:
+        return str(error), sync.label
+    return None, sync.label
+
+
+@pytest.mark.parametrize("fault", ["old head", "skipped bucket", "old cache"])
+def test_the_canary_stops_every_rank_if_the_server_computes_with_old_weights(fault, tmp_path):
+    folders = [
+        save(random_hf_model("Qwen3", seed, num_hidden_layers=2, tie_word_embeddings=True), tmp_path / f"hf{seed}")
+        for seed in range(2)
+    ]
+    results = run_distributed(2, push_to_faulty_server, folders, {"tensor": 2}, tmp_path, fault)
+    assert results[0] == results[1]
+    message, label = results[0]
+    assert "stand-in:1: canary: after the transfer of weights run:1" in message
+    assert "does not compute with the student's weights" in message
+    assert label == "run:0"
+
+
+class LosingServer(HFServer):
+    """Loses the second bucket of rank 1 until it is restarted."""
+
+    def update_weights(self, info):
+        if "rank00001-00001" in info["path"] and not (self.folder / "restarted").exists():
+            raise ServerError(f"{self.address}: connection refused")
+        super().update_weights(info)
+
+
+def lose_a_bucket(rank, folder, work):
+    """Push to a server that loses a bucket, restart it, and load the kept buckets into two new servers."""
+    stage, spec, topology = open_stage(folder, {"pipeline": 2})
+    server = LosingServer(work / "state", folder)
+    settings = SyncSettings(work / "buckets", "run", BUCKET_BYTES)
+    with pytest.raises(SyncFailed, match="stand-in:1: connection refused"):
+        WeightSync(stage, spec, topology, [server], settings).push(3)
+    sync = WeightSync(stage, spec, topology, [server], settings, restart=(work / "state" / "restarted").touch)
+    metrics = sync.push(3)
+    if rank == 0:  # only this rank reloads a server that crashed while it generated
+        restarted = HFServer(work / "second", folder)
+        sync.reload(restarted)
+        assert restarted.label == "run:3"
+        assert torch.equal(restarted.tensors["model.norm.weight"], HFReader(folder).read("model.norm.weight"))
+        with pytest.raises(ServerError, match="canary"):
+            sync.reload(HFServer(work / "third", folder, fault="skipped bucket"))
+    return metrics["sync/canary_difference"]
+
+
+def test_a_lost_bucket_stops_every_rank_and_kept_buckets_load_again(tmp_path):
+    folder = save(random_hf_model("Qwen2", num_hidden_layers=4), tmp_path / "hf")
+    assert max(run_distributed(2, lose_a_bucket, folder, tmp_path)) < 1e-5
