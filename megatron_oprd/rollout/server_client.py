@@ -19,6 +19,8 @@ GENERATE = "/inference/v1/generate"
 SERVED_MODEL = "student"  # the name under which a managed server serves its model
 # Tokens that the server collects before it sends them. One event for each token would cost the trainer too much time.
 STREAM_INTERVAL = 16
+CONNECT_SECONDS = 10.0
+INFO_SECONDS = 60.0  # most seconds for questions that a server answers without computing
 EXCLUDED = -1e9  # bias of a logit whose token is never sampled; JSON has no infinity
 
 
@@ -214,7 +216,8 @@ class ServerClient:
     ) -> Any:
         """Send one request and return the JSON of the reply, or None for an empty reply."""
         target = f"{path}?{urlencode(query)}" if query else path
-        with self._response(method, target, body, self.timeout_seconds) as response:
+        timeout = min(self.timeout_seconds, INFO_SECONDS) if method == "GET" else self.timeout_seconds
+        with self._response(method, target, body, timeout) as response:
             text = response.read()
         try:
             return json.loads(text) if text else None
@@ -243,11 +246,12 @@ class ServerClient:
         self, method: str, target: str, body: Mapping[str, Any] | None, timeout: float, *, streams: bool = False
     ) -> Iterator[http.client.HTTPResponse]:
         """Send a request on a connection of its own and yield the response, unless its status is an error."""
-        connection = http.client.HTTPConnection(self.address, timeout=timeout)
+        connection = http.client.HTTPConnection(self.address, timeout=min(timeout, CONNECT_SECONDS))
         stream = None
         try:
             connection.connect()
             stream = connection.sock
+            stream.settimeout(timeout)
             if streams:
                 with self._lock:
                     self._streams.add(stream)
