@@ -19,6 +19,7 @@ the others are measured, and the exit code is 1; running out of memory is a resu
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import gc
 import json
@@ -42,6 +43,7 @@ from benchmarks.pages import with_section
 from benchmarks.rollout_calls import calls_per_decode_step
 from benchmarks.rollout_engines import Generate, Side, embedded_side, transformers_side
 from benchmarks.rollout_page import HEADING, line, runs
+from benchmarks.rollout_training import time_training
 from benchmarks.rollout_workloads import (
     H100_SHAPE,
     H100_WORKLOADS,
@@ -74,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=4096, help="preset cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: for a machine shared with others")
+    parser.add_argument("--train-steps", type=int, default=0, help="also time so many training steps, 3 at least")
     parser.add_argument("--minutes", type=float, default=6.5, help="start no further workload after this time")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument(
@@ -99,10 +102,16 @@ def main(arguments: list[str] | None = None) -> int:
             record["rows"] += measurement.run(sides, workload, shape.vocabulary)
             if options.json:
                 options.json.write_text(json.dumps(record, indent=1) + "\n")
+        if options.train_steps:
+            engines = {"embedded": ()}
+            record["training"] = time_training(
+                shape, Path(folder) / "training", engines, options.train_steps, options.threads
+            )
     if options.docs:
         keep(record, options.docs)
     print(json.dumps(record), flush=True)
-    return int(any(row["note"].startswith("failed") for row in record["rows"]))
+    rows = [*record["rows"], *record.get("training", ())]
+    return int(any(row["note"].startswith("failed") for row in rows))
 
 
 def sizes_of(options: argparse.Namespace) -> tuple[Shape, list[Workload]]:
@@ -200,6 +209,8 @@ class Measurement:
         if one.side.server_bytes is not None:
             one.row["server_bytes"] = one.side.server_bytes()
         else:
+            if self.device.type == "cpu":
+                ctypes.CDLL(None).malloc_trim(0)  # memory of earlier runs would hide that of this one
             one.row["peak_bytes"] = peak_of(lambda: one.generate(prompts, limits), self.device)
 
     def _count_calls(self, one: _SideRun, prompts: Sequence[Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.pages import MIB, listed, milliseconds, table_lines
+from benchmarks.rollout_training import NEW_TOKENS, PROMPTS, SAMPLES
 
 HEADING = "## Figures"
 COLUMNS = (
@@ -14,6 +15,10 @@ COLUMNS = (
     *("memory, MiB", "same answers"),
 )
 CALLS = ("rows", "engine", "operators", "kernels", "launches", "graph launches", "copies to the host")
+TRAINING = f"""\
+Training steps of `megatron_oprd.train`: {PROMPTS} prompts, {SAMPLES} samples of {NEW_TOKENS} tokens each; student and
+teacher of the shape above:"""
+TRAINING_COLUMNS = ("engine", "`rollout.ahead`", "step, ms", "rollouts, ms", "sync, ms")
 EXPLANATION = """\
 Made by `python benchmarks/rollout.py`. Engines run in turn with the same weights; medians of the repeats.
 
@@ -48,6 +53,9 @@ def section(record: dict[str, Any]) -> str:
     if counted:
         lines += ["", "Calls in one decode step, by torch's profiler:", ""]
         lines += table_lines(CALLS, [_call_cells(row) for row in counted])
+    if record.get("training"):
+        lines += ["", TRAINING, ""]
+        lines += table_lines(TRAINING_COLUMNS, [_training_cells(row) for row in record["training"]])
     return "\n".join([*lines, ""])
 
 
@@ -103,6 +111,14 @@ def _call_cells(row: dict[str, Any]) -> list[str]:
     calls = row["calls"]
     names = ("operators", "kernels", "launches", "graph_launches", "copies_to_host")
     return [str(row["rows"]), row["engine"], *(f"{calls[name]:,.0f}" if name in calls else "" for name in names)]
+
+
+def _training_cells(row: dict[str, Any]) -> list[str]:
+    head = [row["engine"], str(row["ahead"])]
+    if row["note"]:
+        return [*head, row["note"]]
+    sync = milliseconds(row["sync/seconds"]) if row["sync/seconds"] else "0"
+    return [*head, milliseconds(row["time/step"]), milliseconds(row["time/rollout"]), sync]
 
 
 def _range(bounds: Sequence[int]) -> str:

@@ -29,7 +29,7 @@ class Shape:
     dtype: str = "fp32"
     deviation: float = 0.02  # standard deviation of the weights
 
-    def build(self, device: torch.device) -> transformers.PreTrainedModel:
+    def build(self, device: torch.device, seed: int = 0) -> transformers.PreTrainedModel:
         """Return Hugging Face's model with random weights on a device."""
         config = getattr(transformers, f"{self.family}Config")(
             vocab_size=self.vocabulary,
@@ -45,7 +45,7 @@ class Shape:
             bos_token_id=None,
             **({"head_dim": self.hidden // self.heads} if self.family == "Qwen3" else {}),
         )
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         before = torch.get_default_dtype()
         torch.set_default_dtype(DTYPES[self.dtype])
         try:

@@ -1,5 +1,6 @@
 """The benchmark of rollout engines: every case of the GPU run at tiny sizes, its figures, and what goes wrong."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from benchmarks import rollout
 from benchmarks.rollout_calls import calls_per_decode_step, kind_of
 from benchmarks.rollout_engines import Side
-from benchmarks.rollout_page import decode_steps, line, runs
+from benchmarks.rollout_page import decode_steps, line, runs, section
+from benchmarks.rollout_training import time_training
 from benchmarks.rollout_workloads import REHEARSAL_WORKLOADS, Shape, Workload
 from megatron_oprd.types import Prompt, UserError
 
@@ -80,6 +82,27 @@ def test_an_engine_that_fails_is_noted_and_the_others_are_measured(error, note):
     failed, measured = rollout.Measurement(CPU, rollout.CLOCKS["wall"], repeats=1).run(sides, workload, 61)
     assert line(failed) == f"equal, 2 rows: a: {note}"
     assert measured["seconds"] and not measured["note"] and measured["same_answers"] is None
+
+
+@pytest.mark.nightly
+def test_training_steps_are_timed_at_each_value_of_ahead(tmp_path):
+    rows = time_training(dataclasses.replace(TINY, vocabulary=300), tmp_path, {"embedded": ()}, steps=3, threads=1)
+    assert [(row["engine"], row["ahead"], row["note"], len(row["time/step"])) for row in rows] == [
+        ("embedded", 0, "", 1),
+        ("embedded", 1, "", 1),
+    ]
+    failed = time_training(TINY, tmp_path / "small", {"embedded": ("rollout.top_p=7",)}, steps=3, threads=1)
+    assert all("rollout.top_p" in row["note"] for row in failed)
+
+
+def test_the_table_of_training_steps_has_a_row_for_each_run():
+    times = {"time/step": [0.1, 0.3, 0.2], "time/rollout": [0.05], "sync/seconds": [0.004]}
+    training = [{"engine": "vllm", "ahead": 1, "note": "", **times}]
+    training.append({"engine": "vllm", "ahead": 0, "note": "failed: no server"})
+    record = {"date": "2030-01-02", "device": "CPU", "versions": {"torch": "2"}, "shape": vars(TINY), "threads": 1}
+    text = section({**record, "repeats": 3, "rows": [], "training": training})
+    assert "| vllm | 1 | 200.0 | 50.0 | 4.0 |" in text
+    assert "| vllm | 0 | failed: no server |  |  |" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it starts")
