@@ -121,6 +121,7 @@ class FakeServer:
         self.max_model_len = 4096
         self.token_in_token_out = True  # --enable-scale-out
         self.development_mode = True  # VLLM_SERVER_DEV_MODE=1
+        self.raw_logprobs = False  # --logprobs-mode raw_logprobs
         self.weight_version = "default"
         self.calls: list[str] = []  # paths, in the order of their arrival
         self.requests: list[dict[str, Any]] = []  # bodies of generations
@@ -285,6 +286,8 @@ class _Handler(BaseHTTPRequestHandler):
             if not spans or spans[-1]["version"] != version:
                 spans.append({"version": version, "start": len(answer)})
             token, logprob = _sample(state.next_logits(prompt, answer), sampling, generator)
+            if state.raw_logprobs:
+                logprob = _log_softmax(state.next_logits(prompt, answer))[token]
             answer.append(token)
             logprobs.append({"token_id": token, "logprob": logprob, "rank": 1, "top_logprobs": []})
             if token in sampling["stop_token_ids"]:

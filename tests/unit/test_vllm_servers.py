@@ -143,6 +143,8 @@ def test_a_failure_is_one_line_and_its_requests_are_asked_again(fault, server, e
     def restart(client, problem):
         reasons.append(problem)
         server.faults.clear()
+        while server.running:  # a killed server has no requests left
+            time.sleep(0.01)
         server.weight_version = "run:1"
 
     servers = pool(server, restart=restart)
