@@ -13,6 +13,7 @@ import selectors
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,8 +24,10 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _FRACTION = re.compile(r"([+-]?)\\frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}\\]*)\}")
+_SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?:\.\d+)?")
 _DROPPED = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\^\{?\\circ\}?|\\degree|°|\$|\\\$|\s|~")
-_MIXED_NUMBER = re.compile(r"\d\s+\d")  # "1 1/2" is not "11/2": its spaces must stay
+_TWO_NUMBERS = re.compile(r"\d\s+\d")  # "10 20" is not 1020: the space must stay
+_MIXED_NUMBER = re.compile(r"([+-]?)(\d+)(?:\s+(\d+)/(\d+)|\s*\\frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d)))")
 _MAX_ANSWER_CHARACTERS = 1000  # longer answers are compared as strings: parsing them can take exponential time
 _MAX_DIGITS = 200
 
@@ -37,13 +40,16 @@ class Grade:
     answered: bool  # the response contains an answer
 
 
-def is_correct(response_text: str, ground_truth: str | None, style: Literal["rule", "exact"] = "rule") -> Grade:
+def is_correct(
+    response_text: str, ground_truth: str | Sequence[str] | None, style: Literal["rule", "exact"] = "rule"
+) -> Grade:
     r"""Grade a response against the ground truth.
 
     Args:
-        ground_truth: the right answer, or None: then no answer is correct.
-        style: "rule" compares the last `\boxed{}` or `\fbox{}` with balanced braces, first as a string after
-            normalisation, then exactly as a number, then symbolically. "exact" compares the stripped response.
+        ground_truth: the right answer, several of which any is right, or None: then no answer is correct.
+        style: "rule" compares the last `\boxed{}` or `\fbox{}`, first as a string after normalisation, then exactly as
+            a number, then symbolically. A last box that is never closed is no answer, even after a closed box, as in
+            the paper's grader. "exact" compares the stripped response.
 
     Works in any thread and takes at most a few seconds for any response. May start one helper process. No
     communication between ranks.
@@ -53,34 +59,40 @@ def is_correct(response_text: str, ground_truth: str | None, style: Literal["rul
         return Grade(correct=False, answered=False)
     if ground_truth is None:
         return Grade(correct=False, answered=True)
+    truths = [ground_truth] if isinstance(ground_truth, str) else ground_truth
     if style == "exact":
-        return Grade(correct=answer == ground_truth.strip(), answered=True)
-    return Grade(correct=_same_answer(ground_truth, answer), answered=True)
+        return Grade(correct=answer in [truth.strip() for truth in truths], answered=True)
+    return Grade(correct=any(_same_answer(truth, answer) for truth in truths), answered=True)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return the stripped content of the closed `\boxed{}` or `\fbox{}` that opens last, or None without one.
+    r"""Return the stripped content of the `\boxed{}` or `\fbox{}` that opens last, or None if it is not closed.
 
     One pass with a stack takes linear time even for a response that repeats an unclosed `\boxed{` thousands of times.
     """
-    open_braces: list[tuple[bool, int]] = []  # (True for a box, start of its content)
-    best_start, best_end = -1, -1
+    open_braces: list[int] = []  # start of the content of each open brace
+    last_start, last_end = -1, -1
     for match in _BOX_OR_BRACE.finditer(text):
         token = match.group()
         if token == "}":
-            is_box, start = open_braces.pop() if open_braces else (False, -1)
-            if is_box and start > best_start:
-                best_start, best_end = start, match.start()
+            start = open_braces.pop() if open_braces else -1
+            if start == last_start:
+                last_end = match.start()
         elif token.endswith("{") and token != "\\{":
-            open_braces.append((token != "{", match.end()))
-    return text[best_start:best_end].strip() if best_start >= 0 else None
+            open_braces.append(match.end())
+            if token != "{":
+                last_start, last_end = match.end(), -1
+    return text[last_start:last_end].strip() if last_end >= 0 else None
 
 
 def normalize(answer: str) -> str:
     """Remove everything that does not change the value: spaces, delimiters, degree signs, thousands separators."""
     for old, new in (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("{,}", ","), ("\u2212", "-")):
         answer = answer.replace(old, new)
-    if _MIXED_NUMBER.search(answer) is None:
+    answer = answer.strip()
+    if _SPACED_THOUSANDS.fullmatch(answer):
+        answer = "".join(answer.split())
+    if _TWO_NUMBERS.search(answer) is None and _MIXED_NUMBER.fullmatch(answer) is None:
         answer = _DROPPED.sub("", answer)
     answer = _WRAPPED.sub(r"\1", answer).removesuffix(".")
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
@@ -100,11 +112,18 @@ def _same_answer(ground_truth: str, answer: str) -> bool:
 
 
 def _number(text: str) -> Fraction | None:
-    """Return the exact value of a plain integer, decimal or fraction of integers; None for other text."""
+    """Return the exact value of a plain integer, decimal, fraction of integers or mixed number; None for other text."""
+    if len(text) > _MAX_DIGITS:
+        return None
+    if (mixed := _MIXED_NUMBER.fullmatch(text)) is not None:
+        sign, integer, *parts = mixed.groups()
+        top, bottom = (int(part) for part in parts if part is not None)
+        value = int(integer) + Fraction(top, bottom) if top < bottom else None
+        return -value if value is not None and sign == "-" else value
     if (fraction := _FRACTION.fullmatch(text)) is not None:
         sign, top, bottom, short_top, short_bottom = fraction.groups()
         text = f"{sign}{top or short_top}/{bottom or short_bottom}"
-    if len(text) > _MAX_DIGITS or not _NUMBER.fullmatch(text):
+    if not _NUMBER.fullmatch(text):
         return None
     top, _, bottom = text.partition("/")
     if bottom and int(bottom) == 0:

@@ -30,7 +30,11 @@ CORRECT, WRONG, UNANSWERED = Grade(True, True), Grade(False, True), Grade(False,
         ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
         ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),
         ("} \\boxed{4}", "4"),
-        ("\\boxed{3} or \\boxed{\\frac{1}{", "3"),  # the later box is cut off
+        ("\\boxed{3} or \\boxed{\\frac{1}{", None),  # the last box is cut off
+        ("\\boxed{3} then \\boxed{4", None),
+        ("\\boxed{3} then \\fbox{4", None),
+        ("\\boxed{1} {2} \\boxed{{3}}", "{3}"),
+        ("\\boxed{5} and a stray {", "5"),
         ("\\boxed{}", ""),
         ("\\boxed{1", None),
         ("the answer is 5", None),
@@ -46,6 +50,7 @@ def test_finding_the_box_takes_linear_time_for_unclosed_boxes():
     start = time.perf_counter()
     assert last_boxed("\\boxed{" * 200_000) is None
     assert last_boxed("\\boxed{1}" + "{" * 500_000) == "1"
+    assert last_boxed("\\boxed{" * 100_000 + "}" * 100_000) == ""
     assert time.perf_counter() - start < 20  # a quadratic scan takes hours
 
 
@@ -68,6 +73,15 @@ def test_finding_the_box_takes_linear_time_for_unclosed_boxes():
         ("-\\frac{3}{4}", "-0.75"),
         ("0", "-0.0"),
         ("x + 1", "x+1"),
+        ("8/3", "2 2/3"),
+        ("8/3", "2\\frac{2}{3}"),
+        ("\\frac{8}{3}", "2 \\dfrac23"),
+        ("-5/2", "-2 1/2"),
+        ("5 1/2", "11/2"),
+        ("12345", "12 345"),
+        ("12345", "12\u2009345"),
+        ("1234567.5", "1\u00a0234\u202f567.5"),
+        ("12 345", "12,345"),
     ],
 )
 def test_notation_that_does_not_change_the_value_is_ignored(ground_truth, answer, monkeypatch):
@@ -88,6 +102,10 @@ def test_notation_that_does_not_change_the_value_is_ignored(ground_truth, answer
         ("12", "1,2"),
         ("11/2", "1 1/2"),
         ("1020", "10 20"),
+        ("2/3", "2 2/3"),
+        ("22/3", "2 2/3"),
+        ("2", "1 3/3"),  # a mixed number has a proper fraction
+        ("12345", "123 45"),
     ],
 )
 def test_numbers_are_compared_exactly(ground_truth, answer):
@@ -100,6 +118,24 @@ def test_numbers_are_compared_exactly(ground_truth, answer):
         ("x^2+2x+1", "(x+1)^2", CORRECT),
         ("2\\sqrt{3}", "\\sqrt{12}", CORRECT),
         ("5", "5 \\text{ cm}", CORRECT),
+        ("5 \\text{ cm}", "5", CORRECT),
+        ("5", "5\\text{ cm}^2", CORRECT),
+        ("5", "5\\ \\mathrm{km/h}", CORRECT),
+        ("30", "30 \\text{ degrees}", CORRECT),
+        ("12", "\\$12", CORRECT),
+        ("50\\%", "50", CORRECT),
+        ("50", "50\\%", CORRECT),
+        ("50", "50%", CORRECT),
+        ("50", "51\\%", WRONG),
+        ("[0,1)", "[0, 1)", CORRECT),
+        ("[0,1)", "[0,1]", WRONG),
+        ("(-\\infty, 2]", "(-\\infty,2]", CORRECT),
+        ("(1,\\frac12)", "(1,0.5)", CORRECT),
+        ("\\{1,2\\}", "1,2", CORRECT),
+        ("\\{1,2\\}", "1,3", WRONG),
+        ("Monday", "\\text{monday}", CORRECT),
+        ("\\text{even}", "\\text{odd}", WRONG),
+        ("East", "West", WRONG),
         ("50\\%", "0.5", CORRECT),
         ("\\{1,2\\}", "\\{2,1\\}", CORRECT),
         ("(A)", "\\text{A}", CORRECT),
@@ -124,6 +160,13 @@ def test_a_response_without_a_box_is_unanswered():
 def test_without_a_ground_truth_no_answer_is_correct():
     assert is_correct("\\boxed{5}", None) == WRONG
     assert is_correct("5", None, "exact") == WRONG
+
+
+def test_any_of_several_ground_truths_is_right():
+    assert is_correct("\\boxed{5}", ["4", "5.0"]) == CORRECT
+    assert is_correct("\\boxed{6}", ["4", "5"]) == WRONG
+    assert is_correct("5", ["4", " 5 "], "exact") == CORRECT
+    assert is_correct("5", ("4", "5.0"), "exact") == WRONG
 
 
 def test_exact_style_compares_stripped_strings():
