@@ -49,7 +49,7 @@ def evaluate_and_write(inputs: EvaluationInputs, folder: Path) -> None:
     def write() -> None:
         write_samples(folder / "samples.jsonl", 0, samples)
         write_json(folder / "scores.json", {"student": config.student.path, "data": scores})
-        _print(scores, inputs.prompts.summary())
+        _print(scores, inputs.prompts.evaluation_summary())
         print(f"samples: {folder / 'samples.jsonl'}", flush=True)
 
     on_rank_zero(write)

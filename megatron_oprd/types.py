@@ -28,7 +28,7 @@ class Prompt:
     prompt_ids: tuple[int, ...]
     text: str = ""
     data_source: str = ""
-    ground_truth: str | None = None
+    ground_truth: str | tuple[str, ...] | None = None  # the right answer, or several of which any is right
     # How an answer is compared with `ground_truth`: the last boxed answer mathematically, or the whole string.
     answer_style: Literal["rule", "exact"] = "rule"
     teacher_prompt_ids: tuple[int, ...] | None = None  # the prompt for the teacher; None: the student's prompt

@@ -17,6 +17,12 @@ class DataConfig(Section):
     teacher_prompt_key: str | None = Field(
         None, description="column with the teacher's prompt; null: the teacher has the student's prompt"
     )
+    answer_key: str | None = Field(
+        None, description="column with the right answer; null: ground_truth in the column reward_model"
+    )
+    drop_final_answer: bool = Field(
+        False, description="leave out a last message of the assistant; otherwise it is an error"
+    )
     max_prompt_tokens: int = Field(2048, ge=1, description="longer prompts are left out", json_schema_extra=TOKENS)
     shuffle: bool = Field(True, description="shuffle the prompts in each epoch")
     append_instruction: Literal["auto"] | bool = Field(

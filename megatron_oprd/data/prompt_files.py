@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_oprd.config import DataConfig
+from megatron_oprd.data.ground_truth import GroundTruth, read_ground_truth
+from megatron_oprd.data.messages import Message, read_prompt
 from megatron_oprd.types import UserError
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
 _Keys = dict[str, str]  # configuration key -> name of a column that every row must have
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution")
+_PROMPT_COLUMNS = ("prompt", "messages", "conversations", "conversation", "problem", "question", "instruction", "input")
 _FILE_SUFFIXES = {".parquet", ".jsonl", ".json", ".ndjson", ".txt", ".csv", ".gz", ".zst"}
 
 
@@ -24,12 +28,13 @@ class Row:
     prompt: str | list[Message]  # plain text or a conversation
     data_source: str = ""
     ability: str = ""
-    ground_truth: str | None = None
+    ground_truth: GroundTruth | None = None
     answer_style: Literal["rule", "exact"] = "rule"
     teacher_prompt: str | list[Message] | None = None  # the prompt for the teacher; None: the student's prompt
+    answer_column: str = ""  # a column that may contain the right answer and that nothing reads
 
 
-def read_rows(sources: Iterable[str], prompt_key: str, teacher_prompt_key: str | None = None) -> list[Row]:
+def read_rows(sources: Iterable[str], config: DataConfig) -> list[Row]:
     """Read the rows of all sources, in order.
 
     The columns are those of verl. Optional columns are `data_source`, `ability` and `reward_model` {ground_truth,
@@ -37,20 +42,21 @@ def read_rows(sources: Iterable[str], prompt_key: str, teacher_prompt_key: str |
 
     Args:
         sources: Parquet files, JSONL files or names of hub data sets.
-        prompt_key: the column with the prompt: a string, or a list of {role, content}.
-        teacher_prompt_key: the column with the teacher's prompt, in the same form; None: there is none.
+        config: the section `data`, which names the columns.
 
     Raises:
         UserError: a source cannot be read, has no rows, or a row is malformed.
     """
-    keys = {"data.prompt_key": prompt_key}
-    if teacher_prompt_key is not None:
-        keys["data.teacher_prompt_key"] = teacher_prompt_key
+    keys = {"data.prompt_key": config.prompt_key}
+    if config.teacher_prompt_key is not None:
+        keys["data.teacher_prompt_key"] = config.teacher_prompt_key
+    if config.answer_key is not None:
+        keys["data.answer_key"] = config.answer_key
     rows: list[Row] = []
     for source in sources:
         before = len(rows)
         for where, record in _records(source, keys):
-            rows.append(_row(where, record, keys, Path(source).stem))
+            rows.append(_row(where, record, config, Path(source).stem))
         if len(rows) == before:
             raise UserError(f"the prompt file {source} has no rows")
     return rows
@@ -130,40 +136,52 @@ def _hub(name: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _columns_to_read(source: str, columns: list[str], keys: _Keys) -> list[str]:
     for setting, key in keys.items():
         if key not in columns:
-            raise UserError(f"{source} has no column {key!r} ({setting}); it has: {', '.join(columns)}")
-    return [name for name in columns if name in {*keys.values(), "data_source", "ability", "reward_model"}]
+            advice = _advice(setting, columns)
+            raise UserError(f"{source} has no column {key!r} ({setting}); it has: {', '.join(columns)}{advice}")
+    wanted = {*keys.values(), "data_source", "ability", "reward_model", *_ANSWER_COLUMNS}
+    return [name for name in columns if name in wanted]
 
 
-def _row(where: str, record: Mapping[str, Any], keys: _Keys, file_name: str) -> Row:
-    prompts = {setting: _prompt(where, record, key, setting) for setting, key in keys.items()}
+def _advice(setting: str, columns: Iterable[str]) -> str:
+    """Return the column that a wrong key most likely means, as an override to write; '' if none comes to mind."""
+    usual = _ANSWER_COLUMNS if setting == "data.answer_key" else _PROMPT_COLUMNS
+    return next((f"; did you mean {setting}={name}?" for name in usual if name in columns), "")
+
+
+def _row(where: str, record: Mapping[str, Any], config: DataConfig, file_name: str) -> Row:
     reward = record.get("reward_model") or {}
     if not isinstance(reward, Mapping):
         raise UserError(f"{where}: reward_model must be an object with ground_truth, not a {type(reward).__name__}")
-    ground_truth = reward.get("ground_truth")
+    if config.answer_key is not None:
+        column, truth = config.answer_key, _value(where, record, config.answer_key, "data.answer_key")
+    else:
+        column, truth = "reward_model.ground_truth", reward.get("ground_truth")
+    try:
+        ground_truth = read_ground_truth(truth)
+    except ValueError as error:
+        raise UserError(f"{where}: {column} {error}") from None
+    unused = next((name for name in _ANSWER_COLUMNS if record.get(name) is not None), "")
+    teacher_key = config.teacher_prompt_key
     return Row(
-        prompt=prompts["data.prompt_key"],
+        prompt=_prompt(where, record, config.prompt_key, "data.prompt_key", config),
         data_source=str(record.get("data_source") or file_name),
         ability=str(record.get("ability") or ""),
-        ground_truth=None if ground_truth is None else str(ground_truth),
+        ground_truth=ground_truth,
         answer_style="exact" if reward.get("style") == "exact" else "rule",
-        teacher_prompt=prompts.get("data.teacher_prompt_key"),
+        teacher_prompt=teacher_key and _prompt(where, record, teacher_key, "data.teacher_prompt_key", config),
+        answer_column=unused if ground_truth is None else "",
     )
 
 
-def _prompt(where: str, record: Mapping[str, Any], key: str, setting: str) -> str | list[Message]:
+def _prompt(where: str, record: Mapping[str, Any], key: str, setting: str, config: DataConfig) -> str | list[Message]:
+    try:
+        return read_prompt(_value(where, record, key, setting), drop_final_answer=config.drop_final_answer)
+    except ValueError as error:
+        raise UserError(f"{where}: {key!r} {error}") from None
+
+
+def _value(where: str, record: Mapping[str, Any], key: str, setting: str) -> Any:
     if key not in record:
-        raise UserError(f"{where}: no {key!r} ({setting}); it has: {', '.join(map(str, record)) or '-'}")
-    value = record[key]
-    if isinstance(value, str):
-        return value
-    problem = f"a {type(value).__name__}"
-    if isinstance(value, list):
-        wrong = next((message for message in value if not _is_message(message)), None)
-        if value and wrong is None:
-            return [{"role": message["role"], "content": message["content"]} for message in value]
-        problem = f"a list with {str(wrong)[:60]}" if value else "an empty list"
-    raise UserError(f"{where}: {key!r} must be a string or a list of {{role, content}}, not {problem}")
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+        known = ", ".join(map(str, record)) or "-"
+        raise UserError(f"{where}: no {key!r} ({setting}); it has: {known}{_advice(setting, record)}")
+    return record[key]

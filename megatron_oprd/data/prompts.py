@@ -11,12 +11,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.config import DataConfig
-from megatron_oprd.data.prompt_files import Message, Row, read_rows
+from megatron_oprd.data.chat_template import as_messages, check_arguments, check_generation_prompt, encode, render_text
+from megatron_oprd.data.messages import Message
+from megatron_oprd.data.prompt_files import Row, read_rows
 from megatron_oprd.types import Prompt, UserError
 
 INSTRUCTION = " Please reason step by step, and put your final answer within \\boxed{}."
 _MATH_SOURCE = re.compile(r"math|aime|aimo|amc|gsm|olympiad", re.IGNORECASE)
-_FIXED_TEMPLATE_KWARGS = {"conversation", "tokenize", "add_generation_prompt", "continue_final_message"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class PromptSet:
     too_long: int  # rows whose prompt, for either model, is longer than data.max_prompt_tokens
     failed: int  # rows whose chat template failed, for either model, or produced no token
     first_failure: str = ""  # why the first failed row failed
+    answer_column: str = ""  # a column that may contain right answers and that nothing reads
 
     def summary(self) -> str:
         """Return one line for the log, with all counts and the first failure."""
@@ -35,6 +37,17 @@ class PromptSet:
         return (
             f"{self.total} rows: {len(self.prompts)} kept, {self.too_long} too long, {self.failed} not usable{reason}"
         )
+
+    def evaluation_summary(self) -> str:
+        """Return `summary` for prompts of an evaluation, with the number of prompts that have a right answer."""
+        count = self.num_graded
+        graded = f"{count} with a right answer" if count else "none has a right answer, so there is no accuracy"
+        return f"{self.summary()}; {graded}"
+
+    @property
+    def num_graded(self) -> int:
+        """Return the number of prompts with a right answer."""
+        return sum(prompt.ground_truth is not None for prompt in self.prompts)
 
 
 @dataclass(frozen=True)
@@ -75,11 +88,8 @@ def load_prompts(
     Raises:
         UserError: a file cannot be read, a row is malformed (the message names its line), or no prompt is left.
     """
-    for key in ("chat_template_kwargs", "teacher_chat_template_kwargs"):
-        reserved = _FIXED_TEMPLATE_KWARGS & set(getattr(config, key) or {})
-        if reserved:
-            raise UserError(f"data.{key}: {', '.join(sorted(reserved))} cannot be set, the program sets it")
-    rows = read_rows(sources, config.prompt_key, config.teacher_prompt_key)
+    _check_templates(tokenizer, teacher_tokenizer, config)
+    rows = read_rows(sources, config)
     instruction, kwargs = config.append_instruction, config.chat_template_kwargs
     rendered, failures = _render([row.prompt for row in rows], rows, tokenizer, kwargs, instruction)
     teacher_rendered: dict[int, tuple[str, tuple[int, ...]]] = {}
@@ -103,43 +113,24 @@ def load_prompts(
             about = (text, row.data_source, row.ground_truth, row.answer_style)
             prompts.append(Prompt(index, prompt_ids, *about, teacher_prompt_ids))
     first_failure = f"row {min(failures) + 1}: {failures[min(failures)]}" if failures else ""
-    result = PromptSet(prompts, len(rows), too_long, len(failures), first_failure)
+    result = PromptSet(prompts, len(rows), too_long, len(failures), first_failure, rows[0].answer_column)
     if not prompts:
         limit = f"data.max_prompt_tokens={config.max_prompt_tokens}"
         raise UserError(f"no prompt is left of {', '.join(sources)}: {result.summary()}; {limit}")
     return result
 
 
-def render_text(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
-    """Return the text that the model continues: the chat template with a generation prompt.
-
-    Plain text is one user message. Without a chat template, the result is the text itself, or the contents of all
-    messages, one a line.
-
-    Raises ValueError for messages of several roles without a chat template, and any exception of the template.
-    """
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs))
-    if isinstance(prompt, str):
-        return prompt
-    if len({message["role"] for message in prompt}) > 1:
-        raise ValueError("a conversation of several roles needs a chat template, and the tokenizer has none")
-    return "\n".join(message["content"] for message in prompt)
-
-
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, ...]]:
-    """Return the token ids of rendered texts.
-
-    A chat template writes its own special tokens; without one, the tokenizer adds its special tokens.
-    """
-    if not texts:
-        return []
-    add_special_tokens = not tokenizer.chat_template
-    encoded = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
-    bos = tokenizer.bos_token_id
-    # Text that already starts with the BOS token would get it twice.
-    return [tuple(ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids) for ids in encoded["input_ids"]]
+def _check_templates(
+    tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase | None, config: DataConfig
+) -> None:
+    """Raise UserError for arguments without effect and for a template that leaves out the header of an answer."""
+    check_arguments("data.chat_template_kwargs", config.chat_template_kwargs, tokenizer)
+    check_generation_prompt(tokenizer, config.chat_template_kwargs)
+    of_teacher = tokenizer if teacher_tokenizer is None else teacher_tokenizer
+    if config.teacher_chat_template_kwargs is not None:
+        check_arguments("data.teacher_chat_template_kwargs", config.teacher_kwargs, of_teacher)
+    if config.own_teacher_prompts or teacher_tokenizer is not None:
+        check_generation_prompt(of_teacher, config.teacher_kwargs)
 
 
 def take(
@@ -182,6 +173,8 @@ def _render(
     failures: dict[int, str] = {}
     for index, prompt in enumerate(prompts):
         try:
+            if not any(message["content"].strip() for message in as_messages(prompt)):
+                raise ValueError("the prompt is empty")
             with_instruction = _with_instruction(prompt, rows[index], append_instruction)
             text = render_text(with_instruction, tokenizer, kwargs)
             text.encode("utf-8")  # a lone surrogate, which JSON can contain, would fail the tokenizer for all rows
@@ -199,7 +192,7 @@ def _render(
 
 def _with_instruction(prompt: str | list[Message], row: Row, append_instruction: bool | str) -> str | list[Message]:
     """Append the instruction to the last user message if `append_instruction` is set and no message mentions a box."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = as_messages(prompt)
     has_it = any("\\boxed" in message["content"] for message in messages)
     wanted = append_instruction is True or (append_instruction == "auto" and _is_graded_math(row))
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)

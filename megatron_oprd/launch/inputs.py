@@ -190,7 +190,15 @@ def _read_evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase)
         raise UserError("evaluation.data: name at least one prompt file with answers to evaluate on")
     # Teachers do not read evaluation prompts.
     data = config.data.model_copy(update={"teacher_prompt_key": None, "teacher_chat_template_kwargs": None})
-    return load_prompts(config.evaluation.data, tokenizer, data)
+    prompts = load_prompts(config.evaluation.data, tokenizer, data)
+    column = prompts.answer_column
+    if column and not prompts.num_graded:
+        raise UserError(
+            f"evaluation.data: no row of {', '.join(config.evaluation.data)} has a right answer in "
+            f"{config.data.answer_key or 'reward_model.ground_truth'}; if it is in the column {column!r}, set "
+            f"data.answer_key={column}"
+        )
+    return prompts
 
 
 def _read_replayed(config: Config, setup: Setup, aligner: Aligner | None) -> list[Rollout]:

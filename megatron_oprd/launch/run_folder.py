@@ -75,6 +75,8 @@ def describe(run: Run) -> None:
     print(one_line(environment), flush=True)
     if inputs.prompts is not None:
         print(f"prompts: {inputs.prompts.summary()}", flush=True)
+    if inputs.evaluation_prompts is not None:
+        print(f"evaluation prompts: {inputs.evaluation_prompts.evaluation_summary()}", flush=True)
     if inputs.config.rollout.ahead and inputs.config.rollout.engine == "megatron":
         print("rollout.ahead=1 saves no time: the student generates its rollouts itself, before it trains", flush=True)
     if inputs.bridge is not None and (unrecorded := unrecorded_properties(inputs.bridge)):

@@ -224,6 +224,6 @@ def test_an_evaluation_needs_no_teacher(scene):
     scene.write("questions.jsonl", [{"prompt": "1+1", "reward_model": {"ground_truth": "2"}}])
     data = f"evaluation.data=[{scene.folder / 'questions.jsonl'}]"
     small = (data, "evaluation.samples=1", "evaluation.max_new_tokens=2", "data.teacher_chat_template_kwargs={a: 1}")
-    byte_tokenizer(chat="{{ raise_exception('no a') if a else 1 }}").save_pretrained(scene.student)
+    byte_tokenizer(chat="{{ raise_exception('no a') if a else messages[0].content }}").save_pretrained(scene.student)
     outcome = run(scene.folder, "evaluate", *scene.generating(f"teacher.path={scene.other}", *small))
     assert (outcome.code, outcome.stderr) == (0, "")

@@ -228,7 +228,18 @@ GOOD = b'{"prompt": "a"}\n'
         (GOOD + b'{"prompt": []}\n', "line 2: 'prompt' must be .*, not an empty list"),
         (GOOD + b'{"prompt": ["a"]}\n', "line 2: 'prompt' must be .*, not a list with a"),
         (GOOD + b'{"prompt": [{"role": "user"}]}\n', "line 2: 'prompt' must be"),
-        (GOOD + b'{"prompt": [{"role": "user", "content": 1}]}\n', "line 2: 'prompt' must be"),
+        (
+            GOOD + b'{"prompt": [{"role": "user", "content": 1}]}\n',
+            "line 2: 'prompt' has a message whose content is a int",
+        ),
+        (GOOD + b'{"prompt": "a", "reward_model": {"ground_truth": {"a": 1}}}\n', "ground_truth is a dict; use text,"),
+        (GOOD + b'{"prompt": "a", "reward_model": {"ground_truth": []}}\n', "ground_truth is an empty list"),
+        (GOOD + b'{"prompt": "a", "reward_model": {"ground_truth": true}}\n', "ground_truth is a bool"),
+        (GOOD + b'{"prompt": [{"from": "human", "value": "a"}]}\n', "rename from and value to role and content"),
+        (GOOD + b'{"prompt": [{"role": "human", "content": "a"}]}\n', "the role 'human'; use user"),
+        (GOOD + b'{"prompt": [{"role": "narrator", "content": "a"}]}\n', "'narrator'; use system, developer, user"),
+        (GOOD + b'{"messages": [{"role": "user", "content": "a"}]}\n', "did you mean data.prompt_key=messages"),
+        (GOOD + b'{"problem": "a", "answer": "4"}\n', "did you mean data.prompt_key=problem"),
         (GOOD + b'{"prompt": "a", "reward_model": "4"}\n', "line 2: reward_model must be an object"),
     ],
 )
@@ -335,10 +346,10 @@ def test_a_row_without_a_usable_prompt_for_the_teacher_is_counted_and_the_others
 
     empty = write_jsonl(tmp_path / "empty.jsonl", [rows[0], rows[3]])
     result = load_prompts([empty], tokenizer, teacher_config())
-    assert result.first_failure == "row 2: the teacher's prompt: it renders to no token"
+    assert result.first_failure == "row 2: the teacher's prompt: the prompt is empty"
     both = write_jsonl(tmp_path / "both.jsonl", [rows[0], {"prompt": "", "solved": tool}])
     result = load_prompts([both], tokenizer, teacher_config())
-    assert (result.failed, result.first_failure) == (1, "row 2: it renders to no token")
+    assert (result.failed, result.first_failure) == (1, "row 2: the prompt is empty")
 
 
 TEACHER_CHAT = "[{{ mood }}] {{ messages[0]['content'] }}<|eot_id|>"
@@ -357,10 +368,10 @@ def test_another_tokenizer_renders_the_same_row_with_its_own_template_and_ids(tm
     assert prompt.teacher_prompt_ids.count(teacher.bos_token_id) == 1
     (prompt,) = load_prompts([path], CHAT, teacher_config(), teacher_tokenizer=teacher).prompts
     assert f"2+2? It is 4.{INSTRUCTION}" in teacher.decode(prompt.teacher_prompt_ids)
-    teacher.chat_template = TEACHER_CHAT
+    teacher.chat_template, student = TEACHER_CHAT, byte_tokenizer(chat=CHAT_TEMPLATE + "{{ mood }}")
     for own, mood in (({}, "calm"), ({"teacher_chat_template_kwargs": {"mood": "wild"}}, "wild")):
         values = config(chat_template_kwargs=kwargs, append_instruction=False, **own)
-        (prompt,) = load_prompts([path], CHAT, values, teacher_tokenizer=teacher).prompts
+        (prompt,) = load_prompts([path], student, values, teacher_tokenizer=teacher).prompts
         assert teacher.decode(prompt.teacher_prompt_ids) == f"[{mood}] 2+2?<|eot_id|>"
 
 
@@ -430,11 +441,11 @@ def test_parquet_and_the_hub_read_the_teachers_column_only_on_request(tmp_path, 
     split = RecordingSplit.from_list(rows)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": split})
     for source in (write_parquet(tmp_path / "p.parquet", rows), "some-owner/some-set"):
-        assert read_rows([source], "prompt")[0].teacher_prompt is None
-        assert read_rows([source], "prompt", "solved")[0].teacher_prompt == "b"
+        assert read_rows([source], config())[0].teacher_prompt is None
+        assert read_rows([source], teacher_config())[0].teacher_prompt == "b"
     assert read == [["prompt"], ["prompt", "solved"]] * 2
     with pytest.raises(UserError, match=r"some-set has no column 'none' \(data\.teacher_prompt_key\)"):
-        read_rows(["some-owner/some-set"], "prompt", "none")
+        read_rows(["some-owner/some-set"], config(teacher_prompt_key="none"))
 
 
 # The order

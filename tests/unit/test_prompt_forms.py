@@ -1,0 +1,242 @@
+"""A row reaches the model as its author meant it, or is refused with a line that says what to write."""
+
+import json
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from megatron_oprd.config import DataConfig
+from megatron_oprd.data.chat_template import encode
+from megatron_oprd.data.ground_truth import read_ground_truth
+from megatron_oprd.data.messages import read_prompt
+from megatron_oprd.data.prompts import load_prompts
+from megatron_oprd.types import UserError
+from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
+
+QUESTION = {"role": "user", "content": "2+2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+CHAT = byte_tokenizer(chat=CHAT_TEMPLATE)
+
+
+def load(tmp_path, rows, tokenizer=CHAT, **values):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_prompts([str(path)], tokenizer, DataConfig(**values))
+
+
+# Messages
+
+
+@pytest.mark.parametrize("prompt", [[QUESTION, ANSWER], [QUESTION, ANSWER, QUESTION, ANSWER], [ANSWER]])
+def test_a_conversation_that_ends_with_the_answer_is_refused(tmp_path, prompt):
+    with pytest.raises(UserError, match=r"line 1: 'prompt' ends with an answer .*set data.drop_final_answer=true"):
+        load(tmp_path, [{"prompt": prompt}])
+
+
+def test_the_final_answer_is_dropped_on_request(tmp_path):
+    rows = [{"prompt": [QUESTION, ANSWER]}, {"prompt": [QUESTION]}, {"prompt": [QUESTION, ANSWER, QUESTION]}]
+    texts = [prompt.text for prompt in load(tmp_path, rows, drop_final_answer=True).prompts]
+    messages = [[QUESTION], [QUESTION], [QUESTION, ANSWER, QUESTION]]
+    assert texts == [CHAT.apply_chat_template(m, add_generation_prompt=True, tokenize=False) for m in messages]
+    with pytest.raises(UserError, match="no message before the answer"):
+        load(tmp_path, [{"prompt": [ANSWER]}], drop_final_answer=True)
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "2+"}, {"text": "2"}, "?"]
+    assert read_prompt([{"role": "user", "content": parts}]) == [QUESTION]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"type": "image_url", "image_url": "u"}], "only text is supported"),
+        ([{"type": "text", "text": 3}], "only text is supported"),
+        (None, "content is a NoneType"),
+        ({"text": "a"}, "content is a dict"),
+    ],
+)
+def test_content_that_is_no_text_is_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        read_prompt([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        json.dumps([QUESTION]),
+        str([QUESTION]),
+        json.dumps([{"from": "human", "value": "a"}]),
+        " " + json.dumps(QUESTION) + "\n",
+    ],
+)
+def test_a_conversation_written_as_text_is_refused(tmp_path, written):
+    with pytest.raises(UserError, match="conversation written as text; store it as a list of"):
+        load(tmp_path, [{"prompt": written}])
+
+
+@pytest.mark.parametrize("text", ["[1, 2] is a list; what is its role?", '{"role": broken', "[role]", "{}", "[]"])
+def test_text_that_only_resembles_a_conversation_is_text(text):
+    assert read_prompt(text) == text
+
+
+def test_messages_with_tool_calls_are_refused():
+    with pytest.raises(ValueError, match="a message with tool_calls, which is not supported"):
+        read_prompt([QUESTION, {**ANSWER, "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "4"}])
+    assert read_prompt([{**QUESTION, "tool_calls": None, "weight": 1}]) == [QUESTION]
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n", [{"role": "user", "content": ""}]])
+def test_an_empty_prompt_is_not_used(tmp_path, prompt):
+    result = load(tmp_path, [{"prompt": prompt}, {"prompt": "a"}])
+    assert (len(result.prompts), result.failed, result.first_failure) == (1, 1, "row 1: the prompt is empty")
+
+
+# The chat template
+
+THINKING = CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_an_argument_that_the_template_reads_is_accepted_even_if_it_equals_the_default(tmp_path, value):
+    (prompt,) = load(
+        tmp_path, [{"prompt": "a"}], byte_tokenizer(chat=THINKING), chat_template_kwargs={"enable_thinking": value}
+    ).prompts
+    assert prompt.text.endswith("</think>") is not value
+
+
+@pytest.mark.parametrize(
+    ("chat", "kwargs", "message"),
+    [
+        (
+            THINKING,
+            {"enable_thinkin": False},
+            r"data\.chat_template_kwargs\.enable_thinkin: the chat template does not read it \(did you mean enable_th"
+            r"inking\?\); it reads enable_thinking$",
+        ),
+        (CHAT_TEMPLATE, {"mood": "calm"}, "the chat template does not read it; it reads no variable"),
+        (None, {"mood": "calm"}, "the chat template does not read it; it reads no variable"),
+        (THINKING, {"enable_thinking": "false"}, "enable_thinking='false' is text; write false without quotes"),
+        (THINKING, {"enable_thinking": "True"}, "enable_thinking='True' is text; write true without quotes"),
+    ],
+)
+def test_an_argument_without_effect_is_refused(tmp_path, chat, kwargs, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, [{"prompt": "a"}], byte_tokenizer(chat=chat), chat_template_kwargs=kwargs)
+
+
+def test_arguments_of_the_teacher_are_checked_against_the_teachers_template(tmp_path):
+    with pytest.raises(
+        UserError, match=r"data\.teacher_chat_template_kwargs\.mood: the chat template does not read it"
+    ):
+        load(tmp_path, [{"prompt": "a"}], teacher_chat_template_kwargs={"mood": "calm"})
+
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+INSTRUCT = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_leaves_out_the_header_of_an_answer_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"ignores add_generation_prompt: it writes '<\|im_start\|>assistant' before"):
+        load(tmp_path, [{"prompt": "a"}], byte_tokenizer(chat=TURNS))
+
+
+@pytest.mark.parametrize("chat", [CHAT_TEMPLATE, INSTRUCT, "{{ messages[0].content }}"])
+def test_a_template_whose_answers_have_no_header_needs_no_generation_prompt(tmp_path, chat):
+    assert load(tmp_path, [{"prompt": "a"}], byte_tokenizer(chat=chat)).failed == 0
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}" + CHAT_TEMPLATE,
+        "<|im_start|>system\nBe good.<|im_end|>\n{{ messages[-1].content }}",
+    ],
+)
+def test_a_row_whose_system_prompt_the_template_drops_is_not_used(tmp_path, chat):
+    rows = [{"prompt": [{"role": "system", "content": "Answer in Latin."}, QUESTION]}, {"prompt": "a"}]
+    result = load(tmp_path, rows, byte_tokenizer(chat=chat))
+    assert len(result.prompts) == 1
+    assert result.first_failure == "row 1: the chat template leaves out the system message 'Answer in Latin.'"
+
+
+# Special tokens
+
+
+def test_an_eos_that_the_tokenizer_appends_is_not_part_of_a_prompt():
+    tokenizer = byte_tokenizer(bos=True)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|im_end|>", special_tokens=[("<|endoftext|>", 256), ("<|im_end|>", 258)]
+    )
+    assert tokenizer("a")["input_ids"] == [256, *CHAT.encode("a"), 258]
+    a, b = (tuple(CHAT.encode(text)) for text in "ab")
+    assert encode(["a", "b<|im_end|>", "<|endoftext|>a"], tokenizer) == [(256, *a), (256, *b, 258), (256, *a)]
+
+
+def test_special_tokens_survive_saving_and_loading_of_a_tokenizer(tmp_path):
+    byte_tokenizer(bos=True).save_pretrained(tmp_path)
+    assert encode(["<|endoftext|>a"], AutoTokenizer.from_pretrained(tmp_path)) == [(256, *CHAT.encode("a"))]
+
+
+# Right answers
+
+
+@pytest.mark.parametrize(
+    ("value", "truth"),
+    [
+        (None, None),
+        ("025", "025"),
+        (7, "7"),
+        (142.0, "142.0"),
+        (0.5, "0.5"),
+        (1e22, "10000000000000000000000"),
+        (["34"], "34"),
+        (["1/2", 0.5, 2], ("1/2", "0.5", "2")),
+        ('["34"]', "34"),
+        ("['a', 'b']", ("a", "b")),
+        ("[0, 1]", "[0, 1]"),
+        ("[0,1)", "[0,1)"),
+        ("['a", "['a"),
+        ("She has 3 + 4 = 7 eggs.\n#### 7", "7"),
+    ],
+)
+def test_a_right_answer_is_text_or_several_texts(value, truth):
+    assert read_ground_truth(value) == truth
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": 1}, "is a dict"),
+        (True, "is a bool"),
+        ([], "empty list"),
+        ([None], "is a NoneType"),
+        ([["a"]], "is a list"),
+    ],
+)
+def test_a_right_answer_that_no_answer_could_equal_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        read_ground_truth(value)
+
+
+def test_right_answers_are_read_from_a_named_column(tmp_path):
+    rows = [{"prompt": "a", "answer": 204}, {"prompt": "b", "answer": None, "reward_model": {"ground_truth": "5"}}]
+    result = load(tmp_path, rows, answer_key="answer")
+    assert [prompt.ground_truth for prompt in result.prompts] == ["204", None]
+    assert result.evaluation_summary().endswith("not usable; 1 with a right answer")
+    with pytest.raises(
+        UserError, match=r"line 1: no 'result' \(data.answer_key\).*did you mean data.answer_key=answer"
+    ):
+        load(tmp_path, rows, answer_key="result")
+
+
+def test_an_unread_answer_column_is_noticed(tmp_path):
+    result = load(tmp_path, [{"prompt": "a", "answer": 204}])
+    assert (result.num_graded, result.answer_column) == (0, "answer")
+    assert result.evaluation_summary().endswith("none has a right answer, so there is no accuracy")
+    graded = load(tmp_path, [{"prompt": "a", "answer": 204, "reward_model": {"ground_truth": "204"}}])
+    assert (graded.num_graded, graded.answer_column) == (1, "")
