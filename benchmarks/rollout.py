@@ -19,17 +19,13 @@ the others are measured, and the exit code is 1; running out of memory is a resu
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
-import gc
 import json
 import os
 import sys
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.gpu import facts, name_of
 from benchmarks.pages import with_section
-from benchmarks.rollout_calls import calls_per_decode_step
-from benchmarks.rollout_engines import Generate, Side, embedded_side, transformers_side
-from benchmarks.rollout_page import HEADING, line, runs
+from benchmarks.rollout_engines import Side, embedded_side, student_stage, transformers_side
+from benchmarks.rollout_measurement import Measurement
+from benchmarks.rollout_page import HEADING, runs
 from benchmarks.rollout_training import time_training
+from benchmarks.rollout_vllm import ServerOptions, vllm_side
 from benchmarks.rollout_workloads import (
     H100_SHAPE,
     H100_WORKLOADS,
@@ -53,7 +50,6 @@ from benchmarks.rollout_workloads import (
     Workload,
     small_workloads,
 )
-from benchmarks.updates import peak_of
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime.cli import run_command
@@ -65,6 +61,32 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main(arguments: list[str] | None = None) -> int:
+    options = command_line().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    device = choose_device("auto")
+    if options.preset == "h100" and device.type != "cuda" and not options.rehearse:
+        raise UserError("--preset h100 needs a CUDA device, and there is none; --rehearse runs it at tiny sizes")
+    if options.vllm_python and options.clock == "cpu":
+        raise UserError("--clock cpu counts this process only, not the vLLM server; use --clock wall")
+    shape, workloads = sizes_of(options)
+    record: dict[str, Any] = {"date": f"{datetime.date.today()}", "preset": options.preset, "device": hardware(device)}
+    record |= {"versions": facts(find_machine()), "shape": vars(shape), "repeats": options.repeats}
+    record |= {"threads": options.threads, "clock": options.clock, "rows": [], "training": []}
+    with tempfile.TemporaryDirectory() as folder:
+        measure_engines(record, shape, workloads, Path(folder), options)
+        if options.train_steps:
+            engines: dict[str, list[str]] = {"embedded": []}
+            if options.vllm_python:
+                engines["vLLM"] = ["rollout.engine=vllm", f"rollout.server.python={options.vllm_python}"]
+            training = Path(folder) / "training"
+            record["training"] = time_training(shape, training, engines, options.train_steps, options.threads)
+    if options.docs:
+        keep(record, options.docs)
+    print(json.dumps(record), flush=True)
+    return int(any(row["note"].startswith("failed") for row in [*record["rows"], *record["training"]]))
+
+
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=("cpu", "h100"), default="cpu", help="model shape and workloads")
     parser.add_argument("--rehearse", action="store_true", help="with --preset h100: tiny sizes, on a CPU too")
@@ -76,24 +98,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=4096, help="preset cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: for a machine shared with others")
+    parser.add_argument("--vllm-python", help="Python of an environment of tools/rollout_server: also measure vLLM")
     parser.add_argument("--train-steps", type=int, default=0, help="also time so many training steps, 3 at least")
     parser.add_argument("--minutes", type=float, default=6.5, help="start no further workload after this time")
     parser.add_argument("--json", type=Path, help="write the record here")
     parser.add_argument(
         "--docs", type=Path, help="folder of rollouts.md and rollouts.json, to which the record is added"
     )
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    return parser
+
+
+def measure_engines(
+    record: dict[str, Any], shape: Shape, workloads: list[Workload], folder: Path, options: argparse.Namespace
+) -> None:
+    """Add the versions of the engines and their rows to a record; write the record after each workload."""
     device = choose_device("auto")
-    if options.preset == "h100" and device.type != "cuda" and not options.rehearse:
-        raise UserError("--preset h100 needs a CUDA device, and there is none; --rehearse runs it at tiny sizes")
-    shape, workloads = sizes_of(options)
-    record: dict[str, Any] = {"date": f"{datetime.date.today()}", "preset": options.preset, "device": hardware(device)}
-    record |= {"versions": facts(find_machine()), "shape": vars(shape), "repeats": options.repeats}
-    record |= {"threads": options.threads, "clock": options.clock, "rows": []}
-    with tempfile.TemporaryDirectory() as folder:
-        sides = build_sides(shape, Path(folder), device)
-        measurement = Measurement(device, CLOCKS[options.clock], options.repeats)
+    measurement = Measurement(device, CLOCKS[options.clock], options.repeats)
+    with ExitStack() as stack:
+        server = None
+        if options.vllm_python:
+            server = ServerOptions(options.vllm_python, folder / "server", workloads, options.threads, stack)
+        sides = build_sides(shape, folder, device, server)
+        record["versions"] |= {side.name: side.version for side in sides if side.version}
         begin = time.monotonic()
         for workload in workloads:
             if time.monotonic() - begin > 60 * options.minutes:
@@ -102,16 +128,6 @@ def main(arguments: list[str] | None = None) -> int:
             record["rows"] += measurement.run(sides, workload, shape.vocabulary)
             if options.json:
                 options.json.write_text(json.dumps(record, indent=1) + "\n")
-        if options.train_steps:
-            engines = {"embedded": ()}
-            record["training"] = time_training(
-                shape, Path(folder) / "training", engines, options.train_steps, options.threads
-            )
-    if options.docs:
-        keep(record, options.docs)
-    print(json.dumps(record), flush=True)
-    rows = [*record["rows"], *record.get("training", ())]
-    return int(any(row["note"].startswith("failed") for row in rows))
 
 
 def sizes_of(options: argparse.Namespace) -> tuple[Shape, list[Workload]]:
@@ -123,125 +139,21 @@ def sizes_of(options: argparse.Namespace) -> tuple[Shape, list[Workload]]:
     return shape, small_workloads(options.workload, options.batch)
 
 
-def build_sides(shape: Shape, folder: Path, device: torch.device) -> list[Side]:
+def build_sides(shape: Shape, folder: Path, device: torch.device, server: ServerOptions | None = None) -> list[Side]:
     """Return the engines, all with the weights of one random model; `folder` receives its Hugging Face files."""
     hf = shape.build(device)
     hf.save_pretrained(folder)
     start_process(device)
     topology = build_topology(ParallelConfig(), device, seed=0)
     machine = find_machine()
-    sides = [embedded_side(folder, topology, shape.dtype, machine), transformers_side(hf)]
+    stage, spec = student_stage(folder, topology, shape.dtype, machine)
+    sides = [embedded_side(stage, spec, topology), transformers_side(hf)]
     if device.type == "cuda" and machine.transformer_engine:
-        sides.append(embedded_side(folder, topology, shape.dtype, machine, attention="te"))
+        te_stage, _ = student_stage(folder, topology, shape.dtype, machine, attention="te")
+        sides.append(embedded_side(te_stage, spec, topology, "embedded, Transformer Engine"))
+    if server is not None:
+        sides.append(vllm_side(stage, spec, topology, server))
     return sides
-
-
-@dataclass
-class Measurement:
-    """Runs the sides in turn on a workload and returns a row of figures for each.
-
-    A row has lists with a value per repeat: `seconds` for all responses; with equal lengths `prefill_seconds`, for one
-    token of each row; `sync_seconds`, for a transfer of the weights. `first_seconds` is the run that warms up.
-    """
-
-    device: torch.device
-    clock: Callable[[], float]
-    repeats: int
-
-    def run(self, sides: Sequence[Side], workload: Workload, vocabulary: int) -> list[dict[str, Any]]:
-        """Return the row of each side on a workload, and print it."""
-        prompts, limits = workload.draw(vocabulary)
-        gc.collect()
-        runs = {side.name: _SideRun(side, workload, self.empty_row(side, workload, "")) for side in sides}
-        for repeat in range(self.repeats + 1):
-            for one in runs.values():
-                one.attempt(lambda one=one, first=not repeat: self._time(one, prompts, limits, first))
-        for one in runs.values():
-            one.attempt(lambda one=one: self._peak(one, prompts, limits))
-            if workload.equal:
-                one.attempt(lambda one=one: self._count_calls(one, prompts))
-        reference = next(iter(runs.values())).answers
-        for one in runs.values():
-            if one.answers and reference and not workload.temperature:
-                equal = sum(a == b for a, b in zip(one.answers, reference, strict=True))
-                one.row["same_answers"] = equal / len(reference)
-            print(line(one.row), flush=True)
-        return [one.row for one in runs.values()]
-
-    def empty_row(self, side: Side, workload: Workload, note: str) -> dict[str, Any]:
-        """Return a row without figures; `note` says why there are none."""
-        row: dict[str, Any] = {"engine": side.name, "workload": workload.name, "rows": workload.rows}
-        row |= {"prompts": workload.prompts, "prompt_tokens": workload.prompt_tokens}
-        row |= {"new_tokens": workload.new_tokens, "temperature": workload.temperature, "tokens": None}
-        row |= {"first_seconds": None, "seconds": [], "prefill_seconds": [], "sync_seconds": []}
-        return row | {"peak_bytes": None, "server_bytes": None, "same_answers": None, "calls": {}, "note": note}
-
-    def _time(self, one: _SideRun, prompts: Sequence[Any], limits: Sequence[int], first: bool) -> None:
-        """Time one run of a side, after a transfer of the weights (which also empties a server's prefix cache)."""
-        row = one.row
-        sync = self._seconds(one.side.sync) if one.side.sync else 0.0
-        if one.workload.equal:
-            prefill = self._seconds(lambda: one.generate(prompts, [1] * len(limits)))
-            if one.side.sync:
-                one.side.sync()
-
-        def generate() -> None:
-            one.answers = one.generate(prompts, limits)
-
-        seconds = self._seconds(generate)
-        row["tokens"] = sum(map(len, one.answers))
-        if first:
-            row["first_seconds"] = seconds
-            return
-        row["seconds"].append(seconds)
-        row["sync_seconds"].append(sync)
-        if one.workload.equal:
-            row["prefill_seconds"].append(prefill)
-
-    def _seconds(self, run: Callable[[], object]) -> float:
-        begin = self.clock()
-        run()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return self.clock() - begin
-
-    def _peak(self, one: _SideRun, prompts: Sequence[Any], limits: Sequence[int]) -> None:
-        if one.side.server_bytes is not None:
-            one.row["server_bytes"] = one.side.server_bytes()
-        else:
-            if self.device.type == "cpu":
-                ctypes.CDLL(None).malloc_trim(0)  # memory of earlier runs would hide that of this one
-            one.row["peak_bytes"] = peak_of(lambda: one.generate(prompts, limits), self.device)
-
-    def _count_calls(self, one: _SideRun, prompts: Sequence[Any]) -> None:
-        if one.side.server_bytes is None:
-            one.row["calls"] = calls_per_decode_step(one.generate, prompts, self.device)
-
-
-@dataclass
-class _SideRun:
-    """A side at work on a workload. After a failure its row has a note, and nothing of it runs again."""
-
-    side: Side
-    workload: Workload
-    row: dict[str, Any]
-    answers: list[tuple[int, ...]] = field(default_factory=list)
-    generate: Generate = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.generate = self.side.prepare(self.workload)
-
-    def attempt(self, action: Callable[[], None]) -> None:
-        """Run an action of this side; note an error in the row."""
-        if self.row["note"]:
-            return
-        try:
-            action()
-        except torch.OutOfMemoryError:
-            self.row["note"] = "out of memory"
-        except Exception as error:
-            traceback.print_exc()
-            self.row["note"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def hardware(device: torch.device) -> str:

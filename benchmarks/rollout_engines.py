@@ -15,12 +15,13 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import DTYPES, build_model
+from megatron_oprd.models.model import Stage
 from megatron_oprd.models.precision import plan_precision
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.runtime.environment import Machine
-from megatron_oprd.types import Prompt
+from megatron_oprd.types import ModelSpec, Prompt
 
 Answers = list[tuple[int, ...]]
 Generate = Callable[[Sequence[Prompt], Sequence[int]], Answers]  # prompts and their limits -> responses
@@ -32,12 +33,15 @@ class Side:
 
     name: str
     prepare: Callable[[Workload], Generate]  # returns the function that answers a workload's prompts
+    version: str | None = None  # if it is not this environment's
     sync: Callable[[], object] | None = None  # transfers the student's weights; None: nothing to transfer
     server_bytes: Callable[[], int] | None = None  # memory of the side's server; None: it runs in this process
 
 
-def embedded_side(folder: Path, topology: Topology, dtype: str, machine: Machine, attention: str = "sdpa") -> Side:
-    """Return the embedded engine on the weights of a Hugging Face folder.
+def student_stage(
+    folder: Path, topology: Topology, dtype: str, machine: Machine, attention: str = "sdpa"
+) -> tuple[Stage, ModelSpec]:
+    """Return the student with the weights of a Hugging Face folder, as training builds it.
 
     Args:
         attention: the value of `precision.attention`: sdpa for our own modules, te for Transformer Engine's.
@@ -45,15 +49,20 @@ def embedded_side(folder: Path, topology: Topology, dtype: str, machine: Machine
     spec = read_model_spec(folder)
     config = PrecisionConfig(dtype=dtype, attention=attention)
     precision = plan_precision(config, ParallelConfig(), machine).student
-    model = build_model(spec, topology, DTYPES[dtype], precision=precision)
-    load_hf(model, HFReader(folder), spec)
+    stage = build_model(spec, topology, DTYPES[dtype], precision=precision)
+    load_hf(stage, HFReader(folder), spec)
+    return stage, spec
+
+
+def embedded_side(stage: Stage, spec: ModelSpec, topology: Topology, name: str = "embedded") -> Side:
+    """Return the embedded engine."""
 
     def prepare(workload: Workload) -> Generate:
         sampling = Sampling(temperature=workload.temperature, max_new_tokens=workload.new_tokens[1])
-        engine = EmbeddedEngine(model, spec, topology, sampling, seed=0, max_batch=workload.rows)
+        engine = EmbeddedEngine(stage, spec, topology, sampling, seed=0, max_batch=workload.rows)
         return lambda prompts, limits: [row.response_ids for row in engine.generate(prompts, 0, limits=limits)]
 
-    return Side("embedded" if attention == "sdpa" else "embedded, Transformer Engine", prepare)
+    return Side(name, prepare)
 
 
 def transformers_side(model: transformers.PreTrainedModel) -> Side:

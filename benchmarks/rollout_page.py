@@ -53,7 +53,7 @@ def section(record: dict[str, Any]) -> str:
     if counted:
         lines += ["", "Calls in one decode step, by torch's profiler:", ""]
         lines += table_lines(CALLS, [_call_cells(row) for row in counted])
-    if record.get("training"):
+    if record["training"]:
         lines += ["", TRAINING, ""]
         lines += table_lines(TRAINING_COLUMNS, [_training_cells(row) for row in record["training"]])
     return "\n".join([*lines, ""])

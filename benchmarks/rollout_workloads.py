@@ -100,7 +100,8 @@ H100_WORKLOADS = [
     Workload("equal, sampled", 64, 64, (256, 256), (128, 128), temperature=1.0),
 ]
 # A rehearsal of the same in seconds on a CPU.
-REHEARSAL_SHAPE = dataclasses.replace(H100_SHAPE, layers=2, hidden=64, ffn=128, heads=4, vocabulary=512)
+# vLLM needs heads of 32 at least.
+REHEARSAL_SHAPE = dataclasses.replace(H100_SHAPE, layers=2, hidden=128, ffn=256, heads=4, vocabulary=512)
 REHEARSAL_WORKLOADS = [
     Workload("equal", 4, 4, (16, 16), (8, 8)),
     Workload("mixed", 4, 6, (2, 32), (4, 8), temperature=1.0),

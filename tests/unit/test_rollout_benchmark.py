@@ -9,6 +9,7 @@ import torch
 from benchmarks import rollout
 from benchmarks.rollout_calls import calls_per_decode_step, kind_of
 from benchmarks.rollout_engines import Side
+from benchmarks.rollout_measurement import Measurement
 from benchmarks.rollout_page import decode_steps, line, runs, section
 from benchmarks.rollout_training import time_training
 from benchmarks.rollout_workloads import REHEARSAL_WORKLOADS, Shape, Workload
@@ -79,7 +80,7 @@ def test_an_engine_that_fails_is_noted_and_the_others_are_measured(error, note):
 
     sides = [Side("a", lambda workload: fail), Side("b", lambda workload: lambda prompts, limits: [(1,) * limits[0]])]
     workload = Workload("equal", 2, 2, (3, 3), (4, 4))
-    failed, measured = rollout.Measurement(CPU, rollout.CLOCKS["wall"], repeats=1).run(sides, workload, 61)
+    failed, measured = Measurement(CPU, rollout.CLOCKS["wall"], repeats=1).run(sides, workload, 61)
     assert line(failed) == f"equal, 2 rows: a: {note}"
     assert measured["seconds"] and not measured["note"] and measured["same_answers"] is None
 
