@@ -129,6 +129,12 @@ class RolloutConfig(Section):
         description="end responses earlier: auto after the last token that any loss compares (positions first_k), or "
         "a limit that grows with the step",
     )
+    tokens_per_second: float | None = Field(
+        None,
+        gt=0.0,
+        description="measured rate at which the run generates, all ranks or servers together; for --dry-run, which "
+        "estimates it with null",
+    )
     server: RolloutServerConfig = RolloutServerConfig()
 
     @property

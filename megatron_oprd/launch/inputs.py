@@ -91,7 +91,9 @@ class Inputs:
             return Lengths(max(map(max_num_tokens, self.replayed), default=1), max(responses, default=1))
         response = longest_response(self.config)
         longest = longest_prompt(self.prompts.prompts) + response
-        return Lengths(min(longest, self.setup.student.max_position_embeddings), response)
+        generated = max(len(prompt.prompt_ids) for prompt in self.prompts.prompts) + response
+        positions = self.setup.student.max_position_embeddings
+        return Lengths(min(longest, positions), response, min(generated, positions))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from megatron_oprd.types import LongRope, ModelSpec, Prompt, Rollout, UserError
 class Lengths:
     """The longest sequence of a run, in tokens."""
 
-    sequence: int  # prompt and response
+    sequence: int  # prompt and response, for the student or a teacher
     response: int
+    generated: int = 0  # prompt and response that the student generates; 0: stored responses
 
 
 def longest_prompt(prompts: Sequence[Prompt]) -> int:

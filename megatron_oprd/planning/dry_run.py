@@ -17,6 +17,8 @@ from megatron_oprd.planning.memory_formulas import predict_memory
 from megatron_oprd.planning.parameter_counts import count_parameters
 from megatron_oprd.planning.peak_memory import NotTraced, predict_peaks
 from megatron_oprd.planning.planned_run import PlannedRun
+from megatron_oprd.planning.rollout_memory import CachePlan, plan_cache
+from megatron_oprd.planning.rollout_report import rollout_lines
 from megatron_oprd.planning.step_time import Estimate, estimate_step
 from megatron_oprd.planning.update_trace import Footprint
 
@@ -39,10 +41,19 @@ def describe_run(run: PlannedRun, missing: MissingInputs = NOTHING) -> None:
     for name, teacher in run.setup.teachers.items():
         _print_teacher(console, name, teacher)
     try:
-        _print_peaks(console, predict_peaks(run), run.setup.world_size)
+        peaks = predict_peaks(run)
+        _print_peaks(console, peaks, run.setup.world_size)
+        models = max(footprint.weights + footprint.teacher_weights for footprint in peaks.values())
+        kept = max(footprint.peak - footprint.targets - footprint.activations for footprint in peaks.values())
     except NotTraced as reason:
-        _print_formulas(console, predict_memory(run), run.setup.world_size, str(reason))
+        parts = predict_memory(run)
+        _print_formulas(console, parts, run.setup.world_size, str(reason))
+        models = parts["student weights"] + parts["teacher weights"]
+        kept = models + parts["student gradients"] + parts["optimizer state"]
+    _print_cache(console, plan_cache(run, models), kept)
     _print_step(console, estimate_step(run))
+    for line in rollout_lines(run):
+        console.print(line, markup=False, highlight=False)
 
 
 def _print_step(console: Console, estimate: Estimate) -> None:
@@ -84,7 +95,19 @@ def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int)
     console.print(
         "Traced on the fullest micro-batch, with balanced experts. teacher: weights. targets: hidden states of the "
         "teacher. activations: also the loss and all temporary tensors. Not included: CUDA context, communication "
-        "buffers, and during rollouts a KV cache in a third of the free memory."
+        "buffers, and the KV cache, which exists only while rollouts are generated."
+    )
+
+
+def _print_cache(console: Console, cache: CachePlan | None, kept: int) -> None:
+    """Print the KV cache of the rollouts. `kept`: bytes of the fullest rank that an update leaves in memory."""
+    if cache is None:
+        return
+    turns = "" if cache.rows == cache.rollouts else f" (of {cache.rollouts} rollouts, which take turns)"
+    console.print(
+        f"KV cache: {cache.rows} rows{turns} of {cache.length:,} tokens, {cache.num_bytes / 1e9:.2f} GB on the fullest "
+        f"rank; with weights, gradients, optimizer and teacher {(kept + cache.num_bytes) / 1e9:.2f} GB",
+        highlight=False,
     )
 
 

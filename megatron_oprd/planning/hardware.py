@@ -26,7 +26,7 @@ class Hardware:
     expert_share: float = 0.30  # of bf16_flops or fp8_flops for a model with experts
     memory_share: float = 0.7  # of memory_bytes
     link_share: float = 0.7  # of nvlink_bytes and network_bytes
-    layer_seconds: float = 1e-4  # to launch the kernels of one layer while a token is generated
+    sync_bytes: float = 5e9  # weights to servers through shared memory, written and read
 
     def flops_rate(self, spec: ModelSpec, *, in_fp8: bool) -> float:
         """Return the operations per second that one GPU is assumed to reach in a pass of a model."""

@@ -9,17 +9,16 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from megatron_oprd.config import Config, ParallelConfig
-from megatron_oprd.launch.lengths import Lengths
-from megatron_oprd.models.layer_plan import PlannedTeacher, even_stages
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.planning.device_formulas import BYTES, linear_bytes, optimizer_state_bytes
 from megatron_oprd.planning.flops import backward_flops, forward_flops, head_flops
 from megatron_oprd.planning.hardware import H100, Cost, Hardware, Links
 from megatron_oprd.planning.memory_formulas import most_selected_tokens, target_row_bytes
-from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
+from megatron_oprd.planning.parameter_counts import rank_parameters
 from megatron_oprd.planning.planned_run import PlannedRun
+from megatron_oprd.planning.rollout_time import ROLLOUT, WEIGHT_SYNC, divide, rollout_costs
 from megatron_oprd.planning.traffic import Traffic, backward_traffic, forward_traffic, update_traffic
-from megatron_oprd.types import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,38 @@ class Estimate:
     student_bubble: float  # idle seconds per busy second of the student's pipeline
     world: int  # ranks
     hardware: Hardware
+    with_servers: bool = False  # servers on other devices generate
+    ahead: int = 0  # rollout.ahead
+
+    @property
+    def rollout_seconds(self) -> float:
+        return sum(cost.seconds for cost in self.costs if cost.name.startswith(ROLLOUT))
+
+    @property
+    def sync_seconds(self) -> float:
+        return sum(cost.seconds for cost in self.costs if cost.name == WEIGHT_SYNC)
+
+    @property
+    def training_seconds(self) -> float:
+        return sum(cost.seconds for cost in self.costs) - self.rollout_seconds - self.sync_seconds
 
     @property
     def seconds(self) -> float:
-        return sum(cost.seconds for cost in self.costs)
+        return self.seconds_with(self.ahead)
+
+    def seconds_with(self, ahead: int) -> float:
+        """Return the seconds of a step with `rollout.ahead`: only servers generate while the student trains."""
+        parts = self.rollout_seconds, self.training_seconds
+        return self.sync_seconds + (max(parts) if ahead and self.with_servers else sum(parts))
 
     @property
     def utilisation(self) -> float:
-        """Return the model FLOPs utilisation (MFU): operations without recomputation, divided by the bf16 peak."""
-        useful = sum(cost.flops for cost in self.costs if cost.name != "student recompute")
+        """Return the model FLOPs utilisation (MFU): operations without recomputation, divided by the bf16 peak.
+
+        Operations of servers do not count.
+        """
+        others = ("student recompute", *((f"{ROLLOUT}prompts", f"{ROLLOUT}tokens") if self.with_servers else ()))
+        useful = sum(cost.flops for cost in self.costs if cost.name not in others)
         return useful / (self.seconds * self.world * self.hardware.bf16_flops)
 
 
@@ -50,7 +72,7 @@ def estimate_step(run: PlannedRun, hardware: Hardware = H100) -> Estimate:
     teacher_rollouts = math.ceil(rollouts / len(teachers))
     teacher_costs = [_teacher_pass(run, teacher, teacher_rollouts, links) for teacher in teachers]
     costs = (
-        *_rollout(run, links),
+        *rollout_costs(run, links),
         *teacher_costs,
         links.cost("teacher rows", 0, 0, _target_traffic(run), run.config.parallel),
         *_student_passes(run, links),
@@ -59,7 +81,16 @@ def estimate_step(run: PlannedRun, hardware: Hardware = H100) -> Estimate:
     layout = teachers[-1].layout or run.config.parallel
     teacher_bubble = bubble(layout, _micro_batches(run, layout, teacher_rollouts))
     student_bubble = bubble(run.config.parallel, _micro_batches(run, run.config.parallel, rollouts))
-    return Estimate(costs, teacher_bubble, student_bubble, run.setup.world_size, hardware)
+    rollout = run.config.rollout
+    return Estimate(
+        costs,
+        teacher_bubble,
+        student_bubble,
+        run.setup.world_size,
+        hardware,
+        with_servers=rollout.engine == "vllm",
+        ahead=rollout.ahead,
+    )
 
 
 def bubble(layout: ParallelConfig, micro_batches: int) -> float:
@@ -70,58 +101,11 @@ def bubble(layout: ParallelConfig, micro_batches: int) -> float:
     return (layout.pipeline - 1) / ((layout.virtual_pipeline or 1) * micro_batches)
 
 
-def decode_seconds(config: Config, spec: ModelSpec, rows: int, lengths: Lengths, hardware: Hardware) -> float:
-    """Return the seconds in which a replica generates one token for each of `rows` sequences.
-
-    This is the time to read the weights and the KV cache, or to launch the kernels if that takes longer. The average
-    cache has the longest prompt and half of the longest response. Pipeline stages work one after the other.
-    """
-    parallel, size = config.parallel, BYTES[config.precision.dtype]
-    dense, experts = rank_parameters(spec, _division(config, spec), 0, lm_head=True)
-    used_experts = 0.0  # share of the experts that at least one row is sent to
-    if spec.num_experts:
-        used_experts = 1 - (1 - spec.experts_per_token / spec.num_experts) ** (rows * parallel.expert)
-    cached_tokens = lengths.sequence - lengths.response / 2
-    groups = spec.num_query_groups / parallel.tensor
-    keys_and_values = 2 * spec.num_layers / parallel.pipeline * groups * spec.head_dim * size * cached_tokens
-    bytes_read = (dense + experts * used_experts) * size + rows * keys_and_values
-    seconds = bytes_read / hardware.memory_rate()
-    return parallel.pipeline * max(seconds, hardware.layer_seconds * spec.num_layers / parallel.pipeline)
-
-
 def _micro_batches(run: PlannedRun, layout: ParallelConfig, rollouts: int) -> int:
     """Return the micro-batches of one replica of a model, filled with sequences of the most tokens."""
     batch, replicas = run.config.batch, run.setup.world_size // (layout.tensor * layout.pipeline * layout.context)
     sequences = max(batch.max_tokens_per_micro_batch // run.lengths.sequence, 1) if batch.packing else 1
     return math.ceil(math.ceil(rollouts / replicas) / sequences)
-
-
-def _division(config: Config, spec: ModelSpec) -> ModelDivision:
-    parallel = config.parallel
-    stages = even_stages(spec.num_layers, parallel.pipeline, parallel.virtual_pipeline or 1)
-    return ModelDivision(parallel.tensor, parallel.pipeline, parallel.expert, stages)
-
-
-def _rollout(run: PlannedRun, links: Links) -> list[Cost]:
-    """Return the costs of prefill and of decoding. Each data- and context-parallel rank generates its own rollouts."""
-    config, spec, lengths = run.config, run.setup.student, run.lengths
-    parallel, size, rollouts = config.parallel, BYTES[config.precision.dtype], run.rollouts_per_step
-    if config.rollout.engine != "megatron":
-        return []
-    replicas = run.setup.world_size // (parallel.tensor * parallel.pipeline)
-    rows, prompt = math.ceil(rollouts / replicas), lengths.sequence - lengths.response
-    layout = parallel.model_copy(update={"context": 1, "sequence": False})  # in which the engine runs the model
-    prefill_flops = forward_flops(spec, spec.num_layers, [prompt] * rollouts)
-    prefill_seconds = prefill_flops / (run.setup.world_size * links.hardware.flops_rate(spec, in_fp8=False))
-    prefill_traffic = forward_traffic(spec, layout, spec.num_layers, rows * prompt, size)
-    decode_flops = forward_flops(spec, spec.num_layers, [lengths.sequence] * rollouts) - prefill_flops
-    decode_flops += head_flops(spec, rollouts * lengths.response)
-    seconds = lengths.response * decode_seconds(config, spec, rows, lengths, links.hardware)
-    decode_traffic = forward_traffic(spec, layout, spec.num_layers, rows * lengths.response, size)
-    return [
-        links.cost("rollout: prompts", prefill_flops, prefill_seconds * parallel.pipeline, prefill_traffic, layout),
-        links.cost("rollout: tokens", decode_flops, seconds, decode_traffic, layout),
-    ]
 
 
 def _teacher_pass(run: PlannedRun, teacher: PlannedTeacher, rollouts: int, links: Links) -> Cost:
@@ -179,7 +163,7 @@ def _update(run: PlannedRun, links: Links) -> Cost:
     """Return the cost of reducing gradients, reading and writing the optimizer state, and gathering parameters."""
     config, parallel = run.config, run.config.parallel
     lm_head = run.setup.student.tied_embeddings or run.setup.layer_plan.output
-    dense, experts = rank_parameters(run.setup.student, _division(config, run.setup.student), 0, lm_head=lm_head)
+    dense, experts = rank_parameters(run.setup.student, divide(run.setup.student, parallel), 0, lm_head=lm_head)
     traffic = update_traffic(parallel, (dense, experts), run.setup.world_size, BYTES[config.precision.dtype])
     copies = run.setup.world_size // (parallel.tensor * parallel.pipeline) if parallel.distributed_optimizer else 1
     bytes_per_parameter = optimizer_state_bytes(config) + 4 + linear_bytes(config, teacher=False)

@@ -23,7 +23,12 @@ def rows_at_a_time(
     """
     layers = max(sum(len(chunk.decoder.layers) for chunk in stage), 1)
     row_bytes = kv_cache_bytes(spec, 1, longest_row, layers, topology.tensor_size, stage.config.params_dtype)
-    rows: float = max(1, min(max_rows, platform.free_memory_bytes(topology.device) // 3 // row_bytes))
+    rows: float = min(max_rows, rows_that_fit(row_bytes, platform.free_memory_bytes(topology.device)))
     for group in (topology.groups.tp, topology.groups.pp):
         (rows,) = min_over([rows], group, topology.device)
     return int(rows)
+
+
+def rows_that_fit(row_bytes: int, free_bytes: int) -> int:
+    """Return how many rows of a KV cache fill a third of the free memory, at least one. No communication."""
+    return max(1, free_bytes // 3 // row_bytes)

@@ -82,15 +82,20 @@ class VllmEngine:
             self.pool.readmit()
         return metrics
 
-    def submit(self, prompts: Sequence[Prompt], step: int) -> PendingServerRollouts:
+    def submit(
+        self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None
+    ) -> PendingServerRollouts:
         """Start the rollouts of a training step with the weights of the last `sync_weights`, and return at once.
 
         All ranks of a replica pass the same prompts.
 
+        Args:
+            limits: most tokens of a response to each prompt, in place of `Sampling.max_new_tokens`.
+
         Raises:
             UserError: a prompt is empty, has a token id that the student lacks, or leaves no position for an answer.
         """
-        requests = make_requests(prompts, self.spec, self.sampling)
+        requests = make_requests(prompts, self.spec, self.sampling, limits)
         for prompt in prompts:
             largest = max(prompt.prompt_ids)
             if largest >= self.spec.vocab_size:
@@ -103,9 +108,9 @@ class VllmEngine:
             answers = self.pool.start([self._generate_request(request, step) for request in requests], check)
         return PendingServerRollouts(requests, answers, self.topology)
 
-    def generate(self, prompts: Sequence[Prompt], step: int) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], step: int, limits: Sequence[int] | None = None) -> list[Rollout]:
         """Return the rollouts of a training step, ordered by prompt and then by sample, from sample 0."""
-        return self.submit(prompts, step).result()
+        return self.submit(prompts, step, limits).result()
 
     def _generate_request(self, request: Request, step: int) -> GenerateRequest:
         sampling = self.sampling

@@ -5,23 +5,19 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.reference_update import reference_update
-from megatron_oprd.testing.replayed_run import make_config, make_inputs
 from megatron_oprd.testing.update import assert_same_update, measure_update
 from megatron_oprd.train import one_step
 from megatron_oprd.types import Prompt
+from tests.helpers.generating import generating_inputs
 
 EOS = [3, 17, 40, 90, 111]
 LONGEST = 14
 GENERATION = (
-    "rollout.engine=megatron",
-    "data.prompts=[unused]",
     "data.max_prompt_tokens=8",
-    "rollout.prompts_per_step=4",
     "rollout.samples_per_prompt=2",
     f"rollout.max_new_tokens={LONGEST}",
     "batch.max_tokens_per_micro_batch=48",
@@ -60,9 +56,8 @@ def updates(rank, student, teacher, layout):
     for name, (loss, _) in CASES.items():
         results[name] = []
         for horizon in ("null", "auto"):
-            config = make_config(student, teacher, *GENERATION, *layout, *loss, f"rollout.horizon={horizon}")
-            prompt_set = PromptSet(prompts(), total=4, too_long=0, failed=0)
-            run = build_run(dataclasses.replace(make_inputs(config, []), prompts=prompt_set))
+            settings = (*GENERATION, *layout, *loss, f"rollout.horizon={horizon}")
+            run = build_run(generating_inputs(student, teacher, prompts(), *settings))
             rollouts = []
 
             def step(run, state, rollouts=rollouts):

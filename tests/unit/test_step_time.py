@@ -5,9 +5,11 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_oprd.config import ParallelConfig
+from megatron_oprd.config.rollouts import RolloutHorizonConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.planning import update_trace
@@ -15,7 +17,9 @@ from megatron_oprd.planning.flops import attention_flops, backward_flops, forwar
 from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.memory_trace import LiveBytes
 from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
-from megatron_oprd.planning.step_time import bubble, decode_seconds, estimate_step
+from megatron_oprd.planning.rollout_report import rollout_lines
+from megatron_oprd.planning.rollout_time import decode_seconds, generators, sync_bytes
+from megatron_oprd.planning.step_time import bubble, estimate_step
 from megatron_oprd.planning.traffic import Traffic, backward_traffic, forward_traffic, group_spans, update_traffic
 from megatron_oprd.testing.distributed import result_of
 from megatron_oprd.testing.models import random_hf_model, save
@@ -131,13 +135,12 @@ def test_the_bubble_is_the_time_to_fill_the_pipeline():
 
 def test_a_token_takes_as_long_as_reading_weights_and_kv_cache():
     spec, config = dense_spec(layers=4, hidden=256, vocabulary=1024), replay_config(100, "precision.dtype=bf16")
-    hardware = Hardware(memory_bytes=1e9, memory_share=0.5, layer_seconds=0.0)
+    hardware = Hardware(memory_bytes=1e9, memory_share=0.5)
     dense, _ = rank_parameters(spec, ModelDivision(1, 1, 1, (4,)), 0, lm_head=True)
     keys = 2 * 4 * 4 * 64 * 2 * (100 - 80 / 2)  # per row: keys and values, layers, heads, width, bytes, tokens
-    seconds = decode_seconds(config, spec, 8, Lengths(100, 80), hardware)
+    seconds = decode_seconds(config, spec, 8, Lengths(100, 80), hardware, 0.0)
     assert seconds == pytest.approx((2 * dense + 8 * keys) / 0.5e9)
-    slow = dataclasses.replace(hardware, layer_seconds=1.0)
-    assert decode_seconds(config, spec, 8, Lengths(100, 80), slow) == 4.0
+    assert decode_seconds(config, spec, 8, Lengths(100, 80), hardware, 1.0) == 4.0
 
 
 def test_the_parts_of_a_step_follow_the_formulas():
@@ -166,3 +169,68 @@ def test_the_parts_of_a_step_follow_the_formulas():
     overlapped = {cost.name: cost for cost in estimate(config.model_copy(update={"parallel": parallel})).costs}
     assert overlapped["update"].seconds < costs["update"].seconds
     assert overlapped["update"].nvlink == costs["update"].nvlink
+
+
+GENERATION = ("rollout.engine=megatron", "data.prompts=[p]", "rollout.max_new_tokens=64", "precision.dtype=bf16")
+SERVERS = (*GENERATION, "rollout.engine=vllm", "rollout.server.addresses=[a:1,b:2]", "rollout.server.max_running=3")
+
+
+def estimate_of(*settings, world=8):
+    run = planned_run(replay_config(256, *settings), dense_spec(layers=4, hidden=256, vocabulary=1024), world)
+    return run, estimate_step(run)
+
+
+def seconds_by_name(estimate):
+    return {cost.name: cost.seconds for cost in estimate.costs}
+
+
+def test_a_set_rate_replaces_the_estimated_one():
+    """Eight prompts with two samples of 64 tokens."""
+    _, estimate = estimate_of(*GENERATION, "rollout.tokens_per_second=32")
+    assert seconds_by_name(estimate)["rollout: tokens"] == 16 * 64 / 32
+
+
+def test_the_student_generates_at_the_measured_time_of_a_layer():
+    run, estimate = estimate_of(*GENERATION, "rollout.samples_per_prompt=300")  # 300 rollouts of a replica
+    assert (generators(run).rows, generators(run).rounds) == (150, 2)
+    assert seconds_by_name(estimate)["rollout: tokens"] == pytest.approx(2 * 64 * 4 * 64 / 2059 / 28)
+    text = " ".join(rollout_lines(run))
+    assert "replicas: 8, rows of each: 150; at least 1,110 us for a layer and token, measured" in text
+
+
+def test_servers_generate_in_rounds_and_get_the_exported_weights(tmp_path):
+    run, estimate = estimate_of(*SERVERS)
+    models = generators(run)  # 16 rollouts on two servers that run at most three at once
+    assert (models.count, models.devices, models.rows, models.rounds) == (2, 2, 3, 3)
+    assert seconds_by_name(estimate)["rollout: tokens"] == pytest.approx(3 * 64 * 4 * 1e-4)
+    model = random_hf_model("Qwen3", tie_word_embeddings=True)
+    spec = read_model_spec(save(model, tmp_path / "hf"))
+    exported = sum(
+        tensor.numel() * tensor.element_size() for tensor in load_file(tmp_path / "hf/model.safetensors").values()
+    )
+    run = dataclasses.replace(run, setup=dataclasses.replace(run.setup, student=spec))
+    assert sync_bytes(run) == exported / 2  # saved in float32, sent in bfloat16
+
+
+def test_one_update_ahead_hides_the_shorter_half_of_a_step():
+    _, beside = estimate_of(*SERVERS, "rollout.ahead=1")
+    run, after = estimate_of(*SERVERS)
+    rollouts, training, sync = after.rollout_seconds, after.training_seconds, after.sync_seconds
+    assert min(rollouts, training, sync) > 0
+    assert sum(cost.seconds for cost in after.costs) == pytest.approx(rollouts + training + sync)
+    assert after.seconds == rollouts + training + sync
+    assert beside.seconds == after.seconds_with(1) == sync + max(rollouts, training)
+    _, own = estimate_of(*GENERATION, "rollout.ahead=1")  # the student cannot generate while it trains
+    assert own.seconds == own.rollout_seconds + own.training_seconds
+    assert f"{after.seconds_with(1):.1f} s with rollout.ahead=1" in next(rollout_lines(run))
+
+
+def test_the_lines_compare_rollouts_with_and_without_the_horizon():
+    first = ("loss.representation.positions=first_k", "loss.representation.k=16", "rollout.tokens_per_second=32")
+    run, _ = estimate_of(*GENERATION, *first, "rollout.horizon=auto")
+    run = dataclasses.replace(run, lengths=Lengths(80, 16, 80))
+    assert list(rollout_lines(run))[-1] == "Horizon: 16 tokens, rollouts 8.0 s; without it 64 tokens, 32.0 s"
+    grown = run.config.rollout.model_copy(update={"horizon": RolloutHorizonConfig(start=8, grow=8, every=1)})
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"rollout": grown}))
+    line = "Horizon: 16 tokens, rollouts 8.0 s; 8 tokens at first, 4.0 s; without it 64 tokens, 32.0 s"
+    assert list(rollout_lines(run))[-1] == line

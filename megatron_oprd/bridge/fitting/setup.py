@@ -161,7 +161,7 @@ def open_folder(run: FitRun) -> Origin:
 
 
 def _rollout_settings(config: RolloutConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"ahead"})  # a fit trains no student
+    return config.model_dump(mode="json", exclude={"ahead", "tokens_per_second"})  # a fit trains no student
 
 
 def _file_hash(path: str | None) -> str:
