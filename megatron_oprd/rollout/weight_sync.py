@@ -32,7 +32,7 @@ class SyncFailed(ServerError):
 
 @dataclass(frozen=True)
 class SyncSettings:
-    """How weights travel to the servers."""
+    """The options of the transfer of weights."""
 
     folder: Path  # shared with the servers under the same path; belongs to this run alone
     run: str  # name of the run, the first part of a weight version
@@ -73,8 +73,6 @@ class WeightSync:
         self._kept: list[dict[str, Any]] = []  # descriptions of the buckets of all ranks
         self._reference: list[ScoredTokens] = []  # the student's log-probabilities in the last canary
         self.label = ""  # weight version of the last complete update
-        # Waits for parameters that are still being gathered (parallel.overlap_param_gather).
-        self.wait_for_parameters: Callable[[], None] = lambda: None
 
     def push(self, version: int) -> dict[str, float]:
         """Transfer the present weights to all servers and compare log-probabilities of fixed tokens.
@@ -92,7 +90,7 @@ class WeightSync:
             UserError: on every rank, if the folder cannot be written.
         """
         start = time.monotonic()
-        self.wait_for_parameters()
+        self._stage.wait_for_parameters()
         label = f"{self._settings.run}:{version}"
         try:
             difference = self._push(label)
@@ -103,7 +101,7 @@ class WeightSync:
                 print(f"warning: {error}; starting the rollout servers again", file=sys.stderr, flush=True)
             self._on_rank_zero(self._restart)
             difference = self._push(label)
-        size = sum(math.prod(shape) for shape in hf_shapes(self._spec).values()) * self._dtype.itemsize
+        size = weight_bytes(self._spec, self._dtype)
         seconds = self._of_rank_zero(time.monotonic() - start)
         return {"sync/seconds": seconds, "sync/bytes": float(size), "sync/canary_difference": difference}
 
@@ -217,6 +215,11 @@ class WeightSync:
                 shared.everywhere = True
                 raise shared
         return [value for value, _ in gathered]
+
+
+def weight_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Return the bytes of all tensors that a transfer sends."""
+    return sum(math.prod(shape) for shape in hf_shapes(spec).values()) * dtype.itemsize
 
 
 def _open_update(client: ServerClient) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.buckets import checksum
 from megatron_oprd.rollout.server_client import ServerClient
+from megatron_oprd.runtime import progress
 from megatron_oprd.runtime.files import explain_os_errors
 
 
@@ -66,6 +67,7 @@ class FileTransport:
 
     def send(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Write one bucket, wait until the bucket before is loaded, and let the servers load this one."""
+        progress.beat()
         content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         path = self._version_folder(self._header["version"]) / f"rank{self._rank:05d}-{len(self._sent):05d}.safetensors"
         with explain_os_errors(path):

@@ -7,6 +7,7 @@ head does not come from autograd, and rollouts run between the optimizer's updat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -44,6 +45,7 @@ def wrap(stage: Stage, parallel: ParallelConfig, *, distributed: bool) -> list[D
             # Otherwise the first forward of a rank would gather, and replicas generate at different times.
             chunk.start_param_sync(force_sync=True)
             _wait_for_head_at_norm(chunk)
+        stage.wait_for_parameters = partial(wait_for_gather, ddp)
     return ddp
 
 

@@ -25,7 +25,7 @@ class NoInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class BucketInfo(WeightTransferUpdateInfo):
-    """One bucket of an update."""
+    """The place and the content of a bucket."""
 
     path: str  # the safetensors file
     version: str  # of the weights; equal in all buckets of an update

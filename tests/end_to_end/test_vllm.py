@@ -1,0 +1,303 @@
+"""Real vLLM servers on the CPU: they generate what the embedded engine generates, after every update."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megatron_oprd.checkpoint.weights import load_weights
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.models.build import build_model
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.rollout.canary import score_by_student
+from megatron_oprd.rollout.embedded import EmbeddedEngine
+from megatron_oprd.rollout.engine import Sampling
+from megatron_oprd.rollout.server_client import GenerateRequest, ServerClient, ServerError
+from megatron_oprd.rollout.server_process import ManagedServer, ServerSettings, write_model_folder
+from megatron_oprd.rollout.server_supervisor import session_processes
+from megatron_oprd.rollout.weight_sync import SyncFailed, SyncSettings, WeightSync
+from megatron_oprd.testing.distributed import run_distributed
+from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.types import Prompt, UserError
+
+pytestmark = [pytest.mark.nightly, pytest.mark.vllm]
+ROOT = Path(__file__).parents[2]
+PYTHON = os.environ.get("MEGATRON_OPRD_VLLM_PYTHON", str(ROOT / ".venv-vllm" / "bin" / "python"))
+if shutil.which(PYTHON) is None:
+    pytest.skip(
+        f"no vLLM: {PYTHON} is missing; bash tools/rollout_server/install.sh .venv-vllm cpu makes it",
+        allow_module_level=True,
+    )
+MODEL_LEN = 256
+NEW_TOKENS = 16
+EOS = (3, 17, 40, 90, 111)
+# vLLM's attention on a CPU has kernels for heads of 32 dimensions and more.
+SIZES = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+MODELS = {
+    "Qwen2, untied": ("Qwen2", {"tie_word_embeddings": False, "head_dim": None}),
+    "Qwen3, tied": ("Qwen3", {"tie_word_embeddings": True}),
+    "Qwen3Moe, untied": ("Qwen3Moe", {"tie_word_embeddings": False}),
+    "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
+}
+# Each on four ranks: the layouts of fewer ranks have replicas, of which only the first one writes.
+LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}, {"context": 2})
+EXPERT_LAYOUTS = ({"expert": 2}, {"expert": 2, "pipeline": 2})
+
+
+def make_folders(model, folder, count):
+    """Return Hugging Face folders of one model with different weights."""
+    family, overrides = MODELS[model]
+    settings = {name: value for name, value in {**SIZES, **overrides}.items() if value is not None}
+    return [save(random_hf_model(family, seed, **settings), folder / f"weights{seed}") for seed in range(count)]
+
+
+def server_settings(folder, model, **changes):
+    """Return the settings of a server for the model of a Hugging Face folder."""
+    write_model_folder(folder / "model", read_model_spec(model))
+    settings = ServerSettings(PYTHON, folder / "model", folder / "server.log", "float32", MODEL_LEN)
+    environment = {"OMP_NUM_THREADS": "1", **changes.pop("environment", {})}
+    return dataclasses.replace(settings, environment=environment, **changes)
+
+
+@pytest.fixture(params=list(MODELS), scope="module")
+def model(request, tmp_path_factory):
+    """Yield a server, three folders of weights for it, and its layouts."""
+    folder = tmp_path_factory.mktemp("server")
+    folders = make_folders(request.param, folder, 3)
+    server = ManagedServer(server_settings(folder, folders[0]))
+    try:
+        layouts = LAYOUTS + (EXPERT_LAYOUTS if "Moe" in request.param else ())
+        yield server.start(), folders, layouts
+    finally:
+        server.stop()
+
+
+def make_prompts():
+    generator = torch.Generator().manual_seed(5)
+    lengths = [*torch.randint(1, 40, (7,), generator=generator).tolist(), 170]  # the last fills blocks of the cache
+    return [Prompt(i, tuple(torch.randint(0, 131, (n,), generator=generator).tolist())) for i, n in enumerate(lengths)]
+
+
+def server_answers(client, prompts):
+    """Return greedy answers to all prompts, requested at once."""
+    requests = [
+        GenerateRequest(one.prompt_ids, NEW_TOKENS, 0, temperature=0.0, stop_ids=EOS, logprobs=True) for one in prompts
+    ]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        return list(threads.map(client.generate, requests))
+
+
+def open_stage(folder, layout):
+    device = torch.device("cpu")
+    start_process(device)
+    topology = build_topology(ParallelConfig(**layout), device, seed=0)
+    spec = dataclasses.replace(read_model_spec(folder), eos_token_ids=EOS)
+    return build_model(spec, topology, torch.float32), spec, topology
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Answers of a server and of the embedded engine after an update."""
+
+    equal: int  # answers with the same tokens
+    answers: int
+    difference: float  # largest difference of a log-probability
+    metrics: dict[str, float]
+
+
+def compare(stage, spec, topology, client, metrics):
+    """Compare the server's greedy answers with those of the embedded engine. Collective over the world."""
+    prompts = make_prompts()
+    sampling = Sampling(temperature=0.0, max_new_tokens=NEW_TOKENS)
+    rollouts = EmbeddedEngine(stage, spec, topology, sampling, seed=0).generate(prompts, step=0)
+    answers = on_rank_zero(lambda: server_answers(client, prompts))
+    sequences = [(*prompt.prompt_ids, *answer.token_ids) for prompt, answer in zip(prompts, answers, strict=True)]
+    scores = score_by_student(stage, spec, topology, sequences)
+    difference = max(
+        abs(own - other)
+        for score, answer in zip(scores, answers, strict=True)
+        for own, other in zip(score[-len(answer.token_ids) :], answer.logprobs, strict=True)
+    )
+    equal = sum(one.response_ids == answer.token_ids for one, answer in zip(rollouts, answers, strict=True))
+    return Comparison(equal, len(prompts), difference, metrics)
+
+
+def follow_updates(rank, address, folders, layouts, work):
+    """Compare after pushes of three weights in each layout, and once before the first push."""
+    client = ServerClient(address)
+    results = []
+    for number, layout in enumerate(layouts):
+        stage, spec, topology = open_stage(folders[0], layout)
+        sync = WeightSync(stage, spec, topology, [client], SyncSettings(work, f"run{number}", bucket_bytes=50_000))
+        load_weights(stage, folders[0], spec, topology)
+        if number == 0:
+            results.append(("before", compare(stage, spec, topology, client, {})))
+        for version, folder in enumerate(folders):
+            load_weights(stage, folder, spec, topology)
+            results.append((f"{layout} {version}", compare(stage, spec, topology, client, sync.push(version))))
+    return results
+
+
+def test_every_layout_makes_the_server_answer_like_the_embedded_engine(model, shared_memory):
+    address, folders, layouts = model
+    results = run_distributed(4, follow_updates, address, folders, layouts, shared_memory, timeout_seconds=550)[0]
+    (_, before), *after = results
+    assert before.equal < before.answers / 2, "a server without the student's weights answers differently"
+    assert len(after) == 3 * len(layouts)
+    for case, comparison in after:
+        print(f"{case}: {comparison}")
+        assert comparison.equal == comparison.answers, case
+        assert comparison.difference < 1e-4, case
+        assert comparison.metrics["sync/canary_difference"] < 1e-4, case
+
+
+@pytest.fixture
+def shared_memory():
+    folder = Path(tempfile.mkdtemp(prefix="test-weights-", dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+class ForgetfulClient(ServerClient):
+    """Never resets the prefix cache."""
+
+    def reset_prefix_cache(self):
+        pass
+
+
+def push_with_fault(rank, address, folders, work, fault_file, fault):
+    """Push right weights, then others to a server that makes a mistake, then again without it. Return the error."""
+    stage, spec, topology = open_stage(folders[0], {"tensor": 2})
+    client = ForgetfulClient(address) if fault == "old cache" else ServerClient(address)
+    settings = SyncSettings(work, "faults", bucket_bytes=50_000)
+    load_weights(stage, folders[0], spec, topology)
+    if rank == 0:
+        fault_file.write_text("")
+    WeightSync(stage, spec, topology, [ServerClient(address)], settings).push(0)
+    load_weights(stage, folders[1], spec, topology)
+    if rank == 0:
+        fault_file.write_text(fault)
+    try:
+        WeightSync(stage, spec, topology, [client], settings).push(1)
+        message = ""
+    except SyncFailed as error:
+        message = str(error)
+    if rank == 0:
+        fault_file.write_text("")
+    metrics = WeightSync(stage, spec, topology, [ServerClient(address)], settings).push(2)
+    return message, metrics["sync/canary_difference"]
+
+
+def test_planted_faults_are_found_and_a_broken_server_comes_back(tmp_path, shared_memory):
+    """Use one server for all faults, since each start takes a minute."""
+    folders = make_folders("Qwen3, tied", tmp_path, 2)
+    fault_file = tmp_path / "fault"
+    environment = {"FAULT_FILE": str(fault_file), "PYTHONPATH": str(ROOT / "tests" / "helpers" / "faulty_plugin")}
+    settings = server_settings(tmp_path, folders[0], backend="faulty_buckets", environment=environment)
+    server = ManagedServer(settings)
+    try:
+        address = server.start()
+        for fault in ("stale head", "skipped bucket", "old cache"):
+            results = run_distributed(2, push_with_fault, address, folders, shared_memory, fault_file, fault)
+            for message, difference in results:
+                assert "canary: after the transfer of weights faults:1" in message, fault
+                assert difference < 1e-4, fault
+        check_that_mixed_versions_are_told_apart(ServerClient(address))
+        run_distributed(1, kill_and_reload, server, folders[0], shared_memory)
+    finally:
+        server.stop()
+    assert session_processes(server.session or 0) == []
+
+
+def check_that_mixed_versions_are_told_apart(client):
+    """Change the weight version during an answer, which must name both versions."""
+    answers = []
+    request = GenerateRequest((1, 2, 3), MODEL_LEN - 8, 0, temperature=0.0)
+    thread = threading.Thread(target=lambda: answers.append(client.generate(request)))
+    thread.start()
+    time.sleep(0.3)
+    client._call("POST", "/pause", query={"mode": "keep"})
+    client._call("POST", "/update_weight_version", {"new_version": "other"})
+    client.resume()
+    thread.join(60)
+    versions = [span.version for span in answers[0].weight_versions]
+    assert versions == ["faults:2", "other"]
+
+
+def kill_and_reload(rank, server, folder, work):
+    """Kill the engine of a server. After a restart, its kept buckets make it answer as before."""
+    stage, spec, topology = open_stage(folder, {})
+    load_weights(stage, folder, spec, topology)
+    client = ServerClient(server.address)
+    sync = WeightSync(stage, spec, topology, [client], SyncSettings(work, "kill"))
+    sync.push(5)
+    before = server_answers(client, make_prompts())
+    for pid in session_processes(server.session):
+        if "EngineCore" in " ".join(psutil.Process(pid).cmdline()):
+            os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ServerError):
+        server_answers(client, make_prompts())
+    assert server.restart() == client.address
+    sync.reload(client)
+    assert [one.token_ids for one in server_answers(client, make_prompts())] == [one.token_ids for one in before]
+    assert client.weight_info() == "kill:5"
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from megatron_oprd.rollout.server_process import ManagedServer, ServerSettings
+python, model, log = sys.argv[1:]
+server = ManagedServer(ServerSettings(python, Path(model), Path(log), "float32", 64))
+print("checked", flush=True)
+server.start()
+print(server.session, flush=True)
+time.sleep(999)
+"""
+
+
+def test_no_process_of_a_server_survives_sigkill_of_the_trainer(tmp_path):
+    settings = server_settings(tmp_path, make_folders("Qwen3, tied", tmp_path, 1)[0])
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, settings.python, settings.model, settings.log],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert owner.stdout.readline() == "checked\n"
+    session = int(owner.stdout.readline())
+    assert len(session_processes(session)) >= 4, "supervisor, server, engine core and worker"
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    deadline = time.monotonic() + 30
+    while remaining := session_processes(session):
+        assert time.monotonic() < deadline, remaining
+        time.sleep(0.2)
+
+
+def test_a_port_that_is_taken_and_a_wrong_model_are_named(tmp_path):
+    settings = server_settings(tmp_path, make_folders("Qwen3, tied", tmp_path, 1)[0])
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} is taken by another process"):
+            ManagedServer(dataclasses.replace(settings, port=port)).start()
+    (settings.model / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"ended while it started, with exit code 1: .*; log: .*server\.log"):
+        ManagedServer(settings).start()
