@@ -7,7 +7,7 @@
 Makes the demo's pair for each seed and trains its student with each objective at each learning rate. The learning rate
 of an objective is the one with the best mean greedy accuracy on validation additions; what is reported is accuracy on
 held-out ones. Then each objective trains again for as many steps as fit in the time of the first one's. Each finished
-run leaves a file in --work and is not run again, so an interrupted benchmark goes on; changed code needs a new --work.
+run leaves a file in --work and is not run again: an interrupted benchmark continues. Changed code needs a new --work.
 Writes objectives.json, objectives.md and two plots into --output (docs).
 """
 

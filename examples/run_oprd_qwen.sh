@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def use_the_environment():
-    """Started by a torchrun whose Python lacks something: go on with the one that ci/setup.sh makes or finds."""
+    """Restart with the Python of ci/setup.sh if the current one, which torchrun chose, lacks a package."""
     needed = ("torch", "megatron", "transformers", "pydantic", "omegaconf", "datasets", "math_verify")
     if all(importlib.util.find_spec(name) for name in needed):
         return

@@ -14,8 +14,8 @@ STOPPED = 3  # exit code of a run that the health watch ended
 PARSER = command_parser("train", "On-policy representation distillation (OPRD).", override="parallel.tensor=2")
 PARSER.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, then stop")
 PARSER.epilog = (
-    f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1) ended it and the same command goes on, 1 for a "
-    f"failure, 2 for a mistake in what was given, {STOPPED} where health.stop=true ended the training."
+    f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1) ended it and the same command continues, 1 for a "
+    f"failure, 2 for a mistake in the arguments or inputs, {STOPPED} if health.stop=true ended the training."
 )
 if __name__ == "__main__":
     check_command_line(PARSER)  # a mistake is reported before the slow imports
@@ -100,7 +100,7 @@ def fit(run: Run) -> Stop | None:
     observers.close()
     if signal is not None:
         resume = "the same command" if settings.resume == "auto" else "checkpoint.resume=auto"
-        return Stop(f"{signal}: step {state.step} saved in {saved}; {resume} goes on", 0, is_end=False)
+        return Stop(f"{signal}: step {state.step} saved in {saved}; {resume} continues", 0, is_end=False)
     reason = observers.reason_to_stop()
     return None if reason is None else Stop(reason, STOPPED, is_end=True)
 

@@ -133,25 +133,25 @@ def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], current: Ma
     if saved.keys() != current.keys():
         then, now = (", ".join(name or "a single teacher" for name in one) for one in (saved, current))
         raise UserError(
-            f"{checkpoint} was made with other teachers ({then}) than the configuration names ({now}); go on with "
+            f"{checkpoint} was made with other teachers ({then}) than the configuration names ({now}); continue with "
             "those or name a new train.run_dir"
         )
     for name, teacher in current.items():
         if saved[name].hash != teacher.hash:
             raise UserError(
                 f"{checkpoint} was made with another teacher ({saved[name].path}, {saved[name].hash[:19]}) than "
-                f"{teacher_section(name)}.path={teacher.path} ({teacher.hash[:19]}); go on with that one or name a new "
-                "train.run_dir"
+                f"{teacher_section(name)}.path={teacher.path} ({teacher.hash[:19]}); continue with that one or "
+                "name a new train.run_dir"
             )
         if saved[name].pairs != teacher.pairs:
             raise UserError(
                 f"{checkpoint} was made with the layer pairs {_short(saved[name].pairs)}, the configuration asks for "
-                f"{_short(teacher.pairs)}; go on with those or name a new train.run_dir"
+                f"{_short(teacher.pairs)}; continue with those or name a new train.run_dir"
             )
         if saved[name].bridge != teacher.bridge:
             raise UserError(
                 f"{checkpoint} was made {_with(saved[name].bridge)}, loss.representation.bridge asks for a run "
-                f"{_with(teacher.bridge)}; go on as it was or name a new train.run_dir"
+                f"{_with(teacher.bridge)}; continue as it was or name a new train.run_dir"
             )
 
 
@@ -161,8 +161,8 @@ def _check_maps(checkpoint: Path, student: Student) -> None:
     if trained != (student.map_optimizer is not None):
         then, now = (json.dumps(one) for one in (trained, not trained))
         raise UserError(
-            f"{checkpoint} was made with loss.representation.train_bridge={then}, the configuration has {now}; go on "
-            "as it was or name a new train.run_dir"
+            f"{checkpoint} was made with loss.representation.train_bridge={then}, the configuration has {now}; "
+            "continue as it was or name a new train.run_dir"
         )
 
 
@@ -181,9 +181,10 @@ def _explain_damage(part: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}; remove this checkpoint to go on from the one before") from None
+        raise UserError(f"{error}; remove this checkpoint to continue from the one before") from None
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
         raise UserError(
-            f"{part} cannot be read ({describe_damage(causes[0])}); remove this checkpoint to go on from the one before"
+            f"{part} cannot be read ({describe_damage(causes[0])}); remove this checkpoint to continue from the one "
+            "before"
         ) from error

@@ -30,7 +30,7 @@ def open_run_folder(run: Run) -> TrainState:
     state = TrainState() if checkpoint is None else load_checkpoint(checkpoint, run.checkpoint_content)
     on_rank_zero(lambda: describe(run))
     if checkpoint is not None and run.topology.rank == 0:
-        print(f"going on from {checkpoint}", flush=True)
+        print(f"continuing from {checkpoint}", flush=True)
     return state
 
 

@@ -36,7 +36,7 @@ def make_requests(
     for number, prompt in enumerate(prompts):
         room = spec.max_position_embeddings - len(prompt.prompt_ids)
         if not prompt.prompt_ids:
-            raise UserError(f"prompt {prompt.index} is empty: a model needs at least one token to go on from")
+            raise UserError(f"prompt {prompt.index} is empty: a model needs at least one token to continue")
         if room < 1:
             raise UserError(
                 f"prompt {prompt.index} has {len(prompt.prompt_ids)} tokens and leaves no room for an answer: the "

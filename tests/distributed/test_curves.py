@@ -63,7 +63,7 @@ def rollouts(seed=0):
 
 
 def train(rank, models, run_dir, steps, *overrides):
-    """Train to `steps`, going on from what `run_dir` holds."""
+    """Train to `steps`, from the newest checkpoint in `run_dir` if there is one."""
     config = make_config(*models, *SETTINGS, f"train.run_dir={run_dir}", f"train.steps={steps}", *overrides)
     fit(build_run(make_inputs(config, rollouts())))
 
@@ -118,7 +118,7 @@ MOVES = [*IN_CI, *(pytest.param(*move, marks=pytest.mark.nightly) for move in NI
 
 
 @pytest.mark.parametrize(("family", "first", "then"), MOVES)
-def test_a_run_goes_on_in_another_layout(family, first, then, models, expected, tmp_path):
+def test_a_run_continues_in_another_layout(family, first, then, models, expected, tmp_path):
     for steps, name in ((STEPS // 2, first), (STEPS, then)):
         world, *overrides = FAMILIES[family][name]
         run_distributed(world, train, models[family], tmp_path / "run", steps, *overrides)

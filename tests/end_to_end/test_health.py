@@ -157,7 +157,7 @@ def test_a_stopped_run_exports_and_reports_and_stays_stopped(tmp_path):
     assert (run_dir / "hf" / "model.safetensors").exists()
     assert read_lines(run_dir / "evaluations.jsonl")[-1]["step"] == step
     again = run(tmp_path, "train", *arguments)
-    assert again.code == 3 and "going on from" in again.stdout and metrics(run_dir)[-1]["step"] == step
+    assert again.code == 3 and "continuing from" in again.stdout and metrics(run_dir)[-1]["step"] == step
     onward = run(tmp_path, "train", *arguments, "health.stop=false", f"train.steps={step + 1}")
     assert onward.code == 0 and metrics(run_dir)[-1]["step"] == step + 1
 
@@ -197,4 +197,4 @@ def test_a_watched_run_cannot_resume_without_its_answers(tmp_path):
 
 
 def test_help_lists_the_exit_codes(tmp_path):
-    assert "3 where health.stop=true ended the training" in " ".join(run(tmp_path, "train", "--help").stdout.split())
+    assert "3 if health.stop=true ended the training" in " ".join(run(tmp_path, "train", "--help").stdout.split())

@@ -96,7 +96,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_ranks_and_the_same_command_con
             os.kill(pid_of(actual, 2), number)
         assert run.wait() == 0, run.log.read_text()
     message = re.search(
-        r"^SIG\w+: step (\d+) saved in (.*); the same command goes on$", run.log.read_text(), re.MULTILINE
+        r"^SIG\w+: step (\d+) saved in (.*); the same command continues$", run.log.read_text(), re.MULTILINE
     )
     assert message, run.log.read_text()
     step = int(message[1])
@@ -120,7 +120,7 @@ def test_a_killed_rank_is_named_and_the_restarted_run_ends_the_same(arguments, e
             log
         )
     assert sorted(records(actual, 0)) == [0, 1, 2] and not records(actual, 1)
-    assert len(re.findall("^going on from", log, re.MULTILINE)) == 1
+    assert len(re.findall("^continuing from", log, re.MULTILINE)) == 1
     assert_as_expected(actual, expected)
 
 

@@ -93,7 +93,7 @@ def test_a_run_in_fp8_names_its_modules_and_learns(runs):
 
 
 def test_fp8_weights_follow_every_update(runs):
-    """Were they kept from before an update, a process that starts there would go on otherwise."""
+    """A run that resumes rounds its weights anew; with FP8 weights from before an update, its metrics would differ."""
     _, arguments, (metrics, _) = runs
     assert train(arguments, stopped_after_two_steps(runs, "resumed"), *IN_FP8)[0] == metrics
 

@@ -1,4 +1,4 @@
-"""The training command on one GPU: generation in bf16, student and teacher in FP8, a checkpoint, and going on."""
+"""The training command on one GPU: generation in bf16, student and teacher in FP8, and resuming from a checkpoint."""
 
 import json
 import shutil

@@ -296,7 +296,7 @@ CUTS = (
 )
 VOCABULARY_CUTS, TOKEN_CUTS = (1, 2, 3), (0, 4, 5)  # indices of CUTS
 OBJECTIVE_CASES = tuple(parse(f"{cut} {objective}") for cut in CUTS for objective in OBJECTIVES)
-# Where gradients are reduced, and parameters gathered, while other work goes on: each way to place layers and tokens, a
+# Gradients are reduced, and parameters gathered, during other work: each way to place layers and tokens, a
 # tied head on one stage and on two, and a head whose gradient autograd does not bring.
 OVERLAPS = (
     *("2 qwen3 gather tied reverse many", "4 moe cp2 ep2 overlap", "4 qwen3 tp2 sp gather reverse"),

@@ -106,11 +106,11 @@ def test_other_teachers_other_layers_and_damage_are_refused_in_one_line(tmp_path
         f"{step} was made with other teachers (a single teacher) than the configuration"
     )
     assert results["pairs"] == (
-        f"{step} was made with the layer pairs [1-1, 2-2], the configuration asks for [2-2]; go on with those or name "
-        "a new train.run_dir"
+        f"{step} was made with the layer pairs [1-1, 2-2], the configuration asks for [2-2]; continue with those or "
+        "name a new train.run_dir"
     )
     assert results["optimizer"].startswith(f"{step / 'optimizer' / '__0_0.distcp'} is truncated: 100 of ")
-    assert results["optimizer"].endswith("remove this checkpoint to go on from the one before")
+    assert results["optimizer"].endswith("remove this checkpoint to continue from the one before")
     assert "__0_0.distcp is truncated" in results["model"]
     assert "state.json" in results["state"]
     for text in (results[name] for name in ("teacher", "pairs", "optimizer", "model", "state")):

@@ -156,7 +156,9 @@ def open_folder(run: FitRun) -> Origin:
     stored["rollout"] = _rollout_settings(RolloutConfig()) | stored.get("rollout", {})
     for key, value in settings.items():
         if stored.get(key) != value:
-            raise UserError(f"{folder} holds a fit with another {key}; go on with that one or name a new train.run_dir")
+            raise UserError(
+                f"{folder} holds a fit with another {key}; continue with that one or name a new train.run_dir"
+            )
     return origin
 
 
