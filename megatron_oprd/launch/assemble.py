@@ -18,7 +18,6 @@ from megatron_oprd.launch.models import (
     output_loss,
     start_topologies,
 )
-from megatron_oprd.launch.rollout_servers import build_vllm_engine
 from megatron_oprd.launch.step_data import next_prompts
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
@@ -36,7 +35,7 @@ from megatron_oprd.training.ahead import RolloutSource
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import ModelSpec
+from megatron_oprd.types import ModelSpec, UserError
 
 EVALUATION_SEED = 1_000_003  # added to train.seed: every evaluation draws the same numbers, other ones than training
 
@@ -161,7 +160,7 @@ def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
             inputs.replayed, per_step, replica_rank=topology.replica_rank, num_replicas=topology.num_replicas
         )
     if config.rollout.engine == "vllm":
-        return build_vllm_engine(inputs, stage, topology)
+        raise UserError("rollout.engine=vllm is not implemented; use rollout.engine=megatron")
     sampling = rollout_sampling(config.rollout)
     rows = rows_at_a_time(
         inputs.setup.student, topology, stage, config.data.max_prompt_tokens + longest_response(config)
