@@ -16,8 +16,8 @@ COLUMNS = (
 )
 CALLS = ("rows", "engine", "operators", "kernels", "launches", "graph launches", "copies to the host")
 TRAINING = f"""\
-Training steps of `megatron_oprd.train`: {PROMPTS} prompts, {SAMPLES} samples of {NEW_TOKENS} tokens each; student and
-teacher of the shape above:"""
+Training steps of `megatron_oprd.train` by the wall clock: {PROMPTS} prompts, {SAMPLES} samples of {NEW_TOKENS} tokens
+each; student and teacher of the shape above:"""
 TRAINING_COLUMNS = ("engine", "`rollout.ahead`", "step, ms", "rollouts, ms", "sync, ms")
 EXPLANATION = """\
 Made by `python benchmarks/rollout.py`. Engines run in turn with the same weights; medians of the repeats.
@@ -47,7 +47,8 @@ def section(record: dict[str, Any]) -> str:
     )
     model += f"{'tied' if shape['tied'] else 'untied'}, {shape['dtype']}, random weights"
     lines = [f"### {record['date']}: {record['device']}", "", f"{listed(record['versions'])}.", ""]
-    lines += [f"{model}; {record['threads']} CPU threads; {record['repeats']} repeats.", ""]
+    clock = "" if record["clock"] == "wall" else "; seconds are CPU seconds of all processes: the machine was shared"
+    lines += [f"{model}; CPU threads: {record['threads']}; repeats: {record['repeats']}{clock}.", ""]
     lines += table_lines(COLUMNS, [_cells(row) for row in record["rows"]])
     counted = [row for row in record["rows"] if row["calls"]]
     if counted:

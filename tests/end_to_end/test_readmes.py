@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 COMMAND = re.compile(r"^ {4}((?:bash|python|torchrun) .*?)(?: +#.*)?$", re.MULTILINE)
 FILES = ["README.md", "CONTRIBUTING.md", *(f"{d}/README.md" for d in ("examples", "ci", "benchmarks"))]
 FILES += ["tools/checkpoint_convert/README.md", "examples/slurm/README.md"]
-FILES += [f"docs/{page}.md" for page in ("bridge", "precision", "scaling")]
+FILES += [f"docs/{page}.md" for page in ("bridge", "precision", "rollouts", "scaling")]
 
 TINY = "train.steps=2 rollout.max_new_tokens=6 rollout.prompts_per_step=2 checkpoint.every=0 precision.dtype=fp32"
 PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompts=[{models}/prompts.jsonl]"
@@ -47,6 +47,7 @@ UNLIKE = {f"demo={kind}": kind for kind in KINDS}  # the last word of a command 
 
 EXAMPLE = "examples/run_oprd_qwen.sh"
 MODELS = "student.path=DIR teacher.path=DIR data.prompts=[FILE]"
+TRAIN = "torchrun --nproc-per-node 8 -m megatron_oprd.train --config examples/qwen_same_family.yaml"
 TOOLS = "python tools/checkpoint_convert"
 HF, MEGATRON = "models/Qwen3-0.6B", "models/Qwen3-0.6B-megatron"
 
@@ -73,7 +74,7 @@ RUNS = {
     "precision.teacher_fp8=weights": RECIPE,
     f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}": RECIPE,
     "python -m megatron_oprd.train --config examples/qwen_same_family.yaml --dry-run": PATHS,
-    "torchrun --nproc-per-node 8 -m megatron_oprd.train --config examples/qwen_same_family.yaml": RECIPE,
+    TRAIN: RECIPE,
     "python -m megatron_oprd.train --config examples/qwen3_32b_to_4b_64xh100.yaml --dry-run": None,  # test_recipes.py
     "python -m megatron_oprd.train --config examples/qwen3_235b_a22b_to_30b_a3b_512xh100.yaml --dry-run": None,
     "bash ci/run.sh": "--collect-only -q tests/unit",  # this very test is part of it
@@ -81,6 +82,10 @@ RUNS = {
     "bash ci/nightly.sh": "--collect-only -q tests/unit",
     "bash ci/lint.sh": "",
     "python benchmarks/rollout.py": "--batch 2 --repeats 1 --layers 1 --hidden 64 --vocabulary 64",
+    "bash tools/rollout_server/install.sh models/vllm": None,  # downloads several GB
+    f"{TRAIN} rollout.engine=vllm rollout.server.python=models/vllm/bin/python": None,  # needs that environment
+    f"{TRAIN} rollout.engine=vllm rollout.server.addresses=[10.0.0.7:8000,10.0.0.8:8000] "
+    "rollout.server.sync_dir=/mnt/shared/weights": None,  # needs these servers
     "python benchmarks/rollout.py --preset h100 --rehearse": None,  # test_rollout_benchmark.py
     "python benchmarks/parity.py": "--only 2-qwen3-tp2-sp",
     "python benchmarks/cost.py": "--methods 'OPRD, all tokens' --layers 1 --tokens 512 --sequences 1 --repeats 1 "

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,6 +69,15 @@ def test_profiled_events_are_counted_by_kind(name, on_device, kind):
     assert kind_of(name, on_device=on_device) == kind
 
 
+def test_the_cpu_clock_counts_other_processes():
+    begin = rollout.cpu_seconds()
+    code = "import time; print(flush=True)\nwhile time.process_time() < 0.5: pass\nprint(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout.readline() and process.stdout.readline()
+        assert rollout.cpu_seconds() - begin > 0.4
+        process.communicate("\n")
+
+
 @pytest.mark.parametrize(
     ("error", "note"),
     [
@@ -100,7 +111,14 @@ def test_the_table_of_training_steps_has_a_row_for_each_run():
     times = {"time/step": [0.1, 0.3, 0.2], "time/rollout": [0.05], "sync/seconds": [0.004]}
     training = [{"engine": "vllm", "ahead": 1, "note": "", **times}]
     training.append({"engine": "vllm", "ahead": 0, "note": "failed: no server"})
-    record = {"date": "2030-01-02", "device": "CPU", "versions": {"torch": "2"}, "shape": vars(TINY), "threads": 1}
+    record = {
+        "date": "2030-01-02",
+        "device": "CPU",
+        "versions": {"torch": "2"},
+        "shape": vars(TINY),
+        "threads": 1,
+        "clock": "wall",
+    }
     text = section({**record, "repeats": 3, "rows": [], "training": training})
     assert "| vllm | 1 | 200.0 | 50.0 | 4.0 |" in text
     assert "| vllm | 0 | failed: no server |  |  |" in text
