@@ -9,10 +9,11 @@ import pytest
 from megatron_oprd.config import parse_config
 from megatron_oprd.data.prompts import PromptSet, PromptState, take
 from megatron_oprd.evaluation.report import write_report
+from megatron_oprd.health import watch as watch_module
 from megatron_oprd.health.answers import AnswerCounts, choose_prompts, keep_answers, load_answers
-from megatron_oprd.health.measure import has_teacher_distribution
+from megatron_oprd.health.measure import Measurement, has_teacher_distribution
 from megatron_oprd.health.rule import Check, HealthHistory, HealthWarning, new_warnings
-from megatron_oprd.health.watch import read_history
+from megatron_oprd.health.watch import HealthWatch, read_history
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import make_plan
 from megatron_oprd.rollout.replay import load_replay
@@ -150,6 +151,27 @@ def test_a_check_contains_the_means_since_the_previous_check():
         (7.0, None),
     ]
     assert history.checks[2].metrics() == {"health/perplexity": 1.0, "health/entropy": 1.0, "health/objective": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [
+        ({}, 10.0),
+        ({"horizon": "auto"}, 10.0),
+        ({"horizon": {"start": 8, "grow": 8, "every": 1}}, None),  # lengths grow by design
+        ({"engine": "replay", "path": "p"}, None),
+    ],
+)
+def test_lengths_count_if_only_the_student_changes_them(rollout, expected, monkeypatch):
+    measured = Measurement(perplexity=1.0, entropy=1.0, reverse_kl=None)
+    monkeypatch.setattr(watch_module, "measure_answers", lambda models, answers: measured)
+    monkeypatch.setattr(watch_module, "on_rank_zero", lambda function: function())
+    loss = {"representation": {"positions": "first_k"}}
+    log = SimpleNamespace(check=lambda *values: None)
+    watch = HealthWatch(config(rollout=rollout, loss=loss, health={"every": 1}), None, log, ())
+    watch.history = HealthHistory((START,))
+    watch.after_step(1, {"loss": 1.0, "rollout/length_mean": 10.0})
+    assert watch.history.checks[-1].length_mean == expected
 
 
 def test_the_history_keeps_the_mean_accuracy_of_an_evaluation():
