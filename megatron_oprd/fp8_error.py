@@ -80,6 +80,7 @@ def measure(inputs: Inputs) -> dict[int, LayerError]:
     models = build_models(inputs)
     topology = models.topology
     prompts, _ = next_prompts(inputs, PromptState())
+    models.engine.sync_weights(0)
     local_rollouts = models.engine.generate(split(prompts, topology.replica_rank, topology.num_replicas), 0)
     global_batch = make_global_batch(inputs, share_rollouts(align(inputs, local_rollouts), topology))
     setup = inputs.setup

@@ -18,6 +18,7 @@ from megatron_oprd.launch.models import (
     output_loss,
     start_topologies,
 )
+from megatron_oprd.launch.rollout_servers import build_vllm_engine, connect_weights, start_servers
 from megatron_oprd.launch.step_data import next_prompts
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
@@ -31,11 +32,13 @@ from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import RolloutEngine, evaluation_sampling, rollout_sampling
 from megatron_oprd.rollout.horizon import HorizonEngine, longest_response, response_limit
 from megatron_oprd.rollout.replay import ReplayEngine
+from megatron_oprd.rollout.weight_sync import WeightSync
 from megatron_oprd.training.ahead import RolloutSource
+from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import ModelSpec
 
 EVALUATION_SEED = 1_000_003  # added to train.seed: every evaluation draws the same numbers, other ones than training
 
@@ -48,6 +51,7 @@ class Models:
     stage: Stage  # the student's chunks on this rank
     teachers: tuple[Teacher, ...]  # in the order of the configuration
     engine: RolloutEngine
+    weight_sync: WeightSync | None = None  # the transfer of the student's weights to rollout servers
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,13 @@ def build_run(inputs: Inputs) -> Run:
     evaluator = None
     if inputs.evaluation_prompts is not None:
         evaluator = make_evaluator(config, stage, setup.student, topology)
+    student = build_trained_student(inputs.model_inputs, stage, topology)
+    if models.weight_sync is not None:
+        models.weight_sync.wait_for_parameters = partial(wait_for_gather, student.ddp)
     return Run(
         inputs,
         models,
-        build_trained_student(inputs.model_inputs, stage, topology),
+        student,
         load_heads(inputs.model_inputs, stage, topology) if setup.layer_plan.output else None,
         evaluator,
         {name: _identity(inputs, teacher) for name, teacher in setup.teachers.items()},
@@ -120,9 +127,14 @@ def build_models(inputs: Inputs) -> Models:
         tokens = setup.precision.pad_tokens * topology.tensor_size
         start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=setup.student.hidden_size)
     on_rank_zero(partial(_check_bridge, inputs))
+    servers = start_servers(inputs)
     stage = build_student_stage(config, setup, topology)
     teachers = build_teachers(inputs.model_inputs, topologies)
-    return Models(topology, stage, teachers, _engine_with_horizon(inputs, stage, topology))
+    if servers is None:
+        return Models(topology, stage, teachers, _with_horizon(inputs, _engine(inputs, stage, topology)))
+    sync = connect_weights(inputs, servers, stage, topology)
+    engine = build_vllm_engine(inputs, servers, sync, topology)
+    return Models(topology, stage, teachers, _with_horizon(inputs, engine), sync)
 
 
 def _check_bridge(inputs: Inputs) -> None:
@@ -144,8 +156,8 @@ def make_evaluator(config: Config, stage: Stage, spec: ModelSpec, topology: Topo
     return EmbeddedEngine(stage, spec, topology, sampling, seed=seed, max_batch=rows)
 
 
-def _engine_with_horizon(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
-    config, engine = inputs.config, _engine(inputs, stage, topology)
+def _with_horizon(inputs: Inputs, engine: RolloutEngine) -> RolloutEngine:
+    config = inputs.config
     if config.rollout.horizon is None:
         return engine
     positions = inputs.setup.student.max_position_embeddings
@@ -159,8 +171,6 @@ def _engine(inputs: Inputs, stage: Stage, topology: Topology) -> RolloutEngine:
         return ReplayEngine(
             inputs.replayed, per_step, replica_rank=topology.replica_rank, num_replicas=topology.num_replicas
         )
-    if config.rollout.engine == "vllm":
-        raise UserError("rollout.engine=vllm is not implemented; use rollout.engine=megatron")
     sampling = rollout_sampling(config.rollout)
     rows = rows_at_a_time(
         inputs.setup.student, topology, stage, config.data.max_prompt_tokens + longest_response(config)

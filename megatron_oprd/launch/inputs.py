@@ -23,6 +23,7 @@ from megatron_oprd.launch.lengths import (
     check_room,
     check_rotary_factors,
     longest_prompt,
+    longest_row,
 )
 from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, longest_prompts
 from megatron_oprd.launch.models import ModelInputs
@@ -30,6 +31,7 @@ from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup
 from megatron_oprd.launch.tokenizers import Tokenizers, read_student_tokenizer, read_tokenizers
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.rollout.replay import check_enough, load_replay
+from megatron_oprd.rollout.server_checks import check_student
 from megatron_oprd.training.global_batch import max_num_tokens
 from megatron_oprd.types import Prompt, Rollout, UserError
 
@@ -82,6 +84,12 @@ class Inputs:
         """Return the rank r of the bridge, in a dry run of the bridge to come; None without a bridge."""
         planned = self.config.bridge.ranks[0] if self.missing.bridge else None
         return self.bridge.rank if self.bridge else planned
+
+    @property
+    def longest_row(self) -> int:
+        """Return the most tokens of a prompt of the student and its generated answer."""
+        assert self.prompts is not None  # an engine generates
+        return longest_row(self.config, self.setup.student, self.prompts.prompts)
 
     @property
     def lengths(self) -> Lengths:
@@ -139,7 +147,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     bridge = None
     if origin is not None and not fitting and not missing.bridge:
         bridge = load_bridge(config, setup.layer_plan.pairs, origin)
-    return Inputs(
+    inputs = Inputs(
         config=config,
         setup=setup,
         tokenizer=tokenizers.student,
@@ -151,6 +159,9 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
         bridge_origin=origin,
         missing=missing,
     )
+    if config.rollout.engine == "vllm":
+        check_student(setup.student, inputs.vocab_size, inputs.longest_row)
+    return inputs
 
 
 def read_evaluation_inputs(config: Config) -> EvaluationInputs:

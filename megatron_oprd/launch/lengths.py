@@ -27,6 +27,12 @@ def longest_prompt(prompts: Sequence[Prompt]) -> int:
     return max(max(len(prompt.prompt_ids), len(prompt.teacher_prompt_ids or ())) for prompt in prompts)
 
 
+def longest_row(config: Config, student: ModelSpec, prompts: Sequence[Prompt]) -> int:
+    """Return the most tokens of a prompt and its generated answer."""
+    longest = max(len(prompt.prompt_ids) for prompt in prompts) + longest_response(config)
+    return min(longest, student.max_position_embeddings)
+
+
 def check_room(config: Config, student: ModelSpec, prompts: Sequence[Prompt]) -> None:
     """Raise UserError if a prompt leaves the student no position for an answer."""
     longest, room = max(len(prompt.prompt_ids) for prompt in prompts), student.max_position_embeddings - 1

