@@ -181,8 +181,8 @@ def measure_seconds(work: Path, objectives: Sequence[str], seed: int, rounds: in
     return {objective: min(medians, key=lambda median: median["step"]) for objective, medians in found.items()}
 
 
-def train_student(pair: Path, folder: Path, trial: Trial, *, export: bool) -> None:
-    """Train with the demo's recipe, without evaluations and checkpoints during training."""
+def train_student(pair: Path, folder: Path, trial: Trial, *, export: bool, settings: Sequence[str] = ()) -> None:
+    """Train with the demo's recipe and `settings`, without evaluations and checkpoints during training."""
     overrides = [
         *shared_settings(pair, folder, trial.seed),
         f"student.path={pair / 'student-megatron'}",
@@ -194,6 +194,7 @@ def train_student(pair: Path, folder: Path, trial: Trial, *, export: bool) -> No
         "evaluation.data=[]",
         "loss.output.metrics_every=0",
         *OBJECTIVES[trial.objective],
+        *settings,
     ]
     shutil.rmtree(folder, ignore_errors=True)
     alone(pair.parent, train.main, ["--config", str(RECIPES["same_architecture"]), *overrides])

@@ -152,6 +152,21 @@ def test_generated_rollouts_and_evaluations_resume_exactly(tmp_path):
         assert (tmp_path / "actual" / name).read_text() == (tmp_path / "expected" / name).read_text()
 
 
+def test_rollouts_generated_ahead_resume_exactly(tmp_path):
+    arguments = prompt_run(tmp_path, 6, "rollout.ahead=1", num_hidden_layers=2)
+    kill_and_compare(arguments, tmp_path, [2, 4], SEED, ["die_at_an_operation", "kill_while_writing"])
+    assert [row["rollout/staleness"] for row in metrics(tmp_path / "actual")] == [0, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.nightly
+def test_twenty_kills_do_not_change_rollouts_generated_ahead(tmp_path):
+    arguments = prompt_run(tmp_path, 40, "rollout.ahead=1", num_hidden_layers=2)
+    draw = random.Random(SEED)
+    ways = ["kill_on_the_clock"] * 6 + ["kill_while_writing"] * 6 + ["die_at_an_operation"] * 8
+    draw.shuffle(ways)
+    kill_and_compare(arguments, tmp_path, sorted(draw.choices(range(37), k=20)), SEED, ways)
+
+
 @pytest.mark.nightly
 def test_an_output_objective_on_generated_rollouts_resumes_exactly(tmp_path):
     settings = ("objective=sampled", "metrics_every=2", "teacher_temperature=1.2")

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bridge_page, cost_page, objectives_page, parity
+from benchmarks import bridge_page, cost_page, objectives_page, parity, staleness_page
 from benchmarks.pages import spread, table_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
-MAKERS = {"cost": cost_page.markdown, "objectives": objectives_page.markdown, "parity": parity.markdown}
+MAKERS = {
+    "cost": cost_page.markdown,
+    "objectives": objectives_page.markdown,
+    "parity": parity.markdown,
+    "staleness": staleness_page.markdown,
+}
 
 
 def record(name):
