@@ -69,7 +69,7 @@ def records(run_dir: Path, attempt: int) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory) -> list[str]:
-    settings = ("evaluation.every=3", "parallel.tensor=2", "watchdog.heartbeat_seconds=0.5")
+    settings = ("evaluation.every=3", "parallel.tensor=2", "rollout.ahead=1", "watchdog.heartbeat_seconds=0.5")
     return prompt_run(tmp_path_factory.mktemp("inputs"), STEPS, *settings, num_hidden_layers=2)
 
 
