@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
+from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import RolloutEngine
 from megatron_oprd.training.state import PendingStep, TrainState
@@ -50,11 +53,17 @@ class RolloutSource:
         rollouts = pending.rollouts
         following = None
         if self.ahead and state.step + 1 < self.steps:
-            if pending.version != state.step:  # nothing is being generated now, so the weights can be replaced
+            if pending.version != state.step:
+                self._wait_for_all_replicas()
                 metrics = self.engine.sync_weights(state.step)
             following = self._submit(state.step + 1, pending.prompts, version=state.step)
         metrics = {**metrics, "rollout/staleness": state.step - pending.version}
         return rollouts, metrics, TrainState(state.step + 1, pending.prompts, following)
+
+    def _wait_for_all_replicas(self) -> None:
+        """Return when every replica has its rollouts: replicas share servers, whose weights are replaced next."""
+        if self.topology.num_replicas > 1:
+            min_over([1.0], dist.group.WORLD, self.topology.device)
 
     def _submit(self, step: int, position: PromptState, *, version: int) -> PendingStep:
         prompts, position = self.take_prompts(position)
