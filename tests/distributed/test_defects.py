@@ -12,8 +12,7 @@ from tests.helpers.run_layouts import References, run_cases
 RANKS = 4
 OF_EACH_COLOUR = 1
 
-
-IN_CI = DEFECTS[::3]
+IN_CI = DEFECTS[:1]
 CASES = [
     pytest.param(defect, id=defect.name, marks=[] if defect in IN_CI else [pytest.mark.nightly]) for defect in DEFECTS
 ]

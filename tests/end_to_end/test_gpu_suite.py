@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 STAND_IN = ROOT / "tests" / "helpers" / "te_on_cpu"
 
 
+@pytest.mark.nightly  # CI imports tests/gpu, and runs the stand-in in tests/numerics and in two trainings
 def test_the_suite_works_over_the_stand_in():
     environment = {**os.environ, "PYTHONPATH": f"{STAND_IN}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]

@@ -163,7 +163,13 @@ def test_a_stopped_run_exports_and_reports_and_stays_stopped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [(1,), (2, "parallel.pipeline=2", "loss.representation.layers=all")], ids=["one rank", "two stages"]
+    "settings",
+    [
+        pytest.param((1,), id="one rank"),
+        pytest.param(
+            (2, "parallel.pipeline=2", "loss.representation.layers=all"), id="two stages", marks=pytest.mark.nightly
+        ),
+    ],
 )
 def test_a_killed_run_restores_the_history_of_the_watch(settings, tmp_path):
     world, *layout = settings

@@ -1,6 +1,6 @@
-"""The commands in the READMEs work: each program is run once, with tiny models, and every command line is parsed.
+"""The commands in the READMEs work: they run with tiny models, and every command line is parsed.
 
-The other commands of the same programs run in ci/nightly.sh.
+ci/run.sh runs one command of each program, without the slow benchmarks. ci/nightly.sh runs all commands.
 """
 
 import importlib
@@ -98,12 +98,14 @@ RUNS = {
     f"{TOOLS}/verify.py --hf {HF} --megatron {MEGATRON} --tensor 2": "",
     f"{TOOLS}/megatron_to_hf.py --megatron {MEGATRON} --hf {HF}-back": "",
 }
-# One command of each program, and of each branch of the example. ci/run.sh is what runs these tests.
+# One command of each program of the product, and of each branch of the example. ci/run.sh is what runs these tests.
+# Of the benchmarks, those that take seconds: the other four train or start several processes.
 IN_CI = {
     f"torchrun --nproc-per-node 2 {EXAMPLE} parallel.tensor=2",
     f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}",
     f"bash {EXAMPLE} demo=cross_architecture",
-    *(command for command in RUNS if command.startswith(("python benchmarks/", f"{TOOLS}/"))),
+    *(f"python benchmarks/{name}.py" for name in ("gpu", "rollout", "step")),
+    *(command for command in RUNS if command.startswith(f"{TOOLS}/")),
 }
 COMMANDS = [
     pytest.param(command, marks=[] if command in IN_CI else [pytest.mark.nightly])

@@ -108,6 +108,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all_ranks_and_the_same_command_con
     assert_as_expected(actual, expected)
 
 
+@pytest.mark.nightly  # its parts run in CI: test_watchdog.py, test_resume.py and the signal above
 def test_a_killed_rank_is_named_and_the_restarted_run_ends_the_same(arguments, expected, tmp_path):
     actual = tmp_path / "run"
     with torchrun(in_folder(arguments, actual), tmp_path / "log", restarts=3) as run:
