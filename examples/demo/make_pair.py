@@ -23,6 +23,7 @@ from examples.demo.task import RESPONSE_LENGTH, additions, encode, split_additio
 from examples.demo.tokenizer import EOS_ID, PAD_ID, SYMBOLS, build_tokenizer
 
 BATCH_SIZE = 64
+WIDTH = 96
 STUDENT_RANGE = (0.45, 0.55)
 TEACHER_ACCURACY = 0.995
 
@@ -32,7 +33,7 @@ class TargetMissed(Exception):
 
 
 def build_model(
-    seed: int, *, num_layers: int = 4, hidden_size: int = 96, rope_theta: float = 100.0
+    seed: int, *, num_layers: int = 4, hidden_size: int = WIDTH, rope_theta: float = 100.0
 ) -> Qwen3ForCausalLM:
     """Build a random Qwen3 in fp32, by default with 0.5 million parameters. Heads, layers and vocabulary are even."""
     torch.manual_seed(seed)
@@ -141,7 +142,7 @@ def train_teacher(
 
 
 def train_pair(
-    seed: int, batches: Iterator[torch.Tensor], validation: torch.Tensor, steps: int
+    seed: int, batches: Iterator[torch.Tensor], validation: torch.Tensor, steps: int, hidden_size: int = WIDTH
 ) -> tuple[Qwen3ForCausalLM, Qwen3ForCausalLM]:
     """Train the student and the teacher. Start over, up to twice, if the first weights learn slowly.
 
@@ -149,7 +150,7 @@ def train_pair(
     """
     for weights_seed in (seed, seed + 1000, seed + 2000):
         try:
-            student = train_student(build_model(weights_seed), batches, validation, steps)
+            student = train_student(build_model(weights_seed, hidden_size=hidden_size), batches, validation, steps)
             return student, train_teacher(student, batches, validation, steps)
         except TargetMissed as error:
             print(f"make_pair: {error}", flush=True)
@@ -157,7 +158,7 @@ def train_pair(
     raise missed
 
 
-def make_pair(out: Path, seed: int, steps: int) -> None:
+def make_pair(out: Path, seed: int, steps: int, hidden_size: int = WIDTH) -> None:
     """Write `student/` and `teacher/` (Hugging Face folders), `train.jsonl` and `heldout.jsonl` into `out`.
 
     `steps` bounds each phase. Deterministic for a seed on one machine. Raises TargetMissed.
@@ -165,7 +166,7 @@ def make_pair(out: Path, seed: int, steps: int) -> None:
     splits = split_additions(seed)
     validation = encode(splits.validation)
     batches = (encode(additions(numbers)) for numbers in splits.supervised.split(BATCH_SIZE))
-    student, teacher = train_pair(seed, batches, validation, steps)
+    student, teacher = train_pair(seed, batches, validation, steps, hidden_size)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, heldout = build_tokenizer(), encode(splits.heldout)
     for name, model in (("student", student), ("teacher", teacher)):
@@ -182,11 +183,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the problems")
     parser.add_argument("--steps", type=int, default=1000, help="most steps each of the two phases may take")
+    parser.add_argument(
+        "--hidden-size", type=int, default=WIDTH, help="a quarter of it is a head; vLLM on a CPU needs heads of 32"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # more threads do not pay at this size, and change the rounding
     start = time.perf_counter()
     try:
-        make_pair(arguments.out, arguments.seed, arguments.steps)
+        make_pair(arguments.out, arguments.seed, arguments.steps, arguments.hidden_size)
     except TargetMissed as error:
         print(f"make_pair: {error}; try another --seed or more --steps", file=sys.stderr)
         return 1

@@ -45,6 +45,7 @@ class BucketEngine(WeightTransferEngine[NoInitInfo, BucketInfo]):
 
     def start_weight_update(self) -> None:
         """Begin an update. Nothing may be generated until it is finished."""
+        self._forget_expert_kernels()
         initialize_layerwise_reload(self.model)
         self._update = Update()
         self._missing = {name for name, _ in self.model.named_parameters()} - self._tied_parameters()
@@ -99,6 +100,14 @@ class BucketEngine(WeightTransferEngine[NoInitInfo, BucketInfo]):
             if isinstance(module, ParallelLMHead)
             for name, _ in module.named_parameters()
         }
+
+    def _forget_expert_kernels(self) -> None:
+        """Let experts be packed as at the first loading: an update on a CPU would leave out the packing."""
+        if current_platform.is_cpu():
+            for module in self.model.modules():
+                method = getattr(module, "quant_method", None)
+                if getattr(method, "moe_kernel", None) is not None:
+                    method.moe_kernel = None
 
     def _repack_heads(self) -> None:
         """Pack the LM heads again on a CPU.
