@@ -22,9 +22,10 @@ from examples.demo import byte_level
 from examples.demo.make_pair import BATCH_SIZE, TargetMissed, build_model, exact_match, train_step, train_student
 from examples.demo.task import ANSWER_WIDTH, Addition, Splits, additions, split_additions, write_rows
 from examples.demo.tokenizer import build_tokenizer
-from megatron_oprd.data.alignment import Alignment, end_of_turn_id, make_aligner
+from megatron_oprd.data.alignment import Alignment, make_aligner
 from megatron_oprd.data.chat_template import encode as encode_texts
 from megatron_oprd.data.chat_template import render_text
+from megatron_oprd.data.end_tokens import end_of_turn_id
 
 TEACHER_ACCURACY = 0.992  # on 1000 additions: on others it is hardly less than 99 %
 ROPE_THETA = 10.0  # of the teachers: with wavelengths of 6 to 60 tokens they learn several times faster

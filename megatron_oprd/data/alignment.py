@@ -8,18 +8,15 @@ No communication.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.data.token_bytes import ByteEncoder, TokenBytes, byte_encoder, token_bytes
 from megatron_oprd.data.tokenizer import same_vocabulary
-from megatron_oprd.types import Alignment, Rollout, UserError
-
-_ANSWER = "an answer 4b1d"  # no chat template contains this text
+from megatron_oprd.types import Alignment, Rollout
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def make_aligner(
 
     Args:
         student_eos_ids: the ids at which the rollouts stop.
-        teacher_end_of_turn_id: see `end_of_turn_id`.
+        teacher_end_of_turn_id: see `end_tokens.end_of_turn_id`.
 
     Raises:
         UserError: the tokenizers differ, and one of them is of a kind whose tokens cannot be converted to bytes.
@@ -118,36 +115,6 @@ def sync_points(
     grows, other_grows = (np.flatnonzero(np.diff(each, prepend=0)) for each in (ends, other_ends))
     shared, at, other_at = np.intersect1d(ends[grows], other_ends[other_grows], assume_unique=True, return_indices=True)
     return grows[at][shared <= equal], other_grows[other_at][shared <= equal]
-
-
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None) -> int:
-    """Return the token with which a model ends an answer.
-
-    It is the special token that the chat template writes after an answer, otherwise the tokenizer's EOS. For many chat
-    models the two differ. Raises UserError if the tokenizer has neither.
-    """
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    suffix = _text_after_answer(tokenizer, chat_template_kwargs or {})
-    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"] if suffix else []
-    found = next((index for index in ids if index in special), tokenizer.eos_token_id)
-    if found is None:
-        raise UserError(
-            f"the tokenizer in {tokenizer.name_or_path or '(unnamed)'} has no token that ends an answer: "
-            "set its eos_token or a chat template that writes one"
-        )
-    return int(found)
-
-
-def _text_after_answer(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
-    if not tokenizer.chat_template:
-        return ""
-    conversation = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, **kwargs))
-    except Exception:  # a template for single questions may refuse an answer
-        return ""
-    return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
 
 
 def _common_prefix(first: bytes, second: bytes) -> int:

@@ -170,11 +170,13 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
 
 
 def _eos_token_ids(folder: Path, values: dict[str, Any]) -> tuple[int, ...]:
-    """Return the ids that end a response: those of `generation_config.json` if it has any, else of `config.json`."""
+    """Return the ids that end a response: those of `generation_config.json`, then further ones of `config.json`."""
     generation = folder / "generation_config.json"
-    found = read_json(generation).get("eos_token_id") if generation.exists() else None
-    found = values.get("eos_token_id") if found is None else found
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if any(type(token) is not int for token in ids):
-        raise UserError(f"{folder}: eos_token_id={found!r} must be a whole number or a list of them")
-    return tuple(ids)
+    found = [read_json(generation).get("eos_token_id")] if generation.exists() else []
+    ids: list[int] = []
+    for value in (*found, values.get("eos_token_id")):
+        several = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int for token in several):
+            raise UserError(f"{folder}: eos_token_id={value!r} must be a whole number or a list of them")
+        ids += several
+    return tuple(dict.fromkeys(ids))

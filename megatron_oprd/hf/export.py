@@ -70,7 +70,9 @@ def _write(
     """
     config = config_with_dtype(spec.hf_config, dtype)
     try:
-        with HFWriter(target, max_shard_bytes, companions=source, config=config) as writer:
+        with HFWriter(
+            target, max_shard_bytes, companions=source, config=config, eos_token_ids=spec.eos_token_ids
+        ) as writer:
             for name, tensor in tensors:
                 writer.write(name, tensor.to(dtype))
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -159,6 +160,7 @@ class HFWriter:
     Args:
         companions: folder whose tokenizer, generation config and chat template are copied.
         config: content of config.json.
+        eos_token_ids: added to the generation config, so that answers end where they ended in training.
 
     Raises:
         UserError: the folder is not empty, or the disk cannot be written.
@@ -171,11 +173,13 @@ class HFWriter:
         *,
         companions: str | Path | None = None,
         config: dict[str, Any] | None = None,
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self.folder = Path(folder)
         self.max_shard_bytes = max_shard_bytes
         self._companions = companions
         self._config = config
+        self._eos_token_ids = eos_token_ids
         self._pending: dict[str, torch.Tensor] = {}
         self._shards: list[list[str]] = []
         self._total_bytes = 0
@@ -213,6 +217,7 @@ class HFWriter:
             write_json(self.partial / INDEX, index)
         if self._companions is not None:
             copy_companions(self._companions, self.partial)
+            add_end_tokens(self.partial, self._config or {}, self._eos_token_ids)
         if self._config is not None:
             write_json(self.partial / "config.json", self._config)
 
@@ -236,6 +241,22 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
             shutil.copytree(path, target / path.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, target / path.name)
+
+
+def add_end_tokens(folder: Path, config: dict[str, Any], eos_token_ids: Sequence[int]) -> None:
+    """Add token ids to `eos_token_id` in the generation_config.json of a folder. Raises OSError and UserError.
+
+    Without that file, transformers takes the id of `config`, the content of config.json.
+    """
+    if not eos_token_ids:
+        return
+    path = folder / "generation_config.json"
+    values = read_json(path) if path.exists() else {}
+    written = (values or config).get("eos_token_id")
+    before = written if isinstance(written, list) else [] if written is None else [written]
+    ids = list(dict.fromkeys([*before, *eos_token_ids]))
+    if ids != before:
+        write_json(path, {**values, "eos_token_id": ids[0] if len(ids) == 1 else ids})
 
 
 def config_with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

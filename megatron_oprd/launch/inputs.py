@@ -13,6 +13,7 @@ from megatron_oprd.bridge.origin import expected_origin, load_bridge
 from megatron_oprd.bridge.record import Bridge, Origin
 from megatron_oprd.config import Config
 from megatron_oprd.data.alignment import Aligner
+from megatron_oprd.data.end_tokens import EndTokens, find_end_tokens
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import has_tokenizer
@@ -27,7 +28,7 @@ from megatron_oprd.launch.lengths import (
 )
 from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, longest_prompts
 from megatron_oprd.launch.models import ModelInputs
-from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup
+from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_end_tokens
 from megatron_oprd.launch.tokenizers import Tokenizers, read_student_tokenizer, read_tokenizers
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.rollout.replay import check_enough, load_replay
@@ -50,6 +51,7 @@ class Inputs:
     bridge: Bridge | None  # None: hidden states are compared without maps
     bridge_origin: Origin | None  # models, tokenizers and positions that the bridge must be fitted for
     missing: MissingInputs  # what a dry run does without
+    end_tokens: EndTokens | None = None  # at which the student's answers stop; None: nothing is generated
 
     @property
     def run_dir(self) -> Path:
@@ -130,6 +132,10 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     check_model_weights(config, setup, skipped=missing.weights)
     with_bridge = fitting or (config.loss.reads_layers and config.loss.representation.bridge is not None)
     tokenizers = _read_tokenizers(config, setup, missing, with_bridge=with_bridge)
+    end_tokens = None
+    if tokenizers.student is not None:
+        end_tokens = find_end_tokens(setup.student, tokenizers.student, config.data.chat_template_kwargs)
+        setup = with_end_tokens(setup, end_tokens)
     aligner = tokenizers.aligner(config, setup.student)
     replayed = _read_replayed(config, setup, aligner)
     prompts = _read_prompts(config, tokenizers, missing)
@@ -158,6 +164,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
         bridge=bridge,
         bridge_origin=origin,
         missing=missing,
+        end_tokens=end_tokens,
     )
     if config.rollout.engine == "vllm":
         check_student(setup.student, inputs.vocab_size, inputs.longest_row)
@@ -172,6 +179,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     setup = read_setup(config, {}, trains=False)
     check_model_weights(config, setup)
     tokenizer = read_student_tokenizer(config, setup.student)
+    setup = with_end_tokens(setup, find_end_tokens(setup.student, tokenizer, config.data.chat_template_kwargs))
     prompts = _read_evaluation_prompts(config, tokenizer)
     check_room(config, setup.student, prompts.prompts)
     return EvaluationInputs(config, setup, tokenizer, prompts)

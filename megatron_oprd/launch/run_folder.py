@@ -75,6 +75,8 @@ def describe(run: Run) -> None:
     print(one_line(environment), flush=True)
     if inputs.prompts is not None:
         print(f"prompts: {inputs.prompts.summary()}", flush=True)
+    if inputs.end_tokens is not None:
+        print(f"an answer ends with: {inputs.end_tokens.summary()}", flush=True)
     if inputs.evaluation_prompts is not None:
         print(f"evaluation prompts: {inputs.evaluation_prompts.evaluation_summary()}", flush=True)
     if inputs.config.rollout.ahead and inputs.config.rollout.engine == "megatron":

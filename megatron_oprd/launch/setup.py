@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.config import Config, TeacherConfig
+from megatron_oprd.data.end_tokens import EndTokens
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.layouts import (
     check_optimizer,
@@ -49,6 +51,11 @@ class Setup:
     def widest_teacher(self) -> int:
         """Return the largest hidden size of the teachers."""
         return max(teacher.spec.hidden_size for teacher in self.teachers.values())
+
+
+def with_end_tokens(setup: Setup, end_tokens: EndTokens) -> Setup:
+    """Return the setup with the tokens at which the student's answers stop."""
+    return dataclasses.replace(setup, student=dataclasses.replace(setup.student, eos_token_ids=end_tokens.ids))
 
 
 def read_setup(

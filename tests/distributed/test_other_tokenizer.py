@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
+from megatron_oprd.data.alignment import align_rollouts, make_aligner
+from megatron_oprd.data.end_tokens import end_of_turn_id
 from megatron_oprd.data.tokenizer import load_tokenizer
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.assemble import build_run

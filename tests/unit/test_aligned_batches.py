@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_oprd.config import BatchConfig, LossConfig, RepresentationConfig
-from megatron_oprd.data.alignment import align_rollouts, end_of_turn_id, make_aligner
+from megatron_oprd.data.alignment import align_rollouts, make_aligner
+from megatron_oprd.data.end_tokens import end_of_turn_id
 from megatron_oprd.testing.reference import selected_indices
 from megatron_oprd.training.global_batch import GlobalBatch, max_num_tokens, teacher_view
 from megatron_oprd.types import Rollout

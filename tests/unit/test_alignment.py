@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from examples.demo.tokenizer import build_tokenizer
-from megatron_oprd.data.alignment import end_of_turn_id, make_aligner, sync_points
+from megatron_oprd.data.alignment import make_aligner, sync_points
+from megatron_oprd.data.end_tokens import end_of_turn_id
 from megatron_oprd.data.token_bytes import byte_encoder, token_bytes
 from megatron_oprd.types import UserError
 from tests.helpers import vocabularies

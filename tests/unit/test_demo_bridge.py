@@ -12,7 +12,7 @@ from examples.demo.task import encode, split_additions, write_rows
 from examples.demo.tokenizer import build_tokenizer
 from megatron_oprd.checkpoint.weights import check_weights
 from megatron_oprd.config import DataConfig, load_config
-from megatron_oprd.data.alignment import end_of_turn_id
+from megatron_oprd.data.end_tokens import end_of_turn_id
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.data.tokenizer import check_tokenizer, same_vocabulary
 from megatron_oprd.evaluation.math_answer import is_correct
