@@ -1,8 +1,8 @@
 """Compare rollout engines: the embedded engine, a vLLM server and transformers' `generate`, with the same weights.
 
     python benchmarks/rollout.py [--batch 1 16 64 --repeats 5 --docs docs]
-    python benchmarks/rollout.py --preset h100 --docs docs    # a 1.5B shape in bf16 on one GPU, within 8 minutes
-    python benchmarks/rollout.py --preset h100 --rehearse     # the same cases, tiny, on a CPU
+    python benchmarks/rollout.py --preset h100 --repeats 3 --docs docs  # 1.5B, bf16, one GPU, within 8 minutes
+    python benchmarks/rollout.py --preset h100 --rehearse               # the same, tiny, on a CPU
 
 The engines run in turn in one process with the same number of threads, once to warm up and then `--repeats` times. All
 models have random weights; nothing is downloaded. Workloads, each with a fixed number of rows at a time:
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,10 @@ def build_sides(shape: Shape, folder: Path, device: torch.device, server: Server
     topology = build_topology(ParallelConfig(), device, seed=0)
     machine = find_machine()
     stage, spec = student_stage(folder, topology, shape.dtype, machine)
-    sides = [embedded_side(stage, spec, topology), transformers_side(hf)]
+    sides = [embedded_side(lambda: (stage, spec), topology), transformers_side(hf)]
     if device.type == "cuda" and machine.transformer_engine:
-        te_stage, _ = student_stage(folder, topology, shape.dtype, machine, attention="te")
-        sides.append(embedded_side(te_stage, spec, topology, "embedded, Transformer Engine"))
+        with_te = partial(student_stage, folder, topology, shape.dtype, machine, attention="te")
+        sides.append(embedded_side(with_te, topology, "embedded, Transformer Engine"))
     if server is not None:
         sides.append(vllm_side(stage, spec, topology, server))
     return sides

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,16 @@ def student_stage(
     return stage, spec
 
 
-def embedded_side(stage: Stage, spec: ModelSpec, topology: Topology, name: str = "embedded") -> Side:
-    """Return the embedded engine."""
+def embedded_side(student: Callable[[], tuple[Stage, ModelSpec]], topology: Topology, name: str = "embedded") -> Side:
+    """Return the embedded engine.
+
+    Args:
+        student: returns the student, which is built when the first workload is prepared.
+    """
+    built = functools.cache(student)
 
     def prepare(workload: Workload) -> Generate:
+        stage, spec = built()
         sampling = Sampling(temperature=workload.temperature, max_new_tokens=workload.new_tokens[1])
         engine = EmbeddedEngine(stage, spec, topology, sampling, seed=0, max_batch=workload.rows)
         return lambda prompts, limits: [row.response_ids for row in engine.generate(prompts, 0, limits=limits)]

@@ -35,6 +35,8 @@ class Measurement:
         prompts, limits = workload.draw(vocabulary)
         gc.collect()
         runs = {side.name: _SideRun(side, workload, self.empty_row(side, workload, "")) for side in sides}
+        for one in runs.values():
+            one.attempt(one.prepare)
         for repeat in range(self.repeats + 1):
             for one in runs.values():
                 one.attempt(lambda one=one, first=not repeat: self._time(one, prompts, limits, first))
@@ -110,7 +112,8 @@ class _SideRun:
     answers: list[tuple[int, ...]] = field(default_factory=list)
     generate: Generate = field(init=False)
 
-    def __post_init__(self) -> None:
+    def prepare(self) -> None:
+        """Build what generates."""
         self.generate = self.side.prepare(self.workload)
 
     def attempt(self, action: Callable[[], None]) -> None:

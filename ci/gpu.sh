@@ -12,5 +12,5 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 status=0
 "$python" -m pytest tests/gpu || status=$?
 "$python" benchmarks/gpu.py "$@" || status=$?
-"$python" benchmarks/rollout.py --preset h100 --docs docs || status=$?
+"$python" benchmarks/rollout.py --preset h100 --repeats 3 --docs docs || status=$?
 exit "$status"
