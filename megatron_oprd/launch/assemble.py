@@ -18,7 +18,7 @@ from megatron_oprd.launch.models import (
     output_loss,
     start_topologies,
 )
-from megatron_oprd.launch.rollout_servers import build_vllm_engine, connect_weights, start_servers
+from megatron_oprd.launch.rollout_servers import build_vllm_engine, start_servers
 from megatron_oprd.launch.step_data import next_prompts
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
@@ -32,9 +32,7 @@ from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import RolloutEngine, evaluation_sampling, rollout_sampling
 from megatron_oprd.rollout.horizon import HorizonEngine, longest_response, response_limit
 from megatron_oprd.rollout.replay import ReplayEngine
-from megatron_oprd.rollout.weight_sync import WeightSync
 from megatron_oprd.training.ahead import RolloutSource
-from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student
 from megatron_oprd.training.teacher import Teacher
@@ -51,7 +49,6 @@ class Models:
     stage: Stage  # the student's chunks on this rank
     teachers: tuple[Teacher, ...]  # in the order of the configuration
     engine: RolloutEngine
-    weight_sync: WeightSync | None = None  # the transfer of the student's weights to rollout servers
 
 
 @dataclass(frozen=True)
@@ -105,13 +102,10 @@ def build_run(inputs: Inputs) -> Run:
     evaluator = None
     if inputs.evaluation_prompts is not None:
         evaluator = make_evaluator(config, stage, setup.student, topology)
-    student = build_trained_student(inputs.model_inputs, stage, topology)
-    if models.weight_sync is not None:
-        models.weight_sync.wait_for_parameters = partial(wait_for_gather, student.ddp)
     return Run(
         inputs,
         models,
-        student,
+        build_trained_student(inputs.model_inputs, stage, topology),
         load_heads(inputs.model_inputs, stage, topology) if setup.layer_plan.output else None,
         evaluator,
         {name: _identity(inputs, teacher) for name, teacher in setup.teachers.items()},
@@ -131,10 +125,10 @@ def build_models(inputs: Inputs) -> Models:
     stage = build_student_stage(config, setup, topology)
     teachers = build_teachers(inputs.model_inputs, topologies)
     if servers is None:
-        return Models(topology, stage, teachers, _with_horizon(inputs, _engine(inputs, stage, topology)))
-    sync = connect_weights(inputs, servers, stage, topology)
-    engine = build_vllm_engine(inputs, servers, sync, topology)
-    return Models(topology, stage, teachers, _with_horizon(inputs, engine), sync)
+        engine = _engine(inputs, stage, topology)
+    else:
+        engine = build_vllm_engine(inputs, servers, stage, topology)
+    return Models(topology, stage, teachers, _with_horizon(inputs, engine))
 
 
 def _check_bridge(inputs: Inputs) -> None:

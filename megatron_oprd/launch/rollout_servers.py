@@ -1,30 +1,42 @@
-"""Build the vLLM engine of a run: check or start the servers, connect the transfer of the weights."""
+"""Build the engine of rollout.engine=vllm: its servers, the transfer of weights and the distribution of requests."""
 
 from __future__ import annotations
 
 import atexit
-import hashlib
+import contextlib
+import dataclasses
+import os
+import re
+import secrets
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
+from megatron_oprd.config.rollouts import RolloutServerConfig
+from megatron_oprd.hf.stream import config_with_dtype
 from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.model import Stage
+from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.resilience import process_info
 from megatron_oprd.rollout.engine import rollout_sampling
 from megatron_oprd.rollout.server_checks import check_server
-from megatron_oprd.rollout.server_client import ServerClient, ServerError
-from megatron_oprd.rollout.server_pool import Recover, ServerPool
-from megatron_oprd.rollout.server_process import START_SECONDS, ManagedServer, ServerSettings, write_model_folder
-from megatron_oprd.rollout.vllm_engine import VllmEngine, await_server, is_first_of_replica
-from megatron_oprd.rollout.weight_sync import SyncSettings, WeightSync
+from megatron_oprd.rollout.server_client import ServerClient
+from megatron_oprd.rollout.server_keeper import ServerKeeper, ServerRecovery
+from megatron_oprd.rollout.server_pool import ServerPool
+from megatron_oprd.rollout.server_process import ManagedServer, ServerSettings, write_model_folder
+from megatron_oprd.rollout.vllm_engine import VllmEngine, is_first_of_replica
+from megatron_oprd.rollout.weight_sync import SyncSettings, WeightSync, weight_bytes
+from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.types import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_FOLDER = "megatron_oprd-{user}-{pid}-{token}"
+_FOLDER_PATTERN = re.compile(r"megatron_oprd-(\d+)-(\d+)-\w+")
 
 
 @dataclass(frozen=True)
@@ -32,127 +44,136 @@ class RolloutServers:
     """The servers of a run, which are ready to receive weights."""
 
     addresses: tuple[str, ...]
-    started: ManagedServer | None  # on rank 0, if the run has started its server
+    folder: Path  # of the buckets of weights
+    keeper: ServerKeeper | None  # on rank 0, if the run has started its server
 
 
 def start_servers(inputs: Inputs) -> RolloutServers | None:
-    """Check the given servers, or start one. Call it before the models are loaded. Collective over the world.
+    """Check the servers given by address, or start one. Collective over the world.
+
+    A run calls this before the models are loaded, so that a mistake ends it at once.
 
     Returns: None for another rollout engine.
 
     Raises:
         UserError: on every rank, if a server does not suit the student or does not start.
     """
-    config, started = inputs.config.rollout, []
+    config, keeper = inputs.config.rollout, None
     if config.engine != "vllm":
         return None
+    hosts = set(gather_objects(process_info.host(), dist.group.WORLD))
+    if config.server.python is not None and len(hosts) > 1:
+        raise UserError(
+            f"rollout.server.python: a server that the run starts serves one machine, and the run has {len(hosts)}; "
+            "start servers yourself and name them in rollout.server.addresses"
+        )
+    for address in config.server.addresses:
+        on_rank_zero(lambda address=address: _check_address(inputs, address))
+    size = weight_bytes(inputs.setup.student, DTYPES[inputs.config.precision.dtype])
+    folder = _bucket_folder(config.server, size, several_hosts=len(hosts) > 1)
+    if config.server.python is None:
+        return RolloutServers(tuple(config.server.addresses), folder, None)
+    if dist.get_rank() == 0:
+        keeper = _make_keeper(inputs)
+    address = on_rank_zero(lambda: keeper.start() if keeper else "")
+    return RolloutServers((address,), folder, keeper)
 
-    def start_or_check() -> tuple[str, ...]:
-        shutil.rmtree(_sync_folder(inputs), ignore_errors=True)  # of an attempt that was killed
-        for address in config.server.addresses:
-            check_server(ServerClient(address), inputs.setup.student, inputs.longest_row)
-        if config.server.python is None:
-            return tuple(config.server.addresses)
-        print(f"starting a rollout server; log: {_log(inputs)}", flush=True)
-        started.append(_managed_server(inputs))
-        return (started[0].start(),)
 
-    addresses = on_rank_zero(start_or_check)
-    return RolloutServers(addresses, started[0] if started else None)
-
-
-def connect_weights(inputs: Inputs, servers: RolloutServers, stage: Stage, topology: Topology) -> WeightSync:
-    """Return the transfer of the student's weights to the servers. Collective over the world.
+def build_vllm_engine(inputs: Inputs, servers: RolloutServers, stage: Stage, topology: Topology) -> VllmEngine:
+    """Return the engine that generates with the servers. Collective over the world.
 
     Args:
         stage: this rank's chunks of the student.
     """
-    folder, started = _sync_folder(inputs), servers.started
-    sync = WeightSync(
-        stage,
-        inputs.setup.student,
-        topology,
-        [ServerClient(address) for address in servers.addresses],
-        SyncSettings(folder, folder.name, inputs.config.rollout.server.bucket_bytes),
-        None if started is None else partial(_restart, started),
+    config, spec, keeper = inputs.config, inputs.setup.student, servers.keeper
+    clients = [ServerClient(address) for address in servers.addresses]
+    settings = SyncSettings(
+        servers.folder, servers.folder.name.removeprefix("megatron_oprd-"), config.rollout.server.bucket_bytes
     )
+    sync = WeightSync(stage, spec, topology, clients, settings, restart=keeper.restart if keeper else None)
     if topology.rank == 0:
         atexit.register(sync.close)
-    return sync
-
-
-def build_vllm_engine(inputs: Inputs, servers: RolloutServers, sync: WeightSync, topology: Topology) -> VllmEngine:
-    """Return the engine that generates with the servers. No communication."""
-    config, settings, started = inputs.config, inputs.config.rollout.server, servers.started
-    pool = None
-    if is_first_of_replica(topology):
-        recover: Recover | None = None
-        if started is not None:
-            recover = partial(_restart_and_reload, started, sync)
-        elif settings.python is not None:
-            recover = partial(_await_rank_zero, lambda: sync.label)
-        # A request beyond what the servers run at once would wait without a token.
-        share = max(settings.max_running // topology.num_replicas, 1)
-        clients = [ServerClient(address) for address in servers.addresses]
-        pool = ServerPool(clients, max_running=share, stall_seconds=settings.stall_seconds, recover=recover)
+    if keeper is not None:
+        keeper.watch(lambda: sync.reload(clients[0]))
     return VllmEngine(
-        inputs.setup.student,
+        spec,
         topology,
         rollout_sampling(config.rollout),
         sync,
-        pool,
+        _make_pool(inputs, clients, topology) if is_first_of_replica(topology) else None,
         seed=config.train.seed,
         vocab_size=inputs.vocab_size,
     )
 
 
-def _managed_server(inputs: Inputs) -> ManagedServer:
-    config, folder = inputs.config, _sync_folder(inputs)
-    settings = config.rollout.server
-    assert settings.python is not None
-    server = ManagedServer(
-        ServerSettings(
-            python=settings.python,
-            model=folder.with_name(f"{folder.name}_model"),
-            log=_log(inputs),
-            dtype=DTYPES[config.precision.dtype],
-            max_model_len=inputs.longest_row,
-            tensor=settings.tensor,
-            devices=tuple(settings.devices),
-            memory=settings.memory,
-            max_running=settings.max_running,
-            batch_invariant=settings.batch_invariant,
-        )
+def _check_address(inputs: Inputs, address: str) -> None:
+    check_server(ServerClient(address), inputs.setup.student, inputs.longest_row)
+
+
+def _make_pool(inputs: Inputs, clients: list[ServerClient], topology: Topology) -> ServerPool:
+    server = inputs.config.rollout.server
+    recover = ServerRecovery(_state(inputs)) if server.python is not None else None
+    # A request beyond what a server runs at once would wait without a token, and look stalled.
+    share = max(server.max_running // topology.num_replicas, 1)
+    return ServerPool(clients, max_running=share, stall_seconds=server.stall_seconds, recover=recover)
+
+
+def _make_keeper(inputs: Inputs) -> ServerKeeper:
+    server, dtype, state = inputs.config.rollout.server, DTYPES[inputs.config.precision.dtype], _state(inputs)
+    folder, spec = state.parent, inputs.setup.student
+    write_model_folder(folder / "model", dataclasses.replace(spec, hf_config=config_with_dtype(spec.hf_config, dtype)))
+    settings = ServerSettings(
+        server.python or "",
+        folder / "model",
+        folder / "server.log",
+        str(dtype).removeprefix("torch."),
+        inputs.longest_row,
+        tensor=server.tensor,
+        devices=tuple(server.devices),
+        memory=server.memory,
+        max_running=server.max_running,
+        batch_invariant=server.batch_invariant,
     )
-    write_model_folder(server.settings.model, inputs.setup.student)
-    atexit.register(shutil.rmtree, server.settings.model, ignore_errors=True)
-    return server
+    managed = ManagedServer(settings)
+    print(f"starting a rollout server; log: {settings.log}", flush=True)
+    return ServerKeeper(managed, state)
 
 
-def _sync_folder(inputs: Inputs) -> Path:
-    """Return the folder of the buckets. A run that goes on has the same folder, and removes what was left there."""
-    run_dir, given = inputs.run_dir.resolve(), inputs.config.rollout.server.sync_dir
-    name = hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]
-    return Path(given or SHARED_MEMORY).resolve() / f"megatron_oprd_{run_dir.name}_{name}"
+def _state(inputs: Inputs) -> Path:
+    """Return the file in which rank 0 tells the other ranks about the server that it has started."""
+    return inputs.run_dir / "rollout_server" / "state.json"
 
 
-def _log(inputs: Inputs) -> Path:
-    return inputs.run_dir / "rollout_server.log"
+def _bucket_folder(server: RolloutServerConfig, weight_bytes: int, *, several_hosts: bool) -> Path:
+    """Return an empty folder for the weights of this run alone. Collective over the world."""
+    if server.sync_dir is None and several_hosts:
+        raise UserError(
+            "rollout.server.sync_dir: ranks on several machines need a folder that all of them and the servers share"
+        )
+    parent = SHARED_MEMORY if server.sync_dir is None else Path(server.sync_dir)
+
+    def make() -> Path:
+        with explain_os_errors(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            if server.sync_dir is None:
+                _remove_leftovers(parent)
+            needed = 2 * weight_bytes
+            if (free := shutil.disk_usage(parent).free) < needed:
+                raise UserError(
+                    f"rollout.server.sync_dir: {parent} has {free / 2**30:.1f} GiB free; two versions of the weights "
+                    f"need {needed / 2**30:.1f} GiB; name a larger folder that the servers see too"
+                )
+            folder = parent / _FOLDER.format(user=os.getuid(), pid=os.getpid(), token=secrets.token_hex(4))
+            folder.mkdir(mode=0o700)
+        return folder
+
+    return on_rank_zero(make)
 
 
-def _restart(server: ManagedServer) -> None:
-    server.restart()
-
-
-def _restart_and_reload(server: ManagedServer, sync: WeightSync, client: ServerClient, problem: str) -> None:
-    """Start a failed server again with the weights of the last transfer. Runs in a thread of rank 0."""
-    try:
-        server.restart()
-    except UserError as error:
-        raise ServerError(str(error)) from None
-    sync.reload(client)
-
-
-def _await_rank_zero(label: Callable[[], str], client: ServerClient, problem: str) -> None:
-    """Wait until rank 0, whose requests fail too, has started the server again."""
-    await_server(client, label(), START_SECONDS)
+def _remove_leftovers(parent: Path) -> None:
+    """Remove the folders of runs of this user that were killed: shared memory survives its processes."""
+    for folder in parent.glob("megatron_oprd-*"):
+        match = _FOLDER_PATTERN.fullmatch(folder.name)
+        if match and int(match[1]) == os.getuid() and not process_info.is_alive(int(match[2])):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(folder)

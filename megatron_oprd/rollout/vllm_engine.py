@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -14,7 +13,7 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.requests import Request, make_requests
 from megatron_oprd.rollout.server_answers import answer_problem, excluded_ids, request_seed
-from megatron_oprd.rollout.server_client import Answer, GenerateRequest, ServerClient, ServerError
+from megatron_oprd.rollout.server_client import Answer, GenerateRequest, ServerError
 from megatron_oprd.rollout.server_pool import PendingAnswers, ServerPool
 from megatron_oprd.runtime import progress
 from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
@@ -173,27 +172,6 @@ class PendingServerRollouts:
 def is_first_of_replica(topology: Topology) -> bool:
     """Return True on the rank of each replica that talks to the servers."""
     return topology.tensor_rank == 0 and topology.pipeline_rank == 0
-
-
-def await_server(client: ServerClient, label: str, seconds: float) -> None:
-    """Wait until a server that another rank restarts is healthy and has the weights of version `label`.
-
-    Raises:
-        ServerError: it is not ready after `seconds`.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            client.health()
-            found = client.weight_info()
-            if found == label:
-                return
-            problem = f"{client.address}: the weights are of version {found}, not {label}"
-        except ServerError as error:
-            problem = str(error)
-        if time.monotonic() > deadline:
-            raise ServerError(problem)
-        time.sleep(1.0)
 
 
 def _rollout(request: Request, answer: Answer) -> Rollout:

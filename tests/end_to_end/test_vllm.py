@@ -14,7 +14,8 @@ SETTINGS = ("rollout.temperature=0", "rollout.max_new_tokens=6", "evaluation.eve
 
 def train(folder, *settings):
     """Train with the settings, and return the outcome and the metrics of each step without times."""
-    arguments = [*prompt_run(folder, STEPS, *SETTINGS), *settings, f"train.run_dir={folder / 'run'}"]
+    places = [f"train.run_dir={folder / 'run'}", f"rollout.server.sync_dir={folder / 'weights'}"]
+    arguments = [*prompt_run(folder, STEPS, *SETTINGS), *settings, *places]
     outcome = run(folder, "train", *arguments)
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines() if outcome.code == 0 else []
     steps = [json.loads(line) for line in lines]
