@@ -94,6 +94,13 @@ def generate_embedded(rank, folder):
     return EmbeddedEngine(stage, spec, topology, GREEDY, seed=3).generate(prompts(), step=1)
 
 
+def generate_limited(rank, folder, address, limits):
+    _, _, engine = start(folder, {}, address)
+    local = engine(GREEDY)
+    local.sync_weights(4)
+    return local.generate(prompts(), step=1, limits=limits)
+
+
 def fail(rank, folder, layout, address):
     """Return the error of each rank when the last server fails."""
     _, _, engine = start(folder, layout, address)
@@ -136,6 +143,15 @@ def test_greedy_rollouts_equal_those_of_the_embedded_engine(folder, one_rank):
     assert {one.finish_reason for one in one_rank[0]} == {"eos", "length"}
     assert all(len(one.logprobs) == len(one.response_ids) for one in one_rank[0])
     assert [(one.prompt_index, one.sample_index) for one in one_rank[2]] == [(p, s) for p in range(9) for s in range(2)]
+
+
+def test_a_limit_ends_a_response_and_changes_no_token(folder, model, one_rank):
+    limits = [1, 2, 3, 4, 5, 6, 7, 8, 12]
+    with FakeServer(model) as server:
+        limited = run_distributed(1, generate_limited, folder, server.address, limits)[0]
+    complete = [rollout.response_ids for rollout in one_rank[0]]
+    assert [one.response_ids for one in limited] == [ids[:n] for ids, n in zip(complete, limits, strict=True)]
+    assert any(len(ids) > limit for ids, limit in zip(complete, limits, strict=True))
 
 
 def test_all_ranks_of_a_replica_raise_when_the_last_server_fails(folder):
