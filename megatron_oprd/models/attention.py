@@ -12,16 +12,14 @@ from megatron.core.transformer import TransformerConfig
 from torch.nn.attention import bias as attention_bias
 
 from megatron_oprd.models import micro_batch
-from megatron_oprd.models.kv_cache import CachedStep
 from megatron_oprd.models.micro_batch import ContextPart
 from megatron_oprd.models.rotary import rotate
 
 
 class PackedAttention(torch.nn.Module):
-    """Causal self-attention inside each sequence of a micro-batch.
+    """Causal self-attention inside each sequence of a micro-batch. Generation has its own (`cached_attention.py`).
 
-    In generation, single tokens also attend to the keys and values that the micro-batch's `cache` stores. Heads are
-    already divided over the tensor-parallel group.
+    Heads are already divided over the tensor-parallel group.
 
     Communicates over: the context-parallel group, if there is one. Keys and values are gathered; backward reduces
     their gradients.
@@ -45,20 +43,9 @@ class PackedAttention(torch.nn.Module):
         assert batch.rotary is not None  # the model sets it before its first layer
         query, key = (rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
         value = value.squeeze(1)
-        step = batch.cache
         if batch.context is not None:
             return self._context_parts(query, key, value, batch.bounds, batch.context)
-        if step is None:
-            return self._sequences(query, key, value, batch.bounds)
-        pieces = []
-        if step.rows:
-            pieces.append(self._with_cache(query[: step.rows], key[: step.rows], value[: step.rows], step))
-        if step.prompt_slots:
-            for slots, (start, end) in zip(step.prompt_slots, itertools.pairwise(batch.bounds), strict=True):
-                prompt_key, prompt_value = (x[start:end].transpose(0, 1) for x in (key, value))
-                step.cache.fill(self.layer_number, slots, prompt_key, prompt_value)
-            pieces.append(self._sequences(query, key, value, batch.bounds))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return self._sequences(query, key, value, batch.bounds)
 
     def _sequences(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Sequence[int]
@@ -105,17 +92,3 @@ class PackedAttention(torch.nn.Module):
                 pieces.append(piece)
                 row += chunk
         return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(-1, 1, heads * width)
-
-    def _with_cache(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: CachedStep
-    ) -> torch.Tensor:
-        """Compute attention of one token for each slot: [rows, heads or groups, d] -> [rows, 1, heads * d]."""
-        rows, heads, width = query.shape
-        groups = key.shape[1]
-        keys, values = step.cache.append(self.layer_number, step, key, value)
-        # The heads of a group are passed as queries of one head. Single tokens need no causal mask, and keys and values
-        # are not repeated for every head (2 to 3 times faster on a CPU than enable_gqa).
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query.reshape(rows, groups, heads // groups, width), keys, values, attn_mask=step.mask, scale=self.scale
-        )
-        return output.reshape(rows, 1, heads * width)

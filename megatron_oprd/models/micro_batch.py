@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_oprd.models.kv_cache import CachedStep
 from megatron_oprd.models.tap_params import TappedSeqParams
 
 
@@ -34,7 +33,6 @@ class MicroBatch(TappedSeqParams):
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, rotary_dim]; set by the model
     fused_packing: PackedSeqParams | None = None  # for Transformer Engine; set by the first layer
     logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head
-    cache: CachedStep | None = None  # generation only; `bounds` then starts after the tokens that continue a slot
 
     def for_layer(self) -> MicroBatch:
         """Return the micro-batch itself: the attention of this package needs all of it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -18,17 +20,40 @@ def pass_through(stage: Stage, topology: Topology, tokens: torch.Tensor, batch: 
     Returns: the output of the last stage, [rows, vocabulary / tensor size] with `logit_rows`; None on other ranks.
     Communicates over: the pipeline-, tensor- and expert-parallel groups.
     """
-    config, group = stage.config, topology.groups.pp
-    output = None
-    for number, chunk in zip(topology.stages, stage, strict=True):
+
+    def run(chunk: int, hidden: torch.Tensor | None) -> torch.Tensor:
+        if hidden is not None:
+            stage[chunk].set_input_tensor(hidden)
+        return stage[chunk].run(tokens, batch)
+
+    return relay(topology, (len(tokens), 1, stage.config.hidden_size), stage.config.params_dtype, run)
+
+
+def relay(
+    topology: Topology,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    run: Callable[[int, torch.Tensor | None], torch.Tensor | None],
+) -> torch.Tensor | None:
+    """Call `run` for each chunk of this rank, with the result of the chunk before, from another rank.
+
+    Args:
+        shape: the shape of the hidden states between chunks.
+        run: a function of the chunk's number on this rank and its input (None for the first stage).
+
+    Returns: the result of the last stage; None on other ranks.
+    Communicates over: the pipeline-parallel group.
+    """
+    group, output = topology.groups.pp, None
+    for chunk, number in enumerate(topology.stages):
+        hidden = None
         if number > 0:
-            shape = (len(tokens), 1, config.hidden_size)
-            hidden = torch.empty(shape, dtype=config.params_dtype, device=topology.device)
+            hidden = torch.empty(shape, dtype=dtype, device=topology.device)
             before = (topology.pipeline_rank - 1) % topology.pipeline_size
             dist.recv(hidden, dist.get_global_rank(group, before), group=group)
-            chunk.set_input_tensor(hidden)
-        output = chunk.run(tokens, batch)
+        output = run(chunk, hidden)
         if number < topology.num_stages - 1:
+            assert output is not None
             after = (topology.pipeline_rank + 1) % topology.pipeline_size
             dist.send(output.contiguous(), dist.get_global_rank(group, after), group=group)
             output = None

@@ -45,6 +45,37 @@ class Rotary:
         return angles.cos() * self.factor, angles.sin() * self.factor
 
 
+class RotaryTable:
+    """Cosines and sines of all positions in generation, so that a forward pass looks them up with one kernel.
+
+    `data` [positions, 2, rotary_dim]: the cosines, then the sines, negated in the first half of the dimensions. With
+    LongRoPE the positions under the short factors come first, then those under the long factors. No communication.
+    """
+
+    def __init__(self, rotary: Rotary, positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.positions, self.long_above = positions, rotary.long_above
+        every = torch.arange(positions, device=device)
+        lengths = (0,) if rotary.long_above is None else (0, rotary.long_above + 1)
+        parts = []
+        for length in lengths:
+            cos, sin = rotary(every, torch.full_like(every, length))
+            first, second = sin.chunk(2, dim=-1)
+            parts.append(torch.cat((cos, torch.cat((-first, second), dim=-1)), dim=1))
+        self.data = torch.cat(parts).to(dtype)
+
+    def __call__(self, positions: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and signed sines [tokens, 1, 1, rotary_dim].
+
+        Args:
+            positions: [tokens] int64, position in the sequence.
+            lengths: [tokens] int64, length of the sequence.
+        """
+        if self.long_above is not None:
+            positions = positions + (lengths > self.long_above) * self.positions
+        cos, sin = self.data.index_select(0, positions)[:, :, None, None].unbind(1)
+        return cos, sin
+
+
 def _stretched(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     """Return the inverse frequencies under `Llama3Scaling`."""
     low, high, positions = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_positions

@@ -34,8 +34,8 @@ from megatron_oprd.models.rotary import rotate
 class FusedAttention(PackedAttention):
     """Causal self-attention within each packed sequence, by Transformer Engine's fused kernels.
 
-    Generation has a KV cache and uses torch's attention. Under context parallelism `cp_comm_type` selects how keys and
-    values are exchanged: in a ring, or all-to-all by heads.
+    Under context parallelism `cp_comm_type` selects how keys and values are exchanged: in a ring, or all-to-all by
+    heads.
     """
 
     def __init__(
@@ -59,8 +59,6 @@ class FusedAttention(PackedAttention):
     ) -> torch.Tensor:
         """Return [tokens, 1, heads * d] from query [tokens, 1, heads, d], key and value [tokens, 1, groups, d]."""
         batch = micro_batch.of(kwargs)
-        if batch.cache is not None:
-            return super().forward(query, key, value, attention_mask, **kwargs)
         assert batch.rotary is not None  # the model computes it before its first layer
         query, key = (rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
         packing = _packing(batch, query.device)

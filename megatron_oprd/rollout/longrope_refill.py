@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from megatron_oprd.models.kv_cache import CachedStep, KeyValueCache
-from megatron_oprd.models.micro_batch import MicroBatch
-from megatron_oprd.models.model import Stage
-from megatron_oprd.models.pipeline import pass_through
-from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.rollout.slots import Slots
+from megatron_oprd.rollout.decoder import Decoder
 from megatron_oprd.types import LongRope, ModelSpec
 
 
-def refill_crossing_rows(
-    stage: Stage, spec: ModelSpec, topology: Topology, slots: Slots, cache: KeyValueCache, tokens_per_pass: int
-) -> None:
+def refill_crossing_rows(decoder: Decoder, spec: ModelSpec, tokens_per_pass: int) -> None:
     """Recompute the cached keys of rows that are about to pass LongRoPE's `original_positions`.
 
     A sequence of at most `original_positions` tokens uses the short factors for all its keys, a longer one the long
@@ -29,22 +22,10 @@ def refill_crossing_rows(
     """
     if not isinstance(spec.rope_scaling, LongRope):
         return
-    short = spec.rope_scaling.original_positions
-    if slots.longest <= short:
-        return
-    crossing = (slots.positions[: slots.count] == short).nonzero()[:, 0].tolist()
+    short, slots = spec.rope_scaling.original_positions, decoder.slots
+    crossing = [slot for slot, request in slots.occupied() if slots.length(slot) == short + 1 <= request.longest]
     at_once = max(1, tokens_per_pass // short)
     for first in range(0, len(crossing), at_once):
         rows = crossing[first : first + at_once]
-        tokens = torch.cat([slots.sequence(row)[:short] for row in rows])
-        positions = torch.arange(short, device=tokens.device).repeat(len(rows))
-        targets = tuple(torch.tensor([row], device=tokens.device) for row in rows)
-        empty = tokens[:0]
-        step = CachedStep(cache, 0, empty, empty, slots.longest, None, targets)
-        batch = MicroBatch(
-            position_ids=positions,
-            lengths=torch.full_like(positions, short + 1),
-            bounds=tuple(range(0, len(tokens) + 1, short)),
-            cache=step,
-        )
-        pass_through(stage, topology, tokens, batch)
+        tokens = torch.cat([slots.tokens_of(row, short) for row in rows])
+        decoder.refill(rows, tokens, short + 1)

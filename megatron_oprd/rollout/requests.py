@@ -18,6 +18,11 @@ class Request:
     order: int  # index in the result of `generate`
     max_new_tokens: int
 
+    @property
+    def longest(self) -> int:
+        """Return the most tokens of prompt and response."""
+        return len(self.prompt.prompt_ids) + self.max_new_tokens
+
 
 def make_requests(
     prompts: Sequence[Prompt], spec: ModelSpec, sampling: Sampling, limits: Sequence[int] | None = None

@@ -30,6 +30,17 @@ def sample(logits: torch.Tensor, sampling: Sampling, numbers: torch.Tensor | Non
     return inverse_cdf(token_weights(logits, sampling), numbers)
 
 
+def token_logprobs(logits: torch.Tensor, sampling: Sampling, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each sampled token [rows] under the distribution it was drawn from, [rows] float64.
+
+    That is the distribution after temperature, top-k and top-p; with temperature 0 the softmax of the logits.
+    """
+    if sampling.temperature == 0:
+        sampling = Sampling()
+    weights = token_weights(logits, sampling)
+    return weights.gather(1, tokens[:, None])[:, 0].double().log() - weights.sum(dim=-1, dtype=torch.float64).log()
+
+
 def token_weights(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return weights [rows, vocabulary] float32, proportional to the probabilities after temperature, top-k and top-p.
 

@@ -9,9 +9,10 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.stream import HFReader
 from megatron_oprd.models.build import build_model
-from megatron_oprd.models.kv_cache import KeyValueCache
+from megatron_oprd.models.kv_cache import kv_cache_bytes
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.rollout.batch_rows import rows_at_a_time
+from megatron_oprd.rollout.decoder import Decoder
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.sampling import sample, uniforms
@@ -87,19 +88,19 @@ def test_a_row_that_outgrows_the_short_factors_equals_hugging_face(tokens_per_pa
         assert [r.response_ids for r in rollouts] == expected, f"{slots} slots"
 
 
-def test_cached_logits_and_samples_equal_those_of_the_full_forward(qwen3, topology):
+def test_cached_logits_and_samples_equal_those_of_the_full_forward(qwen3, topology, monkeypatch):
     _, stage, spec = qwen3
     seen = []
 
-    class Recording(EmbeddedEngine):
-        def _sample(self, logits, slots):
-            tokens = super()._sample(logits, slots)
-            for row, request in enumerate(slots.requests):
-                seen.append((request.order, int(slots.generated[row]), logits[row].clone()))
-            return tokens
+    class Recording(Decoder):
+        def choose(self, logits, rows):
+            for slot, row_logits in zip(rows.tolist(), logits, strict=True):
+                seen.append((self.slots.requests[slot].order, int(self.slots.generated[slot]), row_logits.clone()))
+            return super().choose(logits, rows)
 
-    sampling = Sampling(max_new_tokens=150, samples_per_prompt=2)  # past one growth of the cache
-    rollouts = Recording(stage, spec, topology, sampling, seed=1, max_batch=5).generate(random_prompts(6), step=3)
+    monkeypatch.setattr("megatron_oprd.rollout.embedded.Decoder", Recording)
+    sampling = Sampling(max_new_tokens=150, samples_per_prompt=2)
+    rollouts = EmbeddedEngine(stage, spec, topology, sampling, seed=1, max_batch=5).generate(random_prompts(6), step=3)
     full = []
     for rollout in rollouts:
         ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)
@@ -152,18 +153,20 @@ def test_vocabulary_padding_is_never_sampled(qwen3, topology):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, 0.9, 20, NEW_TOKENS)])
-def test_ids_outside_the_teachers_vocabulary_are_never_sampled(sampling, qwen3, topology):
+def test_ids_outside_the_teachers_vocabulary_are_never_sampled(sampling, qwen3, topology, monkeypatch):
     _, stage, spec = qwen3
     student = dataclasses.replace(spec, vocab_size=100, eos_token_ids=())  # the logits of 100 and up are padding
 
     def sampled(boosted_from, **arguments):
-        class Boosted(EmbeddedEngine):
-            def _sample(self, logits, slots):
+        class Boosted(Decoder):
+            def _sample(self, logits, rows):
                 logits = logits.clone()
                 logits[:, boosted_from:] += 1000.0
-                return super()._sample(logits, slots)
+                super()._sample(logits, rows)
 
-        rollouts = Boosted(stage, student, topology, sampling, seed=0, **arguments).generate(random_prompts(8, 40), 0)
+        monkeypatch.setattr("megatron_oprd.rollout.embedded.Decoder", Boosted)
+        engine = EmbeddedEngine(stage, student, topology, sampling, seed=0, **arguments)
+        rollouts = engine.generate(random_prompts(8, 40), 0)
         return {token for rollout in rollouts for token in rollout.response_ids}
 
     assert min(sampled(40)) >= 40, "the case must be one that tempts"
@@ -206,9 +209,7 @@ def test_the_number_of_positions_limits_the_answer_and_errors_name_the_prompt(qw
 
 def test_the_rows_generated_at_once_fit_a_third_of_the_free_memory(qwen3, topology, monkeypatch):
     _, stage, spec = qwen3
-    cache = KeyValueCache([1, 2], 1, spec.num_query_groups, spec.head_dim, torch.float32, topology.device)
-    cache.reserve(128)
-    row_bytes = cache.num_bytes * 100 // 128
+    row_bytes = kv_cache_bytes(spec, 1, 100, 2, 1, torch.float32)
     for rows, free in ((1, 0), (1, 3 * row_bytes), (5, 3 * 5 * row_bytes + row_bytes), (256, 10**12)):
         monkeypatch.setattr("megatron_oprd.runtime.platform.free_memory_bytes", lambda device, free=free: free)
         assert rows_at_a_time(spec, topology, stage, longest_row=100) == rows
