@@ -42,7 +42,12 @@ FIT = f"{PATHS} {TINY} bridge.prompts=4 bridge.ranks=[2] bridge.held_out_fractio
 OBJECTIVES = "--work {out}/work --output {out} --seeds 0 --steps 1 --learning-rates 1e-3 --objectives oprd full_kl"
 BRIDGES = "--work {out}/work --output {out} --seeds 0 --steps 1 --learning-rates 1e-3 --methods bridge full_kl "
 BRIDGES += "--kinds cross_architecture"
-PAIRS = {SHORT_DEMO: "pair", OBJECTIVES: "work/pair-0"}  # arguments -> where the command looks for its pair
+STALENESS = "--work {out}/work --output {out} --seeds 0 --steps 1 --objectives oprd"
+PAIRS = {
+    SHORT_DEMO: "pair",
+    OBJECTIVES: "work/pair-0",
+    STALENESS: "work/pair-0",
+}  # arguments -> where the command looks for its pair
 UNLIKE = {f"demo={kind}": kind for kind in KINDS}  # the last word of a command -> the kind of its pair
 
 EXAMPLE = "examples/run_oprd_qwen.sh"
@@ -92,6 +97,7 @@ RUNS = {
     f"--workload '{UPDATE}' --json {{out}}.json --markdown {{out}}.md",
     "python benchmarks/gpu.py": "--tiny --repeats 1 --parts 'teacher pass'",
     "python benchmarks/objectives.py": OBJECTIVES,
+    "python benchmarks/staleness.py": STALENESS,
     "python benchmarks/bridge.py": BRIDGES,
     "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",
     f"{TOOLS}/hf_to_megatron.py --hf {HF} --megatron {MEGATRON}": "",
