@@ -21,17 +21,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.models.build import DTYPES, ModelPart, build_model
-from megatron_oprd.models.layer_plan import make_plan
+from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import TeacherTargets
-from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime import cpu_stand_ins, platform
-from megatron_oprd.testing.random_update import fill_randomly
-from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.training.schedule import PassSettings, run_schedule
-from megatron_oprd.training.student import build_student
+from megatron_oprd.testing.random_update import build_random_update
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
+from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import ModelSpec, Rollout
 
 
@@ -60,34 +56,21 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> dict:
-    """Seconds of both sides (medians), the ratio pair by pair, and the peak memory of a step above the idle process."""
-    config, spec = _config(options), _spec(options)
-    device = platform.choose_device("auto")
-    start_process(device)
-    topology = build_topology(config.parallel, device, seed=0)
-    plan = make_plan(config.loss, spec, spec)
-    student, teacher = (
-        build_model(spec, topology, DTYPES[options.dtype], ModelPart(lm_head=head)) for head in (True, False)
-    )
-    fill_randomly(student, teacher)
-    trained = build_student(student, config, plan, topology)
-    rollouts = _rollouts(options)
-    global_batch = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss, config.batch, spec)
-    batches = global_batch.micro_batches(topology)
-    selected = batches[0].representation.selected
-    capture = CaptureTap(dict.fromkeys(plan.teacher_layers(topology.stages), selected))
-    settings = PassSettings(normed_layer=plan.teacher_normed_layer)
-    run_schedule(teacher.eval(), topology, batches, [capture], settings)
+    """Return the median seconds of both sides, the ratio of each pair, and the peak memory above the idle process."""
+    config, device = _config(options), platform.choose_device("auto")
+    update = build_random_update(config, _spec(options), _rollouts(options), device)
+    student, batches = update.student, update.micro_batches
+    targets, _ = teacher_pass([update.teacher], update.global_batch, batches, update.topology)
+    states = dict(targets.of(0))
 
     def step(with_loss: bool) -> float:
-        readers = plan.readers(topology.stages)
-        targets = TeacherTargets(readers, device)
-        targets.put(0, {layer: capture.states[teacher_layer] for layer, teacher_layer in readers.items()})
-        taps = [stage_loss(trained, config.loss, batches[0], targets.of(0)) if with_loss else CaptureTap({})]
+        targets = TeacherTargets(states, device)
+        targets.put(0, states)
+        taps = [stage_loss(student, config.loss, batches[0], targets.of(0)) if with_loss else CaptureTap({})]
         begin = time.perf_counter()
-        accumulate_gradients(trained, batches, taps)
+        accumulate_gradients(student, batches, taps)
         with cpu_stand_ins.cpu_devices():
-            trained.optimizer.step()
+            student.optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
