@@ -1,4 +1,4 @@
-"""Models at a precision, their states and gradients, on whatever the tests run on."""
+"""Build models in any precision and compute their hidden states and gradients, on a GPU or on a CPU."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from megatron_oprd.training.student_step import student_step
 from megatron_oprd.types import FINAL_STATES, Rollout, StepReport
 
 TE = ModelPrecision(transformer_engine=True, arguments={"cp_comm_type": "p2p"})
-# Grouped queries, and widths that FP8 in blocks of 128 takes: with real models' heads, and what a CPU is quick at.
+# Both shapes have grouped queries and widths divisible by the FP8 block size of 128. SMALL is for tests on a CPU.
 LARGE = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 2}
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-LENGTHS = (3, 14, 33, 64, 142)  # 256 in all: what FP8 in blocks wants, and sequences of any length in it
+LENGTHS = (3, 14, 33, 64, 142)  # 256 tokens in all, a multiple of the FP8 block size
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,14 @@ def sequences(vocab_size: int, lengths: Sequence[int] = LENGTHS) -> list[torch.T
 
 
 def run(stage: Stage, rows: Sequence[torch.Tensor], device: torch.device) -> tuple[torch.Tensor, dict]:
-    """Logits [tokens, vocabulary] and states {layer: [tokens, hidden]} of sequences packed into one micro-batch; the
-    last layer's after the final norm. Weights are taken for new ones."""
+    """Return the logits [tokens, vocabulary] and the states {layer: [tokens, hidden]} of one packed micro-batch.
+
+    The last layer's states are those after the final norm. FP8 copies of the weights are made anew.
+    """
     states = {}
 
     def tap(layer: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        if layer != FINAL_STATES:  # the last layer once more
+        if layer != FINAL_STATES:  # equal to the states of the last layer here
             states[layer] = hidden_states[:, 0]
         return hidden_states
 
@@ -129,8 +131,10 @@ def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
 def training(
     gpu: Gpu, folder: Path, *settings: str, weights: dict[str, torch.Tensor] | None = None
 ) -> tuple[Iterator[StepReport], Stage]:
-    """Updates of the model of `folder` on the same rollouts and targets, one each time that the next report is asked
-    for. `weights`: the model's, where they are not the folder's."""
+    """Return an iterator over updates on the same rollouts and targets, and the trained stage.
+
+    Each `next` runs one update. `weights`, if given, replace the weights of the model in `folder`.
+    """
     schedule = ("optimizer.schedule=constant", "optimizer.warmup_fraction=0", "optimizer.lr=1.0e-3")
     config = gpu.config(*schedule, *settings)
     spec = read_model_spec(folder)
