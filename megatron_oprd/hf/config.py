@@ -41,6 +41,21 @@ INTEGERS = (
 )
 OPTIONAL_INTEGERS = ("num_key_value_heads", "head_dim", "decoder_sparse_step")
 DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+# Fields that a config.json may leave out. Their defaults are those of the family's config class in transformers.
+DEFAULTED = (
+    *INTEGERS,
+    *OPTIONAL_INTEGERS,
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "hidden_act",
+    "eos_token_id",
+    "sliding_window",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "mlp_only_layers",
+)
 SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
 
 
@@ -54,13 +69,17 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder with a Hugging Face model")
-    values = read_json(folder / "config.json")
+    written = read_json(folder / "config.json")
     where = str(folder / "config.json")
-    _check_types(values, where)
-    architecture = next(iter(values.get("architectures") or ["none"]))
+    architectures = written.get("architectures") or ["none"]
+    if not isinstance(architectures, list):
+        raise UserError(f"{where}: architectures={architectures!r} must be a list")
+    architecture = architectures[0]
     if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise UserError(f"{where}: architecture {architecture} is not supported; use one of {', '.join(FAMILIES)}")
     family = FAMILIES[architecture]
+    values = _with_defaults(written, architecture)
+    _check_types(values, where)
     _refuse_unsupported(values, family, where)
     heads = values["num_attention_heads"]
     groups = values.get("num_key_value_heads") or heads
@@ -84,8 +103,25 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         qk_norm=family.qk_norm,
         **(_expert_fields(values, where) if family.experts else {}),
         eos_token_ids=_eos_token_ids(folder, values),
-        hf_config=values,
+        hf_config=written,
     )
+
+
+def _with_defaults(values: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """Return the values of a config.json with the defaults that transformers has for the fields left out.
+
+    Some defaults depend on other fields: Llama's `num_key_value_heads` is `num_attention_heads`.
+    """
+    import transformers
+
+    config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    try:
+        complete = config_class(**{key: values[key] for key in DEFAULTED if key in values})
+    except Exception:  # an invalid value, which the checks after this name
+        return values
+    present = {*values, *(["num_experts"] if "num_local_experts" in values else [])}  # two names of one field
+    defaults = {key: getattr(complete, key, None) for key in DEFAULTED if key not in present}
+    return {**values, **{key: value for key, value in defaults.items() if value is not None}}
 
 
 def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -131,7 +167,6 @@ def _check_types(values: dict[str, Any], where: str) -> None:
     check_integers(values, (*INTEGERS, *(key for key in OPTIONAL_INTEGERS if values.get(key) is not None)), where)
     check_positive(values, ("rms_norm_eps",), where)
     for key, kind in (
-        ("architectures", list),
         ("layer_types", list),
         ("rope_parameters", dict),
         ("rope_scaling", dict),

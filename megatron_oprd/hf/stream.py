@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,9 @@ COMPANIONS = (
     "additional_chat_templates",
     "LICENSE*",
 )
+# Buffers that earlier versions of transformers saved. It ignores them when it loads a model.
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|(self_)?attn\.bias)$")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -49,7 +53,7 @@ class HFReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._shard_of = self._locate()
+        self._shard_of = {name: file for name, file in self._locate().items() if not _BUFFER.search(name)}
         self._opened: dict[str, Any] = {}
         for file, names in self._names_by_file().items():
             present = self._names_in(file)
@@ -58,15 +62,12 @@ class HFReader:
                     raise UserError(f"{self.folder / file} does not hold {name}, which {INDEX} says it does")
 
     def _locate(self) -> dict[str, str]:
-        if (self.folder / INDEX).exists():
-            weight_map = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError(f"{self.folder / INDEX} has no weight_map")
-            if not all(isinstance(file, str) for file in weight_map.values()):
-                raise UserError(f"{self.folder / INDEX}: weight_map must give each tensor the name of a file")
-            return weight_map
+        """Return the file of each tensor, from the files that transformers reads: the single file before an index."""
         if (self.folder / SINGLE).exists():
+            self._check_index_agrees()
             return dict.fromkeys(self._names_in(SINGLE), SINGLE)
+        if (self.folder / INDEX).exists():
+            return self._read_index()
         if any(self.folder.glob("model-*-of-*.safetensors")):
             raise UserError(f"{self.folder} holds shards but not their index {INDEX}")
         if any(self.folder.glob("pytorch_model*.bin")):
@@ -74,6 +75,45 @@ class HFReader:
                 f"{self.folder} holds pytorch_model.bin; save it as safetensors first (save_pretrained does)"
             )
         raise UserError(f"{self.folder} holds neither {SINGLE} nor {INDEX}")
+
+    def _read_index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        weight_map = read_json(path).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{path} has no weight_map")
+        if not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{path}: weight_map must give each tensor the name of a file")
+        outside = next((file for file in weight_map.values() if Path(file).name != file), None)
+        if outside is not None:
+            raise UserError(f"{path} names {outside!r}; name files in the folder itself, without a path")
+        for file in sorted(set(weight_map.values())):
+            # transformers loads every tensor of a shard, also one that the index puts elsewhere or does not name.
+            wrong = sorted(name for name in self._names_in(file) if weight_map.get(name) != file)
+            if wrong:
+                elsewhere = f"puts it into {weight_map[wrong[0]]}" if wrong[0] in weight_map else "does not name it"
+                raise UserError(f"{self.folder / file} holds {wrong[0]}, but {INDEX} {elsewhere}; save the model anew")
+        return weight_map
+
+    def _check_index_agrees(self) -> None:
+        """Raise UserError if the folder has a second complete set of weights that differs from the single file."""
+        if not (self.folder / INDEX).exists():
+            return
+        weight_map = read_json(self.folder / INDEX).get("weight_map")
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if not files or files == {SINGLE} or not all((self.folder / str(file)).exists() for file in files):
+            return  # a left-over of an earlier save, which transformers ignores
+        with safe_open(self.folder / SINGLE, framework="pt") as single:
+            differ = set(single.keys()) ^ weight_map.keys()
+            for name in sorted(weight_map.keys() - differ):
+                with safe_open(self.folder / weight_map[name], framework="pt") as shard:
+                    if name not in shard.keys() or not torch.equal(shard.get_tensor(name), single.get_tensor(name)):  # noqa: SIM118
+                        differ.add(name)
+                        break
+        if differ:
+            raise UserError(
+                f"{self.folder} holds two sets of weights, {SINGLE} and those of {INDEX}, which differ in "
+                f"{min(differ)}; remove one of them"
+            )
 
     def _names_by_file(self) -> dict[str, list[str]]:
         """Return the tensor names of each file, so that each file is opened once and not once per tensor."""
@@ -129,6 +169,16 @@ class HFReader:
             raise UserError(f"{self.folder}: {name} is stored as {stored}, use one of {', '.join(_DTYPES)}")
         return _DTYPES[stored]
 
+    def _check_tied_head(self) -> None:
+        """Raise UserError if a model with tied embeddings contains another LM head, which transformers would use."""
+        if _HEAD not in self._shard_of or _EMBEDDING not in self._shard_of:
+            return
+        if not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
+            raise UserError(
+                f"{self.folder}: config.json says tie_word_embeddings=true, but {_HEAD} differs from {_EMBEDDING}; "
+                "transformers uses that LM head: set tie_word_embeddings to false to train it as a model of its own"
+            )
+
     def check(self, spec: ModelSpec) -> None:
         """Check the names, shapes and dtypes of all tensors.
 
@@ -137,9 +187,17 @@ class HFReader:
                 bfloat16, float16 or float32.
         """
         expected = hf_shapes(spec)
-        # A model with tied embeddings may contain an LM head, too; only the embedding is used.
-        found = set(self._shard_of) - ({"lm_head.weight"} if spec.tied_embeddings else set())
-        for problem, names in (("misses", expected.keys() - found), ("holds unknown", found - expected.keys())):
+        found = set(self._shard_of)
+        if spec.tied_embeddings:
+            self._check_tied_head()
+            found.discard(_HEAD)
+        missing = expected.keys() - found
+        if missing == {_HEAD}:
+            raise UserError(
+                f"{self.folder} holds no {_HEAD}; if it is the embedding, set tie_word_embeddings to true in "
+                "config.json"
+            )
+        for problem, names in (("misses", missing), ("holds unknown", found - expected.keys())):
             if names:
                 raise UserError(f"{self.folder} {problem} {len(names)} tensors, the first is {min(names)}")
         for file, names_in_file in self._names_by_file().items():

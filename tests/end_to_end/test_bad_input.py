@@ -341,7 +341,7 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
     "rope no mapping": (config(rope_parameters=3), ("config.json", "rope")),
     "sliding window": (config(use_sliding_window=True), ("use_sliding_window", "not supported")),
     "quantised": (config(quantization_config={"bits": 4}), ("quantization_config", "not supported")),
-    "no width": (config(hidden_size=...), ("hidden_size=None", "positive whole number")),
+    "no width": (config(hidden_size=...), ("hidden_size 4096", "student's width")),
     "width a word": (config(hidden_size="wide"), ("hidden_size='wide'", "positive whole number")),
     "depth a fraction": (config(num_hidden_layers=2.5), ("num_hidden_layers=2.5",)),
     "depth true": (config(num_hidden_layers=True), ("num_hidden_layers=True",)),

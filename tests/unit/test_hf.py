@@ -1,9 +1,11 @@
 """Hugging Face folders are read, checked and converted bit for bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_oprd.hf.config import read_model_spec
@@ -151,6 +153,24 @@ def _truncate(folder):
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
+def _shard(folder, weight_map, *, complete=False):
+    """Turn the single file into a shard with an index; `complete` adds the tensors of the shard to the index."""
+    shard = folder / "shard.safetensors"
+    (folder / "model.safetensors").rename(shard)
+    names = load_file(shard) if complete else {}
+    entries = {**dict.fromkeys(names, "shard.safetensors"), **weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": entries}))
+
+
+def _second_set(folder, change):
+    """Add a sharded copy of the single file with `change` added to the last norm."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += change
+    save_file(tensors, folder / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+    entries = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": entries}))
+
+
 BREAKAGES = {
     "truncated": (_truncate, "truncated or corrupt"),
     "corrupt": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 64), "truncated or corrupt"),
@@ -163,14 +183,22 @@ BREAKAGES = {
         lambda f: (f / "model.safetensors").rename(f / "model-00001-of-00002.safetensors"),
         "not their index",
     ),
-    "missing shard": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
-        "gone.safetensors is missing",
+    "missing shard": (lambda f: _shard(f, {"a": "gone.safetensors"}), "gone.safetensors is missing"),
+    "lying index": (lambda f: _shard(f, {"a": "shard.safetensors"}, complete=True), "does not hold a"),
+    "tensors that the index does not name": (
+        lambda f: _shard(f, {"model.norm.weight": "shard.safetensors"}),
+        "shard.safetensors holds lm_head.weight, but model.safetensors.index.json does not name it",
     ),
-    "lying index": (
-        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}'),
-        "does not hold a",
+    "tensors that the index puts elsewhere": (
+        lambda f: (
+            shutil.copy(f / "model.safetensors", f / "b.safetensors"),
+            _shard(f, {"lm_head.weight": "b.safetensors"}, complete=True),
+        ),
+        "holds .*, but model.safetensors.index.json puts it into",
     ),
+    "absolute path": (lambda f: _shard(f, {"a": "/etc/passwd"}), "names '/etc/passwd'; name files in the folder"),
+    "parent path": (lambda f: _shard(f, {"a": "../other/model.safetensors"}), "without a path"),
+    "two sets of weights": (lambda f: _second_set(f, 1.0), "two sets of weights, .* which differ in model.norm.weight"),
 }
 
 
@@ -181,6 +209,93 @@ def test_the_error_of_a_broken_checkpoint_is_one_line_that_names_the_file(name, 
     damage(folder)
     with pytest.raises(UserError, match=message):
         HFReader(folder)
+
+
+def loads_like_transformers(folder):
+    """Assert that the reader returns the tensors of the model that transformers loads from a folder."""
+    reader, spec = HFReader(folder), read_model_spec(folder)
+    reader.check(spec)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    expected = dict(model.named_parameters())
+    if spec.tied_embeddings:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name in (name for entry in entries(spec) for name in entry.hf):
+        torch.testing.assert_close(reader.read(name), expected[name].data, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", ["same twice", "stale index", "buffers", "a shard too many"])
+def test_files_beside_the_weights_are_ignored_as_transformers_does(change, tmp_path):
+    folder = save(random_hf_model("Llama", num_hidden_layers=1), tmp_path / "hf")
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if change == "same twice":
+        _second_set(folder, 0.0)
+    elif change == "stale index":
+        index.write_text('{"weight_map": {"lm_head.weight": "gone.safetensors"}}')
+    elif change == "buffers":
+        buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(12)}
+        buffers |= {"model.layers.0.self_attn.masked_bias": torch.ones(1), "model.position_ids": torch.arange(3)}
+        save_file(load_file(single) | buffers, single, metadata={"format": "pt"})
+        assert HFReader(folder).dtype() == torch.float32
+    else:
+        _shard(folder, {}, complete=True)
+        save_file({"lm_head.weight": torch.zeros(131, 64)}, folder / "model-00002-of-00002.safetensors")
+    loads_like_transformers(folder)
+
+
+def test_another_head_of_a_tied_model_is_refused(tmp_path):
+    folder = save(random_hf_model("Llama", num_hidden_layers=1, tie_word_embeddings=True), tmp_path / "hf")
+    single, spec = folder / "model.safetensors", read_model_spec(folder)
+    tensors = load_file(single)
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, single, metadata={"format": "pt"}
+    )
+    loads_like_transformers(folder)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[3, 3] += 1
+    save_file(tensors | {"lm_head.weight": head}, single, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head.weight differs from .*set tie_word_embeddings to false"):
+        HFReader(folder).check(spec)
+
+
+def test_a_model_without_its_head_is_refused(tmp_path):
+    folder = save(random_hf_model("Qwen3", num_hidden_layers=1), tmp_path / "hf")
+    single, spec = folder / "model.safetensors", read_model_spec(folder)
+    tensors = load_file(single)
+    del tensors["lm_head.weight"]
+    save_file(tensors, single)
+    with pytest.raises(UserError, match=r"holds no lm_head.weight; .* set tie_word_embeddings to true in config.json"):
+        HFReader(folder).check(spec)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "left_out",
+    [
+        ("num_key_value_heads", "head_dim"),
+        ("rms_norm_eps", "tie_word_embeddings", "hidden_act"),
+        ("max_position_embeddings", "rope_theta", "rope_parameters", "rope_scaling"),
+        ("eos_token_id", "bos_token_id"),
+        ("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers"),
+    ],
+)
+def test_fields_left_out_of_a_config_have_the_defaults_of_transformers(family, left_out, tmp_path):
+    written = random_hf_model(family, hidden_size=256, num_attention_heads=32, num_key_value_heads=32).config.to_dict()
+    values = {key: value for key, value in written.items() if key not in left_out}
+    values["architectures"] = [f"{family}ForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(values | {"layer_types": None}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    if family == "Phi3" and "rope_parameters" in left_out:
+        return  # without them, a Phi-3 has no long context
+    spec = read_model_spec(tmp_path)
+    assert spec.num_query_groups == config.num_key_value_heads
+    assert spec.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    assert (spec.norm_epsilon, spec.tied_embeddings) == (config.rms_norm_eps, config.tie_word_embeddings)
+    assert spec.max_position_embeddings == config.max_position_embeddings
+    assert spec.rope_theta == config.rope_parameters["rope_theta"]
+    assert spec.eos_token_ids == (() if config.eos_token_id is None else (config.eos_token_id,))
+    if family == "Qwen3Moe":
+        assert (spec.num_experts, spec.experts_per_token) == (config.num_experts, config.num_experts_per_tok)
+        assert spec.norm_topk_prob == config.norm_topk_prob
 
 
 @pytest.mark.parametrize(
