@@ -17,13 +17,16 @@ from benchmarks.rollout_page import line
 from benchmarks.rollout_workloads import Workload
 from benchmarks.updates import peak_of
 
+SHORT_TOKENS = 16  # the first steps capture graphs
+
 
 @dataclass
 class Measurement:
     """Runs the sides in turn on a workload and returns a row of figures for each.
 
     A row has lists with a value per repeat: `seconds` for all responses; with equal lengths `prefill_seconds`, for one
-    token of each row; `sync_seconds`, for a transfer of the weights. `first_seconds` is the run that warms up.
+    token of each row, and `short_seconds`, for `short_tokens` of each row; `sync_seconds`, for a transfer of the
+    weights. `first_seconds` is the run that warms up.
     """
 
     device: torch.device
@@ -58,14 +61,16 @@ class Measurement:
         row |= {"prompts": workload.prompts, "prompt_tokens": workload.prompt_tokens}
         row |= {"new_tokens": workload.new_tokens, "temperature": workload.temperature, "tokens": None}
         row |= {"first_seconds": None, "seconds": [], "prefill_seconds": [], "sync_seconds": []}
+        row |= {"short_tokens": min(SHORT_TOKENS, workload.new_tokens[1] // 2), "short_seconds": []}
         return row | {"peak_bytes": None, "server_bytes": None, "same_answers": None, "calls": {}, "note": note}
 
     def _time(self, one: _SideRun, prompts: Sequence[Any], limits: Sequence[int], first: bool) -> None:
         """Time one run of a side, after a transfer of the weights (which also empties a server's prefix cache)."""
         row = one.row
         sync = self._seconds(one.side.sync) if one.side.sync else 0.0
-        if one.workload.equal:
-            prefill = self._seconds(lambda: one.generate(prompts, [1] * len(limits)))
+        of_one_length = {}
+        for name, new_tokens in [("prefill_seconds", 1), ("short_seconds", row["short_tokens"])] * one.workload.equal:
+            of_one_length[name] = self._seconds(lambda count=new_tokens: one.generate(prompts, [count] * len(limits)))
             if one.side.sync:
                 one.side.sync()
 
@@ -79,8 +84,8 @@ class Measurement:
             return
         row["seconds"].append(seconds)
         row["sync_seconds"].append(sync)
-        if one.workload.equal:
-            row["prefill_seconds"].append(prefill)
+        for name, value in of_one_length.items():
+            row[name].append(value)
 
     def _seconds(self, run: Callable[[], object]) -> float:
         begin = self.clock()

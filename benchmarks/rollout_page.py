@@ -25,7 +25,7 @@ Made by `python benchmarks/rollout.py`. Engines run in turn with the same weight
 | column | meaning |
 | --- | --- |
 | tokens/s | new tokens of all responses, divided by the time for all of them, prompts included |
-| decode step | time beyond that for one token of each row, divided by the remaining tokens (equal lengths only) |
+| decode step | time of a token of all rows, from the difference of two lengths: without prefill and capture of graphs |
 | prefill | time for one token of each row: the prompts of all rows are computed |
 | first run | the first run of the engine on this workload: allocation and capture of graphs |
 | sync | transfer of the weights to the engine; the embedded engine uses the training weights |
@@ -84,9 +84,9 @@ def tokens_per_second(row: dict[str, Any]) -> float:
 
 def decode_steps(row: dict[str, Any]) -> list[float]:
     """Return the seconds of a decode step, one value per repeat, on a workload of equal lengths."""
-    steps = row["new_tokens"][1] - 1
-    pairs = zip(row["seconds"], row["prefill_seconds"], strict=True)
-    return [(seconds - prefill) / steps for seconds, prefill in pairs]
+    steps = row["new_tokens"][1] - row["short_tokens"]
+    pairs = zip(row["seconds"], row["short_seconds"], strict=True)
+    return [(seconds - short) / steps for seconds, short in pairs]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

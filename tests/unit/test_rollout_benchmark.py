@@ -29,7 +29,12 @@ def test_every_case_of_the_gpu_run_gives_figures(tmp_path, capsys):
     assert [(row["workload"], row["rows"], row["engine"]) for row in record["rows"]] == expected
     for row in record["rows"]:
         assert row["seconds"] and row["tokens"] and row["peak_bytes"] is not None and not row["note"]
-        assert bool(row["prefill_seconds"]) == bool(row["calls"]) == row["workload"].startswith("equal")
+        assert (
+            bool(row["prefill_seconds"])
+            == bool(row["short_seconds"])
+            == bool(row["calls"])
+            == row["workload"].startswith("equal")
+        )
     assert (tmp_path / "rollouts.md").read_text() == runs([record])
 
 
@@ -42,7 +47,7 @@ def test_the_sides_give_the_same_answers_to_prompts_of_any_length(tmp_path):
     assert [len(answer) for answer in answers] == limits and len(set(limits)) > 1
 
 
-def test_a_decode_step_is_counted_and_timed_without_prefill():
+def test_a_decode_step_is_counted_and_timed_without_prefill_and_capture():
     def generate(prompts, limits):
         one = torch.zeros(())
         for _ in range(7 + 3 * max(limits)):
@@ -50,7 +55,8 @@ def test_a_decode_step_is_counted_and_timed_without_prefill():
         return []
 
     assert calls_per_decode_step(generate, [Prompt(0, (1,))], CPU) == {"operators": 3}
-    assert decode_steps({"new_tokens": (5, 5), "seconds": [0.9], "prefill_seconds": [0.1]}) == [pytest.approx(0.2)]
+    row = {"new_tokens": (7, 7), "seconds": [0.9], "short_tokens": 3, "short_seconds": [0.1]}
+    assert decode_steps(row) == [pytest.approx(0.2)]
 
 
 @pytest.mark.parametrize(
