@@ -174,6 +174,10 @@ class ServerClient:
         """Start the requests that arrived since `pause`."""
         self._call("POST", "/resume")
 
+    def is_paused(self) -> bool:
+        """Return True between `pause` and `resume`, also if the process that called `pause` has ended."""
+        return bool(self._field(self._call("GET", "/is_paused"), "is_paused", bool))
+
     def start_weight_update(self) -> None:
         """Prepare the server for new weights. Nothing may run: generating now would end the engine."""
         self._call("POST", "/start_weight_update")

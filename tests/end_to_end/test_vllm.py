@@ -12,21 +12,32 @@ STEPS = 3
 SETTINGS = ("rollout.temperature=0", "rollout.max_new_tokens=6", "evaluation.every=0", "checkpoint.export_hf=false")
 
 
-def train(folder, *settings):
-    """Train with the settings, and return the outcome and the metrics of each step without times."""
+def arguments(folder, *settings, steps=STEPS):
     places = [f"train.run_dir={folder / 'run'}", f"rollout.server.sync_dir={folder / 'weights'}"]
-    arguments = [*prompt_run(folder, STEPS, *SETTINGS), *settings, *places]
-    outcome = run(folder, "train", *arguments)
-    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines() if outcome.code == 0 else []
-    steps = [json.loads(line) for line in lines]
+    return [*prompt_run(folder, steps, *SETTINGS), *settings, *places]
+
+
+def metrics(folder):
+    """Return the metrics of each step."""
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(steps):
+    """Return the metrics that two equal runs share."""
     ignored = ("time/", "memory/", "sync/", "tokens_per_second")
-    return outcome, [{k: v for k, v in step.items() if not k.startswith(ignored)} for step in steps], steps
+    return [{key: value for key, value in step.items() if not key.startswith(ignored)} for step in steps]
+
+
+def train(folder, *settings):
+    """Train with the settings, and return the outcome and the comparable metrics of each step."""
+    outcome = run(folder, "train", *arguments(folder, *settings))
+    return outcome, comparable(metrics(folder)) if outcome.code == 0 else []
 
 
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
     """Return the metrics of training with the embedded engine."""
-    outcome, steps, _ = train(tmp_path_factory.mktemp("embedded"))
+    outcome, steps = train(tmp_path_factory.mktemp("embedded"))
     assert outcome.code == 0, outcome.stderr
     return steps
 
@@ -35,12 +46,10 @@ def test_training_with_a_running_server_equals_the_embedded_engine(tmp_path, emb
     prompt_run(tmp_path, STEPS)  # writes the student
     with FakeServer(HuggingFaceModel(str(tmp_path / "student"))) as server:
         server.max_model_len = 64
-        outcome, steps, complete = train(
-            tmp_path, "rollout.engine=vllm", f"rollout.server.addresses=['{server.address}']"
-        )
+        outcome, steps = train(tmp_path, "rollout.engine=vllm", f"rollout.server.addresses=['{server.address}']")
     assert outcome.code == 0, outcome.stderr
     assert steps == embedded
-    assert all(0 <= step["sync/canary_difference"] < 1e-4 for step in complete)
+    assert all(0 <= step["sync/canary_difference"] < 1e-4 for step in metrics(tmp_path))
     assert server.calls.count("/finish_weight_update") == STEPS
     assert len({step["loss"] for step in steps}) == STEPS
 
@@ -48,7 +57,7 @@ def test_training_with_a_running_server_equals_the_embedded_engine(tmp_path, emb
 def test_a_started_server_that_dies_is_started_again_and_nothing_is_trained_twice(tmp_path, embedded):
     # The canary makes 6 requests after each transfer, a step 4.
     python = write_python(tmp_path, "--die-after", "17", "--once", str(tmp_path / "died"))
-    outcome, steps, _ = train(tmp_path, "rollout.engine=vllm", f"rollout.server.python={python}")
+    outcome, steps = train(tmp_path, "rollout.engine=vllm", f"rollout.server.python={python}")
     assert outcome.code == 0, outcome.stderr
     assert (tmp_path / "died").exists() and "starting the server again" in outcome.stderr
     assert steps == embedded
@@ -56,7 +65,7 @@ def test_a_started_server_that_dies_is_started_again_and_nothing_is_trained_twic
 
 def test_a_server_of_another_model_is_refused_before_the_models_are_loaded(tmp_path):
     with FakeServer() as server:
-        outcome, *_ = train(tmp_path, "rollout.engine=vllm", f"rollout.server.addresses=['{server.address}']")
+        outcome, _ = train(tmp_path, "rollout.engine=vllm", f"rollout.server.addresses=['{server.address}']")
     assert outcome.code == 2
     assert outcome.stderr.count("\n") == 1 and "another model: its vocabulary has fewer than the student's 259 ids" in (
         outcome.stderr

@@ -189,6 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/v1/models":
             card = {"id": "student", "object": "model", "root": "/student", "max_model_len": state.max_model_len}
             self._reply(200, {"object": "list", "data": [card]})
+        elif path == "/is_paused" and state.development_mode:
+            self._reply(200, {"is_paused": state.paused.is_set()})
         elif path == "/weight_info" and state.development_mode:
             self._reply(200, {"weight_version": state.weight_version})
         else:
@@ -216,6 +218,8 @@ class _Handler(BaseHTTPRequestHandler):
             state.paused.clear()
             self._reply(200, {"status": "resumed"})
         elif url.path == "/start_weight_update":
+            if state.updating:
+                return self._fail(500, "start_weight_update called while a weight update is already active.")
             state.updating = True
             state.model.start_update()
             self._reply(200, {"message": "Weight update started"})

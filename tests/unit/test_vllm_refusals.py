@@ -31,6 +31,15 @@ def test_a_server_of_the_students_model_is_accepted():
         check_server(ServerClient(server.address), SPEC, 4096)
 
 
+def test_a_server_that_a_killed_run_left_paused_gets_no_request():
+    with FakeServer() as server:
+        client = ServerClient(server.address)
+        client.pause()
+        client.start_weight_update()
+        check_server(client, SPEC, 4096)
+        assert server.requests == [] and "dead engine" not in server.faults
+
+
 @pytest.mark.parametrize("version", ["0.31.2", "0.9", "dev"])
 def test_an_old_version_is_refused(version):
     with FakeServer() as server:
