@@ -242,7 +242,10 @@ class ServerClient:
                 except ValueError:
                     raise self._nonsense(data) from None
                 if isinstance(event, dict) and "error" in event:
-                    raise ServerError(f"{self.address}: generation failed: {_message(event)}")
+                    # vLLM checks a request after it has sent status 200.
+                    code = event["error"].get("code") if isinstance(event["error"], dict) else None
+                    kind = RequestRefused if isinstance(code, int) and 400 <= code < 500 else ServerError
+                    raise kind(f"{self.address}: generation failed: {_message(event)}")
                 yield event
 
     @contextlib.contextmanager

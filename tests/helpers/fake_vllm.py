@@ -252,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
             wrong = [int(token) for token in sampling.get(name, ()) if not 0 <= int(token) < state.model.vocab_size]
             if wrong:
                 size = f"Vocabulary size: {state.model.vocab_size}"
-                return self._fail(400, f"token_id(s) {wrong} in {name} contain out-of-vocab token ids. {size}")
+                return self._refuse(f"token_id(s) {wrong} in {name} contain out-of-vocab token ids. {size}")
         if max(body["token_ids"]) >= state.model.vocab_size:  # this ends a real engine
             state.faults.add("dead engine")
         if "dead engine" in state.faults or state.updating:
@@ -278,13 +278,23 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._reply(200, scores)
 
-    def _stream(self, prompt: list[int], sampling: dict[str, Any]) -> None:
-        """Send an answer as server-sent events of `stream_interval` tokens."""
-        state = self.server_state
+    def _refuse(self, message: str) -> None:
+        """Send an error as vLLM does when it checks a request: after status 200, as an event."""
+        self._start_stream()
+        self._event({"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}})
+        self._event("[DONE]")
+        self._chunk(b"")
+
+    def _start_stream(self) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
+
+    def _stream(self, prompt: list[int], sampling: dict[str, Any]) -> None:
+        """Send an answer as server-sent events of `stream_interval` tokens."""
+        state = self.server_state
+        self._start_stream()
         interval, sent, spans = sampling.get("stream_interval") or 1, 0, []
         answer: list[int] = []
         logprobs: list[dict[str, Any]] = []

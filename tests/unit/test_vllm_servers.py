@@ -214,7 +214,7 @@ def test_a_slow_server_with_progress_has_not_stalled(server):
 
 def test_a_refused_request_ends_generation_at_once(server):
     servers = pool(server, restart=lambda client, problem: pytest.fail("the server is sound"))
-    with pytest.raises(RequestRefused, match=r"status 400: token_id\(s\) \[131\] in stop_token_ids"):
+    with pytest.raises(RequestRefused, match=r"generation failed: token_id\(s\) \[131\] in stop_token_ids"):
         servers.start([request(stop_ids=(131,))], check).result()
 
 
