@@ -70,8 +70,8 @@ def markdown(record: dict[str, Any]) -> str:
         listed(record["versions"]),
         "",
         METHOD,
-        f"{record['steps']} steps, {len(record['pairs'])} seeds. Greedy accuracy of the student before: "
-        f"{before['student']} %; of the teacher: {before['teacher']} %.",
+        f"{record['steps']} steps, {len(record['pairs'])} seeds ({', '.join(record['pairs'])}). Greedy accuracy of the "
+        f"student before: {before['student']} %; of the teacher: {before['teacher']} %.",
         "",
         *table_lines(head, rows),
         "",
