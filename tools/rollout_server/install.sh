@@ -25,11 +25,14 @@ if ! cmp -s "$requirements" "$folder/.requirements"; then
   echo "installing vLLM into $folder (once; several GB)" >&2
   rm -rf "$folder"
   "$base" -m venv "$folder" >&2
-  index=()
-  # PyTorch's own index has the CPU build. Set TORCH_INDEX to the address of a mirror, or to nothing for pip's index.
-  torch_index=${TORCH_INDEX-https://download.pytorch.org/whl/cpu}
-  [ "$device" = cpu ] && [ -n "$torch_index" ] && index=(--extra-index-url "$torch_index")
-  "$python" -m pip install --quiet --only-binary :all: "${index[@]}" --requirement "$requirements" >&2
+  install=("$python" -m pip install --quiet --only-binary :all: --requirement "$requirements")
+  if [ "$device" = cpu ]; then
+    # PyPI lacks the CPU build of torch, a mirror may have it. PyTorch's own index has it.
+    "${install[@]}" >&2 2>/dev/null ||
+      "${install[@]}" --extra-index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" >&2
+  else
+    "${install[@]}" >&2
+  fi
   if [ "$device" = cpu ]; then
     # Their CUDA builds break every import of transformers beside a CPU build of torch.
     "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec >&2
