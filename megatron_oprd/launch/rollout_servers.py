@@ -135,6 +135,7 @@ def _make_keeper(inputs: Inputs) -> ServerKeeper:
         batch_invariant=server.batch_invariant,
     )
     managed = ManagedServer(settings)
+    managed.check_model(spec)
     print(f"starting a rollout server; log: {settings.log}", flush=True)
     return ServerKeeper(managed, state)
 

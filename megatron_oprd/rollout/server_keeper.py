@@ -49,6 +49,7 @@ class ServerKeeper:
         self._state = state
         self._lock = threading.Lock()
         self._stopping = False
+        self._failed = False  # the server did not start again; only `restart` tries anew
         self._reload: Callable[[], None] | None = None
 
     def start(self) -> str:
@@ -67,6 +68,7 @@ class ServerKeeper:
         """Restart the server without weights, for a transfer that follows. Raises UserError."""
         with self._lock:
             self._server.restart()
+            self._failed = False
             self._write()
 
     def stop(self) -> None:
@@ -78,24 +80,21 @@ class ServerKeeper:
         while not self._stopping:
             time.sleep(POLL_SECONDS)
             with self._lock:
-                if self._server.is_alive() or self._stopping:
-                    continue
-                failure = self._revive()
-            if failure:
-                print(f"warning: the rollout server does not start again: {failure}", file=sys.stderr, flush=True)
-                return
+                if not (self._server.is_alive() or self._stopping or self._failed):
+                    self._revive()
 
-    def _revive(self) -> str:
-        """Restart the server with the last weights. Return why that failed, or an empty text."""
+    def _revive(self) -> None:
+        """Restart the server with the last weights, or tell all ranks why that failed."""
         assert self._reload is not None
         try:
             self._server.restart()
             self._reload()
         except (UserError, ServerError) as error:
+            self._failed = True
             ServerState(0, str(error)).write(self._state)
-            return str(error)
-        self._write()
-        return ""
+            print(f"warning: the rollout server does not start again: {error}", file=sys.stderr, flush=True)
+        else:
+            self._write()
 
     def _write(self) -> None:
         ServerState(self._server.session or 0).write(self._state)

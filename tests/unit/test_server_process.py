@@ -1,5 +1,6 @@
 """A managed server starts or says why not, and none of its processes outlives the run."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.rollout import server_process
 from megatron_oprd.rollout.server_process import PLUGIN_VERSION, ManagedServer, ServerSettings, check_environment
 from megatron_oprd.rollout.server_supervisor import session_processes
+from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +140,14 @@ def test_an_environment_without_the_right_versions_is_refused(versions, message,
     with pytest.raises(UserError, match=message) as error:
         check_environment(make_settings(tmp_path, versions=versions).python)
     assert "rollout.server.python=" in str(error.value)
+
+
+def test_a_head_without_a_kernel_on_the_cpu_is_refused(tmp_path):
+    server = ManagedServer(make_settings(tmp_path))
+    spec = read_model_spec(save(random_hf_model("Qwen3", num_hidden_layers=1), tmp_path / "hf"))
+    with pytest.raises(UserError, match="no attention for heads of 24 dimensions, only for 32, 64"):
+        server.check_model(spec)
+    server.check_model(dataclasses.replace(spec, head_dim=32))
 
 
 def test_a_python_that_does_not_exist_is_refused(tmp_path):
