@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bridge_page, cost_page, objectives_page, parity, staleness_page
+from benchmarks import bridge_page, cost_page, objectives_page, parity, rollout_page, staleness_page
 from benchmarks.pages import spread, table_lines
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -28,6 +28,10 @@ def test_a_page_is_what_its_figures_make(name):
 
 def test_the_measured_part_of_the_bridge_page_is_what_its_figures_make():
     assert (DOCS / "bridge.md").read_text().endswith(bridge_page.figures(record("bridge")))
+
+
+def test_the_figures_of_the_page_on_rollouts_are_what_the_record_makes():
+    assert (DOCS / "rollouts.md").read_text().endswith(rollout_page.runs(record("rollouts")))
 
 
 def test_plots_are_what_their_figures_make():
