@@ -28,30 +28,32 @@ def flash_attention_works(device: torch.device, dtype: torch.dtype, head_dim: in
 
 
 class DecodeAttention:
-    """Attention of one new token for each row over the tokens of its slot. Row i uses slot i.
+    """Attention of one new token for each row over the tokens of its slot.
 
     No shape and no kernel depends on the values of `positions`: a CUDA graph can capture it. No communication.
 
     Args:
-        rows: [rows] int64, 0 to rows - 1.
+        rows: the rows, whose numbers are those of their slots.
         positions: [rows] int64, the position of each row's token.
         longest: number of positions to which the rows attend at most. Flash attention uses each row's own length.
     """
 
-    def __init__(self, cache: KeyValueCache, rows: torch.Tensor, positions: torch.Tensor, longest: int) -> None:
-        self.cache, self.rows, self.positions = cache, rows, positions
+    def __init__(self, cache: KeyValueCache, rows: range, positions: torch.Tensor, longest: int) -> None:
+        device = positions.device
+        self.cache, self.positions = cache, positions
+        self.rows = torch.arange(rows.start, rows.stop, device=device)
         if cache.token_major:
             self.lengths = (positions + 1).int()
-            self.row_bounds = torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device)
-            self.slot_bounds = self.row_bounds * cache.capacity
+            self.row_bounds = torch.arange(len(rows) + 1, dtype=torch.int32, device=device)
+            self.slot_bounds = (self.row_bounds + rows.start) * cache.capacity
             # [layers, slots * capacity, groups, d]: views, since the slots are one after the other in memory.
             by_token = cache.data.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
             self.keys, self.values = (stored.unbind(0) for stored in by_token.unbind(0))
         else:
-            beyond = torch.arange(longest, device=rows.device) > positions[:, None]
-            mask = torch.zeros(beyond.shape, dtype=cache.data.dtype, device=rows.device)
+            beyond = torch.arange(longest, device=device) > positions[:, None]
+            mask = torch.zeros(beyond.shape, dtype=cache.data.dtype, device=device)
             self.mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
-            by_head = cache.data.narrow(1, 0, len(rows)).narrow(4, 0, longest)
+            by_head = cache.data.narrow(1, rows.start, len(rows)).narrow(4, 0, longest)
             self.keys, self.values = (stored.unbind(0) for stored in by_head.unbind(3))
 
     def __call__(self, layer: int, projections: torch.Tensor, scale: float) -> torch.Tensor:

@@ -29,8 +29,8 @@ class Decoder:
     """Runs the student on prompts and on single tokens, samples, and keeps the state of all rows on the device.
 
     `decode` reads nothing back. On a GPU a step is one CUDA graph for each number of rows in `ROW_SIZES`; under
-    pipeline parallelism one for each chunk, with the messages between them. Layers with experts are not captured: their
-    number of tokens for each expert is read by the host.
+    pipeline parallelism one for each chunk and group of rows, with the messages between them. Layers with experts are
+    not captured: the host reads the number of tokens for each expert.
 
     Args:
         slots: the rows.
@@ -59,28 +59,53 @@ class Decoder:
         self.graphs = Graphs(enabled=device.type == "cuda" and not spec.num_experts)
         # What the captured parts of a step leave for each other: their addresses must not change.
         self.hidden = torch.zeros(len(self.chunks), slots.size, self.config.hidden_size, dtype=dtype, device=device)
-        self.sampled = torch.zeros(2, slots.size, dtype=torch.float64, device=device)  # token ids, log-probabilities
+        self.sampled = torch.zeros(slots.size, 2, dtype=torch.float64, device=device)  # token id, log-probability
+        # Groups of rows whose tokens are not appended yet, and on the last pipeline stage the message with the tokens.
+        self.unsent: dict[range, dist.Work | None] = {}
 
     def decode(self) -> None:
         """Add one token to every row, reading nothing back from the device.
 
+        Under pipeline parallelism the rows form a group for each stage, and the stages work on different groups at the
+        same time. The tokens of a group reach the other stages when its next step begins, or with `finish`.
+
         Communicates over: the tensor- and the pipeline-parallel group, and the groups of the experts.
         """
         rows, longest = self._shape()
-        numbers = self.slots.rows[:rows]
+        for group in self._groups(rows):
+            self._receive(group)
+            self._decode_group(group, longest)
+        self.slots.steps += 1
+
+    def finish(self) -> None:
+        """Complete the last step: after it, all ranks have the state of all rows."""
+        for group in list(self.unsent):
+            self._receive(group)
+
+    def _decode_group(self, group: range, longest: int) -> None:
+        """Run a decode step of a group of rows. On the last pipeline stage, start sending its tokens."""
 
         def run(chunk: int, inputs: torch.Tensor | None) -> torch.Tensor | None:
-            """Run a chunk on the tokens of the rows; after the last one, sample."""
+            """Run a chunk on the tokens of the group; after the last one, sample."""
+            hidden = self.hidden.select(0, chunk).narrow(0, group.start, len(group))
             if inputs is not None:
-                self.hidden[chunk, :rows] = inputs
-            self.graphs.run((chunk, rows, longest), lambda: self._decode_chunk(chunk, numbers, longest))
-            return None if self.chunks[chunk].last_stage else self.hidden[chunk, :rows]
+                hidden.copy_(inputs)
+            self.graphs.run((chunk, group, longest), lambda: self._decode_chunk(chunk, group, longest))
+            return None if self.chunks[chunk].last_stage else hidden
 
-        relay(self.topology, (rows, self.config.hidden_size), self.config.params_dtype, run)
+        relay(self.topology, (len(group), self.config.hidden_size), self.config.params_dtype, run)
         if self.topology.pipeline_size > 1:
-            self._share_sampled()
-            self.graphs.run(("append", rows), lambda: self._append_shared(numbers))
-        self.slots.steps += 1
+            # The last stage goes on with the next group. The others take part when they need the tokens.
+            last = self.chunks[-1].last_stage
+            self.unsent[group] = self._share(self.sampled[group.start : group.stop]) if last else None
+
+    def _receive(self, group: range) -> None:
+        """Append the tokens of a group's last step to its rows, on all pipeline stages."""
+        if group in self.unsent:
+            rows, sampled = (x[group.start : group.stop] for x in (self.slots.rows, self.sampled))
+            message = self.unsent.pop(group) or self._share(sampled)
+            message.wait()
+            self.graphs.run(("append", group), lambda: self._append(rows, sampled))
 
     def prefill(self, prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> None:
         """Run the model on prompts in one packed pass and add the first token of each sample.
@@ -90,6 +115,7 @@ class Decoder:
 
         Communicates over: the tensor- and the pipeline-parallel group, and the groups of the experts.
         """
+        self.finish()
         device = self.topology.device
         lengths = [len(tokens) for tokens, _ in prompts]
         ends = list(itertools.accumulate(lengths))
@@ -100,8 +126,9 @@ class Decoder:
             prompt_of_row = [number for number, (_, slots) in enumerate(prompts) for _ in slots]
             self._sample(logits.index_select(0, torch.tensor(prompt_of_row, device=device)), rows)
         if self.topology.pipeline_size > 1:
-            self._share_sampled()
-            self._append_shared(rows)
+            sampled = self.sampled[rows]
+            self._share(sampled).wait()
+            self._append(rows, sampled)
 
     def refill(self, slots: Sequence[int], tokens: torch.Tensor, length: int) -> None:
         """Compute the keys and values of the first tokens of some rows anew.
@@ -141,19 +168,28 @@ class Decoder:
             return rows
         return min(next((size for size in ROW_SIZES if size >= rows), rows), self.slots.size)
 
-    def _decode_chunk(self, number: int, rows: torch.Tensor, longest: int) -> None:
-        """Run one chunk on the last token of `rows` [rows]. Only device memory is read and written."""
-        slots, chunk, count = self.slots, self.chunks[number], len(rows)
-        positions = slots.positions[:count]
-        batch = GenerationPass(
-            self.rotation(positions, positions + 1), DecodeAttention(self.cache, rows, positions, longest)
+    def _groups(self, rows: int) -> list[range]:
+        """Return the groups of rows that pipeline stages decode one after the other, one for each stage.
+
+        Replicas that share experts may have different numbers of rows, but must run the same number of passes: one.
+        """
+        stages = 1 if self.topology.expert_size > 1 else self.topology.pipeline_size
+        size = -(-rows // stages)
+        return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+    def _decode_chunk(self, number: int, group: range, longest: int) -> None:
+        """Run one chunk on the last token of each row of a group. Only device memory is read and written."""
+        slots, chunk = self.slots, self.chunks[number]
+        tokens, positions, hidden = (
+            x.narrow(0, group.start, len(group)) for x in (slots.tokens, slots.positions, self.hidden.select(0, number))
         )
-        inputs = slots.tokens[:count] if chunk.embedding is not None else self.hidden[number, :count]
-        output = chunk(inputs, batch, self.first_layers[number])
-        if not chunk.last_stage:
-            self.hidden[number, :count] = output
-            return
-        self._sample(output, rows)
+        attention = DecodeAttention(self.cache, group, positions, longest)
+        batch = GenerationPass(self.rotation(positions, positions + 1), attention)
+        output = chunk(tokens if chunk.embedding is not None else hidden, batch, self.first_layers[number])
+        if chunk.last_stage:
+            self._sample(output, attention.rows)
+        else:
+            hidden.copy_(output)
 
     def _packed(
         self,
@@ -200,19 +236,21 @@ class Decoder:
         if self.topology.pipeline_size == 1:
             self.slots.append(rows, tokens, logprobs)
             return
-        self.sampled[0, : len(rows)] = tokens
+        self.sampled.select(1, 0).index_put_((rows,), tokens.double())
         if logprobs is not None:
-            self.sampled[1, : len(rows)] = logprobs
+            self.sampled.select(1, 1).index_put_((rows,), logprobs)
 
     def choose(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Return the next token of each of `rows` [n] from logits [n, vocabulary], [n] int64."""
         return sample(logits, self.sampling, self.slots.next_numbers(rows))
 
-    def _share_sampled(self) -> None:
-        """Send the sampled tokens to all pipeline stages."""
+    def _share(self, sampled: torch.Tensor) -> dist.Work:
+        """Start to send `sampled` [n, 2] from the last pipeline stage to all stages."""
         group = self.topology.groups.pp
-        dist.broadcast(self.sampled, dist.get_global_rank(group, self.topology.pipeline_size - 1), group=group)
+        last = dist.get_global_rank(group, self.topology.pipeline_size - 1)
+        message: dist.Work = dist.broadcast(sampled, last, group=group, async_op=True)
+        return message
 
-    def _append_shared(self, rows: torch.Tensor) -> None:
-        tokens, logprobs = self.sampled[:, : len(rows)]
+    def _append(self, rows: torch.Tensor, sampled: torch.Tensor) -> None:
+        tokens, logprobs = sampled.unbind(1)
         self.slots.append(rows, tokens.long(), logprobs)

@@ -38,9 +38,9 @@ class EmbeddedEngine(ImmediateEngine):
 
     Memory: the KV cache exists only during `generate`: `kv_cache_bytes` for `max_batch` rows of the longest length.
 
-    Parallelism: pipeline stages work one after the other on each token. Context-parallel ranks are separate replicas.
-    With expert parallelism over replicas, all replicas run the same number of steps; a replica without work passes
-    one unused token through the experts.
+    Parallelism: pipeline stages work at the same time on different groups of rows. Context-parallel ranks are separate
+    replicas. With expert parallelism over replicas, all replicas run the same number of passes; a replica without work
+    passes one unused token through the experts.
 
     Args:
         vocab_size: only token ids below it are sampled (default: all of the student's). A teacher may have fewer ids.
@@ -123,6 +123,7 @@ class EmbeddedEngine(ImmediateEngine):
                 decoder.decode()
             passes += 1
             if passes >= PASSES_BETWEEN_LOOKS[device.type] or slots.all_at_their_limit:
+                decoder.finish()
                 yield from slots.collect()
                 passes = 0
                 if not waiting:

@@ -24,6 +24,8 @@ def refill_crossing_rows(decoder: Decoder, spec: ModelSpec, tokens_per_pass: int
         return
     short, slots = spec.rope_scaling.original_positions, decoder.slots
     crossing = [slot for slot, request in slots.occupied() if slots.length(slot) == short + 1 <= request.longest]
+    if crossing:
+        decoder.finish()  # the last step's tokens are among those of the rows
     at_once = max(1, tokens_per_pass // short)
     for first in range(0, len(crossing), at_once):
         rows = crossing[first : first + at_once]
