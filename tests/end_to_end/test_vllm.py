@@ -1,11 +1,17 @@
 """Training with a vLLM server equals training with the embedded engine; the server is a stand-in with a real model."""
 
+import contextlib
 import json
+import os
+import random
+import signal
+import time
 
 import pytest
 
 from tests.helpers.commands import run
 from tests.helpers.fake_vllm import FakeServer, HuggingFaceModel, write_python
+from tests.helpers.killable import Command, finish
 from tests.helpers.runs import prompt_run
 
 STEPS = 3
@@ -70,3 +76,43 @@ def test_a_server_of_another_model_is_refused_before_the_models_are_loaded(tmp_p
     assert outcome.stderr.count("\n") == 1 and "another model: its vocabulary has fewer than the student's 259 ids" in (
         outcome.stderr
     )
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_random_kills_of_trainer_and_server_change_nothing(tmp_path, ahead):
+    expected, actual = tmp_path / "expected", tmp_path / "actual"
+    kept = ("rollout.engine=vllm", f"rollout.ahead={ahead}", "checkpoint.every=1")
+    for folder in (expected, actual):
+        folder.mkdir()
+        kept = (*kept[:3], f"rollout.server.python={write_python(folder)}")
+        arguments(folder, *kept, steps=8)
+    finish(arguments(expected, *kept, steps=8), tmp_path / "expected.log")
+    draw, killed = random.Random(ahead), []
+    command = None
+    while len(killed) < 4:
+        command = command or Command(arguments(actual, *kept, steps=8), tmp_path / f"{len(killed)}.log")
+        before = steps_done(actual)
+        while command.is_running and steps_done(actual) < min(before + len(killed) % 2, 7):
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0.0, 0.5))
+        if not command.is_running:
+            break
+        if len(killed) % 3:
+            command.kill()
+            command = None
+            killed.append("trainer")
+        else:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                state = json.loads((actual / "run" / "rollout_server" / "state.json").read_text())
+                os.killpg(state["session"], signal.SIGKILL)
+            killed.append("server")
+    if command is None or command.wait() != 0:
+        finish(arguments(actual, *kept, steps=8), tmp_path / "last.log")
+    assert {"trainer", "server"} <= set(killed)
+    assert comparable(metrics(actual)) == comparable(metrics(expected))
+
+
+def steps_done(folder):
+    path = folder / "run" / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
