@@ -277,7 +277,7 @@ CONFIG_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
     "control character": (b"train: \x00", ("config.yaml", "not valid YAML")),
     "a list": (b"- 1\n- 2\n", ("config.yaml", "mapping of sections, not a list")),
     "empty": (b"", ("student is required", "train is required")),
-    "a date": (b"train:\n  run_dir: 2024-01-31\n", ("config.yaml", "train.run_dir", "date")),
+    "a key twice": (b"train:\n  run_dir: a\n  run_dir: b\n", ("config.yaml", "'run_dir' occurs twice", "line 3")),
     "number as key": (b"train:\n  3: 4\n", ("train.3", "Keys should be strings")),
     "itself inside": (b"train: &a\n  run_dir: *a\n", ("config.yaml",)),
 }
@@ -303,6 +303,8 @@ def weights(scene: Scene, change: Callable[[dict], object]) -> None:
 
 
 def index(scene: Scene, content: str) -> None:
+    """Write an index for the weights, which are then in `shard.safetensors`: a single file comes before an index."""
+    (scene.student / "model.safetensors").rename(scene.student / "shard.safetensors")
     (scene.student / INDEX).write_text(content)
 
 
@@ -372,7 +374,7 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
     "index missing": (lose_the_index, ("holds shards but not their index", INDEX)),
     "index no JSON": (lambda s: index(s, "{"), (f"{INDEX} is not valid JSON",)),
     "index empty": (lambda s: index(s, "{}"), (f"{INDEX} has no weight_map",)),
-    "index lies": (lambda s: index(s, '{"weight_map": {"a": "model.safetensors"}}'), ("does not hold a",)),
+    "index lies": (lambda s: index(s, '{"weight_map": {"a": "shard.safetensors"}}'), ("holds lm_head.weight, but", "does not name it")),
     "index of numbers": (lambda s: index(s, '{"weight_map": {"a": 3}}'), (INDEX,)),
 }
 

@@ -103,7 +103,7 @@ PROMPTS: dict[str, tuple[Callable[[Scene], object], list[str], tuple[str, ...]]]
     "nothing for the teacher": (
         lambda s: s.write("prompts.jsonl", [prompt(n, solved="") for n in range(4)]),
         [SOLVED],
-        ("no prompt is left", "4 not usable (first: row 1: the teacher's prompt: it renders to no token)"),
+        ("no prompt is left", "4 not usable (first: row 1: the teacher's prompt: the prompt is empty)"),
     ),
     "too long for the teacher": (
         lambda s: None,
@@ -302,7 +302,7 @@ def other_ids(scene: Scene) -> None:
 
 BROKEN: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = {
     "not there": (lambda s: shutil.rmtree(s.deep), ("deep is not a folder",)),
-    "no head": (no_head, ("deep misses 1", "lm_head.weight")),
+    "no head": (no_head, ("deep holds no lm_head.weight; if it is the embedding, set tie_word_embeddings",)),
     "head not there": (lambda s: head_apart(s).unlink(), ("deep/head.safetensors is missing",)),
     "head cut": (cut_head, ("deep/head.safetensors is truncated or corrupt",)),
     "head of another vocabulary": (short_head, ("deep: lm_head.weight has shape [100, 32]", "asks for [259, 32]")),
