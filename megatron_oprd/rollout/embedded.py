@@ -85,6 +85,7 @@ class EmbeddedEngine(ImmediateEngine):
         requests = make_requests(prompts, self.spec, self.sampling, limits)
         rollouts: dict[int, Rollout] = {}
         training = self.stage.training
+        self.stage.wait_for_parameters()  # decode steps use the weights outside their modules
         self.stage.eval()
         try:
             with (
