@@ -2,6 +2,7 @@
 
 The student stops its training half-way; the teacher continues from the student's weights with a frozen embedding and
 LM head. Both models share family, width and LM head and differ in their hidden states, which is the setting of OPRD.
+The weights of seed 0 are stored in `pair/`; `--train` trains them anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets the file also run as a script, from anywhere
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # lets the file al
 from examples.demo.task import RESPONSE_LENGTH, additions, encode, split_additions, write_rows
 from examples.demo.tokenizer import EOS_ID, PAD_ID, SYMBOLS, build_tokenizer
 
+STORED = Path(__file__).parent / "pair"  # the weights of seed 0, from `make_pair --train`
 BATCH_SIZE = 64
 WIDTH = 96
 STUDENT_RANGE = (0.45, 0.55)
@@ -158,15 +161,26 @@ def train_pair(
     raise missed
 
 
-def make_pair(out: Path, seed: int, steps: int, hidden_size: int = WIDTH) -> None:
+def stored_pair() -> tuple[Qwen3ForCausalLM, Qwen3ForCausalLM]:
+    """Return the student and the teacher of seed 0, which were trained once: training takes a minute."""
+    models = build_model(seed=0), build_model(seed=0)
+    for name, model in zip(("student", "teacher"), models, strict=True):
+        model.load_state_dict(load_file(STORED / f"{name}.safetensors"))
+    return models
+
+
+def make_pair(out: Path, seed: int, steps: int, hidden_size: int = WIDTH, *, train: bool = False) -> None:
     """Write `student/` and `teacher/` (Hugging Face folders), `train.jsonl` and `heldout.jsonl` into `out`.
 
-    `steps` bounds each phase. Deterministic for a seed on one machine. Raises TargetMissed.
+    The models of seed 0 are stored in this folder, unless `train` is True. Others are trained, which is deterministic
+    on one machine; `steps` bounds each phase. Raises TargetMissed.
     """
     splits = split_additions(seed)
-    validation = encode(splits.validation)
-    batches = (encode(additions(numbers)) for numbers in splits.supervised.split(BATCH_SIZE))
-    student, teacher = train_pair(seed, batches, validation, steps, hidden_size)
+    if seed == 0 and hidden_size == WIDTH and not train:
+        student, teacher = stored_pair()
+    else:
+        batches = (encode(additions(numbers)) for numbers in splits.supervised.split(BATCH_SIZE))
+        student, teacher = train_pair(seed, batches, encode(splits.validation), steps, hidden_size)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, heldout = build_tokenizer(), encode(splits.heldout)
     for name, model in (("student", student), ("teacher", teacher)):
@@ -186,11 +200,12 @@ def main() -> int:
     parser.add_argument(
         "--hidden-size", type=int, default=WIDTH, help="a quarter of it is a head; vLLM on a CPU needs heads of 32"
     )
+    parser.add_argument("--train", action="store_true", help="train the pair of seed 0 too; it is stored otherwise")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # more threads do not pay at this size, and change the rounding
     start = time.perf_counter()
     try:
-        make_pair(arguments.out, arguments.seed, arguments.steps, arguments.hidden_size)
+        make_pair(arguments.out, arguments.seed, arguments.steps, arguments.hidden_size, train=arguments.train)
     except TargetMissed as error:
         print(f"make_pair: {error}; try another --seed or more --steps", file=sys.stderr)
         return 1

@@ -374,7 +374,10 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
     "index missing": (lose_the_index, ("holds shards but not their index", INDEX)),
     "index no JSON": (lambda s: index(s, "{"), (f"{INDEX} is not valid JSON",)),
     "index empty": (lambda s: index(s, "{}"), (f"{INDEX} has no weight_map",)),
-    "index lies": (lambda s: index(s, '{"weight_map": {"a": "shard.safetensors"}}'), ("holds lm_head.weight, but", "does not name it")),
+    "index lies": (
+        lambda s: index(s, '{"weight_map": {"a": "shard.safetensors"}}'),
+        ("holds lm_head.weight, but", "does not name it"),
+    ),
     "index of numbers": (lambda s: index(s, '{"weight_map": {"a": 3}}'), (INDEX,)),
 }
 

@@ -91,8 +91,18 @@ def test_the_teacher_keeps_the_students_embedding_and_head(monkeypatch):
     assert not torch.equal(teacher.model.layers[0].mlp.up_proj.weight, student.model.layers[0].mlp.up_proj.weight)
 
 
+def test_the_stored_pair_is_one_that_training_makes():
+    student, teacher = make_pair.stored_pair()
+    validation = encode(split_additions(0).validation)
+    assert make_pair.STUDENT_RANGE[0] <= make_pair.exact_match(student, validation) <= make_pair.STUDENT_RANGE[1]
+    assert make_pair.exact_match(teacher, validation) >= make_pair.TEACHER_ACCURACY
+    frozen = ("lm_head.weight", "model.embed_tokens.weight")
+    same = [name for name, weight in teacher.state_dict().items() if torch.equal(weight, student.state_dict()[name])]
+    assert same == sorted(frozen, reverse=True)
+
+
 def test_a_missed_accuracy_is_one_line_and_exit_code_1_and_writes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["make_pair", "--out", str(tmp_path / "pair"), "--steps", "1"])
+    monkeypatch.setattr("sys.argv", ["make_pair", "--out", str(tmp_path / "pair"), "--train", "--steps", "1"])
     assert make_pair.main() == 1
     assert "the student did not reach" in capsys.readouterr().err
     assert not (tmp_path / "pair").exists()
