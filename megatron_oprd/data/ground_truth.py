@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import decimal
-import json
 from typing import Any
+
+from megatron_oprd.data.literals import parse_literal
 
 GroundTruth = str | tuple[str, ...]  # several: any of them is right
 
@@ -52,10 +52,5 @@ def _written_list(text: str) -> list[Any] | None:
     text = text.strip()
     if not (text.startswith("[") and text.endswith("]") and text[1:].lstrip().startswith(('"', "'"))):
         return None
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
-    return None
+    value = parse_literal(text)
+    return value if isinstance(value, list) and all(isinstance(item, str) for item in value) else None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-import json
 from collections.abc import Mapping
 from typing import Any
+
+from megatron_oprd.data.literals import parse_literal
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -83,14 +83,9 @@ def _is_written_conversation(text: str) -> bool:
     text = text.strip()
     if not (text.startswith(("[", "{")) and ("role" in text or "from" in text)):
         return False
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            value = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-        messages = value if isinstance(value, list) else [value]
-        return bool(messages) and all(
-            _is_from_value(message) or (isinstance(message, Mapping) and {"role", "content"} <= message.keys())
-            for message in messages
-        )
-    return False
+    value = parse_literal(text)
+    messages = value if isinstance(value, list) else [value]
+    return bool(messages) and all(
+        _is_from_value(message) or (isinstance(message, Mapping) and {"role", "content"} <= message.keys())
+        for message in messages
+    )
