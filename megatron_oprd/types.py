@@ -20,6 +20,10 @@ class UserError(Exception):
     everywhere = False  # whether all ranks are known to raise it
 
 
+class ServiceFailed(Exception):
+    """A program beside this one failed. Commands print the one line and exit with code 1; the same command resumes."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
+from megatron_oprd.types import ServiceFailed
+
 GENERATE = "/inference/v1/generate"
 SERVED_MODEL = "student"  # the name under which a managed server serves its model
 # Tokens that the server collects before it sends them. One event for each token would cost the trainer too much time.
@@ -24,7 +26,7 @@ INFO_SECONDS = 60.0  # most seconds for questions that a server answers without 
 EXCLUDED = -1e9  # bias of a logit whose token is never sampled; JSON has no infinity
 
 
-class ServerError(Exception):
+class ServerError(ServiceFailed):
     """A server failed, or its answer breaks the protocol. The message is one line that begins with the address."""
 
 

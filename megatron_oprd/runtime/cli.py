@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from megatron_oprd.config import load_config
 from megatron_oprd.runtime.files import DISK_ERRORS
-from megatron_oprd.types import UserError
+from megatron_oprd.types import ServiceFailed, UserError
 
 CONFIG_HELP = "YAML file; docs/configuration.md lists the keys"
 
@@ -78,15 +78,18 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 @contextmanager
 def exit_on_mistake() -> Iterator[None]:
-    """Exit with code 2 on a mistake of the user, with 130 on an interrupt and with 1 on RankFailed.
+    """Exit with code 2 on a mistake of the user, with 130 on an interrupt, with 1 on RankFailed and ServiceFailed.
 
-    A UserError and a disk error (full, read-only, forbidden) become one `error: ...` line on stderr. In a group of
-    processes only rank 0 prints the line. Any other exception keeps its traceback.
+    A UserError, a ServiceFailed and a disk error (full, read-only, forbidden) become one `error: ...` line on stderr.
+    In a group of processes only rank 0 prints the line. Any other exception keeps its traceback.
     """
     try:
         yield
     except UserError as error:
         code = _report(str(error))
+    except ServiceFailed as error:
+        _report(str(error))
+        code = 1
     except RankFailed:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.runtime.files import commit_partial, prepare_partial, write_folder, write_text
-from megatron_oprd.types import UserError
+from megatron_oprd.types import ServiceFailed, UserError
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
@@ -108,6 +108,7 @@ def raises(error):
         (raises(UserError("bad\nthing")), 2, "error: bad thing\n"),
         (raises(OSError(errno.ENOSPC, "No space left on device", "/x")), 2, "error: /x: No space left on device\n"),
         (raises(KeyboardInterrupt()), 130, ""),
+        (raises(ServiceFailed("a server:\nis gone")), 1, "error: a server: is gone\n"),
         (
             lambda: ArgumentParser(prog="x").parse_args(["--no"]),
             2,
@@ -115,7 +116,7 @@ def raises(error):
         ),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(main, code, message, capsys):
+def test_a_mistake_is_one_line_and_its_exit_code(main, code, message, capsys):
     with pytest.raises(SystemExit) as caught:
         run_command(main)
     assert caught.value.code == code
