@@ -9,7 +9,6 @@ from megatron_oprd.checkpoint.training_state import CheckpointContent
 from megatron_oprd.hf.export import export_hf
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.runtime.files import explain_os_errors
-from megatron_oprd.training.overlap import wait_for_gather
 
 
 def export_student(content: CheckpointContent, target: Path) -> None:
@@ -20,7 +19,7 @@ def export_student(content: CheckpointContent, target: Path) -> None:
     """
     fresh = target.with_name(f"{target.name}.new")
     on_rank_zero(lambda: shutil.rmtree(fresh, ignore_errors=True))
-    wait_for_gather(content.student.ddp)
+    content.student.stage.wait_for_parameters()
     export_hf(content.student.stage, content.spec, content.topology, content.source, fresh)
 
     def replace() -> None:

@@ -23,7 +23,6 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import progress
 from megatron_oprd.runtime.files import commit_partial, discard_partial, explain_os_errors, write_json, write_text
 from megatron_oprd.training.global_batch import share_rollouts
-from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.state import TrainState
 from megatron_oprd.types import Rollout
 
@@ -88,7 +87,7 @@ class Saving:
         self.topology, self.keep = content.topology, keep
         self.target = folder / f"step_{state.step:07d}"
         rollouts = _pending_rollouts(state, self.topology)
-        wait_for_gather(content.student.ddp)
+        content.student.stage.wait_for_parameters()
         self.partial = on_rank_zero(lambda: prepare_folders(self.target))
         with self._discarded_on_failure():
             student = content.student

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_oprd.config.yaml_core import load_yaml
 from megatron_oprd.evaluation.charts import escape
 from megatron_oprd.evaluation.health_section import health_section
 from megatron_oprd.evaluation.page import NO_VALUE, Raw, details, line_chart, number, page, table
@@ -65,7 +66,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def _heading(config_text: str, metrics: Sequence[Record]) -> str:
     try:
-        config = yaml.safe_load(config_text)
+        config = load_yaml(config_text)
     except yaml.YAMLError:
         config = None
     paths = {role: get(config, role, "path") for role in ("student", "teacher")}

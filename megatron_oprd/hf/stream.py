@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from megatron_oprd.hf.config import read_json
-from megatron_oprd.hf.names import hf_shapes
+from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, hf_shapes
 from megatron_oprd.runtime.files import explain_os_errors, write_folder, write_json
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -40,7 +40,7 @@ COMPANIONS = (
 )
 # Buffers that earlier versions of transformers saved. It ignores them when it loads a model.
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|(self_)?attn\.bias)$")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+(_EMBEDDING,), (_HEAD,) = EMBEDDING.hf, LM_HEAD.hf
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -55,11 +55,6 @@ class HFReader:
         self.folder = Path(folder)
         self._shard_of = {name: file for name, file in self._locate().items() if not _BUFFER.search(name)}
         self._opened: dict[str, Any] = {}
-        for file, names in self._names_by_file().items():
-            present = self._names_in(file)
-            for name in names:
-                if name not in present:
-                    raise UserError(f"{self.folder / file} does not hold {name}, which {INDEX} says it does")
 
     def _locate(self) -> dict[str, str]:
         """Return the file of each tensor, from the files that transformers reads: the single file before an index."""
@@ -88,10 +83,15 @@ class HFReader:
             raise UserError(f"{path} names {outside!r}; name files in the folder itself, without a path")
         for file in sorted(set(weight_map.values())):
             # transformers loads every tensor of a shard, also one that the index puts elsewhere or does not name.
-            wrong = sorted(name for name in self._names_in(file) if weight_map.get(name) != file)
+            present = self._names_in(file)
+            wrong = sorted(name for name in present if weight_map.get(name) != file)
             if wrong:
                 elsewhere = f"puts it into {weight_map[wrong[0]]}" if wrong[0] in weight_map else "does not name it"
                 raise UserError(f"{self.folder / file} holds {wrong[0]}, but {INDEX} {elsewhere}; save the model anew")
+            named = {name for name, place in weight_map.items() if place == file and not _BUFFER.search(name)}
+            missing = sorted(named - present)
+            if missing:
+                raise UserError(f"{self.folder / file} does not hold {missing[0]}, which {INDEX} says it does")
         return weight_map
 
     def _check_index_agrees(self) -> None:

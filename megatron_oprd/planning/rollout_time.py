@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 
 from megatron_oprd.config import Config, ParallelConfig
-from megatron_oprd.hf.names import hf_shapes
 from megatron_oprd.launch.lengths import Lengths
+from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.planning.device_formulas import BYTES
 from megatron_oprd.planning.flops import forward_flops, head_flops
@@ -20,6 +20,7 @@ from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.rollout_memory import rollouts_of_replica
 from megatron_oprd.planning.traffic import Traffic, forward_traffic
 from megatron_oprd.rollout.batch_rows import MAX_ROWS
+from megatron_oprd.rollout.weight_sync import weight_bytes
 from megatron_oprd.types import ModelSpec
 
 WEIGHT_SYNC = "weight sync"  # name of a cost; those of rollouts begin with ROLLOUT
@@ -104,7 +105,7 @@ def sync_bytes(run: PlannedRun) -> int:
     """Return the bytes of the exported weights, which every server reads before a step; 0 without servers."""
     if run.config.rollout.engine != "vllm":
         return 0
-    return sum(map(math.prod, hf_shapes(run.setup.student).values())) * BYTES[run.config.precision.dtype]
+    return weight_bytes(run.setup.student, DTYPES[run.config.precision.dtype])
 
 
 def divide(spec: ModelSpec, layout: ParallelConfig) -> ModelDivision:

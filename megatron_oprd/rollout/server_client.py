@@ -192,10 +192,6 @@ class ServerClient:
         """Complete an update. Answers carry `version` from now on."""
         self._call("POST", "/finish_weight_update", {"weight_version": version})
 
-    def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
-        """Initialize the server's weight transfer engine."""
-        self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(info)})
-
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of all prompts. Raises ServerError if the server still uses some."""
         if not self._field(self._call("POST", "/reset_prefix_cache"), "success", bool):

@@ -102,7 +102,7 @@ class WeightSync:
             self._on_rank_zero(self._restart)
             difference = self._push(label)
         size = weight_bytes(self._spec, self._dtype)
-        seconds = self._of_rank_zero(time.monotonic() - start)
+        seconds = self._on_rank_zero(lambda: time.monotonic() - start)
         return {"sync/seconds": seconds, "sync/bytes": float(size), "sync/canary_difference": difference}
 
     def reload(self, client: ServerClient) -> None:
@@ -198,10 +198,6 @@ class WeightSync:
             except (ServerError, UserError) as problem:
                 error = problem
         return self._agree(result, error)[0]
-
-    def _of_rank_zero(self, value: float) -> float:
-        """Return rank 0's value. Replicas may compute slightly different values."""
-        return float(gather_objects(value, dist.group.WORLD)[0])
 
     def _agree(self, result: Any, error: Exception | None) -> list[Any]:
         """Return the results of all ranks. Raises on every rank if one has an error."""

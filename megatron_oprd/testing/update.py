@@ -14,7 +14,6 @@ from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.launch.assemble import Run
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.testing.replayed_run import LEARNING_RATE
-from megatron_oprd.training.overlap import wait_for_gather
 from megatron_oprd.training.state import TrainState
 
 LOSS_TOLERANCE = 1e-6
@@ -39,7 +38,7 @@ def measure_update(run: Run, one_step: OneStep) -> Update:
     parameters = named_parameters(run.student.stage)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     _, metrics, _ = one_step(run, TrainState())
-    wait_for_gather(run.student.ddp)
+    run.student.stage.wait_for_parameters()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_((before[name] - parameter) / LEARNING_RATE)
@@ -53,7 +52,7 @@ def undo_step(run: Run, one_step: OneStep) -> None:
     parameters = named_parameters(run.student.stage)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     one_step(run, TrainState())
-    wait_for_gather(run.student.ddp)
+    run.student.stage.wait_for_parameters()
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(before[name])

@@ -52,7 +52,8 @@ def wrap(stage: Stage, parallel: ParallelConfig, *, distributed: bool) -> list[D
 def start_gather(ddp: Sequence[DistributedDataParallel]) -> None:
     """Start to gather all updated parameters, if overlap_param_gather is set.
 
-    A module waits for its parameters when it runs. Code that uses parameters outside a module calls `wait_for_gather`.
+    A module waits for its parameters when it runs. Code that uses parameters outside a module calls
+    `Stage.wait_for_parameters`.
     Communicates over: the data-parallel groups.
     """
     for chunk in ddp:

@@ -233,8 +233,6 @@ class _Handler(BaseHTTPRequestHandler):
             if body.get("weight_version") is not None and "old version" not in state.faults:
                 state.weight_version = body["weight_version"]
             self._reply(200, {"message": "Weight update finished"})
-        elif url.path == "/init_weight_transfer_engine":
-            self._reply(200, {"message": "Weight transfer initialized"})
         elif url.path == "/reset_prefix_cache":
             if "stale prefix cache" not in state.faults:
                 state.prefix_cache.clear()
