@@ -38,8 +38,9 @@ def import_megatron() -> None:
 def _compile_on_first_call() -> Iterator[None]:
     """Make `torch.compile` import torch's compiler when a decorated function is first called, not when it is defined.
 
-    Megatron-Core decorates about 40 functions while it is imported. That loads torch._dynamo and torch._inductor, 1.4 s
-    of CPU time for functions that are never called on a CPU.
+    Megatron-Core decorates about 40 functions while it is imported, and compiling one imports torch._dynamo and
+    torch._inductor, which takes seconds. Without a CUDA device nothing is compiled: the only decorated function that
+    runs there, `Router._apply_expert_bias`, returns at once.
     """
     compile_now = torch.compile
 
@@ -64,7 +65,8 @@ def _compile_later(function: Callable[..., Any], compile_function: Callable[[], 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal compiled
-        if torch.compiler.is_compiling():  # inside another compiled function: compile both as one
+        # Inside another compiled function, both are compiled as one.
+        if torch.compiler.is_compiling() or not torch.cuda.is_available():
             return function(*args, **kwargs)
         if compiled is None:
             compiled = compile_function()

@@ -93,6 +93,7 @@ def test_a_function_that_is_compiled_later_computes_the_same():
 import torch
 from megatron_oprd.runtime import megatron_import
 compiled = []
+torch.cuda.is_available = lambda: True
 torch.compile = lambda function, **options: compiled.append(options) or (lambda x: function(x) + 1)
 with megatron_import._compile_on_first_call():
     @torch.compile
@@ -102,5 +103,10 @@ with megatron_import._compile_on_first_call():
 assert compiled == [] and double.__name__ == "double"
 assert [double(1), double(2), triple(1)] == [3, 5, 4] and compiled == [{}, {"mode": "default"}]
 assert torch.compile(lambda x: x)(1) == 2
+torch.cuda.is_available = lambda: False
+with megatron_import._compile_on_first_call():
+    @torch.compile
+    def half(x): return x / 2
+assert [half(1), double(1)] == [0.5, 2] and len(compiled) == 3, "nothing is compiled without a CUDA device"
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
