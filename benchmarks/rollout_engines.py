@@ -14,7 +14,7 @@ from benchmarks.rollout_workloads import Workload
 from megatron_oprd.config import ParallelConfig, PrecisionConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.precision import plan_precision

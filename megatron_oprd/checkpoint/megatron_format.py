@@ -27,10 +27,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write
+from megatron_oprd.hf.companions import config_with_dtype, copy_companions
 from megatron_oprd.hf.config import read_json
 from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
-from megatron_oprd.hf.stream import config_with_dtype, copy_companions
 from megatron_oprd.parallel.rank_zero import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import commit_partial, discard_partial, explain_os_errors, prepare_partial, write_json

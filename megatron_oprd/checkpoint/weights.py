@@ -13,7 +13,7 @@ import torch
 from megatron_oprd.checkpoint import megatron_format
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec, UserError
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_oprd.hf.companions import config_with_dtype
 from megatron_oprd.hf.convert import from_megatron, unshard
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.names import Entry, entries, megatron_shapes, shard_shape
-from megatron_oprd.hf.stream import MAX_SHARD_BYTES, HFWriter, config_with_dtype
+from megatron_oprd.hf.writer import MAX_SHARD_BYTES, HFWriter
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology

@@ -8,7 +8,7 @@ import torch
 
 from megatron_oprd.hf.convert import shard, to_megatron
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, Entry, entries, own_name
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.runtime import progress
 from megatron_oprd.types import ModelSpec
 

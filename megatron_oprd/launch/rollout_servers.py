@@ -15,7 +15,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_oprd.config.rollouts import RolloutServerConfig
-from megatron_oprd.hf.stream import config_with_dtype
+from megatron_oprd.hf.companions import config_with_dtype
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.model import Stage

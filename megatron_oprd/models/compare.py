@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_oprd.hf.export import gather_hf_tensors
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import gather_vocabulary, pass_through

@@ -11,7 +11,7 @@ from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf import export
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import named_parameters
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.compare import compare_states, compare_weights, open_hf_model
 from megatron_oprd.parallel.topology import build_topology, start_process

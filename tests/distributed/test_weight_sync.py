@@ -8,7 +8,7 @@ import torch
 from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.rollout.server_client import ServerError

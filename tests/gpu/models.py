@@ -11,7 +11,7 @@ import torch
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf, named_parameters
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch

@@ -15,7 +15,7 @@ from megatron_oprd.checkpoint.weights import check_weights, content_hash, load_w
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import export_hf
 from megatron_oprd.hf.load import named_parameters
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
 from megatron_oprd.testing.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save

@@ -5,7 +5,7 @@ import torch
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.testing.models import TIED_ONE_LAYER_7_TO_1, longrope, random_hf_model, save

@@ -7,7 +7,7 @@ import torch
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
-from megatron_oprd.hf.stream import HFReader
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.kv_cache import kv_cache_bytes
 from megatron_oprd.models.micro_batch import MicroBatch

@@ -6,8 +6,8 @@ import pytest
 from transformers import GenerationConfig
 
 from megatron_oprd.data.end_tokens import find_end_tokens
+from megatron_oprd.hf.companions import add_end_tokens
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.hf.stream import add_end_tokens
 from megatron_oprd.testing.models import random_hf_model
 from megatron_oprd.types import UserError
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer

@@ -8,11 +8,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from megatron_oprd.hf.companions import config_with_dtype
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.convert import from_megatron, shard, to_megatron, unshard
 from megatron_oprd.hf.load import global_name
 from megatron_oprd.hf.names import entries, hf_shapes, megatron_shapes, shard_shape
-from megatron_oprd.hf.stream import HFReader, HFWriter, config_with_dtype
+from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.hf.writer import HFWriter
 from megatron_oprd.testing.models import FAMILIES, LLAMA3_SCALING, random_hf_model, save
 from megatron_oprd.types import UserError
 from tests.helpers.configs import assert_refused, edited

@@ -28,7 +28,7 @@ def convert(args) -> int:
     from megatron_oprd.checkpoint.megatron_format import save_model
     from megatron_oprd.checkpoint.weights import load_weights
     from megatron_oprd.hf.config import read_model_spec
-    from megatron_oprd.hf.stream import HFReader
+    from megatron_oprd.hf.reader import HFReader
     from megatron_oprd.models.build import build_model
     from megatron_oprd.runtime.files import check_new_folder
 

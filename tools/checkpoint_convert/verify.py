@@ -41,7 +41,7 @@ def verify(args) -> int:
 
     from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
     from megatron_oprd.hf.config import read_model_spec
-    from megatron_oprd.hf.stream import HFReader
+    from megatron_oprd.hf.reader import HFReader
     from megatron_oprd.models.build import build_model
     from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
 

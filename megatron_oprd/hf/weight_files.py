@@ -1,0 +1,97 @@
+"""Find the safetensors file of each tensor in a Hugging Face folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_oprd.hf.config import read_json
+from megatron_oprd.types import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Buffers that earlier versions of transformers saved. It ignores them when it loads a model.
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|(self_)?attn\.bias)$")
+
+
+def locate_tensors(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor by name, without buffers that transformers ignores.
+
+    Raises:
+        UserError: a file is missing, truncated or corrupt, or the index does not describe the folder. Names the file.
+    """
+    return {name: file for name, file in _files_by_tensor(folder).items() if not _BUFFER.search(name)}
+
+
+def _files_by_tensor(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor, from the files that transformers reads: the single file before an index."""
+    if (folder / SINGLE).exists():
+        _check_index_agrees(folder)
+        return dict.fromkeys(_names_in(folder, SINGLE), SINGLE)
+    if (folder / INDEX).exists():
+        return _read_index(folder)
+    if any(folder.glob("model-*-of-*.safetensors")):
+        raise UserError(f"{folder} holds shards but not their index {INDEX}")
+    if any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{folder} holds pytorch_model.bin; save it as safetensors first (save_pretrained does)")
+    raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} has no weight_map")
+    if not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{path}: weight_map must give each tensor the name of a file")
+    outside = next((file for file in weight_map.values() if Path(file).name != file), None)
+    if outside is not None:
+        raise UserError(f"{path} names {outside!r}; name files in the folder itself, without a path")
+    for file in sorted(set(weight_map.values())):
+        # transformers loads every tensor of a shard, also one that the index puts elsewhere or does not name.
+        present = _names_in(folder, file)
+        wrong = sorted(name for name in present if weight_map.get(name) != file)
+        if wrong:
+            elsewhere = f"puts it into {weight_map[wrong[0]]}" if wrong[0] in weight_map else "does not name it"
+            raise UserError(f"{folder / file} holds {wrong[0]}, but {INDEX} {elsewhere}; save the model anew")
+        named = {name for name, place in weight_map.items() if place == file and not _BUFFER.search(name)}
+        missing = sorted(named - present)
+        if missing:
+            raise UserError(f"{folder / file} does not hold {missing[0]}, which {INDEX} says it does")
+    return weight_map
+
+
+def _check_index_agrees(folder: Path) -> None:
+    """Raise UserError if the folder has a second complete set of weights that differs from the single file."""
+    if not (folder / INDEX).exists():
+        return
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    files = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+    if not files or files == {SINGLE} or not all((folder / str(file)).exists() for file in files):
+        return  # a left-over of an earlier save, which transformers ignores
+    with safe_open(folder / SINGLE, framework="pt") as single:
+        differ = set(single.keys()) ^ weight_map.keys()
+        for name in sorted(weight_map.keys() - differ):
+            with safe_open(folder / weight_map[name], framework="pt") as shard:
+                if name not in shard.keys() or not torch.equal(shard.get_tensor(name), single.get_tensor(name)):  # noqa: SIM118
+                    differ.add(name)
+                    break
+    if differ:
+        raise UserError(
+            f"{folder} holds two sets of weights, {SINGLE} and those of {INDEX}, which differ in "
+            f"{min(differ)}; remove one of them"
+        )
+
+
+def _names_in(folder: Path, file: str) -> set[str]:
+    path = folder / file
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return set(opened.keys())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing, but {INDEX} names it") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or corrupt: {error}") from None
