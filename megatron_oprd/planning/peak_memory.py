@@ -1,6 +1,7 @@
 """Peak memory of a run, rank by rank, before anything of its size exists.
 
-`python -m megatron_oprd.planning.peak_memory` is the worker process that traces updates on a CPU.
+Updates are traced on a CPU, in worker processes. `python -m megatron_oprd.planning.peak_memory` is the worker on a
+machine with a CUDA device; elsewhere a worker is forked, which saves the seconds of the imports.
 """
 
 from __future__ import annotations
@@ -8,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
+
+import torch
 
 from megatron_oprd.planning.memory_formulas import most_selected_tokens
 from megatron_oprd.planning.planned_run import PlannedRun
@@ -35,12 +40,21 @@ def predict_peaks(run: PlannedRun) -> dict[range, Footprint]:
     layouts = [run.config.parallel, *(teacher.layout or run.config.parallel for teacher in run.setup.teachers.values())]
     groups = groups_of_ranks(run.setup.world_size, [layout.pipeline for layout in layouts])
     workers = min(len(groups), os.cpu_count() or 1)
-
-    def trace(some: Sequence[range]) -> list[Footprint]:
-        return _trace_in_worker(run, [group.start for group in some])
-
-    with ThreadPoolExecutor(workers) as pool:
-        parts = list(pool.map(trace, [groups[number::workers] for number in range(workers)]))
+    shares = [[group.start for group in groups[number::workers]] for number in range(workers)]
+    if torch.cuda.is_available():  # a fork would still see the device
+        pool: Executor = ThreadPoolExecutor(workers)
+        trace = _trace_in_new_process
+    else:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns of the fork
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+        trace = _trace
+    with pool:
+        try:
+            parts = list(pool.map(trace, repeat(run), shares))
+        except NotTraced:
+            raise
+        except Exception as error:
+            raise NotTraced(f"{type(error).__name__}: {error}") from error
     return {group: parts[number % workers][number // workers] for number, group in enumerate(groups)}
 
 
@@ -76,7 +90,7 @@ def _rollout(tokens: int, longest_response: int) -> Rollout:
     return Rollout((0,) * (tokens - response), (0,) * response, (1,) * response, "length")
 
 
-def _trace_in_worker(run: PlannedRun, ranks: list[int]) -> list[Footprint]:
+def _trace_in_new_process(run: PlannedRun, ranks: list[int]) -> list[Footprint]:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -93,12 +107,16 @@ def _trace_in_worker(run: PlannedRun, ranks: list[int]) -> list[Footprint]:
     return [Footprint(**parts) for parts in json.loads(done.stdout.splitlines()[-1])]
 
 
+def _trace(run: PlannedRun, ranks: list[int]) -> list[Footprint]:
+    torch.set_num_threads(1)
+    rollouts, count = fullest_micro_batch(run)
+    return [trace_update(run, rollouts, rank=rank, micro_batches=count) for rank in ranks]
+
+
 def main() -> None:
     """Trace the run and ranks that are pickled on stdin. The last line on stdout is the footprints as JSON."""
     run, ranks = pickle.load(sys.stdin.buffer)
-    rollouts, count = fullest_micro_batch(run)
-    footprints = [trace_update(run, rollouts, rank=rank, micro_batches=count) for rank in ranks]
-    print(json.dumps([dataclasses.asdict(footprint) for footprint in footprints]))
+    print(json.dumps([dataclasses.asdict(footprint) for footprint in _trace(run, ranks)]))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from megatron_oprd.testing.models import random_hf_model, save
-from tests.helpers.commands import run_ranks
-from tests.helpers.killable import finish
+from tests.helpers.commands import run, run_ranks
 from tests.helpers.memory import HONEST
 from tests.helpers.runs import VOCAB_SIZE, in_folder, prompt_run, replay_run
 
@@ -18,9 +17,11 @@ GIB = 2**30
 
 def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
     arguments = prompt_run(tmp_path / "run", 1, num_hidden_layers=2)
-    log = finish([*in_folder(arguments, tmp_path / "dry"), "--dry-run"], tmp_path / "log")
-    assert f"run_dir:{tmp_path / 'dry'}" in "".join(log.split())  # a long path begins a line of its own
-    lines = " ".join(log.split())
+    (tmp_path / "output").mkdir()
+    outcome = run(tmp_path / "output", "train", *in_folder(arguments, tmp_path / "dry"), "--dry-run")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert f"run_dir:{tmp_path / 'dry'}" in "".join(outcome.stdout.split())  # a long path begins a line of its own
+    lines = " ".join(outcome.stdout.split())
     for words in (
         "Compared layers",
         "student: Qwen3ForCausalLM",
@@ -30,7 +31,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
         "A step: 0.0 s = rollouts 0.0 s + training 0.0 s",
     ):
         assert words in lines
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "run"]
 
 
 def test_of_several_processes_only_one_prints_and_none_waits(tmp_path):
@@ -79,8 +80,8 @@ def test_a_dry_run_needs_only_the_models_config_json(tmp_path):
         assert line in outcome.stdout.splitlines()
     long = run_ranks(1, tmp_path, "train", *arguments, "data.max_prompt_tokens=91", "--dry-run")[0]
     assert long.code == 2 and "rollout.max_new_tokens=6 (97 tokens)" in long.stderr
-    run = run_ranks(1, tmp_path, "train", *arguments)[0]
-    assert run.code == 2 and "model.safetensors" in run.stderr
+    trained = run_ranks(1, tmp_path, "train", *arguments)[0]
+    assert trained.code == 2 and "model.safetensors" in trained.stderr
     (tmp_path / "teacher" / "config.json").unlink()
     broken = run_ranks(1, tmp_path, "train", *arguments, "--dry-run")[0]
     assert broken.code == 2 and "cannot read" in broken.stderr and "config.json" in broken.stderr

@@ -15,6 +15,7 @@ from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.reference_update import reference_metrics, reference_update
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
+from tests.helpers.commands import run
 from tests.helpers.killable import finish
 from tests.helpers.runs import (
     HINTED,
@@ -178,7 +179,7 @@ def test_the_export_has_the_trained_head(tied, tmp_path):
 
 def test_a_dry_run_describes_every_teacher(tmp_path):
     arguments = prompt_run(tmp_path, 3, "loss.output.objective=topk_kl", sources=SOURCES, **LAYERS)
-    log = finish([*arguments, "--dry-run"], tmp_path / "log")
+    log = run(tmp_path, "train", *arguments, "--dry-run").stdout
     for source in SOURCES:
         assert f"Compared layers, teacher {source}" in log
         assert f"teacher {source}: Qwen3ForCausalLM" in log

@@ -1,4 +1,4 @@
-"""Signals, and ranks that are killed, hang, stop or fail, in runs of four ranks under torchrun."""
+"""Signals in a run of four ranks, and ranks that are killed, hang, stop or fail under torchrun."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.killable import finish
+from tests.helpers.killable import Command, finish
 from tests.helpers.runs import assert_same_export, complete_steps, in_folder, last_step, metrics, prompt_run, read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -90,11 +90,13 @@ def assert_as_expected(actual: Path, expected: Path) -> None:
 def test_a_signal_to_one_rank_saves_and_stops_all_ranks_and_the_same_command_continues(arguments, expected, tmp_path):
     actual = tmp_path / "run"
     command = [*in_folder(arguments, actual), "checkpoint.every=0"]
-    with torchrun(command, tmp_path / "log") as run:
-        run.wait_until(lambda: last_step(actual) >= 1)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
-            os.kill(pid_of(actual, 2), number)
-        assert run.wait() == 0, run.log.read_text()
+    run = Command(command, tmp_path / "log", world_size=4)
+    while last_step(actual) < 1:
+        assert run.is_running, run.log.read_text()
+        time.sleep(0.02)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(pid_of(actual, 2), number)
+    assert run.wait() == 0, run.log.read_text()
     message = re.search(
         r"^SIG\w+: step (\d+) saved in (.*); the same command continues$", run.log.read_text(), re.MULTILINE
     )

@@ -20,6 +20,7 @@ from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.compare import Comparison, compare_states, compare_weights, open_hf_model
 from megatron_oprd.testing.models import TIED_ONE_LAYER_7_TO_1, random_hf_model, save
 from megatron_oprd.types import UserError
+from tests.helpers.commands import run, run_until_start
 
 TOOLS = Path(__file__).parents[2] / "tools" / "checkpoint_convert"
 MODELS = {
@@ -332,17 +333,17 @@ def test_the_tools_convert_verify_and_name_an_altered_layer(topology, tmp_path):
     def change(parameters):
         parameters["decoder.layers.1.mlp.linear_fc1.weight"][5, 6] += 0.1
 
-    to_megatron(folder, tmp_path / "altered", topology, change)
-    done = run_tool("verify", "--hf", "hf", "--megatron", "altered", cwd=tmp_path)
-    assert done.returncode == 1
-    assert "NOT equal: the first difference is in layer 2" in done.stdout
+    altered = to_megatron(folder, tmp_path / "altered", topology, change)
+    compared = run(tmp_path, "verify.py", f"--hf={folder}", f"--megatron={altered}")
+    assert compared.code == 1
+    assert "NOT equal: the first difference is in layer 2" in compared.stdout
 
 
 def test_bad_input_to_a_tool_is_one_line_and_writes_nothing(tmp_path):
     folder = hf_folder(tmp_path / "hf", num_hidden_layers=1)
     (folder / "model.safetensors").write_bytes(b"x" * 64)
-    done = run_tool("hf_to_megatron", "--hf", "hf", "--megatron", "mcore", cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: hf/model.safetensors is truncated or corrupt")
-    assert done.stderr.count("\n") == 1
+    refused = run_until_start("hf_to_megatron.py", f"--hf={folder}", f"--megatron={tmp_path / 'mcore'}")
+    assert refused.code == 2
+    assert refused.stderr.startswith(f"error: {folder}/model.safetensors is truncated or corrupt")
+    assert refused.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

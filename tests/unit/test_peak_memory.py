@@ -3,9 +3,12 @@
 import sys
 
 import pytest
+import torch
 
 from megatron_oprd.launch.lengths import Lengths
+from megatron_oprd.planning import peak_memory
 from megatron_oprd.planning.peak_memory import NotTraced, fullest_micro_batch, groups_of_ranks, predict_peaks
+from megatron_oprd.testing.distributed import result_of
 from tests.helpers.planning import planned_run, replay_config
 from tests.helpers.specs import tiny_spec
 
@@ -57,15 +60,27 @@ def test_ranks_with_the_same_pipeline_ranks_form_a_group():
 
 
 def test_every_group_of_ranks_has_a_footprint():
-    peaks = predict_peaks(run_of(8192, 4, "parallel.pipeline=2"))
+    peaks = result_of(predict_peaks, run_of(8192, 4, "parallel.pipeline=2"))
     assert list(peaks) == [range(2), range(2, 4)]
     first, last = peaks.values()
     assert first.weights > last.weights > 0  # two layers and the embedding; one layer and the head
     assert first.targets > last.targets > 0
 
 
+def test_the_new_process_of_a_machine_with_cuda_traces_the_same(monkeypatch):
+    run = run_of(8192, 1)
+    forked = result_of(predict_peaks, run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert predict_peaks(run) == forked
+
+
 def test_a_failed_trace_says_why(monkeypatch):
     run = run_of(8192, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(peak_memory, "trace_update", lambda *_, **__: 1 // 0)
+        with pytest.raises(NotTraced, match="ZeroDivisionError: integer division"):
+            predict_peaks(run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(sys, "executable", "false")
     with pytest.raises(NotTraced, match="exit code 1"):
         predict_peaks(run)
