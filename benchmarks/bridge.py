@@ -7,7 +7,7 @@
 For each kind of model pair and each seed, the benchmark creates the pair of the demo, fits bridges of all ranks and
 trains the student with each method and learning rate. It measures what a bridge alone changed in the student, and
 provokes a collapse. Each finished part has a file in --work and is not repeated; use a new --work after a change of the
-code. The results go to --output (default docs): bridge.json, the figures in bridge.md and the plots.
+code. The results go to --output (default docs/results): bridge.json, the figures in bridge.md and the plots.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Trial:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bridge", help="pairs and finished runs")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3])

@@ -1,4 +1,4 @@
-"""Write the measured part of docs/bridge.md and its plots from docs/bridge.json."""
+"""Write the measured part of docs/results/bridge.md and its plots from docs/results/bridge.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write docs/cost.md: memory and time of an update by objective.
+"""Write docs/results/cost.md: memory and time of an update by objective.
 
     python benchmarks/cost.py [--parts predicted measured --repeats 7]
 
@@ -56,8 +56,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 8], help="sequences of a micro-batch")
     parser.add_argument("--workload", type=json.loads, help="JSON: other sizes of the measured model")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "cost.json")
-    parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "cost.md")
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "results" / "cost.json")
+    parser.add_argument("--markdown", type=Path, default=ROOT / "docs" / "results" / "cost.md")
     options = parser.parse_args()
     record = json.loads(options.json.read_text()) if options.json.exists() else {}
     if "predicted" in options.parts:

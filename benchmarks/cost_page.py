@@ -1,4 +1,4 @@
-"""Write docs/cost.md from docs/cost.json."""
+"""Write docs/results/cost.md from docs/results/cost.json."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Measure speed and memory on one GPU next to the predictions, and add a section to docs/gpu.md.
+"""Measure speed and memory on one GPU next to the predictions, and add a section to docs/results/gpu.md.
 
     python benchmarks/gpu.py [--minutes 5.5 --repeats 5 --parts "teacher pass" cost]
 
 Models have the paper's shape and random weights; nothing is downloaded. A line is printed for each measured case, the
-tables at the end; figures go to docs/gpu.json. Running out of memory is a result. A case that fails is reported, the
+tables at the end; figures go to docs/results/gpu.json. Running out of memory is a result. A case that fails is reported, the
 others are measured, and the exit code is 1. `--tiny` rehearses at sizes that a CPU can run, and writes no file.
 """
 
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=5.5, help="start no further case after this time")
-    parser.add_argument("--docs", type=Path, help="folder of gpu.md and gpu.json; docs/, and none with --tiny")
+    parser.add_argument("--docs", type=Path, help="folder of gpu.md and gpu.json; docs/results/, and none with --tiny")
     options = parser.parse_args(arguments)
     device = platform.choose_device("auto")
     if device.type != "cuda" and not options.tiny:
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = {"date": f"{datetime.date.today()}", "device": name, "versions": facts(machine), "rows": rows}
     record["repeats"] = options.repeats
     print("\n".join(["", *tables(rows, name)]), flush=True)
-    docs = options.docs or (None if options.tiny else ROOT / "docs")
+    docs = options.docs or (None if options.tiny else ROOT / "docs" / "results")
     if docs is not None:
         keep(record, docs)
     return int(any(row["note"].startswith("failed") for row in rows))
@@ -135,7 +135,7 @@ def not_run(case: Case, note: str) -> dict[str, Any]:
 
 
 def expected(case: Case, device: str) -> dict[str, Any]:
-    """Return the predictions for a case: seconds from `gpu_flops.py`, the step peak from docs/cost.json, and the
+    """Return the predictions for a case: seconds from `gpu_flops.py`, the step peak from docs/results/cost.json, and the
     bytes of a teacher from its parameter count."""
     gpu = find_gpu(device)
     method = {"cost": case.name, "student update": OPRD}.get(case.part)
@@ -147,7 +147,7 @@ def expected(case: Case, device: str) -> dict[str, Any]:
 
 
 def predicted_rows() -> list[dict[str, Any]]:
-    """Return a row per case with the predicted seconds on each device of docs/gpu.md."""
+    """Return a row per case with the predicted seconds on each device of docs/results/gpu.md."""
     return [
         {
             **not_run(case, ""),
@@ -163,12 +163,12 @@ def expected_seconds(case: Case, gpu: Gpu) -> float:
 
 
 def predicted_peak(workload: Workload, method: str) -> int | None:
-    """Return the predicted peak in bytes from docs/cost.json, or None for a model other than the paper's."""
+    """Return the predicted peak in bytes from docs/results/cost.json, or None for a model other than the paper's."""
     (tokens,) = sequence_lengths(workload)
     if dataclasses.replace(workload, responses=PAPER.responses) != PAPER:
         return None
     method = "top-16, unchunked" if method == AUTHORED else method
-    rows = json.loads((ROOT / "docs" / "cost.json").read_text())["predicted"]["rows"]
+    rows = json.loads((ROOT / "docs" / "results" / "cost.json").read_text())["predicted"]["rows"]
     found = [
         row["step_peak"] for row in rows if (row["method"], row["sequences"], row["tokens"]) == (method, 1, tokens)
     ]

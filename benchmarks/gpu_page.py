@@ -1,4 +1,4 @@
-"""Write the tables of a GPU run, and add the section of a run to docs/gpu.md."""
+"""Write the tables of a GPU run, and add the section of a run to docs/results/gpu.md."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def section(record: dict[str, Any]) -> str:
 
 
 def runs(records: Sequence[dict[str, Any]]) -> str:
-    """Return the end of docs/gpu.md: the heading and the section of each run."""
+    """Return the end of docs/results/gpu.md: the heading and the section of each run."""
     return "\n".join([f"{HEADING}\n", *map(section, records)])
 
 

@@ -8,7 +8,7 @@ Makes the demo's pair for each seed and trains its student with each objective a
 of an objective is the one with the best mean greedy accuracy on validation additions; what is reported is accuracy on
 held-out ones. Then each objective trains again for as many steps as fit in the time of the first one's. Each finished
 run leaves a file in --work and is not run again: an interrupted benchmark continues. Changed code needs a new --work.
-Writes objectives.json, objectives.md and two plots into --output (docs).
+Writes objectives.json, objectives.md and two plots into --output (docs/results).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Trial:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "objectives", help="pairs and finished runs")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])

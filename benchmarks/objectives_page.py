@@ -1,4 +1,4 @@
-"""Write docs/objectives.md and its plots from docs/objectives.json."""
+"""Write docs/results/objectives.md and its plots from docs/results/objectives.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {
 }
 MEANING = """\
 Made by `python benchmarks/objectives.py` on one CPU thread in fp32, from the pairs of the
-[demo](../examples/README.md): Qwen3, 4 layers, width 96, adding two 3-digit numbers. Everything but the objective, its
+[demo](../demo.md): Qwen3, 4 layers, width 96, adding two 3-digit numbers. Everything but the objective, its
 learning rate and the number of steps is `examples/demo.yaml`: 64 prompts a step, one answer each at temperature 1,
 AdamW, a cosine schedule over the run's own steps. A seed is that of the pair, of the order of the prompts and of the
 rollouts. Accuracy is exact match on 1,000 held-out additions, one answer each; the learning rate was chosen on 1,000

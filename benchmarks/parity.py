@@ -3,7 +3,7 @@
     python benchmarks/parity.py [--only SUBSTRING --json FILE --markdown FILE]
     python benchmarks/parity.py --defects     # plant mistakes and list the cells that turn red
 
-Both write their part of docs/parity.json and docs/parity.md; with --only, files are written only if they are named. The
+Both write their part of docs/results/parity.json and docs/results/parity.md; with --only, files are written only if they are named. The
 exit code is 1 when a case exceeds the tolerance, or when the red cells of a mistake are not the predicted ones.
 """
 
@@ -58,8 +58,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
-    json_file = options.json or (None if options.only else ROOT / "docs" / "parity.json")
-    markdown_file = options.markdown or (None if options.only else ROOT / "docs" / "parity.md")
+    json_file = options.json or (None if options.only else ROOT / "docs" / "results" / "parity.json")
+    markdown_file = options.markdown or (None if options.only else ROOT / "docs" / "results" / "parity.md")
     everything = covering() if options.defects else (*MATRIX, *OBJECTIVE_CASES)
     cases = [case for case in everything if options.only in case.name]
     if not cases:

@@ -1,7 +1,7 @@
 """Compare rollout engines: the embedded engine, a vLLM server and transformers' `generate`, with the same weights.
 
-    python benchmarks/rollout.py [--batch 1 16 64 --repeats 5 --docs docs]
-    python benchmarks/rollout.py --preset h100 --repeats 3 --docs docs  # 1.5B, bf16, one GPU, within 8 minutes
+    python benchmarks/rollout.py [--batch 1 16 64 --repeats 5 --docs docs/results]
+    python benchmarks/rollout.py --preset h100 --repeats 3 --docs docs/results  # 1.5B, bf16, one GPU, within 8 minutes
     python benchmarks/rollout.py --preset h100 --rehearse               # the same, tiny, on a CPU
 
 The engines run in turn in one process with the same number of threads, once to warm up and then `--repeats` times. All

@@ -1,4 +1,4 @@
-"""Write the figures of `benchmarks/rollout.py` as the last section of docs/rollouts.md."""
+"""Write the figures of `benchmarks/rollout.py` as the last section of docs/results/rollouts.md."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@
     python benchmarks/staleness.py --page-only    # the page again, from staleness.json
 
 Trains the demo's student with `rollout.ahead` 0 and 1, for each seed and objective, at the learning rate that
-docs/objectives.md found best. The embedded engine generates the rollouts, so `ahead` changes which weights sample them
+docs/results/objectives.md found best. The embedded engine generates the rollouts, so `ahead` changes which weights sample them
 and saves no time. Each finished run leaves a file in --work and is not run again, so an interrupted benchmark goes on.
-Writes staleness.json and staleness.md into --output (docs).
+Writes staleness.json and staleness.md into --output (docs/results).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LEARNING_RATES = {"oprd": 3e-3, "full_kl": 3e-3, "full_kl_forward": 3e-3, "sampl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "staleness", help="pairs and finished runs")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--objectives", nargs="+", choices=list(LEARNING_RATES), default=list(LEARNING_RATES))

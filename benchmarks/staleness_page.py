@@ -1,4 +1,4 @@
-"""Write docs/staleness.md from docs/staleness.json."""
+"""Write docs/results/staleness.md from docs/results/staleness.json."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EFFECTS = (
 )
 METHOD = """\
 Made by `python benchmarks/staleness.py` on one CPU thread in fp32, from the pairs of the
-[demo](../examples/README.md): Qwen3, 4 layers, width 96, adding two 3-digit numbers. Learning rates are the best of
+[demo](../demo.md): Qwen3, 4 layers, width 96, adding two 3-digit numbers. Learning rates are the best of
 [objectives.md](objectives.md), which were chosen at `ahead` 0; everything else is `examples/demo.yaml`. Accuracy is
 exact match on 1,000 held-out additions. Cells are the mean over the seeds and, in brackets, the lowest and the highest;
 a difference is that of two runs with one seed. The embedded engine generates before training in both, so only the
@@ -46,7 +46,7 @@ def percents(record: dict[str, Any], objective: str, ahead: int, metric: str) ->
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Return the text of docs/staleness.md."""
+    """Return the text of docs/results/staleness.md."""
     rows = []
     for objective in dict.fromkeys(run["objective"] for run in record["runs"]):
         row = [NAMES[objective]]

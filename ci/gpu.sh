@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show: tests/gpu; benchmarks/gpu.py, which adds a section to docs/gpu.md; and the rollout engines by
-# benchmarks/rollout.py, which adds figures to docs/rollouts.md. usage: bash ci/gpu.sh [arguments of benchmarks/gpu.py]
+# What only a GPU can show: tests/gpu; benchmarks/gpu.py, which adds a section to docs/results/gpu.md; and the rollout engines by
+# benchmarks/rollout.py, which adds figures to docs/results/rollouts.md. usage: bash ci/gpu.sh [arguments of benchmarks/gpu.py]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 nvidia-smi >/dev/null 2>&1 || { echo "ci/gpu.sh needs an NVIDIA GPU, and nvidia-smi finds none" >&2; exit 2; }
@@ -12,5 +12,5 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1
 status=0
 "$python" -m pytest tests/gpu || status=$?
 "$python" benchmarks/gpu.py "$@" || status=$?
-"$python" benchmarks/rollout.py --preset h100 --repeats 3 --docs docs || status=$?
+"$python" benchmarks/rollout.py --preset h100 --repeats 3 --docs docs/results || status=$?
 exit "$status"

@@ -37,7 +37,8 @@ class LayerTime:
 
 LAYER_TIMES = {
     "megatron": LayerTime(
-        64 / 2059 / 28, "measured without CUDA graphs: 2,059 tokens/s, 64 rows, 28 layers, 1.5B, one H100 (docs/gpu.md)"
+        64 / 2059 / 28,
+        "measured without CUDA graphs: 2,059 tokens/s, 64 rows, 28 layers, 1.5B, one H100 (results/gpu.md)",
     ),
     "vllm": LayerTime(1e-4, "assumed"),
 }

@@ -13,7 +13,7 @@ CODE = [
     for folder in ("megatron_oprd", "tests", "benchmarks", "examples", "tools")
     for path in (ROOT / folder).rglob("*.py")
 ]
-PAGES = [ROOT / "ARCHITECTURE.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "ARCHITECTURE.md", ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [
     path for folder in ("benchmarks", "ci", "examples", "tools") for path in sorted((ROOT / folder).rglob("README.md"))
 ]

@@ -85,13 +85,13 @@ def test_predictions_are_faster_with_more_and_slower_with_less():
 
 
 def test_docs_have_the_predictions_of_the_code():
-    page = (ROOT / "docs" / "gpu.md").read_text()
+    page = (ROOT / "docs" / "results" / "gpu.md").read_text()
     assert predictions(gpu.predicted_rows()) in page
-    assert page.endswith(runs(json.loads((ROOT / "docs" / "gpu.json").read_text())))
+    assert page.endswith(runs(json.loads((ROOT / "docs" / "results" / "gpu.json").read_text())))
 
 
 def test_peaks_are_predicted_for_the_papers_model_alone():
-    rows = json.loads((ROOT / "docs" / "cost.json").read_text())["predicted"]["rows"]
+    rows = json.loads((ROOT / "docs" / "results" / "cost.json").read_text())["predicted"]["rows"]
     one = next(row for row in rows if (row["method"], row["sequences"], row["tokens"]) == ("top-16", 1, 16384))
     assert gpu.predicted_peak(PAPER, "top-16") == one["step_peak"]
     shorter = dataclasses.replace(PAPER, responses=(4096 - 256,))

@@ -1,4 +1,4 @@
-"""Each page of figures in docs/ is what its JSON file makes, so text and figures cannot drift apart."""
+"""Each page of figures in docs/results/ is what its JSON file makes, so text and figures cannot drift apart."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from benchmarks import bridge_page, cost_page, objectives_page, parity, rollout_page, staleness_page
 from benchmarks.pages import spread, table_lines
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "results"
 MAKERS = {
     "cost": cost_page.markdown,
     "objectives": objectives_page.markdown,
