@@ -4,8 +4,9 @@
     python benchmarks/staleness.py --page-only    # the page again, from staleness.json
 
 Trains the demo's student with `rollout.ahead` 0 and 1, for each seed and objective, at the learning rate that
-docs/results/objectives.md found best. The embedded engine generates the rollouts, so `ahead` changes which weights sample them
-and saves no time. Each finished run leaves a file in --work and is not run again, so an interrupted benchmark goes on.
+docs/results/objectives.md found best. The embedded engine generates the rollouts, so `ahead` changes which weights
+sample them and saves no time.
+Each finished run leaves a file in --work and is not run again, so an interrupted benchmark goes on.
 Writes staleness.json and staleness.md into --output (docs/results).
 """
 

@@ -88,6 +88,7 @@ RUNS = {
     "bash ci/run.sh tests/unit -k sharding": "--collect-only -q",
     "bash ci/nightly.sh": "--collect-only -q tests/unit",
     "bash ci/lint.sh": "",
+    "bash ci/gpu.sh": None,  # needs a GPU
     "python benchmarks/rollout.py": "--batch 2 --repeats 1 --layers 1 --hidden 64 --vocabulary 64",
     "bash tools/rollout_server/install.sh models/vllm": None,  # downloads several GB
     f"{TRAIN} rollout.engine=vllm rollout.server.python=models/vllm/bin/python": None,  # needs that environment
