@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--minutes 5.5 --repeats 5 --parts "teacher pass" cost]
 
 Models have the paper's shape and random weights; nothing is downloaded. A line is printed for each measured case, the
-tables at the end; figures go to gpu.json beside it. Running out of memory is a result. A case that fails is reported, the
+tables at the end; figures go to gpu.json. Running out of memory is a result. A case that fails is reported, the
 others are measured, and the exit code is 1. `--tiny` rehearses at sizes that a CPU can run, and writes no file.
 """
 
