@@ -4,7 +4,8 @@
     python benchmarks/parity.py --defects     # plant mistakes and list the cells that turn red
 
 Both write their part of parity.json and parity.md in docs/results; with --only, files are written only if they are
-named. The exit code is 1 when a case exceeds the tolerance, or when the red cells of a mistake are not the predicted ones.
+named. The exit code is 1 when a case exceeds the tolerance, or when the red cells of a mistake are not the predicted
+ones.
 """
 
 from __future__ import annotations
