@@ -58,8 +58,8 @@ def test_the_update_is_the_references(case, failures):
 
 def train(arguments, run_dir, *settings):
     """Train on two ranks; return the metrics by step and the output."""
-    launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "tests.helpers.te_train", *arguments, *settings, f"train.run_dir={run_dir}"]
+    launch = [sys.executable, "-W", "ignore", "-m", "tests.helpers.te_train", "2"]
+    command = [*launch, *arguments, *settings, f"train.run_dir={run_dir}"]
     result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -49,11 +49,14 @@ def spellers(tokenizers, tmp_path_factory):
     return functools.cache(lambda name: Speller.of(name, tokenizers(name), tmp_path_factory.mktemp(f"model-of-{name}")))
 
 
+@pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-def test_sync_points_are_the_tokens_that_end_after_the_same_bytes(student, teacher, tokenizers, aligners, spellers):
+def test_sync_points_are_the_tokens_that_end_after_the_same_bytes(
+    student, teacher, count, tokenizers, aligners, spellers
+):
     generator = random.Random(f"{student} {teacher}")
     aligner, eos = aligners(student, teacher), tokenizers(student).eos_token_id
-    for _ in range(2000):
+    for _ in range(count):
         response = random_response(generator, tokenizers(student))
         alignment = aligner.align(response)
         ended = response[-1:] == [eos]
