@@ -8,4 +8,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${MEGATRON_OPRD_VLLM_PYTHON:-}" ]; then
   bash tools/rollout_server/install.sh "$PWD/.venv-vllm" cpu >&2 || echo "ci/nightly.sh: no environment with vLLM" >&2
 fi
+export MEGATRON_OPRD_FUZZ=${MEGATRON_OPRD_FUZZ:-20}  # tests/fuzz draws so many times more examples, and others each night
 exec bash ci/run.sh -m "" "$@"

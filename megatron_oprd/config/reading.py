@@ -39,7 +39,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         except yaml.YAMLError as error:
             hint = f"""if it is text, put it in quotes: {key.strip()}='"..."'"""
             raise UserError(f"override {override!r} has no YAML value ({_first_line(error)}); {hint}") from None
-        except (OmegaConfBaseException, ValueError, TypeError) as error:
+        except (OmegaConfBaseException, ValueError, TypeError, LookupError, AttributeError) as error:
             raise UserError(f"override {override!r}: {_first_line(error)}") from None
     try:
         values = OmegaConf.to_container(tree, resolve=True)
@@ -184,4 +184,4 @@ def _as_written(value: Any) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -43,7 +43,22 @@ class _Dumper(yaml.SafeDumper):
 
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = node.value
-    return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
+    try:
+        return int(text, 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10)
+    except ValueError:  # Python reads at most 4300 digits
+        raise yaml.constructor.ConstructorError(
+            None, None, f"a number of {len(text)} digits is too long", node.start_mark
+        ) from None
+
+
+def _construct_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    """Return the text of a node. JSON writes a character above U+FFFF as two escapes, `"\\ud83d\\ude00"`."""
+    try:
+        return str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise yaml.constructor.ConstructorError(
+            None, None, "half of a surrogate pair is no character", node.start_mark
+        ) from None
 
 
 _Loader.yaml_implicit_resolvers = {}  # without the rules of YAML 1.1
@@ -52,11 +67,17 @@ for _name, _pattern, _first in _RESOLVERS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _full, _first)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_text)
 
 
 def load_yaml(text: str) -> Any:
     """Return the value of a YAML document. Raises yaml.YAMLError for text that is no YAML, and for a repeated key."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:  # of a tag, as in `!!timestamp text`
+        raise yaml.YAMLError(f"a tag (!!...) does not fit its value: {error}") from None
 
 
 def dump_yaml(values: Any) -> str:

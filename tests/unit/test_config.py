@@ -1,5 +1,7 @@
 """The configuration is strict: every mistake is one line that names the key and what would work."""
 
+import json
+
 import pytest
 
 from megatron_oprd.config import TeacherConfig, TeacherParallelConfig, dump_config, load_config, parse_config
@@ -319,3 +321,23 @@ def test_written_text_stays_text(text):
 def test_merged_mappings_of_a_file_are_read():
     text = "a: &base {path: x, parallel: {tensor: 2}}\nb: {<<: *base, path: y}\n"
     assert load_yaml(text)["b"] == {"path": "y", "parallel": {"tensor": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 2000, "nested too deeply"),
+        ("9" * 5000, "5000 digits is too long"),
+        ("!!timestamp a", "does not fit its value"),
+        ('"\\ud83d"', "half of a surrogate pair"),
+    ],
+)
+def test_text_that_breaks_the_parser_is_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(f"train:\n  run_dir: {text}\n")
+    for path, overrides in ((tmp_path / "c.yaml", []), (None, [f"train.run_dir={text}"])):
+        with pytest.raises(UserError, match=message):
+            load_config(path, overrides)
+
+
+def test_two_escapes_of_a_surrogate_pair_are_one_character_as_in_json():
+    assert load_yaml('"\\ud83d\\ude00"') == json.loads('"\\ud83d\\ude00"')
