@@ -9,3 +9,7 @@ python=${1:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 "$python" -m mkdocs build --quiet --strict --site-dir "$site"
+if grep -rnoE '<(script|img|link)[^>]* (src|href)="?https?://[^ >]*' "$site" --include=*.html; then
+  echo "the documentation loads files from another host" >&2
+  exit 1
+fi
