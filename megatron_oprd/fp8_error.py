@@ -15,7 +15,7 @@ from megatron_oprd.config import Config, load_config
 from megatron_oprd.runtime.cli import check_command_line, command_parser, run_command
 
 PARSER = command_parser(
-    "fp8_error",
+    "fp8-error",
     "Measure what precision.teacher_fp8 does to a teacher's states.",
     override="rollout.prompts_per_step=4",
     config="YAML file of a training run whose teacher is in FP8",

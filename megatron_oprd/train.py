@@ -12,7 +12,9 @@ from megatron_oprd.runtime.cli import check_command_line, command_parser, run_co
 
 STOPPED = 3  # exit code of a run that the health watch ended
 PARSER = command_parser("train", "On-policy representation distillation (OPRD).", override="parallel.tensor=2")
-PARSER.add_argument("--dry-run", action="store_true", help="print what would run and what it needs, then stop")
+PARSER.add_argument(
+    "--dry-run", action="store_true", help="do what `plan` does: print what would run and what it needs"
+)
 PARSER.epilog = (
     f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1) ended it and the same command continues, 1 for a "
     f"failure, 2 for a mistake in the arguments or inputs, {STOPPED} if health.stop=true ended the training."
@@ -23,6 +25,7 @@ if __name__ == "__main__":
 import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
 from megatron_oprd.checkpoint.hf_export import export_student
 from megatron_oprd.checkpoint.saver import Saver
+from megatron_oprd.commands.plan import print_plan
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.health.observers import start_observers
 from megatron_oprd.launch.assemble import Run, build_run
@@ -30,8 +33,6 @@ from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import open_run_folder
 from megatron_oprd.launch.step_data import align, make_global_batch
 from megatron_oprd.parallel.rank_zero import on_rank_zero
-from megatron_oprd.planning.dry_run import describe_run
-from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.resilience.signals import handle_signals, received_by_any
 from megatron_oprd.rollout.horizon import horizon_metrics
@@ -56,11 +57,11 @@ class Stop:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command: read and check the inputs, build the models, train, export and report."""
     options = PARSER.parse_args(arguments)
-    inputs = read_inputs(load_config(options.config, options.overrides), dry_run=options.dry_run)
+    config = load_config(options.config, options.overrides)
     if options.dry_run:
-        planned = PlannedRun(inputs.config, inputs.setup, inputs.lengths, inputs.bridge_rank)
-        describe_run(planned, inputs.missing)
+        print_plan(config)
         return 0
+    inputs = read_inputs(config)
     with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")
         run = build_run(inputs)

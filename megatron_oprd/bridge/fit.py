@@ -9,7 +9,7 @@ from megatron_oprd.config import load_config
 from megatron_oprd.runtime.cli import check_command_line, command_parser, run_command
 
 PARSER = command_parser(
-    "bridge.fit",
+    "fit-bridge",
     "Fit the bridge between a student and an unlike teacher.",
     override="bridge.ranks=[4,8]",
     config="YAML file; `bridge`, `rollout`, `data` and `loss.representation` are read",

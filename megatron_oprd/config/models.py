@@ -85,6 +85,16 @@ class KeepBf16Config(Section):
     last: int = Field(1, ge=0, description="number of highest blocks in bf16", json_schema_extra=LAYERS)
 
 
+# Other names of the dtypes that PrecisionConfig accepts.
+_DTYPE_NAMES = {
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float": "fp32",
+    "torch.bfloat16": "bf16",
+    "torch.float32": "fp32",
+}
+
+
 class PrecisionConfig(Section):
     """Number formats and attention kernels; docs/precision.md lists the combinations."""
 
@@ -104,6 +114,11 @@ class PrecisionConfig(Section):
         "recipe needs",
         json_schema_extra=TOKENS,
     )
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _accept_names_of_torch(cls, value: Any) -> Any:
+        return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
 
     @field_validator("teacher_fp8", mode="before")
     @classmethod

@@ -7,13 +7,15 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
+from megatron_oprd.config.hints import section_class, suggest_keys
 from megatron_oprd.config.root import Config
 from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
 from megatron_oprd.types import UserError
@@ -51,7 +53,7 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
 def parse_config(values: Any) -> Config:
     """Return the configuration of a plain mapping. Raises UserError with one line that names every wrong key."""
     try:
-        return Config.model_validate(_tuples(values))
+        return Config.model_validate(_lists_of_one(_tuples(values)))
     except ValidationError as error:
         raise UserError("; ".join(_explain(item) for item in _without_alternatives(error.errors()))) from None
 
@@ -94,23 +96,40 @@ def _tuples(values: Any) -> Any:
     return values
 
 
+def _lists_of_one(values: Any) -> Any:
+    """Put text without brackets into a list, for the keys that are lists of texts: `data.prompts=a.jsonl`."""
+    if not isinstance(values, dict):
+        return values
+    values = dict(values)
+    for section, model in ((name, section_class(field.annotation)) for name, field in Config.model_fields.items()):
+        if model is None or not isinstance(values.get(section), dict):
+            continue
+        values[section] = {
+            key: [value] if isinstance(value, str) and _is_list_of_texts(model.model_fields.get(key)) else value
+            for key, value in values[section].items()
+        }
+    return values
+
+
+def _is_list_of_texts(field: FieldInfo | None) -> bool:
+    if field is None or get_origin(field.annotation) is not list:
+        return False
+    item = get_args(field.annotation)[0]
+    return item is str or get_args(item)[:1] == (str,) or get_origin(item) is Literal
+
+
 def _annotation(location: tuple[Any, ...]) -> Any:
     """Return the type at a location of the configuration, or None if there is no such key."""
     found: Any = Config
     for part in location:
-        model, mapping = _model(found), get_origin(found) is dict
+        model, mapping = section_class(found), get_origin(found) is dict
         field = model.model_fields.get(part) if model else None
         found = get_args(found)[1] if mapping else field.annotation if field else None
     return found
 
 
-def _model(annotation: Any) -> type[BaseModel] | None:
-    candidates = [annotation, *get_args(annotation)] if get_origin(annotation) is not dict else []
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
 def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model = _model(_annotation(location))
+    model = section_class(_annotation(location))
     return list(model.model_fields) if model is not None else []
 
 
@@ -149,11 +168,7 @@ def _explain(item: Any) -> str:
     location = tuple(item["loc"])
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.0)
-        return f"unknown key {key}" + (
-            f" (did you mean {'.'.join([*map(str, location[:-1]), near[0]])}?)" if near else ""
-        )
+        return f"unknown key {key}{_hint(location)}"
     if location[-1:] == ("[key]",):
         return f"{'.'.join(map(str, location[:-2]))}: the name {item['input']!r} is no text; put it in quotes"
     if item["type"] == "missing":
@@ -165,12 +180,24 @@ def _explain(item: Any) -> str:
     return message if not key or message.startswith(key) else f"{key}={_as_written(item['input'])}: {message}"
 
 
+def _hint(location: tuple[Any, ...]) -> str:
+    """Return the keys that an unknown key may stand for, in brackets, or ''."""
+    name, section, known = str(location[-1]), ".".join(map(str, location[:-1])), _known_keys(location[:-1])
+
+    def nearest(similarity: float) -> list[str]:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=similarity)
+        return [f"{section}.{found}" if section else found for found in near]
+
+    suggested = nearest(0.6) or suggest_keys(name) or nearest(0.0)
+    return f" (did you mean {' or '.join(suggested)}?)" if suggested else ""
+
+
 def _advice(message: str, value: Any) -> str:
     """Return what to write instead of a value that YAML takes for something else than its author did, or ''."""
     match value:
         case str() if "boolean" in message and value.lower() in ("yes", "no", "on", "off"):
             return "; write true or false"
-        case str() if message == "Input should be a valid list":
+        case str() | int() | float() if message == "Input should be a valid list" and not isinstance(value, bool):
             return f"; write [{value}]"
         case str() if "_" in value and ("integer" in message or "number" in message):
             return "; write the digits without _"

@@ -7,6 +7,7 @@ import them.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from megatron_oprd.config import load_config
+from megatron_oprd.config.hints import suggest_keys
 from megatron_oprd.runtime.files import DISK_ERRORS
 from megatron_oprd.types import ServiceFailed, UserError
 
@@ -21,7 +23,29 @@ CONFIG_HELP = "YAML file; docs/configuration.md lists the keys"
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse.ArgumentParser that raises UserError for a wrong argument."""
+    """argparse.ArgumentParser that raises UserError for a wrong argument and takes options in any place."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        """Parse the arguments, with options and `key=value` in any order."""
+        namespace, unknown = self.parse_known_intermixed_args(args, namespace)
+        if unknown:
+            raise UserError(self._explain_unknown(unknown[0]))
+        return namespace
+
+    def _explain_unknown(self, argument: str) -> str:
+        name, _, value = argument.partition("=")
+        if not name.startswith("-"):
+            return f"unexpected argument {argument} (see --help)"
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        near = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+        if near:
+            return f"unknown option {name} (did you mean {near[0]}?)"
+        key = name.strip("-")
+        if any(action.dest == "overrides" for action in self._actions):
+            suggested = suggest_keys(key.replace("-", "_")) or [key]
+            keys = " or ".join(f"{found}={value or 'VALUE'}" for found in suggested)
+            return f"unknown option {name}; a configuration key has no dashes: {keys}"
+        return f"unknown option {name}; options: {', '.join(options)}"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")
@@ -35,11 +59,11 @@ class RankFailed(Exception):
 
 
 def command_parser(name: str, description: str, *, override: str, config: str = CONFIG_HELP) -> ArgumentParser:
-    """Build the parser of `python -m megatron_oprd.<name> --config F [a.b=1 ...]`.
+    """Build the parser of `megatron-oprd <name> --config F [a.b=1 ...]`.
 
     `override` is the example of an override in the help text, `config` the help text of `--config`.
     """
-    parser = ArgumentParser(prog=f"megatron_oprd.{name}", description=description)
+    parser = ArgumentParser(prog=f"megatron-oprd {name}", description=description)
     parser.add_argument("--config", help=config)
     parser.add_argument("overrides", nargs="*", help=f"dotted keys that win over the file, like {override}")
     return parser

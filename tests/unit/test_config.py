@@ -5,6 +5,8 @@ import json
 import pytest
 
 from megatron_oprd.config import TeacherConfig, TeacherParallelConfig, dump_config, load_config, parse_config
+from megatron_oprd.config.hints import SYNONYMS, known_keys
+from megatron_oprd.config.template import template
 from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
 from megatron_oprd.types import UserError
 
@@ -276,7 +278,7 @@ def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path, monk
         ("student.path", "", "student.path=null: Input should be a valid string"),
         ("student.path", "' '", "student.path=' ': the path is empty"),
         ("student.path", "$DATA/m", "student.path='$DATA/m': write an environment variable as ${oc.env:DATA}"),
-        ("data.prompts", "a.jsonl", "data.prompts='a.jsonl': Input should be a valid list; write [a.jsonl]"),
+        ("bridge.ranks", "8", "bridge.ranks=8: Input should be a valid list; write [8]"),
     ],
 )
 def test_a_value_that_yaml_takes_for_another_type_is_refused_with_advice(tmp_path, key, written, message):
@@ -341,3 +343,53 @@ def test_text_that_breaks_the_parser_is_refused_in_one_line(tmp_path, text, mess
 
 def test_two_escapes_of_a_surrogate_pair_are_one_character_as_in_json():
     assert load_yaml('"\\ud83d\\ude00"') == json.loads('"\\ud83d\\ude00"')
+
+
+@pytest.mark.parametrize("written", ["bfloat16", "torch.bfloat16", "bf16"])
+def test_names_of_torch_are_taken_for_a_dtype(written):
+    assert load_config(None, [*REQUIRED, f"precision.dtype={written}"]).precision.dtype == "bf16"
+
+
+def test_one_text_without_brackets_is_taken_for_a_list_of_one(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "student: {path: s, freeze: lm_head}\nteacher: {path: t}\ntrain: {run_dir: r}\ndata: {prompts: a.jsonl}\n"
+    )
+    config = load_config(path, ["evaluation.data=b.jsonl"])
+    assert (config.data.prompts, config.evaluation.data, config.student.freeze) == (
+        ["a.jsonl"],
+        ["b.jsonl"],
+        ["lm_head"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("lr=1", "optimizer.lr or bridge.lr"),
+        ("train.learning_rate=1", "optimizer.lr"),
+        ("optimizer.learning_rate=1", "optimizer.lr"),
+        ("batch_size=4", "rollout.prompts_per_step or batch.max_tokens_per_micro_batch"),
+        ("tp=2", "parallel.tensor"),
+        ("steps=5", "train.steps"),
+        ("model=m", "student.path"),
+        ("prompts=p", "data.prompts or health.prompts or bridge.prompts"),
+        ("train.temperature=1", "rollout.temperature or evaluation.temperature"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_key_that_was_meant(override, hint):
+    with pytest.raises(UserError, match=rf"unknown key \S+ \(did you mean {hint}\?\)"):
+        load_config(None, [*REQUIRED, override])
+
+
+def test_every_synonym_names_an_existing_key():
+    assert {key for keys in SYNONYMS.values() for key in keys} <= set(known_keys())
+
+
+def test_the_default_configuration_can_be_saved_and_used():
+    text = template().replace("path:  # required", "path: x").replace("run_dir:  # required", "run_dir: r")
+    values = load_yaml(text)
+    values["data"]["prompts"] = ["p"]
+    assert parse_config(values) == load_config(
+        None, ["student.path=x", "teacher.path=x", "train.run_dir=r", "data.prompts=p"]
+    )

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_oprd.runtime.cli import command_parser
+from megatron_oprd.types import UserError
+
 ROOT = Path(__file__).parents[2]
-MODULES = ("train", "evaluate", "fp8_error", "bridge.fit")
+MODULES = ("train", "evaluate", "fp8_error", "bridge.fit", "commands.plan")
 TOOLS = ("hf_to_megatron.py", "megatron_to_hf.py", "verify.py")
 EXAMPLE = ROOT / "examples" / "run_oprd_qwen.sh"
+PARSER = command_parser("test", "A command.", override="a.b=1")
+PARSER.add_argument("--tensor")
 REQUIRED = ("student.path=s", "teacher.path=t", "data.prompts=[p]", "train.run_dir=r")
 # Run a command as `python -m MODULE` or `python FILE` does, then print which slow packages it has imported.
 RUN = """
@@ -65,6 +70,29 @@ def test_a_misspelt_key_in_a_file_is_reported_before_the_slow_imports(command, t
     result = run(command, "--config", str(path))
     assert (result.returncode, result.stdout) == (2, "imported:\n")
     assert "unknown key teacher.pth (did you mean teacher.path?)" in result.stderr
+
+
+def test_the_list_of_commands_imports_nothing_at_all():
+    result = run("megatron_oprd", "--help")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "fit-bridge" in result.stdout and result.stdout.endswith("imported:\n")
+
+
+def test_options_and_keys_are_taken_in_any_order():
+    options = PARSER.parse_args(["a.b=1", "--config", "f.yaml", "c.d=2", "--tensor", "3", "e.f=4"])
+    assert (options.config, options.overrides, options.tensor) == ("f.yaml", ["a.b=1", "c.d=2", "e.f=4"], "3")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--confg", r"unknown option --confg \(did you mean --config\?\)"),
+        ("--learning-rate=1", r"no dashes: optimizer\.lr=1"),
+    ],
+)
+def test_an_unknown_option_is_answered_with_the_one_that_was_meant(argument, message):
+    with pytest.raises(UserError, match=message):
+        PARSER.parse_args([argument])
 
 
 @pytest.mark.parametrize("command", FILES)

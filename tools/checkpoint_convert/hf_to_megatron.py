@@ -1,51 +1,10 @@
 #!/usr/bin/env python3
-"""Convert a Hugging Face folder (Qwen2 to Qwen3-MoE, Llama, Phi-3, Phi-4) to a Megatron-Core distributed checkpoint."""
+"""Run `megatron-oprd convert`, also from a clone that is not installed."""
 
-import shared
+import door  # noqa: F401  # isort: skip  # makes the package importable
 
-shared.prepare()
-
-from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading  # noqa: E402
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def main() -> int:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--hf", required=True, metavar="DIR", help="the Hugging Face folder to read")
-    parser.add_argument("--megatron", required=True, metavar="DIR", help="the new folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights written; default: as they are")
-    shared.add_layout(parser, "spread the model over more processes (each holds its part); any layout can read it")
-    args = parser.parse_args()
-    code = shared.start_ranks(args.tensor * args.pipeline)
-    return convert(args) if code is None else code
-
-
-def convert(args) -> int:
-    start_loading()
-    import torch
-
-    from megatron_oprd.checkpoint.megatron_format import save_model
-    from megatron_oprd.checkpoint.weights import load_weights
-    from megatron_oprd.hf.config import read_model_spec
-    from megatron_oprd.hf.reader import HFReader
-    from megatron_oprd.models.build import build_model
-    from megatron_oprd.runtime.files import check_new_folder
-
-    spec = read_model_spec(args.hf)
-    reader = HFReader(args.hf)
-    reader.check(spec)
-    check_new_folder(args.megatron)
-    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else reader.dtype()
-    topology = shared.topology_of(args.tensor, args.pipeline)
-    model = build_model(spec, topology, dtype)
-    load_weights(model, args.hf, spec, topology)
-    save_model(model, args.megatron, spec, topology, source=args.hf)
-    if topology.rank == 0:
-        print(f"{args.megatron}: {spec.architecture}, {spec.num_layers} layers, {str(dtype).removeprefix('torch.')}")
-    shared.leave()
-    return 0
-
+from megatron_oprd.commands.convert import main
+from megatron_oprd.runtime.cli import run_command
 
 if __name__ == "__main__":
     run_command(main)

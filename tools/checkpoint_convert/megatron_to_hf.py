@@ -1,49 +1,10 @@
 #!/usr/bin/env python3
-"""Convert a Megatron-Core distributed checkpoint back to a Hugging Face folder that transformers opens."""
+"""Run `megatron-oprd export`, also from a clone that is not installed."""
 
-import shared
+import door  # noqa: F401  # isort: skip  # makes the package importable
 
-shared.prepare()
-
-from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading  # noqa: E402
-
-
-def main() -> int:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--megatron", required=True, metavar="DIR", help="the Megatron checkpoint to read")
-    parser.add_argument("--hf", required=True, metavar="DIR", help="the new Hugging Face folder to write")
-    parser.add_argument(
-        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file in 10^9 bytes; default 5"
-    )
-    shared.add_layout(parser, "spread the model over more processes (each holds its part)")
-    args = parser.parse_args()
-    if args.max_shard_gb <= 0:
-        parser.error("--max-shard-gb must be positive")
-    code = shared.start_ranks(args.tensor * args.pipeline)
-    return convert(args) if code is None else code
-
-
-def convert(args) -> int:
-    start_loading()
-    from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
-    from megatron_oprd.hf.config import read_model_spec
-    from megatron_oprd.hf.export import export_hf
-    from megatron_oprd.models.build import build_model
-    from megatron_oprd.runtime.files import check_new_folder
-
-    spec = read_model_spec(args.megatron)
-    check_model(args.megatron, spec)
-    check_new_folder(args.hf)
-    topology = shared.topology_of(args.tensor, args.pipeline)
-    model = build_model(spec, topology, checkpoint_dtype(args.megatron))
-    load_model(model, args.megatron, spec, topology)
-    shard_bytes = int(args.max_shard_gb * 1e9)
-    export_hf(model, spec, topology, source=args.megatron, target=args.hf, max_shard_bytes=shard_bytes)
-    if topology.rank == 0:
-        print(f"{args.hf}: {spec.architecture}, {spec.num_layers} layers")
-    shared.leave()
-    return 0
-
+from megatron_oprd.commands.export import main
+from megatron_oprd.runtime.cli import run_command
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,4 +1,4 @@
-"""Functions shared by the three tools: import path, layout options, and starting one process per rank."""
+"""Processes and layouts of the commands that convert and compare checkpoints on the CPU."""
 
 from __future__ import annotations
 
@@ -9,26 +9,19 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_oprd.parallel.topology import Topology
 
 
-def find_package() -> None:
-    """Make `megatron_oprd` importable from a clone that is not installed."""
-    # An installed package takes precedence.
-    try:
-        import megatron_oprd  # noqa: F401
-    except ModuleNotFoundError:
-        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-
-def prepare() -> None:
-    """Set up a run on the CPU, offline, without messages of other libraries. Call it before torch is imported."""
+def use_cpu_offline() -> None:
+    """Set up this process for the CPU, offline, without messages of other libraries. Call before torch is imported."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
-    find_package()
 
 
 def add_layout(parser: argparse.ArgumentParser, why: str) -> None:
@@ -45,10 +38,14 @@ def positive(text: str) -> int:
     return number
 
 
-def start_ranks(count: int) -> int | None:
-    """Run this command in `count` processes and return the exit code.
+def start_ranks(count: int, module: str, arguments: list[str] | None) -> int | None:
+    """Run a command module in `count` processes and return the exit code.
 
-    Returns None if this process is one of the ranks: with one process, under torchrun, or in a started process.
+    Args:
+        module: name of the module that each process runs.
+        arguments: the command line; None: that of this process.
+
+    Returns: None if this process is one of the ranks: with one process, under torchrun, or in a started process.
     """
     if count == 1 or "RANK" in os.environ:
         return None
@@ -58,10 +55,10 @@ def start_ranks(count: int) -> int | None:
     threads = str(max(1, (os.cpu_count() or 1) // count))
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+    # -P: a file torch.py in the current folder must not replace the package.
+    command = [sys.executable, "-P", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, *sys.argv], env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        )
+        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(count)
     ]
     try:
@@ -84,7 +81,7 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
     return ranks[0].poll() or next((code for rank in ranks if (code := rank.poll())), 0)
 
 
-def topology_of(tensor: int, pipeline: int):
+def start_topology(tensor: int, pipeline: int) -> Topology:
     """Start the process group and return its topology. Raises UserError if the layout does not fit its size."""
     import torch
 
@@ -97,7 +94,7 @@ def topology_of(tensor: int, pipeline: int):
 
 
 def leave() -> None:
-    """Destroy the process group at the normal end of a tool."""
+    """Destroy the process group at the normal end of a command."""
     import torch.distributed as dist
 
     dist.destroy_process_group()

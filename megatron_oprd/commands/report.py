@@ -1,0 +1,19 @@
+"""Write report.html of a run folder again, from the files that it has so far. The run may be going on."""
+
+from __future__ import annotations
+
+from megatron_oprd.evaluation.report import write_report
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
+
+PARSER = ArgumentParser(prog="megatron-oprd report", description="Write report.html of a run again.")
+PARSER.add_argument("run", metavar="RUN", help="the run folder (train.run_dir)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command."""
+    print(f"report: {write_report(PARSER.parse_args(arguments).run)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
