@@ -31,7 +31,10 @@ FILES += ["tools/checkpoint_convert/README.md", "examples/slurm/README.md"]
 FILES += [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]
 # Lines that show a form, and the listing of docs/library.md, which tests/distributed/test_library.py runs.
 FORMS = {"python -m megatron_oprd.train --config FILE [key=value ...]", "torchrun --nproc-per-node 2 example.py"}
-FORMS.add("python -m megatron_oprd.evaluate --config FILE")
+FORMS |= {
+    "python -m megatron_oprd.evaluate --config FILE",
+    "python -m megatron_oprd.train --config FILE health.every=20",
+}
 
 TINY = "train.steps=2 rollout.max_new_tokens=6 rollout.prompts_per_step=2 checkpoint.every=0 precision.dtype=fp32"
 PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompts=[{models}/prompts.jsonl]"
