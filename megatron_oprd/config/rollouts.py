@@ -60,7 +60,10 @@ class RolloutServerConfig(Section):
         0.5, gt=0.0, lt=1.0, description="share of a device's memory for the started server", json_schema_extra=FRACTION
     )
     max_running: int = Field(64, ge=1, description="requests that a server runs at once")
-    sync: Literal["file", "nccl"] = Field("file", description="transport of the weights to the servers")
+    sync: Literal["file", "nccl"] = Field(
+        "file",
+        description="transport of the weights to the servers: files, or process groups of nccl (gloo without CUDA)",
+    )
     sync_dir: PathText | None = Field(
         None, description="folder that the run and the servers share for the weights; null: shared memory"
     )
@@ -92,8 +95,6 @@ class RolloutServerConfig(Section):
                 f"rollout.server.devices={self.devices} must name {self.tensor} different GPUs, one for each of "
                 f"rollout.server.tensor={self.tensor} ranks"
             )
-        if self.sync == "nccl":
-            raise ValueError("rollout.server.sync=nccl is not implemented; use sync=file")
         return self
 
 

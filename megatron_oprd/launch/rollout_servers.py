@@ -35,7 +35,7 @@ from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.types import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-_FOLDER = "megatron_oprd-{user}-{pid}-{token}"
+_FOLDER = "megatron_oprd-{run}"
 _FOLDER_PATTERN = re.compile(r"megatron_oprd-(\d+)-(\d+)-\w+")
 
 
@@ -44,7 +44,8 @@ class RolloutServers:
     """The servers of a run, which are ready to receive weights."""
 
     addresses: tuple[str, ...]
-    folder: Path  # of the buckets of weights
+    run: str  # a name that no other run has
+    folder: Path | None  # of the buckets of weights, if they are files
     keeper: ServerKeeper | None  # on rank 0, if the run has started its server
 
 
@@ -70,13 +71,17 @@ def start_servers(inputs: Inputs) -> RolloutServers | None:
     for address in config.server.addresses:
         on_rank_zero(lambda address=address: _check_address(inputs, address))
     size = weight_bytes(inputs.setup.student, DTYPES[inputs.config.precision.dtype])
-    folder = _bucket_folder(config.server, size, several_hosts=len(hosts) > 1)
+    run = on_rank_zero(_make_run_name)
+    folder = None
+    # A server that the run has started is loaded from copies of the buckets if it ends while it generates.
+    if config.server.sync == "file" or config.server.python is not None:
+        folder = _bucket_folder(config.server, run, size, several_hosts=len(hosts) > 1)
     if config.server.python is None:
-        return RolloutServers(tuple(config.server.addresses), folder, None)
+        return RolloutServers(tuple(config.server.addresses), run, folder, None)
     if dist.get_rank() == 0:
         keeper = _make_keeper(inputs)
     address = on_rank_zero(lambda: keeper.start() if keeper else "")
-    return RolloutServers((address,), folder, keeper)
+    return RolloutServers((address,), run, folder, keeper)
 
 
 def build_vllm_engine(inputs: Inputs, servers: RolloutServers, stage: Stage, topology: Topology) -> VllmEngine:
@@ -87,9 +92,7 @@ def build_vllm_engine(inputs: Inputs, servers: RolloutServers, stage: Stage, top
     """
     config, spec, keeper = inputs.config, inputs.setup.student, servers.keeper
     clients = [ServerClient(address) for address in servers.addresses]
-    settings = SyncSettings(
-        servers.folder, servers.folder.name.removeprefix("megatron_oprd-"), config.rollout.server.bucket_bytes
-    )
+    settings = SyncSettings(servers.folder, servers.run, config.rollout.server.bucket_bytes, config.rollout.server.sync)
     sync = WeightSync(stage, spec, topology, clients, settings, restart=keeper.restart if keeper else None)
     if topology.rank == 0:
         atexit.register(sync.close)
@@ -145,7 +148,11 @@ def _state(inputs: Inputs) -> Path:
     return inputs.run_dir / "rollout_server" / "state.json"
 
 
-def _bucket_folder(server: RolloutServerConfig, weight_bytes: int, *, several_hosts: bool) -> Path:
+def _make_run_name() -> str:
+    return f"{os.getuid()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def _bucket_folder(server: RolloutServerConfig, run: str, weight_bytes: int, *, several_hosts: bool) -> Path:
     """Return an empty folder for the weights of this run alone. Collective over the world."""
     if server.sync_dir is None and several_hosts:
         raise UserError(
@@ -164,7 +171,7 @@ def _bucket_folder(server: RolloutServerConfig, weight_bytes: int, *, several_ho
                     f"rollout.server.sync_dir: {parent} has {free / 2**30:.1f} GiB free; two versions of the weights "
                     f"need {needed / 2**30:.1f} GiB; name a larger folder that the servers see too"
                 )
-            folder = parent / _FOLDER.format(user=os.getuid(), pid=os.getpid(), token=secrets.token_hex(4))
+            folder = parent / _FOLDER.format(run=run)
             folder.mkdir(mode=0o700)
         return folder
 

@@ -104,6 +104,12 @@ class ServerClient:
         self._streams: set[socket.socket] = set()
         self._lock = threading.Lock()
 
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """Return the parts of the address."""
+        host, _, port = self.address.rpartition(":")
+        return host.strip("[]"), int(port)
+
     def health(self) -> None:
         """Raise ServerError unless the server and its engine processes run."""
         self._call("GET", "/health")
@@ -183,6 +189,10 @@ class ServerClient:
     def start_weight_update(self) -> None:
         """Prepare the server for new weights. Nothing may run: generating now would end the engine."""
         self._call("POST", "/start_weight_update")
+
+    def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
+        """Let the workers connect to this process, in the form that the server's weight transfer engine expects."""
+        self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(info)})
 
     def update_weights(self, info: Mapping[str, Any]) -> None:
         """Pass one bucket of weights, in the form that the server's weight transfer engine expects."""

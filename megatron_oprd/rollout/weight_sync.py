@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,9 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.canary import TOLERANCES, ScoredTokens, largest_difference, score_by_server, score_by_student
+from megatron_oprd.rollout.group_transport import GroupTransport
 from megatron_oprd.rollout.server_client import ServerClient, ServerError
-from megatron_oprd.rollout.weight_transport import FileTransport, WeightTransport
+from megatron_oprd.rollout.weight_transport import BucketFiles, FileTransport, WeightTransport
 from megatron_oprd.types import ModelSpec, UserError
 
 
@@ -34,9 +36,10 @@ class SyncFailed(ServerError):
 class SyncSettings:
     """The options of the transfer of weights."""
 
-    folder: Path  # shared with the servers under the same path; belongs to this run alone
+    folder: Path | None  # shared with the servers under the same path; belongs to this run alone
     run: str  # name of the run, the first part of a weight version
     bucket_bytes: int = 256 * 1024**2  # weights that are transferred at once
+    transport: Literal["file", "nccl"] = "file"  # files in `folder`, or process groups with copies in `folder`, if any
 
 
 class WeightSync:
@@ -44,7 +47,7 @@ class WeightSync:
 
     Every rank that has the first replica of a parameter writes it: each pipeline stage and each group of experts has
     its own writers, which work at the same time. Tensors have the names and shapes of the Hugging Face export.
-    The buckets of the last complete update are kept, so that a server that was restarted can load them.
+    The buckets of the last complete update are kept as files, so that a server that was restarted can load them.
 
     Construction is collective over the world.
 
@@ -69,7 +72,8 @@ class WeightSync:
         self._settings = settings
         self._restart = restart
         self._stream = HFTensorStream(stage, spec, topology)
-        self._transport: WeightTransport = FileTransport(settings.folder, clients, topology.rank)
+        self._files = None if settings.folder is None else BucketFiles(settings.folder, topology.rank)
+        self._transport = self._make_transport()
         self._kept: list[dict[str, Any]] = []  # descriptions of the buckets of all ranks
         self._reference: list[ScoredTokens] = []  # the student's log-probabilities in the last canary
         self.label = ""  # weight version of the last complete update
@@ -111,10 +115,11 @@ class WeightSync:
         Raises:
             ServerError: the server fails, or computes other log-probabilities than the student did after that `push`.
         """
-        if not self.label:
-            raise ServerError(f"{client.address}: no weights have been transferred yet")
+        if not self._kept:
+            raise ServerError(f"{client.address}: there are no files with the weights of the last transfer")
         _open_update(client)
         for info in self._kept:
+            _wait_for_file(Path(info["path"]), client)
             client.update_weights(info)
         _close_update(client, self.label)
         self._compare(client, score_by_server(client, self._spec.vocab_size), self._reference, self.label)
@@ -127,7 +132,8 @@ class WeightSync:
         difference = self._check_canary(label)
         self._kept = [info for infos in gathered for info in infos]
         self.label = label
-        self._on_rank_zero(lambda: self._transport.keep_only(label))
+        if self._files is not None:
+            self._on_rank_zero(partial(self._files.keep_only, label))
         return difference
 
     def _check_canary(self, label: str) -> float:
@@ -169,7 +175,15 @@ class WeightSync:
 
     def close(self) -> None:
         """Delete the folder of the buckets. Call it on one rank when the servers have ended."""
-        shutil.rmtree(self._settings.folder, ignore_errors=True)
+        if self._settings.folder is not None:
+            shutil.rmtree(self._settings.folder, ignore_errors=True)
+
+    def _make_transport(self) -> WeightTransport:
+        if self._settings.transport == "nccl":
+            rank, device = self._topology.rank, self._topology.device
+            return GroupTransport(self._files, self._clients, device, verbose=rank == 0)
+        assert self._files is not None, "files need a folder"
+        return FileTransport(self._files, self._clients)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -229,6 +243,15 @@ def _close_update(client: ServerClient, label: str) -> None:
     client.resume()
     if (found := client.weight_info()) != label:
         raise ServerError(f"{client.address}: reports weights {found} after the transfer of {label}")
+
+
+def _wait_for_file(path: Path, client: ServerClient) -> None:
+    """Wait for a file that another rank may still be writing. Raises ServerError."""
+    deadline = time.monotonic() + client.timeout_seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ServerError(f"{client.address}: {path} is missing: the weights cannot be loaded again")
+        time.sleep(0.1)
 
 
 def _buckets(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.config import ParallelConfig
@@ -12,12 +13,13 @@ from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.rollout.server_client import ServerError
-from megatron_oprd.rollout.weight_sync import SyncFailed, SyncSettings, WeightSync
+from megatron_oprd.rollout.weight_sync import SyncFailed, SyncSettings, WeightSync, _wait_for_file
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.hf_server import HFServer
 
 BUCKET_BYTES = 40_000  # a few tensors; some are larger
+TRANSPORTS = ["file", "nccl"]
 
 
 def open_stage(folder, layout):
@@ -36,11 +38,22 @@ def transferred_names(folder):
     return [name for name in names if name != "lm_head.weight" or not read_model_spec(folder).tied_embeddings]
 
 
+def settings_for(transport, work):
+    return SyncSettings(work / f"buckets-{transport}", "run", BUCKET_BYTES, transport)
+
+
 def push_twice(rank, folders, layout, work):
-    """Push the weights of two folders. Return metrics, files, and whether the server has the tensors of the folder."""
+    """Return the results of `push_folders` for each transport."""
     stage, spec, topology = open_stage(folders[0], layout)
-    server = HFServer(work / "state", folders[0])
-    sync = WeightSync(stage, spec, topology, [server], SyncSettings(work / "buckets", "run", BUCKET_BYTES))
+    return [push_folders(folders, stage, spec, topology, work, transport) for transport in TRANSPORTS]
+
+
+def push_folders(folders, stage, spec, topology, work, transport):
+    """Push the weights of two folders. Return metrics, files, and whether the server has the tensors of the folder."""
+    rank = topology.rank
+    server = HFServer(work / f"state-{transport}", folders[0])
+    settings = settings_for(transport, work)
+    sync = WeightSync(stage, spec, topology, [server], settings)
     results = []
     for version, folder in enumerate(folders):
         load_weights(stage, folder, spec, topology)
@@ -50,7 +63,10 @@ def push_twice(rank, folders, layout, work):
             sorted(server.tensors) == transferred_names(folder)
             and all(torch.equal(tensor, expected.read(name)) for name, tensor in server.tensors.items())
         )
-        files = sorted(str(path.relative_to(work / "buckets")) for path in (work / "buckets").rglob("*.safetensors"))
+        # The copies of a transfer through process groups are written beside other work.
+        for info in sync._kept:
+            _wait_for_file(Path(info["path"]), server)
+        files = sorted(str(path.relative_to(settings.folder)) for path in settings.folder.rglob("*.safetensors"))
         results.append((metrics, equal, files, sync.label))
     assert stage.training and stage.config.sequence_parallel == topology.sequence_parallel, "left as it was"
     return results, server.calls
@@ -77,7 +93,8 @@ def test_a_server_gets_the_tensors_of_the_export_from_every_layout(family, tied,
         for seed in range(2)
     ]
     names = transferred_names(folders[0])
-    for rank, (results, calls) in enumerate(run_distributed(world, push_twice, folders, layout, tmp_path)):
+    ranks = run_distributed(world, push_twice, folders, layout, tmp_path)
+    for rank, (results, calls) in [(rank, result) for rank, both in enumerate(ranks) for result in both]:
         for version, (metrics, equal, files, label) in enumerate(results):
             assert equal, f"rank {rank}, version {version}"
             assert label == f"run:{version}"
@@ -92,8 +109,13 @@ def test_a_server_gets_the_tensors_of_the_export_from_every_layout(family, tied,
 
 def push_to_faulty_server(rank, folders, layout, work, fault):
     stage, spec, topology = open_stage(folders[0], layout)
-    server = HFServer(work / "state", folders[0])
-    sync = WeightSync(stage, spec, topology, [server], SyncSettings(work / "buckets", "run", BUCKET_BYTES))
+    return [push_with_fault(folders, stage, spec, topology, work, fault, transport) for transport in TRANSPORTS]
+
+
+def push_with_fault(folders, stage, spec, topology, work, fault, transport):
+    load_weights(stage, folders[0], spec, topology)
+    server = HFServer(work / f"state-{transport}", folders[0])
+    sync = WeightSync(stage, spec, topology, [server], settings_for(transport, work))
     sync.push(0)
     server.fault = fault
     load_weights(stage, folders[1], spec, topology)
@@ -112,27 +134,36 @@ def test_the_canary_stops_every_rank_if_the_server_computes_with_old_weights(fau
     ]
     results = run_distributed(2, push_to_faulty_server, folders, {"tensor": 2}, tmp_path, fault)
     assert results[0] == results[1]
-    message, label = results[0]
-    assert "stand-in:1: canary: after the transfer of weights run:1" in message
-    assert "does not compute with the student's weights" in message
-    assert label == "run:0"
+    for message, label in results[0]:
+        assert "localhost:1: canary: after the transfer of weights run:1" in message
+        assert "does not compute with the student's weights" in message
+        assert label == "run:0"
 
 
 class LosingServer(HFServer):
     """Loses the second bucket of rank 1 until it is restarted."""
 
+    buckets = 0
+
     def update_weights(self, info):
-        if "rank00001-00001" in info["path"] and not (self.folder / "restarted").exists():
+        self.buckets += 1
+        if dist.get_rank() == 1 and self.buckets == 2 and not (self.folder / "restarted").exists():
             raise ServerError(f"{self.address}: connection refused")
         super().update_weights(info)
 
 
-def lose_a_bucket(rank, folder, work):
-    """Push to a server that loses a bucket, restart it, and load the kept buckets into two new servers."""
+def lose_buckets(rank, folder, work):
     stage, spec, topology = open_stage(folder, {"pipeline": 2})
+    return max(lose_a_bucket(rank, folder, stage, spec, topology, work, transport) for transport in TRANSPORTS)
+
+
+def lose_a_bucket(rank, folder, stage, spec, topology, work, transport):
+    """Push to a server that loses a bucket, restart it, and load the kept buckets into two new servers."""
+    work = work / transport
+    work.mkdir(exist_ok=True)
     server = LosingServer(work / "state", folder)
-    settings = SyncSettings(work / "buckets", "run", BUCKET_BYTES)
-    with pytest.raises(SyncFailed, match="stand-in:1: connection refused"):
+    settings = settings_for(transport, work)
+    with pytest.raises(SyncFailed, match="localhost:1: connection refused"):
         WeightSync(stage, spec, topology, [server], settings).push(3)
     sync = WeightSync(stage, spec, topology, [server], settings, restart=(work / "state" / "restarted").touch)
     metrics = sync.push(3)
@@ -148,4 +179,4 @@ def lose_a_bucket(rank, folder, work):
 
 def test_a_lost_bucket_stops_every_rank_and_kept_buckets_load_again(tmp_path):
     folder = save(random_hf_model("Qwen2", num_hidden_layers=4), tmp_path / "hf")
-    assert max(run_distributed(2, lose_a_bucket, folder, tmp_path)) < 1e-5
+    assert max(run_distributed(2, lose_buckets, folder, tmp_path)) < 1e-5

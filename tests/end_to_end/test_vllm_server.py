@@ -1,6 +1,7 @@
 """Real vLLM servers on the CPU: they generate what the embedded engine generates, after every update."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -57,6 +58,7 @@ MODELS = {
 }
 # Each on four ranks: the layouts of fewer ranks have replicas, of which only the first one writes.
 LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}, {"context": 2})
+TRANSPORTS = ("file", "nccl")
 EXPERT_LAYOUTS = ({"expert": 2}, {"expert": 2, "pipeline": 2})
 
 
@@ -138,19 +140,33 @@ def compare(stage, spec, topology, client, metrics):
     return Comparison(equal, len(prompts), difference, metrics)
 
 
+def settings_for(transport, work, run):
+    """Return settings whose buckets have a few tensors, with a folder for each transport."""
+    return SyncSettings(work / transport, run, 50_000, transport)
+
+
 def follow_updates(rank, address, folders, layouts, work):
-    """Compare after pushes of three weights in each layout, and once before the first push."""
+    """Compare after pushes of three weights in each layout, and once before the first push.
+
+    The transports take turns.
+    """
     client = ServerClient(address)
     results = []
     for number, layout in enumerate(layouts):
         stage, spec, topology = open_stage(folders[0], layout)
-        sync = WeightSync(stage, spec, topology, [client], SyncSettings(work, f"run{number}", bucket_bytes=50_000))
+        syncs = [
+            WeightSync(stage, spec, topology, [client], settings_for(transport, work, f"run{number}"))
+            for transport in TRANSPORTS
+        ]
         load_weights(stage, folders[0], spec, topology)
         if number == 0:
             results.append(("before", compare(stage, spec, topology, client, {})))
         for version, folder in enumerate(folders):
             load_weights(stage, folder, spec, topology)
-            results.append((f"{layout} {version}", compare(stage, spec, topology, client, sync.push(version))))
+            turn = (number + version) % 2
+            metrics = syncs[turn].push(version)
+            case = f"{layout} {version} {TRANSPORTS[turn]}"
+            results.append((case, compare(stage, spec, topology, client, metrics)))
     return results
 
 
@@ -184,11 +200,11 @@ class ForgetfulClient(ServerClient):
         pass
 
 
-def push_with_fault(rank, address, folders, work, fault_file, fault):
+def push_with_fault(rank, address, folders, work, fault_file, fault, transport):
     """Push right weights, then others to a server that makes a mistake, then again without it. Return the error."""
     stage, spec, topology = open_stage(folders[0], {"tensor": 2})
     client = ForgetfulClient(address) if fault == "old cache" else ServerClient(address)
-    settings = SyncSettings(work, "faults", bucket_bytes=50_000)
+    settings = settings_for(transport, work, "faults")
     load_weights(stage, folders[0], spec, topology)
     if rank == 0:
         fault_file.write_text("")
@@ -216,14 +232,15 @@ def test_planted_faults_are_found_and_a_broken_server_comes_back(tmp_path, share
     server = ManagedServer(settings)
     try:
         address = server.start()
-        for fault in ("old cache", "stale head", "skipped bucket"):
-            results = run_distributed(2, push_with_fault, address, folders, shared_memory, fault_file, fault)
+        for fault, transport in itertools.product(("old cache", "stale head", "skipped bucket"), TRANSPORTS):
+            results = run_distributed(2, push_with_fault, address, folders, shared_memory, fault_file, fault, transport)
             for message, difference in results:
                 assert "canary: after the transfer of weights faults:1" in message, fault
                 assert difference < 1e-4, fault
         check_that_mixed_versions_are_told_apart(ServerClient(address))
         settings = dataclasses.replace(settings, port=int(address.rpartition(":")[2]))
-        run_distributed(1, kill_and_reload, settings, server.session, folders[0], shared_memory, timeout_seconds=400)
+        arguments = (settings, server.session, folders[0], shared_memory)
+        run_distributed(1, kill_and_reload, *arguments, timeout_seconds=500)
     finally:
         server.stop()
 
@@ -243,17 +260,36 @@ def check_that_mixed_versions_are_told_apart(client):
     assert versions == ["faults:2", "other"]
 
 
-def kill_and_reload(rank, settings, session, folder, work):
-    """Kill the engine of a server. After a restart, the kept buckets make it answer as before."""
-    stage, spec, topology = open_stage(folder, {})
-    load_weights(stage, folder, spec, topology)
-    client = ServerClient(f"127.0.0.1:{settings.port}")
-    sync = WeightSync(stage, spec, topology, [client], SyncSettings(work, "kill"))
-    sync.push(5)
-    before = server_answers(client, make_prompts())
+def kill_engine(session):
     for pid in session_processes(session):
         if "EngineCore" in " ".join(psutil.Process(pid).cmdline()):
             os.kill(pid, signal.SIGKILL)
+
+
+class KilledServer(ServerClient):
+    """Loses its engine when the second bucket arrives."""
+
+    buckets, session = 0, 0
+
+    def update_weights(self, info):
+        self.buckets += 1
+        if self.buckets == 2:
+            kill_engine(self.session)
+        super().update_weights(info)
+
+
+def kill_and_reload(rank, settings, session, folder, work):
+    """Kill the engine of a server while it generates, and another one during a transfer through a process group.
+
+    After a restart, kept buckets make the first one answer as before.
+    """
+    stage, spec, topology = open_stage(folder, {})
+    load_weights(stage, folder, spec, topology)
+    client = KilledServer(f"127.0.0.1:{settings.port}")
+    sync = WeightSync(stage, spec, topology, [ServerClient(client.address)], settings_for("nccl", work, "kill"))
+    sync.push(5)
+    before = server_answers(client, make_prompts())
+    kill_engine(session)
     with pytest.raises(ServerError):
         server_answers(client, make_prompts())
     end_session(session, grace_seconds=0.0)
@@ -262,8 +298,15 @@ def kill_and_reload(rank, settings, session, folder, work):
     sync.reload(client)
     assert [one.token_ids for one in server_answers(client, make_prompts())] == [one.token_ids for one in before]
     assert client.weight_info() == "kill:5"
+
+    client.buckets, client.session = 0, server.session
+    sync = WeightSync(stage, spec, topology, [client], settings_for("nccl", work, "kill"))
+    start = time.monotonic()
+    with pytest.raises(SyncFailed, match=client.address):
+        sync.push(6)
+    assert time.monotonic() - start < 30
     server.stop()
-    assert session_processes(session) == []
+    assert session_processes(server.session or client.session) == []
 
 
 OWNER = """

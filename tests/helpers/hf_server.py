@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import (
+    BucketGroup,
+    GroupInfo,
+    join_group,
+    receive_bucket,
+)
 from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.buckets import BadBucket, Update, read_bucket
 from megatron_oprd.rollout.server_client import Answer, GenerateRequest, ServerClient, ServerError, VersionSpan
 
@@ -23,8 +31,11 @@ class HFServer(ServerClient):
         fault: what it does wrong: `old head`, `skipped bucket`, `old cache`, or nothing.
     """
 
+    workers = 2  # that receive buckets through process groups, as those of a tensor-parallel server
+
     def __init__(self, folder: Path, model: Path, fault: str = "") -> None:
-        super().__init__("stand-in:1")
+        super().__init__("localhost:1")
+        self.groups: dict[str, list[BucketGroup]] = {}
         self.folder, self.fault = folder, fault
         self.model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model))
         self.model.float().eval()
@@ -48,8 +59,29 @@ class HFServer(ServerClient):
         for path in self.folder.glob("*.json"):
             path.unlink()
 
+    def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
+        self.groups[info["group"]] = self._on_workers(
+            lambda worker: join_group(GroupInfo(**info), worker, self.workers, torch.device("cpu"))
+        )
+
     def update_weights(self, info: Mapping[str, Any]) -> None:
-        (self.folder / f"{Path(info['path']).stem}.json").write_text(json.dumps(dict(info)))
+        info = dict(info)
+        if group := info.get("group"):
+            received = self._on_workers(
+                lambda worker: receive_bucket(self.groups[group][worker], info["layout"], info["checksums"])
+            )
+            assert all(equal_tensors(received[0], other) for other in received)
+            info["path"] = str(self.folder / f"{group}-{len(list(self.folder.glob(f'{group}*.json')))}.safetensors")
+            save_file(received[0], info["path"])
+        (self.folder / f"{Path(info['path']).stem}.json").write_text(json.dumps(info))
+
+    def _on_workers(self, function: Callable[[int], Any]) -> list[Any]:
+        """Call a function for each worker at the same time."""
+        with ThreadPoolExecutor(self.workers) as threads:
+            try:
+                return list(threads.map(function, range(self.workers)))
+            except BadBucket as error:
+                raise ServerError(f"{self.address}: {error}") from None
 
     def finish_weight_update(self, version: str) -> None:
         self.calls.append("finish")
@@ -103,6 +135,11 @@ class HFServer(ServerClient):
             logprobs.append(float(self.cache[key].max()))
         answer = tuple(tokens[len(request.prompt_ids) :])
         return Answer(answer, "length", (VersionSpan(self.label, 0, len(answer)),), tuple(logprobs))
+
+
+def equal_tensors(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
+    """Return True if both have the same names and values."""
+    return some.keys() == others.keys() and all(torch.equal(tensor, others[name]) for name, tensor in some.items())
 
 
 def stack_experts(tensors: dict[str, torch.Tensor], experts: int, layers: int) -> dict[str, torch.Tensor]:

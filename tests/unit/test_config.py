@@ -182,7 +182,6 @@ def test_replay_and_a_teacher_prompt_column_exclude_each_other():
         (["addresses=['https://a:1']"], "rollout.server.addresses: 'https://a:1' is not of the form host:port"),
         (["addresses=['a:1','http://a:1/']"], "rollout.server.addresses=['a:1', 'http://a:1/'] names a server twice"),
         (["python=p", "devices=[0,0]", "tensor=2"], "rollout.server.devices=[0, 0] must name 2 different GPUs"),
-        (["addresses=[a:1]", "sync=nccl"], "rollout.server.sync=nccl is not implemented; use sync=file"),
         (["addresses=[a:1]", "stall_seconds=0"], "rollout.server.stall_seconds=0: Input should be greater than 0"),
     ],
 )

@@ -1,9 +1,9 @@
-"""Load weight buckets from files into vLLM's model."""
+"""Load weight buckets from files or process groups into vLLM's model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -15,36 +15,45 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from megatron_oprd_vllm.bucket_group import BucketGroup, GroupInfo, join_group, receive_bucket
 from megatron_oprd_vllm.buckets import BadBucket, Update, read_bucket
 
 
 @dataclass
-class NoInitInfo(WeightTransferInitInfo):
-    """Files need no connection."""
+class BucketInitInfo(GroupInfo, WeightTransferInitInfo):
+    """The place where a process group meets. Files need none."""
 
 
 @dataclass
 class BucketInfo(WeightTransferUpdateInfo):
-    """The place and the content of a bucket."""
+    """The source and the content of a bucket: a safetensors file, or the next buffer of a process group."""
 
-    path: str  # the safetensors file
     version: str  # of the weights; equal in all buckets of an update
     total_tensors: int  # of the complete update
     checksums: dict[str, int]  # of each tensor of the bucket, by name
+    path: str = ""  # the safetensors file
+    group: str = ""  # name of the process group, if there is no file
+    layout: list[tuple[str, str, list[int]]] = field(default_factory=list)  # of the buffer
 
 
-class BucketEngine(WeightTransferEngine[NoInitInfo, BucketInfo]):
+class BucketEngine(WeightTransferEngine[BucketInitInfo, BucketInfo]):
     """Loads buckets with vLLM's layerwise reload, which restores and processes the weights of one layer at a time."""
 
-    init_info_cls = NoInitInfo
+    init_info_cls = BucketInitInfo
     update_info_cls = BucketInfo
     supports_draft_weight_update = False
 
-    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
-        """Do nothing."""
+    _groups: dict[str, BucketGroup]  # of the open update, by name; each rank of the trainer that sends has one
+
+    def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
+        """Enter a process group for the open update. Raises BadBucket if the trainer does not answer."""
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._groups[init_info.group] = join_group(init_info, worker, parallel.world_size_across_dp, self.device)
 
     def start_weight_update(self) -> None:
         """Begin an update. Nothing may be generated until it is finished."""
+        self._groups = {}
         self._forget_expert_kernels()
         initialize_layerwise_reload(self.model)
         self._update = Update()
@@ -56,8 +65,12 @@ class BucketEngine(WeightTransferEngine[NoInitInfo, BucketInfo]):
         Raises:
             BadBucket: the bucket is damaged, or the model has no tensor of this name and shape.
         """
-        tensors = read_bucket(update_info.path, update_info.checksums)
-        self._update.add(set(tensors), update_info.version, update_info.total_tensors)
+        checksums = update_info.checksums
+        self._update.add(set(checksums), update_info.version, update_info.total_tensors)
+        if update_info.group:
+            tensors = receive_bucket(self._groups[update_info.group], update_info.layout, checksums)
+        else:
+            tensors = read_bucket(update_info.path, checksums)
         self._load(tensors)
 
     def finish_weight_update(self) -> None:
@@ -70,9 +83,12 @@ class BucketEngine(WeightTransferEngine[NoInitInfo, BucketInfo]):
             )
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_heads()
+        for group in self._groups.values():
+            group.close()
+        self._groups = {}
 
     def shutdown(self) -> None:
-        """Do nothing."""
+        """Do nothing: groups end with their update."""
 
     def _load(self, tensors: dict[str, torch.Tensor]) -> None:
         current = ""

@@ -20,7 +20,7 @@ class BadBucket(ValueError):
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    """Return the sum of a CPU tensor's bytes, read as signed 64-bit words, modulo 2^64. Missing bytes are zeros."""
+    """Return the sum of a tensor's bytes, read as signed 64-bit words, modulo 2^64. Missing bytes are zeros."""
     content = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     whole_words = content.numel() // WORD * WORD
     words = content[:whole_words]
@@ -48,10 +48,15 @@ def read_bucket(path: str, checksums: Mapping[str, int]) -> dict[str, torch.Tens
         raise BadBucket(
             f"{path} and its list of names differ in {len(different)} tensors, the first is {min(different)}"
         )
+    compare_checksums(tensors, checksums, path)
+    return tensors
+
+
+def compare_checksums(tensors: Mapping[str, torch.Tensor], checksums: Mapping[str, int], source: str) -> None:
+    """Raise BadBucket, which names the `source`, if the content of a tensor differs from the trainer's."""
     for name, tensor in tensors.items():
         if checksum(tensor) != checksums[name]:
-            raise BadBucket(f"{path}: the content of {name} differs from what the trainer wrote")
-    return tensors
+            raise BadBucket(f"{source}: the content of {name} differs from what the trainer wrote")
 
 
 @dataclass
