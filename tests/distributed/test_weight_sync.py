@@ -1,10 +1,13 @@
 """Servers get the weights of the Hugging Face export from every layout, and the canary finds servers that differ."""
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.config import ParallelConfig
@@ -12,11 +15,13 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.parallel.topology import build_topology, start_process
+from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import receive_bucket
+from megatron_oprd.rollout.group_transport import GroupTransport
 from megatron_oprd.rollout.server_client import ServerError
 from megatron_oprd.rollout.weight_sync import SyncFailed, SyncSettings, WeightSync, _wait_for_file
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
-from tests.helpers.hf_server import HFServer
+from tests.helpers.hf_server import HFServer, equal_tensors
 
 BUCKET_BYTES = 40_000  # a few tensors; some are larger
 TRANSPORTS = ["file", "nccl"]
@@ -180,3 +185,66 @@ def lose_a_bucket(rank, folder, stage, spec, topology, work, transport):
 def test_a_lost_bucket_stops_every_rank_and_kept_buckets_load_again(tmp_path):
     folder = save(random_hf_model("Qwen2", num_hidden_layers=4), tmp_path / "hf")
     assert max(run_distributed(2, lose_buckets, folder, tmp_path)) < 1e-5
+
+
+class FailingServer(HFServer):
+    """Fails at the second bucket: one of two workers ends, or the server does not answer."""
+
+    buckets = 0
+
+    def update_weights(self, info):
+        self.buckets += 1
+        if self.buckets == 1:
+            return super().update_weights(info)
+        if self.fault == "hang":
+            time.sleep(4 * self.timeout_seconds)
+        first, second = self.groups[info["group"]]
+        second._store.set("ready/2/2", "")  # the trainer sends when both workers wait
+        threading.Timer(0.2, lambda: setattr(second, "_group", None)).start()  # closes its connections
+        receive_bucket(first, info["layout"], info["checksums"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("hang", "localhost:1: the transfer of weights run:0 broke off: no answer for 1 s"),
+        ("death", "localhost:1: the transfer of weights run:0 broke off: .*[Cc]onnection"),
+    ],
+)
+def test_a_server_that_fails_during_a_transfer_through_a_group_ends_the_transfer(fault, message, tmp_path):
+    folder = save(random_hf_model("Qwen2", num_hidden_layers=2), tmp_path / "hf")
+    server = FailingServer(tmp_path / "state", folder, fault)
+    server.timeout_seconds = 1.0
+    transport = GroupTransport(None, [server], torch.device("cpu"))
+    transport.start("run:0", 2)
+    transport.send({"a": torch.ones(1000)})
+    transport.send({"b": torch.ones(10_000_000)})  # more than buffers of sockets take
+    start = time.monotonic()
+    with pytest.raises(ServerError, match=message):
+        transport.finish()
+    assert time.monotonic() - start < 3
+
+
+def test_two_servers_get_the_bits_that_each_of_two_ranks_sent(tmp_path):
+    """The ranks are two transports of this process, which send at the same time."""
+    folder = save(random_hf_model("Qwen2", num_hidden_layers=2), tmp_path / "hf")
+    servers = [HFServer(tmp_path / f"state{number}", folder) for number in range(2)]
+    servers[1].address = "localhost:2"
+    tensors = {
+        f"{n}-{kind}": torch.randn(n, 3).to(kind) for n in (1, 5, 64) for kind in (torch.float32, torch.bfloat16)
+    }
+    transports = [GroupTransport(None, servers, torch.device("cpu")) for _ in range(2)]
+    for rank, transport in enumerate(transports):
+        transport.start("run:0", 2 * len(tensors))
+        for name, tensor in tensors.items():
+            changing = tensor.clone()
+            transport.send({f"rank{rank}-{name}": changing})
+            changing.zero_()
+    for transport in transports:
+        assert transport.finish() == []
+    for server in servers:
+        received = {}
+        for path in server.folder.glob("*.safetensors"):
+            received |= load_file(path)
+        expected = {f"rank{rank}-{name}": tensor for rank in range(2) for name, tensor in tensors.items()}
+        assert equal_tensors(received, expected)

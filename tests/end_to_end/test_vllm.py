@@ -63,8 +63,11 @@ def test_training_with_a_running_server_equals_the_embedded_engine(tmp_path, emb
 def test_a_started_server_that_dies_is_started_again_and_nothing_is_trained_twice(tmp_path, embedded):
     # The canary makes 6 requests after each transfer, a step 4.
     python = write_python(tmp_path, "--die-after", "17", "--once", str(tmp_path / "died"))
-    outcome, steps = train(tmp_path, "rollout.engine=vllm", f"rollout.server.python={python}")
+    outcome, steps = train(
+        tmp_path, "rollout.engine=vllm", f"rollout.server.python={python}", "rollout.server.sync=nccl"
+    )
     assert outcome.code == 0, outcome.stderr
+    assert "through gloo (the trainer has no CUDA device)" in outcome.stdout
     assert (tmp_path / "died").exists() and "starting the server again" in outcome.stderr
     assert steps == embedded
 

@@ -3,7 +3,7 @@
 python -m tests.helpers.fake_vllm --port 8000 [--model FOLDER] [--fault NAME ...]
 
 Paths, bodies and messages are those of vLLM 0.32. Without `--model` the next token is a hash of weights and context;
-with it, a Hugging Face model computes the answers and takes new weights from safetensors files.
+with it, a Hugging Face model computes the answers and takes new weights from files or process groups.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ class HuggingFaceModel:
         else:
             self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).float().eval()
         self.vocab_size = self.model.config.vocab_size
+        self._groups: dict[str, Any] = {}  # process groups of the open update
         self._lock = threading.Lock()
 
     def logits(self, token_ids: Sequence[int]) -> list[float]:
@@ -91,25 +92,32 @@ class HuggingFaceModel:
 
     def start_update(self) -> None:
         """Keep the weights: buckets replace them."""
+        self._groups = {}
+
+    def connect(self, info: dict[str, Any]) -> None:
+        """Enter a process group for buckets."""
+        import torch
+
+        from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import GroupInfo, join_group
+
+        self._groups[info["group"]] = join_group(GroupInfo(**info), 0, 1, torch.device("cpu"))
 
     def update(self, info: dict[str, Any], *, skip_head: bool) -> None:
-        """Take one bucket: the values of `info` that name safetensors files are read, with Hugging Face's names."""
+        """Take one bucket, from a process group or from a file, with Hugging Face's names."""
         import torch
         from safetensors.torch import load_file
 
+        from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import receive_bucket
+
         parameters = dict(self.model.named_parameters())
+        if info.get("group"):
+            tensors = receive_bucket(self._groups[info["group"]], info["layout"], info["checksums"])
+        else:
+            tensors = load_file(info["path"])
         with self._lock, torch.no_grad():
-            for path in _safetensors(info):
-                for name, tensor in load_file(path).items():
-                    if not (skip_head and ("lm_head" in name or "embed_tokens" in name)):
-                        parameters[name].copy_(tensor)
-
-
-def _safetensors(value: Any) -> Iterator[str]:
-    if isinstance(value, str) and value.endswith(".safetensors"):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _safetensors(inner)
+            for name, tensor in tensors.items():
+                if not (skip_head and ("lm_head" in name or "embed_tokens" in name)):
+                    parameters[name].copy_(tensor)
 
 
 class FakeServer:
@@ -223,6 +231,9 @@ class _Handler(BaseHTTPRequestHandler):
             state.updating = True
             state.model.start_update()
             self._reply(200, {"message": "Weight update started"})
+        elif url.path == "/init_weight_transfer_engine":
+            state.model.connect(body["init_info"])
+            self._reply(200, {"message": "Weight transfer initialized"})
         elif url.path == "/update_weights":
             state.buckets += 1
             if not ("skipped bucket" in state.faults and state.buckets % 2 == 0):
