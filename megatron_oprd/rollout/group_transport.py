@@ -23,6 +23,7 @@ import torch.distributed as dist
 from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import (
     BACKEND_KEY,
     BucketGroup,
+    GroupFailed,
     GroupInfo,
     choose_backend,
     describe_member,
@@ -33,7 +34,7 @@ from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import 
     unpack,
     wait_until,
 )
-from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.buckets import BadBucket, checksum
+from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.buckets import checksum
 from megatron_oprd.rollout.server_client import ServerClient, ServerError
 from megatron_oprd.rollout.weight_transport import BucketFiles
 from megatron_oprd.runtime import progress
@@ -113,7 +114,7 @@ class GroupTransport:
             if connection is None:
                 connection = self._connections[client.address] = _Connection(client, self._device)
             connection.send(info, buffer)
-        except (RuntimeError, OSError, BadBucket) as error:
+        except (RuntimeError, OSError, GroupFailed) as error:
             raise ServerError(
                 f"{client.address}: the transfer of weights {info['version']} broke off: {first_line(error)}"
             ) from None

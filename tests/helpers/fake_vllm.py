@@ -111,7 +111,7 @@ class HuggingFaceModel:
 
         parameters = dict(self.model.named_parameters())
         if info.get("group"):
-            tensors = receive_bucket(self._groups[info["group"]], info["layout"], info["checksums"])
+            tensors = receive_bucket(self._groups[info["group"]], info["layout"])
         else:
             tensors = load_file(info["path"])
         with self._lock, torch.no_grad():

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import (
     BucketGroup,
+    GroupFailed,
     GroupInfo,
     join_group,
     receive_bucket,
@@ -67,9 +68,7 @@ class HFServer(ServerClient):
     def update_weights(self, info: Mapping[str, Any]) -> None:
         info = dict(info)
         if group := info.get("group"):
-            received = self._on_workers(
-                lambda worker: receive_bucket(self.groups[group][worker], info["layout"], info["checksums"])
-            )
+            received = self._on_workers(lambda worker: receive_bucket(self.groups[group][worker], info["layout"]))
             assert all(equal_tensors(received[0], other) for other in received)
             info["path"] = str(self.folder / f"{group}-{len(list(self.folder.glob(f'{group}*.json')))}.safetensors")
             save_file(received[0], info["path"])
@@ -80,7 +79,7 @@ class HFServer(ServerClient):
         with ThreadPoolExecutor(self.workers) as threads:
             try:
                 return list(threads.map(function, range(self.workers)))
-            except BadBucket as error:
+            except GroupFailed as error:
                 raise ServerError(f"{self.address}: {error}") from None
 
     def finish_weight_update(self, version: str) -> None:

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from megatron_oprd_vllm.bucket_group import BucketGroup, GroupInfo, join_group, receive_bucket
-from megatron_oprd_vllm.buckets import BadBucket, Update, read_bucket
+from megatron_oprd_vllm.buckets import BadBucket, Update, compare_checksums, read_bucket
 
 
 @dataclass
@@ -46,7 +46,7 @@ class BucketEngine(WeightTransferEngine[BucketInitInfo, BucketInfo]):
     _groups: dict[str, BucketGroup]  # of the open update, by name; each rank of the trainer that sends has one
 
     def init_transfer_engine(self, init_info: BucketInitInfo) -> None:
-        """Enter a process group for the open update. Raises BadBucket if the trainer does not answer."""
+        """Enter a process group for the open update. Raises GroupFailed if the trainer does not answer."""
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._groups[init_info.group] = join_group(init_info, worker, parallel.world_size_across_dp, self.device)
@@ -64,11 +64,13 @@ class BucketEngine(WeightTransferEngine[BucketInitInfo, BucketInfo]):
 
         Raises:
             BadBucket: the bucket is damaged, or the model has no tensor of this name and shape.
+            GroupFailed: the bucket did not arrive.
         """
         checksums = update_info.checksums
         self._update.add(set(checksums), update_info.version, update_info.total_tensors)
         if update_info.group:
-            tensors = receive_bucket(self._groups[update_info.group], update_info.layout, checksums)
+            tensors = receive_bucket(self._groups[update_info.group], update_info.layout)
+            compare_checksums(tensors, checksums, "a bucket")
         else:
             tensors = read_bucket(update_info.path, checksums)
         self._load(tensors)
