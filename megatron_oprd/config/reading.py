@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_oprd.config.hints import section_class, suggest_keys
+from megatron_oprd.config.hints import CLOSE, section_class, suggest_keys
 from megatron_oprd.config.root import Config
 from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
 from megatron_oprd.types import UserError
@@ -188,7 +188,7 @@ def _hint(location: tuple[Any, ...]) -> str:
         near = difflib.get_close_matches(name, known, n=1, cutoff=similarity)
         return [f"{section}.{found}" if section else found for found in near]
 
-    suggested = nearest(0.6) or suggest_keys(name) or nearest(0.0)
+    suggested = nearest(0.6 if section else CLOSE) or suggest_keys(name) or nearest(0.0)
     return f" (did you mean {' or '.join(suggested)}?)" if suggested else ""
 
 
