@@ -11,6 +11,7 @@ from functools import partial
 
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
 from megatron_oprd.evaluation.scores import score_by_source
+from megatron_oprd.health.cut_answers import cut_answers_warning
 from megatron_oprd.health.watch import HealthWatch, begin_watch, resume_watch
 from megatron_oprd.launch.assemble import Run
 from megatron_oprd.parallel.rank_zero import on_rank_zero
@@ -41,6 +42,11 @@ class Observers:
         def write() -> None:
             self.log.step(measured)
             self.log.rollouts(step, rollouts, inputs.tokenizer)
+            config = inputs.config
+            limit, end_tokens = config.rollout.max_new_tokens, inputs.end_tokens
+            warning = cut_answers_warning(self.log.run_dir, step, config.train.steps, limit, end_tokens)
+            if warning:
+                print(f"warning: {warning}", flush=True)
 
         on_rank_zero(write)
 
