@@ -9,7 +9,7 @@ extra=""
 needs="torch, megatron.core, transformers, pydantic, omegaconf, datasets, math_verify, tensorboard, psutil, rich"
 if [ "${1:-}" = --test ]; then
   extra="[test]"
-  needs="$needs, pytest, pytest_timeout, xdist, mypy, ruff, material"
+  needs="$needs, pytest, pytest_timeout, xdist, mypy, ruff, material, wandb"
 fi
 
 has() { "$1" -c "import importlib.util as u, sys; sys.exit(any(u.find_spec(n.strip()) is None for n in '$2'.split(',')))" 2>/dev/null; }

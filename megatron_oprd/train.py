@@ -123,7 +123,7 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     micro_batches = global_batch.micro_batches(topology)
     with progress.stage("teacher"):
         targets, teacher_report = teacher_pass(run.teachers, global_batch, micro_batches, topology)
-    with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps)
+    with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps, first=1)
     output = run.output_loss(with_metrics=with_metrics)
     with meter.stage("student"):
         report = student_step(run.student, global_batch, micro_batches, targets, output, with_metrics=with_metrics)

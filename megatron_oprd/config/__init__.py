@@ -11,7 +11,7 @@ from megatron_oprd.config.models import (
     TeacherConfig,
     TeacherParallelConfig,
 )
-from megatron_oprd.config.monitoring import HealthConfig, WatchdogConfig
+from megatron_oprd.config.monitoring import HealthConfig, LoggingConfig, WandbConfig, WatchdogConfig
 from megatron_oprd.config.reading import dump_config, load_config, parse_config
 from megatron_oprd.config.rollouts import DataConfig, EvaluationConfig, RolloutConfig
 from megatron_oprd.config.root import MAKE_A_BRIDGE, Config, teacher_section, teacher_title
@@ -27,6 +27,7 @@ __all__ = [
     "EvaluationConfig",
     "HealthConfig",
     "KeepBf16Config",
+    "LoggingConfig",
     "LossConfig",
     "OptimizerConfig",
     "OutputConfig",
@@ -39,6 +40,7 @@ __all__ = [
     "TeacherConfig",
     "TeacherParallelConfig",
     "TrainConfig",
+    "WandbConfig",
     "WatchdogConfig",
     "dump_config",
     "load_config",

@@ -77,7 +77,7 @@ class OutputConfig(Section):
         json_schema_extra=TOKENS,
     )
     metrics_every: int = Field(
-        10, ge=0, description="log the metrics output/... every so many steps and at the end; 0: never",
+        10, ge=0, description="log the metrics output/... at step 1, every so many steps and at the end; 0: never",
         json_schema_extra=STEPS,
     )  # fmt: skip
 

@@ -1,10 +1,31 @@
-"""Sections about what watches a run: the health of the student and the processes."""
+"""Sections about what watches a run: the log, the health of the student and the processes."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from megatron_oprd.config.section import PROMPTS, RATIO, SECONDS, STEPS, TOKENS, Section
+
+
+class WandbConfig(Section):
+    """A run in Weights & Biases; needs `pip install megatron_oprd[wandb]`."""
+
+    project: str = Field(min_length=1, description="project of Weights & Biases")
+    name: str | None = Field(None, description="name of the run; null: that of the run folder")
+    group: str | None = Field(None, description="group of the run")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="offline: write to wandb/ in the run folder, to be sent with `wandb sync`"
+    )
+
+
+class LoggingConfig(Section):
+    """The lines and curves of a run. They come beside `metrics.jsonl`, which has every step."""
+
+    tensorboard: bool = Field(True, description="draw curves for TensorBoard, in tensorboard/ of the run folder")
+    wandb: WandbConfig | None = Field(None, description="draw curves in Weights & Biases; null: do not")
+    every: int = Field(1, ge=1, description="print a line and draw curves every so many steps", json_schema_extra=STEPS)
 
 
 class HealthConfig(Section):

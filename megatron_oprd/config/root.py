@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from megatron_oprd.config.bridge import BridgeConfig
 from megatron_oprd.config.losses import LossConfig
 from megatron_oprd.config.models import ParallelConfig, PrecisionConfig, RecomputeConfig, StudentConfig, TeacherConfig
-from megatron_oprd.config.monitoring import HealthConfig, WatchdogConfig
+from megatron_oprd.config.monitoring import HealthConfig, LoggingConfig, WatchdogConfig
 from megatron_oprd.config.rollouts import DataConfig, EvaluationConfig, RolloutConfig
 from megatron_oprd.config.section import Section
 from megatron_oprd.config.training import BatchConfig, CheckpointConfig, OptimizerConfig, TrainConfig
@@ -37,6 +37,7 @@ class Config(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
     health: HealthConfig = HealthConfig()
     bridge: BridgeConfig = BridgeConfig()
     watchdog: WatchdogConfig = WatchdogConfig()

@@ -17,7 +17,7 @@ from megatron_oprd.launch.assemble import Run
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.straggler import measure_straggler
 from megatron_oprd.runtime import progress
-from megatron_oprd.training.run_log import RunLog
+from megatron_oprd.training.run_log import RunLog, make_run_log
 from megatron_oprd.types import Rollout
 
 
@@ -84,7 +84,7 @@ def start_observers(run: Run, step: int) -> Observers:
 
     Collective over the world.
     """
-    log = RunLog(run.inputs.run_dir)
+    log = make_run_log(run.inputs.config)
     on_rank_zero(partial(log.open, step))
     if step > 0:
         return Observers(run, log, resume_watch(run, log))

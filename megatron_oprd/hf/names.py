@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -168,6 +169,11 @@ def megatron_shapes(spec: ModelSpec, tensor_size: int = 1) -> dict[str, tuple[in
             rows = padded_vocab_size(spec, tensor_size)
         result[entry.megatron] = (rows, *shapes[entry.hf[0]][1:])
     return result
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """Return the parameters of the complete model, without vocabulary padding."""
+    return sum(math.prod(shape) for shape in megatron_shapes(spec).values())
 
 
 def shard_shape(entry: Entry, full: tuple[int, ...], tensor_size: int) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.rollout.replay import check_enough, load_replay
 from megatron_oprd.rollout.server_checks import check_student
 from megatron_oprd.training.global_batch import max_num_tokens
+from megatron_oprd.training.wandb_curves import check_wandb
 from megatron_oprd.types import Prompt, Rollout, UserError
 
 
@@ -127,6 +128,8 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     Raises:
         UserError: The first mistake, in one line.
     """
+    if not (fitting or dry_run):
+        check_wandb(config.logging.wandb)
     setup = read_setup(config, config.named_teachers, trains=not fitting, dry_run=dry_run)
     missing = find_missing(config, setup.planned_device) if dry_run else MissingInputs()
     check_model_weights(config, setup, skipped=missing.weights)

@@ -12,6 +12,7 @@ from megatron_oprd.checkpoint.training_state import latest_checkpoint, load_chec
 from megatron_oprd.config import dump_config
 from megatron_oprd.launch.assemble import Run
 from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.launch.run_summary import run_summary
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.environment import describe_environment, one_line
@@ -72,13 +73,7 @@ def describe(run: Run) -> None:
     write_json(inputs.run_dir / "environment.json", environment)
     plans = {name: teacher.plan.as_json() for name, teacher in inputs.setup.teachers.items()}
     write_json(inputs.run_dir / "plan.json", plans.get("", {"teachers": plans}))
-    print(one_line(environment), flush=True)
-    if inputs.prompts is not None:
-        print(f"prompts: {inputs.prompts.summary()}", flush=True)
-    if inputs.end_tokens is not None:
-        print(f"an answer ends with: {inputs.end_tokens.summary()}", flush=True)
-    if inputs.evaluation_prompts is not None:
-        print(f"evaluation prompts: {inputs.evaluation_prompts.evaluation_summary()}", flush=True)
+    print("\n".join(run_summary(inputs, one_line(environment))), flush=True)
     if inputs.config.rollout.ahead and inputs.config.rollout.engine == "megatron":
         print("rollout.ahead=1 saves no time: the student generates its rollouts itself, before it trains", flush=True)
     if inputs.bridge is not None and (unrecorded := unrecorded_properties(inputs.bridge)):

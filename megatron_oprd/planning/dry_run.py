@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_oprd.config import dump_config, teacher_title
+from megatron_oprd.hf.names import count_parameters
 from megatron_oprd.launch.missing_inputs import MissingInputs
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.planning.memory_formulas import predict_memory
-from megatron_oprd.planning.parameter_counts import count_parameters
 from megatron_oprd.planning.peak_memory import NotTraced, predict_peaks
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.rollout_memory import CachePlan, plan_cache

@@ -21,11 +21,6 @@ class ModelDivision:
     stages: tuple[int, ...]  # layers on each stage; with virtual pipelining, all first chunks come before all second
 
 
-def count_parameters(spec: ModelSpec) -> int:
-    """Return the parameters of the complete model, without vocabulary padding."""
-    return sum(math.prod(shape) for shape in megatron_shapes(spec).values())
-
-
 def rank_parameters(
     spec: ModelSpec,
     division: ModelDivision,

@@ -1,4 +1,4 @@
-"""The log of a run: metrics as JSON lines and tensorboard curves, evaluations, health checks and some rollouts.
+"""The log of a run: metrics as JSON lines and as curves, lines on the terminal, evaluations, health checks, rollouts.
 
 `health/observers.py` opens the log and writes steps and evaluations; `health/watch.py` writes checks and warnings.
 """
@@ -6,46 +6,63 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_oprd.config import Config
 from megatron_oprd.runtime.files import explain_os_errors, write_text
+from megatron_oprd.training.curves import CurveWriter, TensorBoardCurves
+from megatron_oprd.training.state import due
+from megatron_oprd.training.step_line import STEPS_FOR_SPEED, StepLine, step_line
+from megatron_oprd.training.wandb_curves import WandbCurves
 from megatron_oprd.types import Rollout
 
 
 class RunLog:
     """Appends to the files of a run folder. One rank calls the methods. Each raises UserError for a disk error."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, line: StepLine, curves: Sequence[CurveWriter], every: int = 1) -> None:
+        """Prepare the log; `open` opens it.
+
+        Args:
+            run_dir: The run folder.
+            line: The line that a step prints.
+            curves: Programs that draw the metrics.
+            every: Print a line and draw curves every so many steps. `metrics.jsonl` has every step.
+        """
         self.run_dir = run_dir
-        self._board: Any = None
+        self._line, self._curve_writers, self._every = line, curves, every
+        self._rows: deque[dict[str, float]] = deque(maxlen=STEPS_FOR_SPEED + 1)
 
     def open(self, start: int) -> None:
         """Open the files and remove the lines of steps after `start`, which a killed process left behind."""
-        from torch.utils.tensorboard import SummaryWriter
-
         run_dir = self.run_dir
+        last = start if start else -1  # a new run logs an evaluation at step 0
         with explain_os_errors(run_dir):
             (run_dir / "rollouts").mkdir(parents=True, exist_ok=True)
             for folder in (".", "rollouts", "evaluations", "health"):
                 for unfinished in (run_dir / folder).glob("*.tmp"):
                     unfinished.unlink()
-            last = start if start else -1  # a new run logs an evaluation at step 0
             for name in ("metrics.jsonl", "evaluations.jsonl"):
                 _keep_up_to(run_dir / name, last)
             for name in ("checks.jsonl", "warnings.jsonl"):
                 if (run_dir / "health" / name).exists():
                     _keep_up_to(run_dir / "health" / name, last)
-            threading.excepthook = _ignore_tensorboard_errors
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last + 1)
+            for writer in self._curve_writers:
+                writer.open(last)
 
     def step(self, values: dict[str, float]) -> None:
-        """Append a line with `step` and every metric to `metrics.jsonl`, and draw the metrics as curves."""
+        """Append a line with `step` and every metric to `metrics.jsonl`; print and draw the metrics where due."""
         self._append("metrics.jsonl", values)
-        print(f"step {values['step']}: {', '.join(_summary(values))}", flush=True)
-        self._curves({name: value for name, value in values.items() if name != "step"}, int(values["step"]))
+        self._rows.append(values)
+        step = int(values["step"])
+        if step == 1:
+            print(self._line.start(values), flush=True)
+        if due(step, self._every, self._line.steps, first=1):
+            print(self._line.text(list(self._rows)), flush=True)
+            self._curves({name: value for name, value in values.items() if name != "step"}, step)
 
     def evaluation(self, step: int, name: str, data: dict[str, dict[str, float]]) -> None:
         """Append a line with the metrics of every data source to `evaluations.jsonl`."""
@@ -85,39 +102,26 @@ class RunLog:
         write_text(self.run_dir / "rollouts" / f"step_{step:07d}.jsonl", "\n".join(lines) + "\n")
 
     def close(self) -> None:
-        """Write everything that tensorboard has buffered."""
-        with explain_os_errors(self.run_dir / "tensorboard"):
-            self._board.close()
+        """Write everything that the curves have buffered."""
+        for writer in self._curve_writers:
+            writer.close()
 
     def _curves(self, values: dict[str, float], step: int) -> None:
-        with explain_os_errors(self.run_dir / "tensorboard"):
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()  # a process killed later resumes after this step and will not draw it again
+        for writer in self._curve_writers:
+            writer.log(values, step)
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with explain_os_errors(self.run_dir / name), (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
 
-def _ignore_tensorboard_errors(args: threading.ExceptHookArgs) -> None:
-    """Print no traceback when tensorboard's thread meets a full disk: its next call raises the error."""
-    if not (type(args.thread).__module__.startswith("tensorboard.") and isinstance(args.exc_value, OSError)):
-        threading.__excepthook__(args)
-
-
-def _summary(values: dict[str, float]) -> Iterator[str]:
-    """Yield the parts of a step's line on the terminal, for the metrics that exist."""
-    for name, text in (
-        ("loss", "loss {:.4g}"),
-        ("rep/cosine", "cosine {:.4f}"),
-        ("output/reverse_kl", "KL {:.4g}"),
-        ("grad_norm", "gradient norm {:.3g}"),
-        ("rollout/length_mean", "length {:.1f}"),
-        ("time/step", "{:.2f} s"),
-    ):
-        if name in values:
-            yield text.format(values[name])
+def make_run_log(config: Config) -> RunLog:
+    """Return the log of a run, with the curves that `logging` names. It is not open yet."""
+    run_dir, settings = Path(config.train.run_dir), config.logging
+    curves: list[CurveWriter] = [TensorBoardCurves(run_dir)] if settings.tensorboard else []
+    if settings.wandb is not None:
+        curves.append(WandbCurves(run_dir, settings.wandb, config.model_dump(mode="json")))
+    return RunLog(run_dir, step_line(config), curves, settings.every)
 
 
 def _keep_up_to(path: Path, step: int) -> None:

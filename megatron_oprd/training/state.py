@@ -47,6 +47,6 @@ class Identity:
     bridge: str | None = None  # hash of the bridge between student and teacher
 
 
-def due(step: int, every: int, steps: int) -> bool:
-    """Return True after every `every` steps and after the last of `steps`; never if `every` is 0."""
-    return every > 0 and (step % every == 0 or step == steps)
+def due(step: int, every: int, steps: int, first: int | None = None) -> bool:
+    """Return True after every `every` steps, after the last of `steps` and after `first`; never if `every` is 0."""
+    return every > 0 and (step % every == 0 or step in (steps, first))

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.planning.parameter_counts import count_parameters
+from megatron_oprd.hf.names import count_parameters
 from tests.helpers.commands import run, run_ranks
 from tests.helpers.runs import replay_run
 

@@ -45,7 +45,35 @@ def curve(run_dir):
 
 def files(run_dir):
     paths = (path.relative_to(run_dir) for path in run_dir.rglob("*"))
-    return sorted(str(path) for path in paths if path.parent.name != "tensorboard")
+    return sorted(str(path) for path in paths if path.parts[0] not in ("tensorboard", "wandb"))
+
+
+def wandb_losses(folder):
+    """Return the id of the run in an offline folder of Weights & Biases, and the loss of each step that it has."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    run_id, losses = "", []
+    for data in leveldb_records(next(folder.glob("run-*.wandb")).read_bytes()):
+        record = Record.FromString(data)
+        run_id = record.run.run_id or run_id
+        items = {item.nested_key[0] if item.nested_key else item.key: item.value_json for item in record.history.item}
+        losses += [(record.history.step.num, json.loads(items["loss"]))] if "loss" in items else []
+    return run_id, losses
+
+
+def leveldb_records(data, block=32768):
+    """Yield the records of a file in LevelDB's log format, as wandb writes it: parts with a header of 7 bytes."""
+    position, record = 7, b""  # the file has a header of its own
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # too short for a header
+            position += block - position % block
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        record += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # complete, or the last part
+            yield record
+            record = b""
 
 
 class Killer:
@@ -104,7 +132,7 @@ class Killer:
 
 
 def first_step(log):
-    return int(re.search(r"^step (\d+):", log, re.MULTILINE)[1])
+    return int(re.search(r"^ *(\d+)/\d+  loss", log, re.MULTILINE)[1])
 
 
 def kill_and_compare(arguments, tmp_path, moments, seed, way_names):
@@ -175,7 +203,7 @@ def test_an_output_objective_on_generated_rollouts_resumes_exactly(tmp_path):
     )
     kill_and_compare(arguments, tmp_path, [3], SEED, ["die_at_an_operation"])
     measured = [row["step"] for row in metrics(tmp_path / "actual") if "output/reverse_kl" in row]
-    assert measured == [2, 4, 6]
+    assert measured == [1, 2, 4, 6]
 
 
 # (operation before which the process dies, steps of the complete checkpoints left, situation)
@@ -233,8 +261,9 @@ def test_no_crash_point_of_an_asynchronous_checkpoint_does_harm(tmp_path):
 
 
 FULL_KL = ("loss.output.objective=full_kl", "loss.output.metrics_every=3")
+WITH_WANDB = "tensor 2"
 SETTINGS = {
-    "tensor 2": (2, {}, "parallel.tensor=2"),
+    WITH_WANDB: (2, {}, "parallel.tensor=2"),
     "pipeline 2, tied embeddings": (2, {"tie_word_embeddings": True}, "parallel.pipeline=2"),
     "data 2, bf16, distributed optimizer": (2, {}, "precision.dtype=bf16"),
     "data 2, optimizer not distributed": (2, {}, "parallel.distributed_optimizer=false"),
@@ -260,6 +289,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_optimizer_and_layout_resumes_exactly(name, tmp_path):
     world_size, options, *settings = SETTINGS[name]
+    settings += ["logging.wandb={project: p, mode: offline}"] * (name == WITH_WANDB)
     arguments = replay_run(tmp_path, 4, *settings, num_hidden_layers=2, **options)
     expected, actual = tmp_path / "expected", tmp_path / "actual"
     finish(in_folder(arguments, expected), tmp_path / "log", world_size=world_size)
@@ -270,3 +300,8 @@ def test_every_optimizer_and_layout_resumes_exactly(name, tmp_path):
     assert first_step(log) == 3
     assert "differs from rank 0" not in log  # a warning of mcore about values that must be equal on all ranks
     assert_same_run(actual, expected)
+    if name == WITH_WANDB:  # two ranks log each step once, and the resumed process continues the run
+        folders = [*(expected / "wandb").glob("offline-run-*"), *(actual / "wandb").glob("offline-run-*")]
+        before, _, after = (wandb_losses(folder) for folder in sorted(folders, key=lambda path: path.name))
+        rows = [(row["step"], row["loss"]) for row in metrics(expected)]
+        assert before == (after[0], rows) and after[1] == rows[2:]

@@ -15,8 +15,10 @@ from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import find_checkpoint
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.train import one_step
+from megatron_oprd.training.curves import TensorBoardCurves
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import Identity, TrainState
+from megatron_oprd.training.step_line import StepLine
 from megatron_oprd.types import UserError
 from tests.helpers.killable import finish
 from tests.helpers.runs import metrics, replay_run
@@ -133,7 +135,7 @@ def test_a_refused_run_leaves_the_folder_unchanged(tmp_path):
 
 
 def opened(run_dir, start):
-    log = RunLog(run_dir)
+    log = RunLog(run_dir, StepLine(4, ("loss", "rep/cosine"), 4), [TensorBoardCurves(run_dir)])
     log.open(start)
     return log
 

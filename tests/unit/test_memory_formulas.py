@@ -8,12 +8,12 @@ import torch
 
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.hf.names import entries, megatron_shapes
+from megatron_oprd.hf.names import count_parameters, entries, megatron_shapes
 from megatron_oprd.models.build import ModelPart, build_model
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import build_topology
 from megatron_oprd.planning.memory_formulas import layer_activation_bytes, predict_memory
-from megatron_oprd.planning.parameter_counts import ModelDivision, count_parameters, rank_parameters
+from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.planning import (

@@ -11,11 +11,12 @@ import psutil
 import pytest
 import torch
 
+from megatron_oprd.hf.names import count_parameters
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.planning.megatron_patches import Patch, patched, tracing_patches
 from megatron_oprd.planning.memory_trace import LiveBytes
-from megatron_oprd.planning.parameter_counts import ModelDivision, count_parameters, rank_parameters
+from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
 from megatron_oprd.runtime import platform
 from megatron_oprd.testing.random_update import build_random_update
 from megatron_oprd.types import LongRope

@@ -1,0 +1,124 @@
+"""The lines that a run prints before its first step: what it trains on what, how, and where its files go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megatron_oprd.config import Config, OutputConfig, RepresentationConfig, teacher_title
+from megatron_oprd.hf.names import count_parameters
+from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
+from megatron_oprd.runtime.readable import count
+from megatron_oprd.types import ModelSpec
+
+OBJECTIVES = {
+    "sampled": "reverse KL on the sampled tokens",
+    "topk_surrogate": "surrogate of reverse KL on the top {k} tokens",
+    "topk_kl": "KL on the top {k} tokens",
+    "full_kl": "KL over the vocabulary",
+}
+
+
+def run_summary(inputs: Inputs, machine: str) -> list[str]:
+    """Return the lines, each with a heading. `machine`: versions, device and layout in words."""
+    return [f"{heading:<10} {text}" for heading, text in _facts(inputs, machine)]
+
+
+def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
+    config, setup = inputs.config, inputs.setup
+    yield "student", f"{config.student.path} ({_model(setup.student)})"
+    for name, teacher in setup.teachers.items():
+        yield teacher_title(name), f"{teacher.config.path} ({_model(teacher.spec)}{_own_layout(teacher)})"
+    if inputs.tokenizer is not None:
+        other = "the teacher's is another one" if inputs.aligner else "all models read its token ids"
+        yield "tokenizer", f"{len(inputs.tokenizer):,} tokens, of the student; {other}"
+    for name, teacher in setup.teachers.items() if config.loss.reads_layers else ():
+        yield f"layers{f' {name}' if name else ''}", pairs_in_words(teacher.plan)
+    if config.loss.reads_layers:
+        yield "loss", _representation(config.loss.representation)
+    if config.loss.reads_output:
+        yield "loss", _output(config.loss.output)
+    if inputs.prompts is not None:
+        yield "prompts", inputs.prompts.summary()
+    if inputs.evaluation_prompts is not None:
+        summary = inputs.evaluation_prompts.evaluation_summary()
+        yield "evaluation", f"every {config.evaluation.every} steps: {summary}"
+    if inputs.end_tokens is not None:
+        yield "answers", f"end with {inputs.end_tokens.summary()}"
+    yield "step", _step(config)
+    yield "optimizer", _optimizer(config)
+    yield "machine", machine
+    yield "files", _files(config)
+
+
+def pairs_in_words(plan: LayerPlan) -> str:
+    """Return the compared layers like `student 4, 8, 12 of 12 from teacher 8, 16, 24 of 24`."""
+    students, teachers = ([getattr(pair, of) for pair in plan.pairs] for of in ("student", "teacher"))
+    text = f"student {_numbers(students)} of {plan.student_depth} from teacher {_numbers(teachers)} of "
+    text += str(plan.teacher_depth)
+    return f"{text}; layer {plan.student_depth} after the final norm" if plan.student_normed_layer else text
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    """Return layer numbers as text: consecutive ones as a range, more than twelve with the middle left out."""
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    shown = [*map(str, layers)] if len(layers) <= 12 else [*map(str, layers[:5]), "...", *map(str, layers[-2:])]
+    return ", ".join(shown)
+
+
+def _model(spec: ModelSpec) -> str:
+    experts = f", {spec.num_experts} experts" if spec.num_experts else ""
+    size = f"{count(count_parameters(spec))} parameters, {spec.num_layers} layers of width {spec.hidden_size:,}"
+    return f"{spec.architecture.removesuffix('ForCausalLM')}, {size}{experts}"
+
+
+def _own_layout(teacher: PlannedTeacher) -> str:
+    layout = teacher.layout
+    return f"; tensor {layout.tensor} x pipeline {layout.pipeline} of its own" if layout is not None else ""
+
+
+def _representation(loss: RepresentationConfig) -> str:
+    error = "squared error of hidden states" + (" scaled to length 1" if loss.normalize == "l2" else "")
+    bridge = f", mapped by {loss.bridge}" if loss.bridge else ""
+    return f"{error}{bridge}, at {_positions(loss.positions, loss.k)}, weight {loss.weight:g}"
+
+
+def _output(loss: OutputConfig) -> str:
+    direction = "" if loss.direction == "reverse" or loss.objective == "sampled" else f", {loss.direction}"
+    objective = OBJECTIVES[loss.objective].format(k=loss.k)
+    where = _positions(loss.positions, loss.positions_k)
+    return f"{objective} (loss.output.objective={loss.objective}{direction}), at {where}, weight {loss.weight:g}"
+
+
+def _positions(positions: str, k: int) -> str:
+    return {
+        "all": "all response tokens",
+        "last": "the last response token",
+        "last_k": f"the last {k:,} response tokens",
+        "first_k": f"the first {k:,} response tokens",
+    }[positions]
+
+
+def _step(config: Config) -> str:
+    rollout = config.rollout
+    rollouts = rollout.prompts_per_step * rollout.samples_per_prompt
+    size = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples"
+    kinds = {"replay": "stored rollouts", "vllm": "rollouts from vLLM"}
+    what = kinds.get(rollout.engine, "rollouts of the student")
+    longest = f", up to {rollout.max_new_tokens:,} new tokens" if rollout.generates else ""
+    batches = f"micro-batches of up to {config.batch.max_tokens_per_micro_batch:,} tokens"
+    return f"{size} = {rollouts} {what}{longest}; {batches}"
+
+
+def _optimizer(config: Config) -> str:
+    optimizer = config.optimizer
+    warmup = f" after {optimizer.warmup_fraction:.0%} warm-up" if optimizer.warmup_fraction else ""
+    rate = f"learning rate {optimizer.lr:g}, {optimizer.schedule}{warmup}"
+    return f"{optimizer.name}, {rate}; {config.precision.dtype}; {config.train.steps:,} steps"
+
+
+def _files(config: Config) -> str:
+    every = f" every {config.checkpoint.every} steps" if config.checkpoint.every else " on a signal"
+    export = ", the student in hf/ at the end" if config.checkpoint.export_hf else ""
+    return f"{config.train.run_dir}: metrics.jsonl, report.html, checkpoints/{every}{export}"
