@@ -13,7 +13,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$(bash "$root/ci/setup.sh" | tail -n 1)
 if [ -z "${RANK:-}" ] && [ "${NPROC:-1}" -gt 1 ]; then
-  exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "$root/examples/run_oprd_qwen.sh" "$@"
+  export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+  exec "$python" -m megatron_oprd.torchrun --standalone --nproc-per-node "$NPROC" "$root/examples/run_oprd_qwen.sh" "$@"
 fi
 exec "$python" "$root/examples/run_oprd_qwen.sh" "$@"
 : <<'# end of the Python part'

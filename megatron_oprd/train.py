@@ -16,7 +16,7 @@ PARSER.add_argument(
     "--dry-run", action="store_true", help="do what `plan` does: print what would run and what it needs"
 )
 PARSER.epilog = (
-    f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1) ended it and the same command continues, 1 for a "
+    f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1, Ctrl-C) ended it and the same command continues, 1 for a "
     f"failure, 2 for a mistake in the arguments or inputs, {STOPPED} if health.stop=true ended the training."
 )
 if __name__ == "__main__":
@@ -29,6 +29,7 @@ from megatron_oprd.commands.plan import print_plan
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.health.observers import start_observers
 from megatron_oprd.launch.assemble import Run, build_run
+from megatron_oprd.launch.earlier_run import check_run_folder
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import open_run_folder
 from megatron_oprd.launch.step_data import align, make_global_batch
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         print_plan(config)
         return 0
     inputs = read_inputs(config)
+    check_run_folder(inputs)
     with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")
         run = build_run(inputs)
@@ -82,7 +84,7 @@ def fit(run: Run) -> Stop | None:
     state = open_run_folder(run)
     observers = start_observers(run, state.step)
     folder = run.inputs.run_dir / "checkpoints"
-    saver = Saver(folder, run.checkpoint_content, keep=settings.keep, asynchronous=settings.asynchronous)
+    saver = Saver(folder, run.checkpoint_content, settings)
     signal = None
 
     def last_step() -> int:
@@ -94,8 +96,8 @@ def fit(run: Run) -> Stop | None:
         observers.after_step(metrics, rollouts)
         if due(state.step, config.evaluation.every, last_step()):
             observers.evaluate(state.step)
-        signal = received_by_any(run.topology)
-        if signal is not None or due(state.step, settings.every, last_step()):
+        signal = received_by_any(run.topology, state.step)
+        if signal is not None or due(state.step, settings.every, last_step()) or saver.is_overdue():
             saved = saver.save(state)
     saver.wait()
     observers.close()
@@ -137,7 +139,7 @@ def finish(run: Run) -> None:
     run_dir = run.inputs.run_dir
     progress.enter("export")
     if run.inputs.config.checkpoint.export_hf:
-        export_student(run.checkpoint_content, run_dir / "hf")
+        export_student(run.checkpoint_content, run_dir / "hf", run.inputs.config.checkpoint.export_dtype)
     progress.enter("report")
     on_rank_zero(lambda: print(f"report: {write_report(run_dir)}", flush=True))
 

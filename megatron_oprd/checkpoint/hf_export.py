@@ -5,22 +5,29 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+
 from megatron_oprd.checkpoint.training_state import CheckpointContent
-from megatron_oprd.hf.export import export_hf
+from megatron_oprd.hf.export import WrittenWeights, export_hf
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.runtime.files import explain_os_errors
+from megatron_oprd.types import ModelSpec
+
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def export_student(content: CheckpointContent, target: Path) -> None:
+def export_student(content: CheckpointContent, target: Path, dtype_name: str | None = None) -> None:
     """Write the student to the Hugging Face folder `target` and replace the export of an earlier run.
 
+    `dtype_name` is the dtype of the weights, a key of EXPORT_DTYPES; None is the dtype in the student's config.json.
     The old folder is removed when the new one is complete, beside it under the name `<target>.new`. Collective over the
     world. Raises UserError on every rank for a disk error.
     """
     fresh = target.with_name(f"{target.name}.new")
     on_rank_zero(lambda: shutil.rmtree(fresh, ignore_errors=True))
+    dtype = EXPORT_DTYPES[dtype_name] if dtype_name is not None else written_dtype(content.spec)
     content.student.stage.wait_for_parameters()
-    export_hf(content.student.stage, content.spec, content.topology, content.source, fresh)
+    export_hf(content.student.stage, content.spec, content.topology, content.source, fresh, WrittenWeights(dtype))
 
     def replace() -> None:
         with explain_os_errors(target):
@@ -28,3 +35,10 @@ def export_student(content: CheckpointContent, target: Path) -> None:
             fresh.rename(target)
 
     on_rank_zero(replace)
+
+
+def written_dtype(spec: ModelSpec) -> torch.dtype | None:
+    """Return the dtype that a model's config.json names, or None if the file names none of EXPORT_DTYPES."""
+    name = spec.hf_config.get("dtype") or spec.hf_config.get("torch_dtype")
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return dtype if dtype in EXPORT_DTYPES.values() else None

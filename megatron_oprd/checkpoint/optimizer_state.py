@@ -49,15 +49,20 @@ def state_is_a_copy(student: Student) -> bool:
 
 
 def load_optimizer(student: Student, topology: Topology, folder: Path) -> None:
-    """Load the optimizer's state in the student's layout.
+    """Load the optimizer's state in the student's layout. AdamW's betas and epsilon stay those of the configuration.
 
     Collective over the world. Raises what mcore and torch raise for damaged files.
     """
     with cpu_stand_ins.cpu_devices():
         _make_loadable(student)
+        groups = [group for single in student.optimizer.chained_optimizers for group in single.optimizer.param_groups]
+        configured = [{key: group[key] for key in ("betas", "eps") if key in group} for group in groups]
         wanted = _sharded_state(student, topology, is_loading=True)
         student.optimizer.load_state_dict(dist_checkpointing.load(wanted, str(folder))["optimizer"])
         _separate_steps(student)
+        groups = [group for single in student.optimizer.chained_optimizers for group in single.optimizer.param_groups]
+        for group, values in zip(groups, configured, strict=True):
+            group.update(values)
 
 
 def _sharded_state(student: Student, topology: Topology, *, is_loading: bool) -> dict[str, Any]:

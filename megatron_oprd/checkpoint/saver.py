@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from megatron_oprd.checkpoint.megatron_format import describe_model, plan_model
 from megatron_oprd.checkpoint.optimizer_state import plan_optimizer, state_is_a_copy
 from megatron_oprd.checkpoint.pending_rollouts import write_pending
 from megatron_oprd.checkpoint.training_state import MARK, CheckpointContent, prepare_folders, prune_checkpoints
-from megatron_oprd.parallel.collectives import min_over
+from megatron_oprd.config import CheckpointConfig
+from megatron_oprd.parallel.collectives import max_over, min_over
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import progress
@@ -34,22 +36,35 @@ class Saver:
     `after_step` or `wait` completes the checkpoint. Either way `save` waits for rollouts that are pending.
     """
 
-    def __init__(self, folder: Path, content: CheckpointContent, *, keep: int, asynchronous: bool) -> None:
-        """Save into `folder` and keep the newest `keep` checkpoints."""
-        self.folder, self.content, self.keep, self.asynchronous = folder, content, keep, asynchronous
+    def __init__(self, folder: Path, content: CheckpointContent, config: CheckpointConfig) -> None:
+        """Save into `folder` as the section `checkpoint` says."""
+        self.folder, self.content, self.config = folder, content, config
         self._in_flight: Saving | None = None
+        self._last_save = time.monotonic()  # when the last checkpoint began, or training
+
+    def is_overdue(self) -> bool:
+        """Return True if rank 0 began its last checkpoint `checkpoint.every_minutes` ago; never if that is 0.
+
+        Communicates one number over the world, so that all ranks save after the same step.
+        """
+        if not self.config.every_minutes:
+            return False
+        topology = self.content.topology
+        overdue = topology.rank == 0 and time.monotonic() - self._last_save >= 60 * self.config.every_minutes
+        return max_over([overdue], dist.group.WORLD, topology.device) == [1.0]
 
     def save(self, state: TrainState) -> Path:
         """Begin a checkpoint after completing the one in flight, and return its path.
 
         Collective over the world. Raises UserError on every rank for a disk that does not accept one of the two.
         """
+        self._last_save = time.monotonic()
         with progress.stage("checkpoint"):
             self._complete()
             self._in_flight = saving = Saving(
-                self.folder, self.content, state, keep=self.keep, asynchronous=self.asynchronous
+                self.folder, self.content, state, keep=self.config.keep, asynchronous=self.config.asynchronous
             )
-            if not self.asynchronous:
+            if not self.config.asynchronous:
                 self._complete()
         return saving.target
 
@@ -143,6 +158,8 @@ class Saving:
         describe_model(content.student.stage, self.partial / "model", content.spec, self.topology, content.source)
         teachers = {name: dataclasses.asdict(identity) for name, identity in content.teachers.items()}
         values = {"step": state.step, "prompts": state.prompts.to_dict(), "teachers": teachers}
+        if content.student_hash:
+            values["student"] = {"path": content.source, "hash": content.student_hash}
         if state.pending is not None:
             values["pending"] = write_pending(self.partial, state.pending, rollouts)
         write_json(self.partial / "state.json", values)

@@ -48,7 +48,8 @@ class CheckpointContent:
     spec: ModelSpec  # of the student
     topology: Topology  # of the student
     teachers: Mapping[str, Identity]  # by data source
-    source: str  # folder whose tokenizer and config files go into `model/`
+    source: str  # folder whose tokenizer and config files go into `model/`, and of the student's first weights
+    student_hash: str = ""  # of the student's first weights; "": not stored and not checked
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -104,6 +105,7 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
             )
             for name, one in values["teachers"].items()
         }
+    _check_student(checkpoint, values.get("student"), content)
     _check_teachers(checkpoint, saved, content.teachers)
     _check_maps(checkpoint, student)
 
@@ -126,6 +128,16 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
 
 def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / MARK).exists())
+
+
+def _check_student(checkpoint: Path, saved: Mapping[str, str] | None, content: CheckpointContent) -> None:
+    """Raise UserError if the run of the checkpoint began with another student. Older checkpoints do not name theirs."""
+    if saved and content.student_hash and saved["hash"] != content.student_hash:
+        raise UserError(
+            f"{checkpoint} was made with another student ({saved['path']}, {saved['hash'][:19]}) than "
+            f"student.path={content.source} ({content.student_hash[:19]}); continue with that one or name a new "
+            "train.run_dir"
+        )
 
 
 def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], current: Mapping[str, Identity]) -> None:

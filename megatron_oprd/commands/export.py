@@ -31,7 +31,7 @@ def export(args: argparse.Namespace) -> int:
     start_loading()
     from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
     from megatron_oprd.hf.config import read_model_spec
-    from megatron_oprd.hf.export import export_hf
+    from megatron_oprd.hf.export import WrittenWeights, export_hf
     from megatron_oprd.models.build import build_model
     from megatron_oprd.runtime.files import check_new_folder
 
@@ -42,7 +42,9 @@ def export(args: argparse.Namespace) -> int:
     model = build_model(spec, topology, checkpoint_dtype(args.megatron))
     load_model(model, args.megatron, spec, topology)
     shard_bytes = int(args.max_shard_gb * 1e9)
-    export_hf(model, spec, topology, source=args.megatron, target=args.hf, max_shard_bytes=shard_bytes)
+    export_hf(
+        model, spec, topology, source=args.megatron, target=args.hf, written=WrittenWeights(max_shard_bytes=shard_bytes)
+    )
     if topology.rank == 0:
         print(f"{args.hf}: {spec.architecture}, {spec.num_layers} layers")
     ranks.leave()

@@ -98,7 +98,9 @@ _DTYPE_NAMES = {
 class PrecisionConfig(Section):
     """Number formats and attention kernels; docs/precision.md lists the combinations."""
 
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="dtype of weights and activations")
+    dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="dtype of weights and activations; auto: bf16 with CUDA or FP8, fp32 on a CPU"
+    )
     attention: Literal["auto", "te", "sdpa"] = Field(
         "auto", description="core attention: Transformer Engine (te), PyTorch (sdpa), or te if the machine has it"
     )

@@ -35,6 +35,7 @@ PathText = Annotated[str, AfterValidator(_expand_path)]  # a file, a folder or t
 TOKENS: JsonDict = {"unit": "tokens"}
 BYTES: JsonDict = {"unit": "bytes"}
 STEPS: JsonDict = {"unit": "steps"}
+MINUTES: JsonDict = {"unit": "minutes"}
 SECONDS: JsonDict = {"unit": "seconds"}
 PROMPTS: JsonDict = {"unit": "prompts"}
 RANKS: JsonDict = {"unit": "ranks"}

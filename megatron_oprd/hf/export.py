@@ -21,22 +21,29 @@ from megatron_oprd.runtime.files import check_new_folder
 from megatron_oprd.types import ModelSpec
 
 
+@dataclass(frozen=True)
+class WrittenWeights:
+    """The form of the weights that an export writes."""
+
+    dtype: torch.dtype | None = None  # None: the model's dtype
+    max_shard_bytes: int = MAX_SHARD_BYTES  # size limit of a safetensors file
+
+
 def export_hf(
     stage: torch.nn.ModuleList,
     spec: ModelSpec,
     topology: Topology,
     source: str | Path,
     target: str | Path,
-    *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    written: WrittenWeights = WrittenWeights(),
 ) -> None:
-    """Write a model as a Hugging Face folder, in the model's dtype.
+    """Write a model as a Hugging Face folder.
 
     Args:
         stage: this rank's chunks of the model.
         source: folder whose tokenizer, chat template and generation config are copied.
         target: the new folder.
-        max_shard_bytes: size limit of a safetensors file.
+        written: dtype and size of the safetensors files.
 
     Collective over the world: the ranks send one parameter at a time to rank 0, which writes it. Rank 0 needs memory
     for two copies of one parameter and one file. Raises UserError on every rank when the folder cannot be written, and
@@ -46,7 +53,9 @@ def export_hf(
     tensors = gather_hf_tensors(stage, spec, topology)
     failure = None
     if topology.rank == 0:
-        failure = _write(tensors, spec, source, target, next(stage.parameters()).dtype, max_shard_bytes)
+        failure = _write(
+            tensors, spec, source, target, written.dtype or next(stage.parameters()).dtype, written.max_shard_bytes
+        )
     else:
         _exhaust(tensors)
 

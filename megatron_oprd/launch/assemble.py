@@ -61,6 +61,7 @@ class Run:
     heads: Heads | None  # the LM heads of an output-space objective, on the student's last stage
     evaluator: RolloutEngine | None  # None: training does not evaluate
     identities: dict[str, Identity]  # of the teachers, by data_source; a checkpoint stores them
+    student_hash: str  # of the student's first weights; a checkpoint stores it
 
     @property
     def topology(self) -> Topology:
@@ -87,8 +88,8 @@ class Run:
     @property
     def checkpoint_content(self) -> CheckpointContent:
         """Return the parts of this run that a checkpoint stores or checks."""
-        source = self.inputs.config.student.path
-        return CheckpointContent(self.student, self.inputs.setup.student, self.topology, self.identities, source)
+        spec, source = self.inputs.setup.student, self.inputs.config.student.path
+        return CheckpointContent(self.student, spec, self.topology, self.identities, source, self.student_hash)
 
     def output_loss(self, *, with_metrics: bool) -> OutputLoss | None:
         """Return the output-space objective of one step on the student's last stage; otherwise None."""
@@ -109,6 +110,7 @@ def build_run(inputs: Inputs) -> Run:
         load_heads(inputs.model_inputs, stage, topology) if setup.layer_plan.output else None,
         evaluator,
         {name: _identity(inputs, teacher) for name, teacher in setup.teachers.items()},
+        on_rank_zero(lambda: content_hash(config.student.path)),
     )
 
 

@@ -28,7 +28,7 @@ from megatron_oprd.launch.lengths import (
 )
 from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, longest_prompts
 from megatron_oprd.launch.models import ModelInputs
-from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_end_tokens
+from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_dtype, with_end_tokens
 from megatron_oprd.launch.tokenizers import Tokenizers, read_student_tokenizer, read_tokenizers
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.rollout.replay import check_enough, load_replay
@@ -130,6 +130,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     """
     if not (fitting or dry_run):
         check_wandb(config.logging.wandb)
+    config = with_dtype(config)
     setup = read_setup(config, config.named_teachers, trains=not fitting, dry_run=dry_run)
     missing = find_missing(config, setup.planned_device) if dry_run else MissingInputs()
     check_model_weights(config, setup, skipped=missing.weights)
@@ -179,6 +180,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
 
     Raises UserError for the first mistake, with the line that training has for it. Teachers are not read.
     """
+    config = with_dtype(config)
     setup = read_setup(config, {}, trains=False)
     check_model_weights(config, setup)
     tokenizer = read_student_tokenizer(config, setup.student)

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from megatron_oprd.bridge.origin import unrecorded_properties
 from megatron_oprd.checkpoint.training_state import latest_checkpoint, load_checkpoint
 from megatron_oprd.config import dump_config
 from megatron_oprd.launch.assemble import Run
+from megatron_oprd.launch.earlier_run import find_changes, in_words
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.run_summary import run_summary
 from megatron_oprd.parallel.rank_zero import on_rank_zero
@@ -29,24 +31,29 @@ def open_run_folder(run: Run) -> TrainState:
     """
     checkpoint = on_rank_zero(lambda: find_checkpoint(run.inputs))
     state = TrainState() if checkpoint is None else load_checkpoint(checkpoint, run.checkpoint_content)
+    on_rank_zero(lambda: record_configuration(run.inputs, state.step + 1))
     on_rank_zero(lambda: describe(run))
     if checkpoint is not None and run.topology.rank == 0:
         print(f"continuing from {checkpoint}", flush=True)
+        if state.step == run.inputs.config.train.steps:
+            print(
+                f"{run.inputs.run_dir} is complete: all {state.step} steps are done; only the export and the report "
+                "are made again. Raise train.steps to train on, or name a new train.run_dir for another run",
+                flush=True,
+            )
     return state
 
 
 def find_checkpoint(inputs: Inputs) -> Path | None:
     """Make the run folder and return the checkpoint to resume from, or None.
 
-    One rank calls this. Raises UserError if the folder contains a run and `checkpoint.resume` is `never`, or if a
-    watched run cannot resume because the files of the health watch are missing.
+    One rank calls this. Raises UserError if a watched run cannot resume because the files of the health watch are
+    missing.
     """
     config, run_dir = inputs.config, inputs.run_dir
     with explain_os_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
     found = latest_checkpoint(run_dir / "checkpoints")
-    if config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
-        raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set checkpoint.resume=auto")
     for name in ("answers.jsonl", "checks.jsonl") if found and config.health.every else ():
         path = run_dir / "health" / name
         if not path.exists():
@@ -57,8 +64,31 @@ def find_checkpoint(inputs: Inputs) -> Path | None:
     return found
 
 
+def record_configuration(inputs: Inputs, first_step: int) -> None:
+    """Write `config.yaml`; keep each configuration of the run in `configs/` under the first step that it was used for.
+
+    Print and record the keys that the configuration changes. One rank calls this.
+    """
+    run_dir, text = inputs.run_dir, dump_config(inputs.config)
+    latest, folder = run_dir / "config.yaml", run_dir / "configs"
+    changes = find_changes(latest, inputs.config) if first_step > 1 else {}
+    with explain_os_errors(folder):
+        if first_step > 1 and not folder.exists() and latest.exists():  # the run of an older version
+            folder.mkdir()
+            write_text(folder / "step_0000001.yaml", latest.read_text(encoding="utf-8"))
+        folder.mkdir(exist_ok=True)
+        if changes or first_step == 1:
+            write_text(folder / f"step_{first_step:07d}.yaml", text)
+        if changes:
+            with (folder / "changes.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": first_step, "changes": changes}) + "\n")
+    write_text(latest, text)
+    for line in in_words(changes):
+        print(f"{line} from step {first_step}", flush=True)
+
+
 def describe(run: Run) -> None:
-    """Write the configuration, the environment and the layer plan to the run folder, and print a summary."""
+    """Write the environment and the layer plan to the run folder, and print a summary."""
     inputs, topology = run.inputs, run.topology
     layout, attention = describe_layout(topology), inputs.setup.precision.attention
     environment = describe_environment(str(topology.device), topology.world_size, layout, attention)
@@ -69,11 +99,14 @@ def describe(run: Run) -> None:
     }
     if own:
         environment["teacher_layout"] = own.get("", own)
-    write_text(inputs.run_dir / "config.yaml", dump_config(inputs.config))
     write_json(inputs.run_dir / "environment.json", environment)
     plans = {name: teacher.plan.as_json() for name, teacher in inputs.setup.teachers.items()}
     write_json(inputs.run_dir / "plan.json", plans.get("", {"teachers": plans}))
     print("\n".join(run_summary(inputs, one_line(environment))), flush=True)
+    dtype = inputs.config.precision.dtype
+    print(f"weights and activations: {dtype}", flush=True)
+    if dtype == "bf16" and topology.device.type == "cpu":
+        print("warning: bf16 is about 7 times slower than fp32 on a CPU; use precision.dtype=fp32", flush=True)
     if inputs.config.rollout.ahead and inputs.config.rollout.engine == "megatron":
         print("rollout.ahead=1 saves no time: the student generates its rollouts itself, before it trains", flush=True)
     if inputs.bridge is not None and (unrecorded := unrecorded_properties(inputs.bridge)):

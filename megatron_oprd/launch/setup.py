@@ -87,6 +87,26 @@ def read_setup(
     return Setup(student, stages, planned, precision, world_size, planned_device)
 
 
+def with_dtype(config: Config) -> Config:
+    """Return the configuration with bf16 or fp32 in place of `precision.dtype=auto`. No communication.
+
+    auto is bf16 with a CUDA device, and for settings that only bf16 has. On a CPU auto is fp32, which is faster there.
+    """
+    precision = config.precision
+    if precision.dtype != "auto":
+        return config
+    needs_bf16 = (
+        precision.fp8 is not None
+        or precision.teacher_fp8 != "off"
+        or precision.attention == "te"
+        or config.optimizer.precision_aware
+        or config.optimizer.cpu_offload > 0
+    )
+    on_cpu = platform.choose_device(config.train.device).type == "cpu"
+    dtype = "fp32" if on_cpu and not needs_bf16 else "bf16"
+    return config.model_copy(update={"precision": precision.model_copy(update={"dtype": dtype})})
+
+
 def check_model_weights(config: Config, setup: Setup, skipped: tuple[str, ...] = ()) -> None:
     """Raise UserError if the weights in a model folder are missing, truncated or of another model.
 

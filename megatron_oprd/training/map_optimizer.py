@@ -35,7 +35,9 @@ class MapOptimizer:
         weights = [student_map.weight for student_map in self.maps.values()]
         self.optimizer: torch.optim.Optimizer | None = None  # None: this stage has no compared layer
         if weights and config.name == "adamw":
-            self.optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=config.betas, weight_decay=0.0)
+            self.optimizer = torch.optim.AdamW(
+                weights, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0
+            )
         elif weights:
             self.optimizer = torch.optim.SGD(weights, lr=config.lr)
 

@@ -25,6 +25,7 @@ def optimizer_arguments(config: OptimizerConfig, *, bf16: bool, distributed: boo
         "weight_decay": config.weight_decay if adamw else 0.0,
         "adam_beta1": config.betas[0],
         "adam_beta2": config.betas[1],
+        "adam_eps": config.eps,
         "sgd_momentum": 0.0,
         "clip_grad": config.clip_grad,
         "bf16": bf16,

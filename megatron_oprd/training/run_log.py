@@ -37,7 +37,7 @@ class RunLog:
         self._rows: deque[dict[str, float]] = deque(maxlen=STEPS_FOR_SPEED + 1)
 
     def open(self, start: int) -> None:
-        """Open the files and remove the lines of steps after `start`, which a killed process left behind."""
+        """Open the files and move the lines of steps after `start`, which the run makes again, to `replaced/`."""
         run_dir = self.run_dir
         last = start if start else -1  # a new run logs an evaluation at step 0
         with explain_os_errors(run_dir):
@@ -46,10 +46,10 @@ class RunLog:
                 for unfinished in (run_dir / folder).glob("*.tmp"):
                     unfinished.unlink()
             for name in ("metrics.jsonl", "evaluations.jsonl"):
-                _keep_up_to(run_dir / name, last)
+                _keep_up_to(run_dir / name, last, run_dir / "replaced")
             for name in ("checks.jsonl", "warnings.jsonl"):
                 if (run_dir / "health" / name).exists():
-                    _keep_up_to(run_dir / "health" / name, last)
+                    _keep_up_to(run_dir / "health" / name, last, run_dir / "replaced")
             for writer in self._curve_writers:
                 writer.open(last)
 
@@ -124,16 +124,25 @@ def make_run_log(config: Config) -> RunLog:
     return RunLog(run_dir, step_line(config), curves, settings.every)
 
 
-def _keep_up_to(path: Path, step: int) -> None:
-    """Remove the lines of steps after `step`, and lines that are incomplete."""
+def _keep_up_to(path: Path, step: int, aside: Path) -> None:
+    """Move the lines of steps after `step` to the end of a file in the folder `aside`; drop incomplete lines."""
     if not path.exists():
         path.touch()
         return
-    kept = []
+    kept, moved = [], {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            line_step = json.loads(line)["step"]
+            if line_step <= step:
                 kept.append(line)
+            else:
+                moved[line] = line_step
         except (ValueError, TypeError, KeyError):
             continue
+    if moved:
+        aside.mkdir(exist_ok=True)
+        with (aside / path.name).open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in moved)
+        first, last = min(moved.values()), max(moved.values())
+        print(f"{path}: the lines of steps {first} to {last} are now in {aside / path.name}", flush=True)
     write_text(path, "".join(f"{line}\n" for line in kept))

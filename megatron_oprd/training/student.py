@@ -98,14 +98,18 @@ def freeze_unreached(stage: Stage, config: Config, plan: LayerPlan) -> None:
 
 
 def _scheduler(optimizer: MegatronOptimizer, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
-    """Build the schedule: linear warm-up from 0 over `warmup_fraction` of the steps, then constant or cosine to 0."""
+    """Build the schedule: linear warm-up over `warmup_fraction` of the steps, then constant or cosine to 0.
+
+    With W steps of warm-up, step n has the rate n / (W + 1) of the peak: no step has a rate of 0.
+    """
+    warmup_steps = min(math.floor(config.warmup_fraction * steps), max(steps - 1, 0))
     decay = config.weight_decay if config.name == "adamw" else 0.0
     return OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=config.lr / (warmup_steps + 1),
         max_lr=config.lr,
         min_lr=0.0,
-        lr_warmup_steps=min(math.floor(config.warmup_fraction * steps), max(steps - 1, 0)),
+        lr_warmup_steps=warmup_steps,
         lr_decay_steps=max(steps, 1),
         lr_decay_style=config.schedule,
         start_wd=decay,

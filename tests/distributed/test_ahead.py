@@ -8,7 +8,7 @@ import torch
 from megatron_oprd.checkpoint.pending_rollouts import FILE
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.checkpoint.training_state import load_checkpoint
-from megatron_oprd.config import load_config
+from megatron_oprd.config import CheckpointConfig, load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.parallel.rank_zero import on_rank_zero
@@ -80,7 +80,7 @@ def stop_and_go_on(rank, arguments, folder, address):
     run = build_run(read_inputs(load_config(None, arguments)))
     run = run if address is None else with_server(run, address)
     state = go_on(run, TrainState(), 2)[-1]
-    saver = Saver(folder, run.checkpoint_content, keep=1, asynchronous=True)
+    saver = Saver(folder, run.checkpoint_content, CheckpointConfig(keep=1, asynchronous=True))
     checkpoint = saver.save(state)
     tokens, staleness, weights, last = go_on(run, state, 2)
     saver.wait()

@@ -12,6 +12,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.checkpoint.training_state import latest_checkpoint, load_checkpoint
+from megatron_oprd.config import CheckpointConfig
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.train import one_step
@@ -24,6 +25,7 @@ SETTINGS = (
     "optimizer.name=adamw",
     "optimizer.weight_decay=0",
     f"optimizer.lr={0.1 * ADAM_EPSILON}",
+    f"optimizer.eps={ADAM_EPSILON}",
     "precision.dtype=bf16",
 )
 
@@ -76,7 +78,7 @@ def three_steps(rank, student, teacher, folder, *settings):
     with pretended_gpu() if settings else contextlib.nullcontext():
         run = make_run(student, teacher, *SETTINGS, *settings, rollouts=rollouts_of("some"))
         losses = [one_step(run, TrainState())[1]["loss"] for _ in range(2)]
-        Saver(folder, run.checkpoint_content, keep=1, asynchronous=False).save(TrainState(2))
+        Saver(folder, run.checkpoint_content, CheckpointConfig(keep=1, asynchronous=False)).save(TrainState(2))
         losses.append(one_step(run, TrainState())[1]["loss"])
         weights = weights_of(run)
         run = make_run(student, teacher, *SETTINGS, *settings, rollouts=rollouts_of("some"))

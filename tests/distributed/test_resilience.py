@@ -37,10 +37,10 @@ def _signals_and_stragglers(rank: int, folder: Path) -> tuple[list[str | None], 
     start_process(CPU)
     topology = build_topology(ParallelConfig(), CPU, seed=0)
     with signals.handle_signals():
-        received = [signals.received_by_any(topology)]
+        received = [signals.received_by_any(topology, 0)]
         if rank == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        received.append(signals.received_by_any(topology))
+        received.append(signals.received_by_any(topology, 1))
     straggler.time_products = lambda device: 1.0 + 2.0 * (rank == 1)
     out = Captured(1, folder / f"stdout-{rank}")
     config = WatchdogConfig(straggler_every=2, straggler_ratio=2.5)

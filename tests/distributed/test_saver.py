@@ -4,6 +4,7 @@ import contextlib
 import errno
 import pickle
 import threading
+import time
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite
 from megatron_oprd.checkpoint.training_state import latest_checkpoint
-from megatron_oprd.config import load_config
+from megatron_oprd.config import CheckpointConfig, load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.testing.distributed import run_distributed
@@ -37,7 +38,7 @@ def slow_disk():
 
 
 def make_saver(run, folder, *, asynchronous):
-    return Saver(folder, run.checkpoint_content, keep=2, asynchronous=asynchronous)
+    return Saver(folder, run.checkpoint_content, CheckpointConfig(keep=2, asynchronous=asynchronous))
 
 
 def tensors_of(run):
@@ -96,6 +97,22 @@ def files(folder):
         elif path.is_file():
             contents[str(path.relative_to(folder))] = path.read_bytes()
     return contents
+
+
+def find_overdue(rank, arguments, folder):
+    """Return the answers of `is_overdue` when rank 1's, then rank 0's, and then no rank's last checkpoint is old."""
+    content = build_run(read_inputs(load_config(None, arguments))).checkpoint_content
+    saver = Saver(folder, content, CheckpointConfig(every=0, every_minutes=1.0))
+    answers = []
+    for old_rank in (1, 0, None):
+        saver._last_save = time.monotonic() - (61 if rank == old_rank else 0)
+        answers.append(saver.is_overdue())
+    return answers
+
+
+def test_the_clock_of_rank_0_decides_when_all_ranks_save(tmp_path):
+    arguments = replay_run(tmp_path, 1, num_hidden_layers=1)
+    assert run_distributed(2, find_overdue, arguments, tmp_path) == [[False, True, False]] * 2
 
 
 def fail_on_one_rank(rank, arguments, folder):

@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.killable import Command, finish
-from tests.helpers.runs import assert_same_export, complete_steps, in_folder, last_step, metrics, prompt_run, read_lines
+from tests.helpers.runs import (
+    assert_same_export,
+    complete_steps,
+    in_folder,
+    last_step,
+    metrics,
+    prompt_run,
+    read_lines,
+    replay_run,
+)
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
@@ -24,11 +33,11 @@ TIMEOUT_SECONDS = 12  # of the watchdog, where a rank hangs
 
 
 class Torchrun:
-    """A training on four ranks under torchrun. Its output goes to `log`."""
+    """A training under torchrun, started by the package's command. Its output goes to `log`."""
 
-    def __init__(self, arguments: list[str], log: Path, *, restarts: int = 0, script: str = "") -> None:
+    def __init__(self, arguments: list[str], log: Path, *, ranks: int = 4, restarts: int = 0, script: str = "") -> None:
         self.log = log
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+        command = [sys.executable, "-m", "megatron_oprd.torchrun", "--standalone", f"--nproc-per-node={ranks}"]
         command += [f"--max-restarts={restarts}", *([script] if script else ["-m", "megatron_oprd.train"]), *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WOUNDED": str(log.parent)}
         with log.open("w") as file:
@@ -108,6 +117,22 @@ def test_a_signal_to_one_rank_saves_and_stops_all_ranks_and_the_same_command_con
     assert not left & {"hf", "report.html", "heartbeats", "failures"}
     finish(command, tmp_path / "log", world_size=4)
     assert_as_expected(actual, expected)
+
+
+def test_ctrl_c_saves_after_the_step_and_prints_no_traceback(tmp_path):
+    actual = tmp_path / "run"
+    command = in_folder(replay_run(tmp_path, 200, "checkpoint.every=0", num_hidden_layers=1), actual)
+    with torchrun(command, tmp_path / "log", ranks=2) as run:
+        run.wait_until(lambda: last_step(actual) >= 2)
+        os.killpg(run.process.pid, signal.SIGINT)  # like a terminal
+        assert run.wait() == 0, run.log.read_text()
+    log = run.log.read_text()
+    announced = re.findall(
+        r"^SIGINT: the run saves after step (\d+) and stops; press Ctrl-C again to", log, re.MULTILINE
+    )
+    assert len(announced) == 1 and "Traceback" not in log, log
+    (step,) = complete_steps(actual)
+    assert f"SIGINT: step {step} saved in " in log and step - int(announced[0]) in (-1, 0, 1)
 
 
 @pytest.mark.nightly  # its parts run in CI: test_watchdog.py, test_resume.py and the signal above

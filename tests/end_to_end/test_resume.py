@@ -45,7 +45,7 @@ def curve(run_dir):
 
 def files(run_dir):
     paths = (path.relative_to(run_dir) for path in run_dir.rglob("*"))
-    return sorted(str(path) for path in paths if path.parts[0] not in ("tensorboard", "wandb"))
+    return sorted(str(path) for path in paths if path.parts[0] not in ("tensorboard", "wandb", "replaced"))
 
 
 def wandb_losses(folder):

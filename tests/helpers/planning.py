@@ -51,7 +51,7 @@ def replay_config(tokens: int, *overrides: str) -> Config:
     """Return the configuration of a run with replayed rollouts and micro-batches of at most `tokens` tokens."""
     paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
     size = f"batch.max_tokens_per_micro_batch={tokens}"
-    return load_config(None, [*paths, "rollout.engine=replay", size, *overrides])
+    return load_config(None, [*paths, "rollout.engine=replay", "precision.dtype=bf16", size, *overrides])
 
 
 def planned_run(

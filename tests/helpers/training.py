@@ -13,7 +13,6 @@ from megatron_oprd.testing.replayed_run import LEARNING_RATE, Teachers, build_re
 from megatron_oprd.testing.update import Update, measure_update
 from megatron_oprd.train import one_step
 from megatron_oprd.training import overlap
-from megatron_oprd.training import student as student_module
 from megatron_oprd.types import Rollout
 
 BUCKET_PARAMETERS = 4_000  # most matrices of the tiny models have a bucket each
@@ -24,6 +23,7 @@ ADAMW = (
     "optimizer.betas=[0.0,0.0]",
     "optimizer.weight_decay=0",
     f"optimizer.lr={LEARNING_RATE * ADAM_EPSILON}",
+    f"optimizer.eps={ADAM_EPSILON}",
 )
 
 
@@ -35,9 +35,8 @@ def megatron_update(
 
 
 def make_run(student: Path, teacher: Teachers, *overrides: str, rollouts: Sequence[Rollout] | None = None) -> Run:
-    """Build a run before its first step; AdamW has ADAM_EPSILON. Collective over the world."""
-    with _adam_epsilon():
-        return build_replayed_run(student, teacher, *overrides, rollouts=rollouts)
+    """Build a run before its first step. Collective over the world."""
+    return build_replayed_run(student, teacher, *overrides, rollouts=rollouts)
 
 
 @contextlib.contextmanager
@@ -46,13 +45,4 @@ def small_buckets() -> Iterator[None]:
     original = overlap.DistributedDataParallelConfig
     patched = functools.partial(original, bucket_size=BUCKET_PARAMETERS)
     with mock.patch.object(overlap, "DistributedDataParallelConfig", patched):
-        yield
-
-
-@contextlib.contextmanager
-def _adam_epsilon() -> Iterator[None]:
-    """Give optimizers ADAM_EPSILON, which no key of the configuration sets."""
-    original = student_module.MegatronOptimizerConfig
-    patched = functools.partial(original, adam_eps=ADAM_EPSILON)
-    with mock.patch.object(student_module, "MegatronOptimizerConfig", patched):
         yield

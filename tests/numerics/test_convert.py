@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_oprd.checkpoint.megatron_format import checkpoint_dtype, load_model, save_model
 from megatron_oprd.checkpoint.weights import check_weights, content_hash, load_weights, weights_dtype
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.hf.export import export_hf
+from megatron_oprd.hf.export import WrittenWeights, export_hf
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import ModelPart, build_model
@@ -103,7 +103,7 @@ def test_a_round_trip_in_shards_is_bit_equal(family, topology, tmp_path):
     folder = hf_folder(tmp_path / "hf", family, shard_size="100KB")
     megatron = to_megatron(folder, tmp_path / "megatron", topology)
     stage, spec = build_from(megatron, topology)
-    export_hf(stage, spec, topology, megatron, tmp_path / "back", max_shard_bytes=200_000)
+    export_hf(stage, spec, topology, megatron, tmp_path / "back", WrittenWeights(max_shard_bytes=200_000))
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 1
     assert_equal_tensors(tensors_of(tmp_path / "back"), tensors_of(folder))
     assert_same_model(tmp_path / "back", folder)

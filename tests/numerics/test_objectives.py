@@ -193,14 +193,13 @@ def test_metrics_are_those_of_the_logits(model, kind):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_adamw_moves_the_head(model, tied, monkeypatch):
+def test_adamw_moves_the_head(model, tied):
     folders = [model(seed, tie_word_embeddings=tied) for seed in (0, 1)]
     settings = (*SETTINGS["reverse"], *ALONE)
     expected = reference_update(*folders, *settings)
     assert_same_update(megatron_update(0, *folders, *settings, *ADAMW), expected)
-    monkeypatch.setattr("tests.helpers.training.ADAM_EPSILON", 1e-8)
     rate, decay = 1e-2, 0.1
-    usual = ("optimizer.name=adamw", f"optimizer.lr={rate}", f"optimizer.weight_decay={decay}")
+    usual = ("optimizer.name=adamw", f"optimizer.lr={rate}", f"optimizer.weight_decay={decay}", "optimizer.eps=1e-8")
     update = megatron_update(0, *folders, *settings, *usual)
     name = EMBEDDING if tied else HEAD
     gradient, weight = expected.gradients[name], load_file(folders[0] / "model.safetensors")[name].double()

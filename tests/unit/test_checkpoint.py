@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.checkpoint.training_state import MARK, latest_checkpoint, load_checkpoint, prune_checkpoints
-from megatron_oprd.config import load_config
+from megatron_oprd.config import CheckpointConfig, load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import find_checkpoint
@@ -72,7 +72,7 @@ def load_and_refuse(rank, arguments):
     folder = run.inputs.run_dir / "checkpoints"
     state, _, _ = one_step(run, TrainState())
     marked(folder, 1, mark=False)  # left by a process that died between the rename and the mark
-    Saver(folder, run.checkpoint_content, keep=2, asynchronous=False).save(state)
+    Saver(folder, run.checkpoint_content, CheckpointConfig(keep=2, asynchronous=False)).save(state)
     found = find_checkpoint(run.inputs)
     own, results = run.identities[""], {}
     cases = {

@@ -36,7 +36,7 @@ TABLE = [row for row in ROW.findall(PAGE.read_text()) if row[0] in MACHINES]
 
 
 def precision_of(settings):
-    overrides = [f"precision.{setting}" for setting in settings.split()]
+    overrides = [f"precision.{setting}" for setting in ("dtype=bf16", *settings.split())]
     required = ("student.path=s", "teacher.path=t", "train.run_dir=r", "rollout.engine=replay", "rollout.path=f")
     return load_config(None, [*required, *overrides]).precision
 
@@ -137,9 +137,9 @@ def test_a_bare_off_in_yaml_is_off():
 def test_context_parallel_communication_is_chosen_or_refused(requested, context, machine, expected):
     parallel = ParallelConfig(context=context, cp_comm_type=requested)
     if expected is not None and expected.startswith("error"):
-        assert outcome(PrecisionConfig(), MACHINES[machine], parallel).startswith(expected)
+        assert outcome(PrecisionConfig(dtype="bf16"), MACHINES[machine], parallel).startswith(expected)
     else:
-        planned = plan_precision(PrecisionConfig(), parallel, MACHINES[machine])
+        planned = plan_precision(PrecisionConfig(dtype="bf16"), parallel, MACHINES[machine])
         assert (
             planned.student.arguments.get("cp_comm_type") == planned.teacher.arguments.get("cp_comm_type") == expected
         )

@@ -6,6 +6,7 @@ import pytest
 
 from megatron_oprd.checkpoint import saver as saver_module
 from megatron_oprd.checkpoint.saver import Saver
+from megatron_oprd.config import CheckpointConfig
 from megatron_oprd.types import UserError
 
 
@@ -37,7 +38,7 @@ def saving(monkeypatch):
 
 
 def test_a_synchronous_checkpoint_is_finished_when_save_returns(saving):
-    saver = Saver(Path(), None, keep=1, asynchronous=False)
+    saver = Saver(Path(), None, CheckpointConfig(keep=1, asynchronous=False))
     assert saver.save(2) == "step_2"
     assert saving.events == [("begin", 2, False), ("finish", 2)]
     saver.after_step()
@@ -46,7 +47,7 @@ def test_a_synchronous_checkpoint_is_finished_when_save_returns(saving):
 
 
 def test_saving_and_waiting_finish_the_checkpoint_in_flight(saving):
-    saver = Saver(Path(), None, keep=1, asynchronous=True)
+    saver = Saver(Path(), None, CheckpointConfig(keep=1, asynchronous=True))
     saver.save(2)
     saver.after_step()
     assert saving.events == [("begin", 2, True)]
@@ -58,7 +59,7 @@ def test_saving_and_waiting_finish_the_checkpoint_in_flight(saving):
 
 
 def test_after_a_step_a_written_checkpoint_is_finished(saving):
-    saver = Saver(Path(), None, keep=1, asynchronous=True)
+    saver = Saver(Path(), None, CheckpointConfig(keep=1, asynchronous=True))
     saver.save(2)
     saving.written = True
     saver.after_step()
@@ -68,7 +69,7 @@ def test_after_a_step_a_written_checkpoint_is_finished(saving):
 
 @pytest.mark.parametrize("finish", ["after_step", "wait"])
 def test_a_failed_checkpoint_raises_once(saving, finish):
-    saver = Saver(Path(), None, keep=1, asynchronous=True)
+    saver = Saver(Path(), None, CheckpointConfig(keep=1, asynchronous=True))
     saver.save(2)
     saving.written = saving.fails = True
     with pytest.raises(UserError):

@@ -1,0 +1,91 @@
+"""The run that a run folder already has: what it has done, and which keys the new configuration changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_oprd.checkpoint.training_state import latest_checkpoint
+from megatron_oprd.config import Config
+from megatron_oprd.config.yaml_core import load_yaml
+from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.types import UserError
+
+Changes = dict[str, tuple[Any, Any]]  # by dotted key: the earlier value and the new one
+
+
+def check_run_folder(inputs: Inputs) -> None:
+    """Raise UserError if the run must not begin or continue in its run folder. No communication; changes nothing."""
+    config, run_dir = inputs.config, inputs.run_dir
+    found, logged = latest_checkpoint(run_dir / "checkpoints"), last_logged_step(run_dir)
+    if config.checkpoint.resume == "never" and (found or (run_dir / "metrics.jsonl").exists()):
+        raise UserError(f"{run_dir} holds a run; name a new train.run_dir or set checkpoint.resume=auto")
+    done, steps = step_of(found), config.train.steps
+    if done > steps:
+        raise UserError(
+            f"{run_dir} holds a run of {done} steps, and train.steps={steps} asks for fewer; set train.steps to {done} "
+            "or more, name a new train.run_dir, or export an earlier checkpoint with "
+            "`megatron-oprd export --megatron RUN/checkpoints/STEP/model --hf DIR`"
+        )
+    if found is None and logged:
+        changes = find_changes(run_dir / "config.yaml", config)
+        if changes:
+            raise UserError(
+                f"{run_dir} holds the metrics of {logged} steps of another run and no checkpoint to continue from "
+                f"({'; '.join(in_words(changes))}); name a new train.run_dir"
+            )
+        if logged >= steps and (run_dir / "hf").exists():
+            raise UserError(
+                f"{run_dir} holds a complete run of {logged} steps and no checkpoint to continue from; name a new "
+                "train.run_dir"
+            )
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the step of a checkpoint from its name; 0 without a checkpoint."""
+    return int(checkpoint.name.removeprefix("step_")) if checkpoint is not None else 0
+
+
+def last_logged_step(run_dir: Path) -> int:
+    """Return the step of the last complete line of metrics.jsonl, or 0."""
+    path, last = run_dir / "metrics.jsonl", 0
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                last = int(json.loads(line)["step"])
+            except (ValueError, TypeError, KeyError):
+                continue
+    return last
+
+
+def find_changes(path: Path, config: Config) -> Changes:
+    """Return the keys whose values differ between the YAML file of an earlier run and the configuration.
+
+    The run folder may have moved, so `train.run_dir` does not count. Neither do keys that the file lacks, because an
+    older version wrote it. An unreadable file has no changes.
+    """
+    try:
+        earlier = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    before = dict(_leaves(earlier)) if isinstance(earlier, dict) else {}
+    now = dict(_leaves(config.model_dump(mode="json")))
+    keys = [key for key in now if key in before and key != "train.run_dir"]
+    return {key: (before[key], now[key]) for key in keys if before[key] != now[key]}
+
+
+def in_words(changes: Changes) -> list[str]:
+    """Return one text for each changed key, like `optimizer.lr 0.003 -> 0.0001`."""
+    return [f"{key} {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in changes.items()]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
