@@ -11,8 +11,7 @@ import contextlib
 import datetime
 import json
 import secrets
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Any
@@ -36,6 +35,7 @@ from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import 
 )
 from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.buckets import checksum
 from megatron_oprd.rollout.server_client import ServerClient, ServerError
+from megatron_oprd.rollout.threads import in_thread
 from megatron_oprd.rollout.weight_transport import BucketFiles
 from megatron_oprd.runtime import progress
 
@@ -92,7 +92,7 @@ class GroupTransport:
             self._sent.append({**info, "path": str(path)})
         self._wait()
         self._loading = [
-            (client, _in_thread(self._send, client, {**info, "layout": layout}, buffer)) for client in self._clients
+            (client, in_thread(self._send, client, {**info, "layout": layout}, buffer)) for client in self._clients
         ]
 
     def finish(self) -> list[dict[str, Any]]:
@@ -143,7 +143,7 @@ class _Connection:
         self._store = dist.TCPStore(self._host, 0, is_master=True, timeout=timeout, wait_for_workers=False)
         info = GroupInfo(secrets.token_hex(8), self._host, self._store.port, self._seconds)
         self._name = info.group
-        joining = _in_thread(client.init_weight_transfer, asdict(info))
+        joining = in_thread(client.init_weight_transfer, asdict(info))
         with _preferring_failure_of(joining):
             self._group = self._meet(joining)
         joining.result()
@@ -174,7 +174,7 @@ class _Connection:
 
     def send(self, info: Mapping[str, Any], buffer: torch.Tensor) -> None:
         """Send one bucket, and wait until the server has loaded the tensors."""
-        loading = _in_thread(self._client.update_weights, {**info, "group": self._name})
+        loading = in_thread(self._client.update_weights, {**info, "group": self._name})
         with _preferring_failure_of(loading):
             self._group.send(buffer, lambda: _raise_failure(loading))
         loading.result()
@@ -199,19 +199,3 @@ def _raise_failure(call: Future[None]) -> None:
     """Raise the error of a call that has failed. Does nothing while it runs and after a success."""
     if call.done():
         call.result()
-
-
-def _in_thread(function: Callable[..., None], *arguments: Any) -> Future[None]:
-    """Call a function in a thread that does not keep the process from ending."""
-    future: Future[None] = Future()
-
-    def call() -> None:
-        try:
-            function(*arguments)
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    threading.Thread(target=call, name="weights", daemon=True).start()
-    return future

@@ -11,10 +11,12 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
 
+from megatron_oprd.rollout.threads import in_thread
 from megatron_oprd.types import ServiceFailed
 
 GENERATE = "/inference/v1/generate"
@@ -23,6 +25,7 @@ SERVED_MODEL = "student"  # the name under which a managed server serves its mod
 STREAM_INTERVAL = 16
 CONNECT_SECONDS = 10.0
 INFO_SECONDS = 60.0  # most seconds for questions that a server answers without computing
+HEALTH_SECONDS = 2.0  # between two checks of a server that is working on weights
 EXCLUDED = -1e9  # bias of a logit whose token is never sampled; JSON has no infinity
 
 
@@ -176,7 +179,7 @@ class ServerClient:
 
     def pause(self) -> None:
         """Wait for the running requests to end, then hold back new requests until `resume`."""
-        self._call("POST", "/pause", query={"mode": "wait"})
+        self._control("/pause", query={"mode": "wait"})
 
     def resume(self) -> None:
         """Start the requests that arrived since `pause`."""
@@ -188,19 +191,19 @@ class ServerClient:
 
     def start_weight_update(self) -> None:
         """Prepare the server for new weights. Nothing may run: generating now would end the engine."""
-        self._call("POST", "/start_weight_update")
+        self._control("/start_weight_update")
 
     def init_weight_transfer(self, info: Mapping[str, Any]) -> None:
         """Let the workers connect to this process, in the form that the server's weight transfer engine expects."""
-        self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(info)})
+        self._control("/init_weight_transfer_engine", {"init_info": dict(info)})
 
     def update_weights(self, info: Mapping[str, Any]) -> None:
         """Pass one bucket of weights, in the form that the server's weight transfer engine expects."""
-        self._call("POST", "/update_weights", {"update_info": dict(info)})
+        self._control("/update_weights", {"update_info": dict(info)})
 
     def finish_weight_update(self, version: str) -> None:
         """Complete an update. Answers carry `version` from now on."""
-        self._call("POST", "/finish_weight_update", {"weight_version": version})
+        self._control("/finish_weight_update", {"weight_version": version})
 
     def reset_prefix_cache(self) -> None:
         """Forget the keys and values of all prompts. Raises ServerError if the server still uses some."""
@@ -222,6 +225,18 @@ class ServerClient:
             for stream in self._streams:
                 with contextlib.suppress(OSError):
                     stream.shutdown(socket.SHUT_RDWR)
+
+    def _control(
+        self, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
+    ) -> None:
+        """Send a request that all workers work on, and wait for its end.
+
+        vLLM never answers such a request if its engine dies meanwhile. Its health tells that.
+        """
+        call = in_thread(self._call, "POST", path, body, query)
+        while not wait([call], timeout=HEALTH_SECONDS).done:
+            self.health()
+        call.result()
 
     def _call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None

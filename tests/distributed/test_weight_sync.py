@@ -214,7 +214,7 @@ class FailingServer(HFServer):
 def test_a_server_that_fails_during_a_transfer_through_a_group_ends_the_transfer(fault, message, tmp_path):
     folder = save(random_hf_model("Qwen2", num_hidden_layers=2), tmp_path / "hf")
     server = FailingServer(tmp_path / "state", folder, fault)
-    server.timeout_seconds = 1.0
+    server.timeout_seconds = 1.0 if fault == "hang" else 60.0
     transport = GroupTransport(None, [server], torch.device("cpu"))
     transport.start("run:0", 2)
     transport.send({"a": torch.ones(1000)})
@@ -222,7 +222,7 @@ def test_a_server_that_fails_during_a_transfer_through_a_group_ends_the_transfer
     start = time.monotonic()
     with pytest.raises(ServerError, match=message):
         transport.finish()
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 30
 
 
 def test_two_servers_get_the_bits_that_each_of_two_ranks_sent(tmp_path):

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from megatron_oprd.rollout import server_client
 from megatron_oprd.rollout.server_answers import answer_problem, request_seed
 from megatron_oprd.rollout.server_client import GenerateRequest, RequestRefused, ServerClient, ServerError, VersionSpan
 from megatron_oprd.rollout.server_pool import ServerPool
@@ -236,6 +237,17 @@ def test_a_killed_server_is_named_and_another_answers(tmp_path, other, expected)
                 killed.health()
         finally:
             process.kill()
+
+
+def test_a_server_whose_engine_dies_during_an_update_is_noticed_although_it_does_not_answer(server, monkeypatch):
+    monkeypatch.setattr(server_client, "HEALTH_SECONDS", 0.05)
+    server.running = 1  # the stand-in waits for this request, as vLLM waits for its engine
+    threading.Timer(0.2, server.faults.add, ["dead engine"]).start()
+    try:
+        with pytest.raises(ServerError, match=f"^{server.address}: GET /health: status 503"):
+            ServerClient(server.address).pause()
+    finally:
+        server.running = 0
 
 
 def test_an_address_that_serves_something_else_is_named():
