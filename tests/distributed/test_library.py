@@ -2,10 +2,7 @@
 the gradients of plain autograd; and the listing in docs/library.md runs."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +25,7 @@ from megatron_oprd.runtime.cpu_stand_ins import cpu_devices
 from megatron_oprd.runtime.platform import choose_device
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.reference import token_error
+from tests.helpers.commands import run_ranks
 
 ROOT = Path(__file__).parents[2]
 LAYERS, HIDDEN, SEQUENCE, BATCH, VOCABULARY, MICRO_BATCHES = 4, 32, 8, 2, 64, 3
@@ -230,10 +228,8 @@ def listing():
 
 def test_the_listing_of_the_page_trains(tmp_path):
     example = tmp_path / "example.py"
-    example.write_text(listing())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(example)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr
-    losses = [float(value) for value in re.findall(r"step \d: loss (\S+)", result.stdout)]
+    example.write_text(f"{listing()}\nraise SystemExit(0)\n")
+    first, second = run_ranks(2, tmp_path, str(example))
+    assert (first.code, second.code) == (0, 0), first.stderr + second.stderr
+    losses = [float(value) for value in re.findall(r"step \d: loss (\S+)", first.stdout)]
     assert len(losses) == 5 and losses[-1] < 0.9 * losses[0]

@@ -43,7 +43,7 @@ def run(folder: Path, command: str, *arguments: str, **options: Any) -> Outcome:
 
     Args:
         folder: where the files with the output of the command are written.
-        command: train, evaluate, fp8_error, bridge.fit, or the file name of a conversion tool.
+        command: train, evaluate, fp8_error, bridge.fit, the file name of a conversion tool, or the path of a script.
         options: keyword arguments of `run_ranks`.
     """
     return run_ranks(1, folder, command, *arguments, **options)[0]

@@ -2,13 +2,14 @@
 
 Megatron-Core looks for Transformer Engine at import, so a test process that has imported it cannot run them.
 
-usage: python -m tests.helpers.te_cases RANK WORLD_SIZE FOLDER, with tests/helpers/te_on_cpu first on PYTHONPATH.
-Rank 0 writes {case: figures} to FOLDER/figures.json.
+usage: python -m tests.helpers.te_cases WORLD_SIZE FOLDER, with tests/helpers/te_on_cpu first on PYTHONPATH.
+The ranks are forked with their imports done. Rank 0 writes {case: figures} to FOLDER/figures.json.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
@@ -252,4 +253,10 @@ def main(rank: int, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    size, context = int(sys.argv[1]), multiprocessing.get_context("fork")
+    ranks = [context.Process(target=main, args=(rank, size, Path(sys.argv[2]))) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in ranks))

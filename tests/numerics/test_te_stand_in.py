@@ -21,24 +21,15 @@ pytestmark = pytest.mark.skipif(
 def figures(tmp_path_factory):
     """Return the figures of the cases of tests/helpers/te_cases.py on two ranks."""
     folder = tmp_path_factory.mktemp("te")
-    command = [sys.executable, "-m", "tests.helpers.te_cases"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(folder)],
-            cwd=STAND_IN.parents[2],  # the repository: found after the stand-in
-            env={**os.environ, "PYTHONPATH": str(STAND_IN), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=500)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(output[-4000:] for output in outputs)
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.helpers.te_cases", "2", str(folder)],
+        cwd=STAND_IN.parents[2],  # the repository: found after the stand-in
+        env={**os.environ, "PYTHONPATH": str(STAND_IN), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
     return json.loads((folder / "figures.json").read_text())
 
 
