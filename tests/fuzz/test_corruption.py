@@ -1,0 +1,134 @@
+"""A damaged input file is refused in one line, or what it says is still read. No reader fails in another way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_oprd.config import DataConfig
+from megatron_oprd.data.prompt_files import read_rows
+from megatron_oprd.data.tokenizer import load_tokenizer
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.rollout.replay import load_replay
+from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.types import UserError
+from tests.fuzz.budget import examples
+from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
+
+FAMILIES = ("Qwen2", "Qwen3Moe", "Llama", "Phi3")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder for each family, one of them in shards, and files of prompts and of rollouts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for family in FAMILIES:
+        size = "20KB" if family == "Qwen2" else "5GB"
+        sizes = {"num_hidden_layers": 2, "vocab_size": 259}
+        save(random_hf_model(family, **sizes), folder / family, max_shard_size=size)
+        byte_tokenizer(chat=CHAT_TEMPLATE).save_pretrained(folder / family)
+    rows = [{"prompt": "a", "data_source": "s", "reward_model": {"ground_truth": "5", "style": "rule"}}] * 3
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "prompts.parquet")
+    rollouts = [{"prompt_ids": [1, 2], "response_ids": [3, 4], "response_mask": [1, 1], "data_source": "s"}] * 3
+    (folder / "replay.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
+    return folder
+
+
+def read_model(folder: Path) -> None:
+    HFReader(folder).check(read_model_spec(folder))
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "config.json": lambda path: read_model_spec(path.parent),
+    "generation_config.json": lambda path: read_model_spec(path.parent),
+    "model.safetensors": lambda path: read_model(path.parent),
+    "model.safetensors.index.json": lambda path: read_model(path.parent),
+    "tokenizer.json": lambda path: load_tokenizer(path.parent),
+    "tokenizer_config.json": lambda path: load_tokenizer(path.parent),
+    "prompts.jsonl": lambda path: read_rows([str(path)], DataConfig()),
+    "prompts.parquet": lambda path: read_rows([str(path)], DataConfig()),
+    "replay.jsonl": lambda path: load_replay(path, 259),
+}
+STRANGE = st.sampled_from(
+    [None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "text", [], {}, [[]], ["a"], {"a": 1}, [None]]
+)
+
+
+def change_value(draw: st.DrawFn, value: Any) -> Any:
+    """Replace or remove a value at a random place of a JSON document."""
+    if isinstance(value, dict | list) and value and draw(st.booleans()):
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = draw(st.sampled_from(keys))
+        if isinstance(value, dict) and draw(st.integers(0, 4)) == 0:
+            return {other: item for other, item in value.items() if other != key}
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        changed = {other: change_value(draw, item) if other == key else item for other, item in pairs}
+        return changed if isinstance(value, dict) else list(changed.values())
+    return draw(STRANGE)
+
+
+@st.composite
+def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
+    """Return a change of the content of a file: a cut, changed bytes, or another value in a line of JSON."""
+    kind = draw(st.sampled_from(["cut", "bytes", "json", "json", "json"]))
+    place = draw(st.floats(0, 1, exclude_max=True))
+    if kind == "cut":
+        return lambda data: data[: int(len(data) * place)]
+    if kind == "bytes":
+        new = draw(st.binary(min_size=1, max_size=8))
+        return lambda data: data[: int(len(data) * place)] + new + data[int(len(data) * place) + len(new) :]
+
+    def change(data: bytes) -> bytes:
+        try:
+            return json.dumps(change_value(draw, json.loads(data))).encode()
+        except ValueError:
+            pass
+        try:
+            first, *others = data.decode().splitlines()
+            return "\n".join([json.dumps(change_value(draw, json.loads(first))), *others]).encode()
+        except ValueError:  # no JSON at all
+            return data[: int(len(data) * place)]
+
+    return change
+
+
+@examples(300)
+@given(st.sampled_from(sorted(READERS)), st.sampled_from(FAMILIES), st.data())
+def test_a_damaged_file_is_read_or_refused_in_one_line(inputs, name, family, data):
+    model = "Qwen2" if "index" in name else "Qwen3Moe" if name == "model.safetensors" else family
+    source = inputs if (inputs / name).exists() else inputs / model
+    damage = data.draw(damages())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "inputs"
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*FAMILIES))
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(damage(content))
+        refuse_or_read(READERS[name], folder / name)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_folder_in_place_of_a_file_is_refused_in_one_line(inputs, name, tmp_path):
+    source = inputs if (inputs / name).exists() else inputs / ("Qwen2" if "index" in name else "Llama")
+    shutil.copytree(source, tmp_path / "inputs", ignore=shutil.ignore_patterns(*FAMILIES))
+    (tmp_path / "inputs" / name).unlink()
+    (tmp_path / "inputs" / name).mkdir()
+    refuse_or_read(READERS[name], tmp_path / "inputs" / name)
+
+
+def refuse_or_read(read: Callable[[Path], object], path: Path) -> None:
+    try:
+        read(path)
+    except UserError as error:
+        assert str(error).strip() and len(str(error)) < 2000
