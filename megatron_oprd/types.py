@@ -272,4 +272,7 @@ class ModelSpec:
     norm_topk_prob: bool = False  # whether the probabilities of a token's experts are made to sum to one
     sparse_layers: tuple[int, ...] = ()  # 0-based blocks with experts in place of the dense MLP
     eos_token_ids: tuple[int, ...] = ()
-    hf_config: dict[str, Any] = field(default_factory=dict, compare=False)  # the file as it was, for the export
+    # Content of config.json without quantization_config, for the export.
+    hf_config: dict[str, Any] = field(default_factory=dict, compare=False)
+    # True if Hugging Face files have the experts of a layer in one tensor. The export has them in the same form.
+    fused_experts: bool = field(default=False, compare=False)

@@ -28,15 +28,21 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write
 from megatron_oprd.hf.companions import config_with_dtype, copy_companions
-from megatron_oprd.hf.config import read_json
 from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
+from megatron_oprd.hf.weight_files import MANIFEST
 from megatron_oprd.parallel.rank_zero import on_every_rank, on_rank_zero
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.runtime.files import commit_partial, discard_partial, explain_os_errors, prepare_partial, write_json
+from megatron_oprd.runtime.files import (
+    commit_partial,
+    discard_partial,
+    explain_os_errors,
+    prepare_partial,
+    read_json,
+    write_json,
+)
 from megatron_oprd.types import ModelSpec, UserError
 
-MANIFEST = "megatron_oprd.json"
 FORMAT_VERSION = 1
 
 
@@ -104,6 +110,7 @@ def describe_model(
         "num_layers": spec.num_layers,
         "vocabulary": spec.vocab_size,
         "padded_vocabulary": padded_vocab_size(spec, topology.tensor_size),
+        **({"fused_experts": True} if spec.fused_experts else {}),
     }
     with explain_os_errors(folder):
         copy_companions(Path(source), folder)

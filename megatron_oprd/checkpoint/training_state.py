@@ -27,10 +27,9 @@ from megatron_oprd.checkpoint.optimizer_state import load_optimizer
 from megatron_oprd.checkpoint.pending_rollouts import read_pending
 from megatron_oprd.config import teacher_section
 from megatron_oprd.data.prompts import PromptState
-from megatron_oprd.hf.config import read_json
 from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.runtime.files import explain_os_errors, prepare_partial
+from megatron_oprd.runtime.files import explain_os_errors, prepare_partial, read_json
 from megatron_oprd.training.map_optimizer import FILE as MAPS
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.student import Student

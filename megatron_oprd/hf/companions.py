@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_oprd.hf.config import read_json
-from megatron_oprd.runtime.files import write_json
+from megatron_oprd.runtime.files import read_json, write_json
 
 COMPANIONS = (
     "generation_config.json",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_oprd.hf.checks import check_integers, check_positive
+from megatron_oprd.hf.experts import stores_fused_experts
+from megatron_oprd.hf.fp8 import weight_block_size
 from megatron_oprd.hf.rope import rope_fields
+from megatron_oprd.runtime.files import read_json
 from megatron_oprd.types import ModelSpec, UserError
 
 
@@ -102,8 +104,9 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         **(_expert_fields(values, where) if family.experts else {}),
+        fused_experts=family.experts and stores_fused_experts(folder),
         eos_token_ids=_eos_token_ids(folder, values),
-        hf_config=written,
+        hf_config={key: value for key, value in written.items() if key != "quantization_config"},
     )
 
 
@@ -150,19 +153,6 @@ def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file. Raises UserError that names the file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-    return values
-
-
 def _check_types(values: dict[str, Any], where: str) -> None:
     check_integers(values, (*INTEGERS, *(key for key in OPTIONAL_INTEGERS if values.get(key) is not None)), where)
     check_positive(values, ("rms_norm_eps",), where)
@@ -182,6 +172,7 @@ def _check_types(values: dict[str, Any], where: str) -> None:
 
 
 def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> None:
+    weight_block_size(values, where)
     layer_types = set(values.get("layer_types") or ())
     # A window that is not shorter than the longest sequence has no effect.
     window = values.get("sliding_window") if family.always_slides else None
@@ -193,7 +184,6 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
         "use_sliding_window": bool(values.get("use_sliding_window")),
         f"layer_types {sorted(layer_types)}": bool(layer_types - {"full_attention"}),
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
-        "quantization_config": bool(values.get("quantization_config")),
         "attention_bias": not family.qkv_bias and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
         **{key: bool(values.get(key)) for key in SHARED_EXPERTS},

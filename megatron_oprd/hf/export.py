@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_oprd.hf.companions import config_with_dtype
 from megatron_oprd.hf.convert import from_megatron, unshard
+from megatron_oprd.hf.experts import fuse_experts
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.names import Entry, entries, megatron_shapes, shard_shape
 from megatron_oprd.hf.writer import MAX_SHARD_BYTES, HFWriter
@@ -37,7 +38,7 @@ def export_hf(
     target: str | Path,
     written: WrittenWeights = WrittenWeights(),
 ) -> None:
-    """Write a model as a Hugging Face folder.
+    """Write a model as a Hugging Face folder, with experts in the form of `spec`.
 
     Args:
         stage: this rank's chunks of the model.
@@ -46,8 +47,8 @@ def export_hf(
         written: dtype and size of the safetensors files.
 
     Collective over the world: the ranks send one parameter at a time to rank 0, which writes it. Rank 0 needs memory
-    for two copies of one parameter and one file. Raises UserError on every rank when the folder cannot be written, and
-    RuntimeError for a model without all parameters.
+    for two copies of one parameter and one file, and for the experts of one layer if they are fused. Raises UserError
+    on every rank when the folder cannot be written, and RuntimeError for a model without all parameters.
     """
     on_rank_zero(lambda: check_new_folder(target))
     tensors = gather_hf_tensors(stage, spec, topology)
@@ -83,7 +84,7 @@ def _write(
         with HFWriter(
             target, max_shard_bytes, companions=source, config=config, eos_token_ids=spec.eos_token_ids
         ) as writer:
-            for name, tensor in tensors:
+            for name, tensor in fuse_experts(tensors, spec) if spec.fused_experts else tensors:
                 writer.write(name, tensor.to(dtype))
     except Exception as error:
         _exhaust(tensors)

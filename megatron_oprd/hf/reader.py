@@ -3,79 +3,131 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from megatron_oprd.hf.experts import check_one_form, fused_name, fused_shapes, is_fused, single_experts
+from megatron_oprd.hf.fp8 import SCALE, STORED_AS, dequantize, scale_shape, weight_block_size
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, hf_shapes
 from megatron_oprd.hf.weight_files import locate_tensors
+from megatron_oprd.runtime.files import read_json
 from megatron_oprd.types import ModelSpec, UserError
 
 (_EMBEDDING,), (_HEAD,) = EMBEDDING.hf, LM_HEAD.hf
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
+@dataclass(frozen=True)
+class _Place:
+    """The place of a tensor in the files."""
+
+    stored: str  # name in the file
+    expert: int | None = None  # number in a tensor of all experts
+    first_row: int = 0
+    rows: int | None = None  # None: all
+
+
 class HFReader:
     """Reads the tensors of a folder with `model.safetensors`, or with an index and its shards. No communication.
 
+    Experts have one tensor each, also if the files have one tensor for all of a layer. FP8 weights are dequantised to
+    float32, in which transformers computes the product of weight and scale before it rounds to the model's dtype.
+
     Raises:
-        UserError: a file is missing, truncated or corrupt. Names the file.
+        UserError: a file is missing, truncated or corrupt, experts have two forms, or the weights have an unsupported
+            quantisation. Names the file.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._shard_of = locate_tensors(self.folder)
         self._opened: dict[str, Any] = {}
+        config = self.folder / "config.json"
+        self._block = weight_block_size(read_json(config), config) if config.exists() else None
+        self._shard_of = locate_tensors(self.folder)
+        self._scales = {name for name in self._shard_of if self._block and name.endswith(SCALE)}
+        weights = self._shard_of.keys() - self._scales
+        check_one_form(weights, self.folder)
+        self._fused = {name: self._shape(name) for name in weights if is_fused(name)}
+        self._places = {name: _Place(name) for name in weights - self._fused.keys()}
+        for name, shape in self._fused.items():
+            for single, expert, (start, end) in single_experts(name, shape, self.folder):
+                self._places[single] = _Place(name, expert, start, end - start)
 
-    def _names_by_file(self) -> dict[str, list[str]]:
-        """Return the tensor names of each file, so that each file is opened once and not once per tensor."""
-        names: dict[str, list[str]] = {}
-        for name, file in sorted(self._shard_of.items()):
-            names.setdefault(file, []).append(name)
-        return names
+    @property
+    def quantized(self) -> bool:
+        """Return True if the folder has FP8 weights."""
+        return bool(self._scales)
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
-        return sorted(self._shard_of)
+        return sorted(self._places)
 
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor on the CPU, in the dtype of the file. The file stays open (memory-mapped)."""
-        tensor: torch.Tensor = self._open(name).get_tensor(name)
-        return tensor
+        return self._read(self._places[name], 0, self._places[name].rows)
 
     def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
         """Return the rows from `start` to `end` (exclusive) of a tensor without reading the others."""
-        rows: torch.Tensor = self._open(name).get_slice(name)[start:end]
+        return self._read(self._places[name], start, end)
+
+    def _read(self, place: _Place, start: int, end: int | None) -> torch.Tensor:
+        first, last = place.first_row + start, None if end is None else place.first_row + end
+        rows: torch.Tensor = self._rows(place.stored, place.expert, first, last)
+        if place.stored + SCALE not in self._scales:
+            return rows
+        assert self._block is not None
+        return dequantize(rows, self._rows(place.stored + SCALE, place.expert), self._block, first)
+
+    def _rows(self, stored: str, expert: int | None, start: int = 0, end: int | None = None) -> torch.Tensor:
+        if expert is None and (start, end) == (0, None):
+            rows: torch.Tensor = self._open(stored).get_tensor(stored)
+        else:
+            rows = self._slice(stored)[start:end] if expert is None else self._slice(stored)[expert, start:end]
         return rows
 
-    def _open(self, name: str) -> Any:
-        file = self._shard_of[name]
+    def _open(self, stored: str) -> Any:
+        file = self._shard_of[stored]
         if file not in self._opened:  # opening it for every tensor would take longer than reading the tensor
             self._opened[file] = safe_open(self.folder / file, framework="pt")
         return self._opened[file]
 
+    def _slice(self, stored: str) -> Any:
+        return self._open(stored).get_slice(stored)
+
+    def _shape(self, stored: str) -> tuple[int, ...]:
+        return tuple(self._slice(stored).get_shape())
+
     def dtype(self) -> torch.dtype:
         """Return the dtype that represents every tensor exactly: the common dtype, or the widest if they differ.
 
-        Raises:
-            UserError: a tensor is not bfloat16, float16 or float32.
-        """
-        found: set[torch.dtype] = set()
-        for file, names in self._names_by_file().items():
-            with safe_open(self.folder / file, framework="pt") as opened:
-                found |= {self._torch_dtype(name, opened.get_slice(name).get_dtype()) for name in names}
-        return functools.reduce(torch.promote_types, sorted(found, key=str))
+        FP8 weights do not count: transformers rounds them to the dtype of the others.
 
-    def _torch_dtype(self, name: str, stored: str) -> torch.dtype:
-        if stored not in _DTYPES:
-            raise UserError(f"{self.folder}: {name} is stored as {stored}, use one of {', '.join(_DTYPES)}")
-        return _DTYPES[stored]
+        Raises:
+            UserError: a tensor is not bfloat16, float16, float32 or FP8 with scales.
+        """
+        found = {self._dtype(name) for name in sorted(self._shard_of.keys() - self._scales)}
+        dtypes = sorted((dtype for dtype in found if dtype is not None), key=str)
+        return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.bfloat16
+
+    def _dtype(self, stored: str) -> torch.dtype | None:
+        """Return the dtype of a stored tensor; None for an FP8 weight with scales."""
+        dtype = self._slice(stored).get_dtype()
+        if stored + SCALE in self._scales:
+            if dtype != STORED_AS:
+                raise UserError(f"{self.folder}: {stored} has scales, but is stored as {dtype}, not as {STORED_AS}")
+            return None
+        if dtype not in _DTYPES:
+            without = " without scales" if self._block else ""
+            raise UserError(f"{self.folder}: {stored} is stored as {dtype}{without}, use one of {', '.join(_DTYPES)}")
+        return _DTYPES[dtype]
 
     def _check_tied_head(self) -> None:
         """Raise UserError if a model with tied embeddings contains another LM head, which transformers would use."""
-        if _HEAD not in self._shard_of or _EMBEDDING not in self._shard_of:
+        if _HEAD not in self._places or _EMBEDDING not in self._places:
             return
         if not torch.equal(self.read(_HEAD), self.read(_EMBEDDING)):
             raise UserError(
@@ -88,13 +140,17 @@ class HFReader:
 
         Raises:
             UserError: a tensor is missing, unknown, of a shape that differs from config.json, or not stored as
-                bfloat16, float16 or float32.
+                bfloat16, float16, float32 or FP8 with scales.
         """
         expected = hf_shapes(spec)
-        found = set(self._shard_of)
+        found = set(self._places)
         if spec.tied_embeddings:
             self._check_tied_head()
             found.discard(_HEAD)
+        # First the fused tensors, whose names and shapes an error must show as they are in the files.
+        for name, shape in sorted(fused_shapes(spec).items()):
+            if name in self._fused:
+                self._check_shape(name, shape)
         missing = expected.keys() - found
         if missing == {_HEAD}:
             raise UserError(
@@ -103,12 +159,24 @@ class HFReader:
             )
         for problem, names in (("misses", missing), ("holds unknown", found - expected.keys())):
             if names:
-                raise UserError(f"{self.folder} {problem} {len(names)} tensors, the first is {min(names)}")
-        for file, names_in_file in self._names_by_file().items():
-            with safe_open(self.folder / file, framework="pt") as opened:
-                for name in (name for name in names_in_file if name in expected):
-                    stored, shape = opened.get_slice(name), list(expected[name])
-                    self._torch_dtype(name, stored.get_dtype())
-                    if stored.get_shape() != shape:
-                        actual = stored.get_shape()
-                        raise UserError(f"{self.folder}: {name} has shape {actual}, config.json asks for {shape}")
+                stored = {fused_name(name) if self._fused else name for name in names}
+                raise UserError(f"{self.folder} {problem} {len(stored)} tensors, the first is {min(stored)}")
+        for name in sorted(expected.keys() & self._places.keys()):
+            if (place := self._places[name]).expert is None:
+                self._check_shape(name, expected[name])
+            self._dtype(place.stored)
+        for scale in sorted(self._scales):
+            self._check_scale(scale)
+
+    def _check_shape(self, stored: str, expected: tuple[int, ...]) -> None:
+        if (shape := self._shape(stored)) != expected:
+            raise UserError(f"{self.folder}: {stored} has shape {list(shape)}, config.json asks for {list(expected)}")
+
+    def _check_scale(self, scale: str) -> None:
+        assert self._block is not None
+        weight = scale.removesuffix(SCALE)
+        if weight not in self._shard_of:
+            raise UserError(f"{self.folder} holds {scale}, but not {weight}")
+        if (dtype := self._slice(scale).get_dtype()) not in _DTYPES:
+            raise UserError(f"{self.folder}: {scale} is stored as {dtype}, use one of {', '.join(_DTYPES)}")
+        self._check_shape(scale, scale_shape(self._shape(weight), self._block))

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_oprd.hf.config import read_json
+from megatron_oprd.runtime.files import read_json
 from megatron_oprd.types import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MANIFEST = "megatron_oprd.json"  # describes the weights of a Megatron checkpoint
 # Buffers that earlier versions of transformers saved. It ignores them when it loads a model.
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|(self_)?attn\.bias)$")
 
@@ -24,6 +25,17 @@ def locate_tensors(folder: Path) -> dict[str, str]:
         UserError: a file is missing, truncated or corrupt, or the index does not describe the folder. Names the file.
     """
     return {name: file for name, file in _files_by_tensor(folder).items() if not _BUFFER.search(name)}
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Return the names of the tensors of a folder without further checks; an empty set without readable weights."""
+    try:
+        if (folder / SINGLE).exists():
+            return _names_in(folder, SINGLE)
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        return set(weight_map) if isinstance(weight_map, dict) else set()
+    except UserError:
+        return set()
 
 
 def _files_by_tensor(folder: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import FINAL_STATES, ModelSpec
+from megatron_oprd.types import FINAL_STATES, ModelSpec, UserError
 
 
 @dataclass(frozen=True)
@@ -146,5 +146,8 @@ def open_hf_model(folder: str | Path, stored: torch.dtype, compute: torch.dtype)
     """Load a transformers model on the CPU, with weights rounded to `stored` and then cast to `compute`."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=stored, local_files_only=True)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=stored, local_files_only=True)
+    except ImportError as error:  # transformers opens FP8 weights only with accelerate
+        raise UserError(f"transformers cannot open {folder}: {' '.join(str(error).split())}") from None
     return model.to(compute).eval()

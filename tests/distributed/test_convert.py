@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from megatron_oprd.checkpoint.megatron_format import save_model
 from megatron_oprd.checkpoint.weights import load_weights
@@ -108,6 +109,18 @@ def test_a_mixture_of_experts_of_one_layout_loads_in_another(first, second, tmp_
     run_distributed(second[0], save_and_export, megatron, LAYOUTS[second[1]], None, tmp_path / "second")
     assert_same_tensors(tmp_path / "first", folder)
     assert_same_tensors(tmp_path / "second", folder)
+
+
+def test_fused_experts_keep_their_form_through_every_conversion(tmp_path):
+    folder = save(random_hf_model("Qwen3Moe", num_hidden_layers=4), tmp_path / "hf", save_original_format=False)
+    run_distributed(2, save_and_export, folder, LAYOUTS["tensor and expert"], tmp_path / "megatron", tmp_path / "first")
+    run_distributed(2, save_and_export, tmp_path / "megatron", LAYOUTS["pipeline"], None, tmp_path / "second")
+    expected = load_file(folder / "model.safetensors")
+    assert "model.layers.0.mlp.experts.gate_up_proj" in expected
+    for written in ("first", "second"):
+        actual = load_file(tmp_path / written / "model.safetensors")
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("layout", ["tensor", "pipeline", "virtual", "expert", "tensor and expert"])

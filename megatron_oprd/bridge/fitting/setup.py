@@ -16,11 +16,10 @@ from megatron_oprd.bridge.fitting.solve import check_ranks
 from megatron_oprd.bridge.origin import with_weight_hashes
 from megatron_oprd.bridge.record import Origin
 from megatron_oprd.config import Config, HealthConfig, OutputConfig, RolloutConfig
-from megatron_oprd.hf.config import read_json
 from megatron_oprd.launch.assemble import Models
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.runtime import progress
-from megatron_oprd.runtime.files import explain_os_errors, write_json
+from megatron_oprd.runtime.files import explain_os_errors, read_json, write_json
 from megatron_oprd.types import UserError
 
 BRIDGE_TO_FIT = "(being fitted)"  # value of loss.representation.bridge during a fit: a config with a bridge is checked
