@@ -39,7 +39,7 @@ if ! cmp -s "$root/ci/constraints.txt" "$stamp" || ! has "$python" "$needs"; the
     if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then base=$candidate; break; fi
   done
   [ -n "$base" ] || { echo "ci/setup.sh: no Python >= 3.11 found; install one or set PYTHON" >&2; exit 2; }
-  echo "installing into $venv (once)" >&2
+  echo "installing into $venv (once); to use it in a shell: source $venv/bin/activate" >&2
   "$base" -m venv "$venv" >&2
   # pip would compile the 15,000 modules on one core, which takes 40 s.
   "$python" -m pip install --quiet --no-compile --constraint "$root/ci/constraints.txt" torch >&2

@@ -47,7 +47,8 @@ def convert(args: argparse.Namespace) -> int:
     load_weights(model, args.hf, spec, topology)
     save_model(model, args.megatron, spec, topology, source=args.hf)
     if topology.rank == 0:
-        print(f"{args.megatron}: {spec.architecture}, {spec.num_layers} layers, {str(dtype).removeprefix('torch.')}")
+        name = str(dtype).removeprefix("torch.")
+        print(f"written: {args.megatron} ({spec.architecture}, {spec.num_layers} layers, {name})")
     ranks.leave()
     return 0
 

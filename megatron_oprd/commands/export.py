@@ -46,7 +46,7 @@ def export(args: argparse.Namespace) -> int:
         model, spec, topology, source=args.megatron, target=args.hf, written=WrittenWeights(max_shard_bytes=shard_bytes)
     )
     if topology.rank == 0:
-        print(f"{args.hf}: {spec.architecture}, {spec.num_layers} layers")
+        print(f"written: {args.hf} ({spec.architecture}, {spec.num_layers} layers)")
     ranks.leave()
     return 0
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -55,7 +55,9 @@ def parse_config(values: Any) -> Config:
     try:
         return Config.model_validate(_lists_of_one(_tuples(values)))
     except ValidationError as error:
-        raise UserError("; ".join(_explain(item) for item in _without_alternatives(error.errors()))) from None
+        # Unknown keys come first: they often explain why another key is missing.
+        errors = sorted(_without_alternatives(error.errors()), key=lambda item: item["type"] != "extra_forbidden")
+        raise UserError("; ".join(map(_explain, errors))) from None
 
 
 def dump_config(config: Config) -> str:
@@ -97,7 +99,7 @@ def _tuples(values: Any) -> Any:
 
 
 def _lists_of_one(values: Any) -> Any:
-    """Put text without brackets into a list, for the keys that are lists of texts: `data.prompts=a.jsonl`."""
+    """Put a value without brackets into a list, for the keys that are lists of texts or numbers: `bridge.ranks=8`."""
     if not isinstance(values, dict):
         return values
     values = dict(values)
@@ -105,17 +107,21 @@ def _lists_of_one(values: Any) -> Any:
         if model is None or not isinstance(values.get(section), dict):
             continue
         values[section] = {
-            key: [value] if isinstance(value, str) and _is_list_of_texts(model.model_fields.get(key)) else value
+            key: [value] if _is_item(value, model.model_fields.get(key)) else value
             for key, value in values[section].items()
         }
     return values
 
 
-def _is_list_of_texts(field: FieldInfo | None) -> bool:
+def _is_item(value: Any, field: FieldInfo | None) -> bool:
+    """Return True if the field is a list, and the value has the type of its items."""
     if field is None or get_origin(field.annotation) is not list:
         return False
     item = get_args(field.annotation)[0]
-    return item is str or get_args(item)[:1] == (str,) or get_origin(item) is Literal
+    if get_origin(item) is Annotated:
+        item = get_args(item)[0]
+    types = {str: (str,), int: (int,), float: (int, float)}.get(item, (str,) if get_origin(item) is Literal else ())
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 def _annotation(location: tuple[Any, ...]) -> Any:
@@ -172,9 +178,14 @@ def _explain(item: Any) -> str:
     if location[-1:] == ("[key]",):
         return f"{'.'.join(map(str, location[:-2]))}: the name {item['input']!r} is no text; put it in quotes"
     if item["type"] == "missing":
-        return f"{key} is required"
+        section = section_class(_annotation(location))
+        fields = section.model_fields if section is not None else {}
+        inner = [f"{key}.{name}" for name, field in fields.items() if field.is_required()]
+        return f"{key} is required" + (f": set {', '.join(inner)}" if inner else "")
     if item["type"] == "model_type":
-        return f"{key}={item['input']!r} must be a section with {', '.join(_known_keys(location))}"
+        known = _known_keys(location)
+        hint = f"; write {key}.path={item['input']}" if "path" in known and isinstance(item["input"], str) else ""
+        return f"{key}={item['input']!r} must be a section with {', '.join(known)}{hint}"
     message = item["msg"].removeprefix("Value error, ")
     message += _advice(message, item["input"])
     return message if not key or message.startswith(key) else f"{key}={_as_written(item['input'])}: {message}"
@@ -197,8 +208,6 @@ def _advice(message: str, value: Any) -> str:
     match value:
         case str() if "boolean" in message and value.lower() in ("yes", "no", "on", "off"):
             return "; write true or false"
-        case str() | int() | float() if message == "Input should be a valid list" and not isinstance(value, bool):
-            return f"; write [{value}]"
         case str() if "_" in value and ("integer" in message or "number" in message):
             return "; write the digits without _"
         case bool() | int() | float() if "string" in message:

@@ -130,7 +130,10 @@ def test_a_value_of_several_types_has_one_message(override, message):
         ([], "teacher is required: teacher.path, or teachers with one for each data_source"),
         (["teachers={}"], "teacher is required: teacher.path, or teachers with one for each data_source"),
         (["teachers=m"], "teachers='m': Input should be a valid dictionary"),
-        (["teachers.math=m"], "teachers.math='m' must be a section with path, parallel, offload_targets"),
+        (
+            ["teachers.math=m"],
+            "teachers.math='m' must be a section with path, parallel, offload_targets; write teachers.math.path=m",
+        ),
         (["teachers.math.parallel.tensor=2"], "teachers.math.path is required"),
         (
             ["teachers.math.path=m", "teachers.math.offload=true"],
@@ -277,7 +280,7 @@ def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path, monk
         ("student.path", "", "student.path=null: Input should be a valid string"),
         ("student.path", "' '", "student.path=' ': the path is empty"),
         ("student.path", "$DATA/m", "student.path='$DATA/m': write an environment variable as ${oc.env:DATA}"),
-        ("bridge.ranks", "8", "bridge.ranks=8: Input should be a valid list; write [8]"),
+        ("bridge.ranks", "8.5", "bridge.ranks=8.5: Input should be a valid list"),
     ],
 )
 def test_a_value_that_yaml_takes_for_another_type_is_refused_with_advice(tmp_path, key, written, message):
@@ -349,17 +352,12 @@ def test_names_of_torch_are_taken_for_a_dtype(written):
     assert load_config(None, [*REQUIRED, f"precision.dtype={written}"]).precision.dtype == "bf16"
 
 
-def test_one_text_without_brackets_is_taken_for_a_list_of_one(tmp_path):
+def test_one_value_without_brackets_is_taken_for_a_list_of_one(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text(
-        "student: {path: s, freeze: lm_head}\nteacher: {path: t}\ntrain: {run_dir: r}\ndata: {prompts: a.jsonl}\n"
-    )
-    config = load_config(path, ["evaluation.data=b.jsonl"])
-    assert (config.data.prompts, config.evaluation.data, config.student.freeze) == (
-        ["a.jsonl"],
-        ["b.jsonl"],
-        ["lm_head"],
-    )
+    path.write_text("student: {path: s, freeze: lm_head}\nteacher: {path: t}\ndata: {prompts: a.jsonl}\n")
+    config = load_config(path, ["evaluation.data=b.jsonl", "train.run_dir=r", "bridge.ranks=8", "bridge.ridges=0.5"])
+    assert (config.data.prompts, config.evaluation.data) == (["a.jsonl"], ["b.jsonl"])
+    assert (config.student.freeze, config.bridge.ranks, config.bridge.ridges) == (["lm_head"], [8], [0.5])
 
 
 @pytest.mark.parametrize(
@@ -379,6 +377,13 @@ def test_one_text_without_brackets_is_taken_for_a_list_of_one(tmp_path):
 def test_an_unknown_key_is_answered_with_the_key_that_was_meant(override, hint):
     with pytest.raises(UserError, match=rf"unknown key \S+ \(did you mean {hint}\?\)"):
         load_config(None, [*REQUIRED, override])
+
+
+def test_a_model_without_its_section_is_answered_with_the_key_of_its_path():
+    with pytest.raises(
+        UserError, match=r"student='m' must be a section .*; write student\.path=m; train is required: set"
+    ):
+        load_config(None, ["student=m", "teacher.path=t", "data.prompts=p"])
 
 
 def test_every_synonym_names_an_existing_key():
