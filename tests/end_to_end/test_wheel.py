@@ -18,14 +18,15 @@ ROOT = Path(__file__).parents[2]
 def program(tmp_path_factory):
     """Install the wheel into a fresh environment, which takes the other packages from this one."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+    source = folder / "source"  # the last commit: building in place would leave files behind
     subprocess.run(["git", "clone", "-q", str(ROOT), str(source)], check=True)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, source], check=True)
     venv.create(folder / "env", with_pip=True)
     packages = next((folder / "env" / "lib").glob("python*/site-packages"))
-    (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
     python = folder / "env" / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *folder.glob("*.whl")], check=True)
+    # After the installation: pip would find this package in the other environment.
+    (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "env" / "bin" / "megatron-oprd"
 
 

@@ -1,11 +1,13 @@
 """Commands answer `--help` and report mistakes before they import torch, Megatron-Core or transformers."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_oprd.__main__ import COMMANDS as COMMANDS_OF_PROGRAM
 from megatron_oprd.runtime.cli import command_parser
 from megatron_oprd.types import UserError
 
@@ -76,6 +78,12 @@ def test_the_list_of_commands_imports_nothing_at_all():
     result = run("megatron_oprd", "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert "fit-bridge" in result.stdout and result.stdout.endswith("imported:\n")
+
+
+def test_every_command_of_the_list_exists_and_names_itself_in_its_help():
+    for name, (module, _) in COMMANDS_OF_PROGRAM.items():
+        command = importlib.import_module(f"megatron_oprd.{module}")
+        assert command.PARSER.prog == f"megatron-oprd {name}" and callable(command.main)
 
 
 def test_options_and_keys_are_taken_in_any_order():
