@@ -24,8 +24,8 @@ def program(tmp_path_factory):
     venv.create(folder / "env", with_pip=True)
     packages = next((folder / "env" / "lib").glob("python*/site-packages"))
     python = folder / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", *folder.glob("*.whl")], check=True)
-    # After the installation: pip would find this package in the other environment.
+    subprocess.run([python, "-I", "-m", "pip", "install", "-q", "--no-deps", *folder.glob("*.whl")], check=True)
+    # After the installation, because pip would find this package in the other environment. -I hides PYTHONPATH from it.
     (packages / "others.pth").write_text("\n".join(site.getsitepackages()))
     return folder / "env" / "bin" / "megatron-oprd"
 
