@@ -84,6 +84,7 @@ class GroupTransport:
         """Copy one bucket, wait until the bucket before is loaded, and send this one in threads."""
         progress.beat()
         layout, buffer = layout_of(tensors), pack(tensors, self._device)
+        # Reading the checksums waits until the GPU has copied the tensors; the threads have streams of their own.
         checksums = {name: checksum(tensor) for name, tensor in unpack(buffer, layout).items()}
         info = {**self._header, "checksums": checksums}
         if self._copies is not None:

@@ -152,9 +152,13 @@ class BucketGroup:
         self._group.abort()
 
     def _broadcast(self, buffer: torch.Tensor, check_alive: Callable[[], Any]) -> None:
-        work = self._group.broadcast(buffer, 0)
-        wait_until(work.is_completed, check_alive, self._seconds)
-        work.wait()
+        try:
+            work = self._group.broadcast(buffer, 0)
+            wait_until(work.is_completed, check_alive, self._seconds)
+            work.wait()
+        except Exception:
+            self._group.abort()  # a kernel of NCCL would wait for the other members forever
+            raise
         if buffer.is_cuda:
             torch.cuda.current_stream(buffer.device).synchronize()
 
