@@ -16,6 +16,7 @@ from megatron_oprd.config import Config
 # A warning needs a relative change beyond the ratio and an absolute change beyond the floor.
 KL_RATIO = 1.5  # reverse KL now / at the start
 KL_FLOOR = 0.01  # nats
+KL_RECOVERY = 0.9  # below this fraction of the reverse KL at the start, the student is recovering
 ENTROPY_RATIO = 3.0  # entropy now / at the start, or the inverse
 ENTROPY_FLOOR = 0.05  # nats; the small entropy of a confident model may fall by any factor
 LENGTH_RATIO = 2.0  # mean response length now / in the first interval, or the inverse
@@ -97,6 +98,7 @@ def new_warnings(history: HealthHistory, step: int, config: Config) -> list[Heal
     """Return the signs of a collapse after `step` of which the run has not warned yet.
 
     There are none unless the objective improved: its mean before the last check is below its mean before the first.
+    While the student is recovering, only a falling accuracy is a sign: a damaged student unlearns its own answers.
     """
     start, *intervals = history.checks or (None,)
     if start is None or len(intervals) < 2:
@@ -107,7 +109,9 @@ def new_warnings(history: HealthHistory, step: int, config: Config) -> list[Heal
         return []
     improved = f"step {step}: the objective fell from {first.objective:.4g} to {last.objective:.4g} while"
     known = {warning.kind for warning in history.warnings}
-    signs = {**dict(_model_signs(start, last, config)), **dict(_behaviour_signs(first, last, history))}
+    signs = dict(_accuracy_signs(history))
+    if not _recovering(start, last):
+        signs |= {**dict(_model_signs(start, last, config)), **dict(_length_signs(first, last))}
     return [
         HealthWarning(step, kind, f"{improved} {sign}: the student may be collapsing; {_advice(config)}")
         for kind, sign in signs.items()
@@ -129,11 +133,21 @@ def _model_signs(start: Check, last: Check, config: Config) -> Iterator[tuple[st
         yield "entropy", f"entropy of the next token on the start model's answers {change}"
 
 
-def _behaviour_signs(first: Check, last: Check, history: HealthHistory) -> Iterator[tuple[str, str]]:
-    """Yield (kind, description) for each sign in the text that the student generates."""
+def _recovering(start: Check, last: Check) -> bool:
+    """Return True if the student's distributions on the start model's answers came closer to the teacher's."""
+    before, after = start.reverse_kl, last.reverse_kl
+    return before is not None and after is not None and after < KL_RECOVERY * before
+
+
+def _length_signs(first: Check, last: Check) -> Iterator[tuple[str, str]]:
+    """Yield (kind, description) if the responses became much longer or shorter."""
     before, after = first.length_mean, last.length_mean
     if before is not None and after is not None and _differs(before, after, LENGTH_RATIO):
         yield "length", f"the mean response length {_change(before, after)}"
+
+
+def _accuracy_signs(history: HealthHistory) -> Iterator[tuple[str, str]]:
+    """Yield (kind, description) if the accuracy fell since the first evaluation."""
     start, now = (history.accuracies[0], history.accuracies[-1]) if history.accuracies else ({}, {})
     lost = [
         f"on {source} {_change(accuracy, now[source])}"

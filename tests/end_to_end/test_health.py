@@ -204,3 +204,13 @@ def test_a_watched_run_cannot_resume_without_its_answers(tmp_path):
 
 def test_help_lists_the_exit_codes(tmp_path):
     assert "3 if health.stop=true ended the training" in " ".join(run(tmp_path, "train", "--help").stdout.split())
+
+
+def test_a_recovering_student_gives_no_warning(tmp_path):
+    """The student unlearns its own answers while its distributions approach the teacher's."""
+    settings = ("loss.representation.weight=0", "loss.output.objective=full_kl", "optimizer.schedule=constant")
+    finish(prompt_run(tmp_path, 4, *WATCH, *settings, "optimizer.lr=0.01", num_hidden_layers=2), tmp_path / "log")
+    start, *_, end = read_lines(tmp_path / "run" / "health" / "checks.jsonl")
+    assert end["reverse_kl"] < 0.5 * start["reverse_kl"]
+    assert end["perplexity"] > 1.25 * start["perplexity"]
+    assert not (tmp_path / "run" / "health" / "warnings.jsonl").exists()

@@ -80,12 +80,28 @@ def kinds(**values):
                 "length_mean": 1.0,
                 "accuracies": [{"a": 1}, {"a": 0}],
             },
-            ["perplexity", "reverse_kl", "entropy", "length", "accuracy"],
+            ["accuracy", "perplexity", "reverse_kl", "entropy", "length"],
         ),
     ],
 )
 def test_each_sign_warns_beyond_its_limit(values, expected):
     assert kinds(**values) == expected
+
+
+EVERYTHING = {"perplexity": 9.0, "entropy": 2.0, "length_mean": 1.0, "accuracies": [{"a": 1}, {"a": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("reverse_kl", "expected"),
+    [
+        (0.2, ["accuracy"]),
+        (0.359, ["accuracy"]),
+        (0.361, ["accuracy", "perplexity", "entropy", "length"]),
+        (None, ["accuracy", "perplexity", "entropy", "length"]),
+    ],
+)
+def test_only_accuracy_warns_while_the_reverse_kl_falls(reverse_kl, expected):
+    assert kinds(reverse_kl=reverse_kl, **EVERYTHING) == expected
 
 
 @pytest.mark.parametrize(
