@@ -67,12 +67,14 @@ def number(value: object) -> str:
     return f"{value:,.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def page(title: str, body: str) -> str:
-    """Return a complete HTML document."""
+def page(title: str, body: str, refresh: int | None = None) -> str:
+    """Return a complete HTML document. A browser loads it again every `refresh` seconds."""
+    reload = f'<meta http-equiv="refresh" content="{refresh}">' if refresh is not None else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" '
-        f'content="light dark"><title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n'
+        f'content="light dark">{reload}<title>{escape(title)}</title><style>{STYLE}</style></head>'
+        f"<body>{body}</body></html>\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,20 @@ from megatron_oprd.types import UserError
 TIMED_PARTS = ("rollout", "teacher", "student")
 MAX_TEXT_CHARACTERS = 6000
 SAMPLES_PER_STEP = 4
+RELOAD_SECONDS = 60
 _LOWER_IS_BETTER = {"unanswered", "truncated"}
 _NO_DIRECTION = {"mean_length", "dist-4g"}
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path, *, is_running: bool = False) -> Path:
     """Write `report.html` into the run folder and return its path.
 
     The sources are `metrics.jsonl`, `evaluations.jsonl`, `health/`, `plan.json`, `environment.json`, `config.yaml` and
     `rollouts/`; a missing file, a broken line or a value that is not finite leaves a gap. Only rank 0 calls this.
+
+    Args:
+        run_dir: The run folder.
+        is_running: True if the run goes on: the page then says so and loads itself again every minute.
 
     Raises:
         UserError: the run folder does not exist.
@@ -50,7 +56,7 @@ def write_report(run_dir: str | Path) -> Path:
     evaluations = [item for item in read_jsonl(run_dir / "evaluations.jsonl") if isinstance(item.get("data"), dict)]
     config_text = read_text(run_dir / "config.yaml")
     sections = [
-        _heading(config_text, metrics),
+        _heading(config_text, metrics, is_running=is_running),
         _before_after(evaluations),
         health_section(run_dir),
         _curves(metrics, evaluations),
@@ -59,23 +65,31 @@ def write_report(run_dir: str | Path) -> Path:
         _settings(run_dir, config_text),
     ]
     path = run_dir / "report.html"
-    text = page(f"Run {run_dir.resolve().name}", "".join(sections))
+    refresh = RELOAD_SECONDS if is_running else None
+    text = page(f"Run {run_dir.resolve().name}", "".join(sections), refresh)
     write_text(path, text.encode("utf-8", "replace").decode("utf-8"))  # sampled text may contain a lone surrogate
     return path
 
 
-def _heading(config_text: str, metrics: Sequence[Record]) -> str:
+def _heading(config_text: str, metrics: Sequence[Record], *, is_running: bool) -> str:
     try:
         config = load_yaml(config_text)
     except yaml.YAMLError:
         config = None
     paths = {role: get(config, role, "path") for role in ("student", "teacher")}
     models = "".join(f"<p>{role}: <code>{escape(path)}</code></p>" for role, path in paths.items() if path)
-    planned = get(config, "train", "steps")
+    state = escape(_state(metrics, get(config, "train", "steps"), is_running=is_running))
+    return f'<h1>On-policy representation distillation</h1>{models}<p class="muted">{state}</p>'
+
+
+def _state(metrics: Sequence[Record], planned: Any, *, is_running: bool) -> str:
+    """Return one sentence on the progress of the run, with the time at which the page of a running one was written."""
     steps = f"{number(metrics[-1]['step'])} steps" if metrics else "no training step yet"
-    if metrics and isinstance(planned, int) and metrics[-1]["step"] < planned:
-        steps += f" of {planned}"
-    return f'<h1>On-policy representation distillation</h1>{models}<p class="muted">{escape(steps)}</p>'
+    complete = not metrics or not isinstance(planned, int) or metrics[-1]["step"] >= planned
+    steps += "" if complete else f" of {planned}"
+    if is_running:  # the page of an ended run has no time, so that the same command writes the same page again
+        return f"running: {steps}; page written at {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    return f"{'finished' if complete and metrics else 'stopped'}: {steps}"
 
 
 def _before_after(evaluations: Sequence[Record]) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_oprd.evaluation.live_report import LiveReport
+from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
 from megatron_oprd.evaluation.scores import score_by_source
 from megatron_oprd.health.cut_answers import cut_answers_warning
@@ -27,6 +29,7 @@ class Observers:
 
     run: Run
     log: RunLog
+    report: LiveReport
     watch: HealthWatch | None  # None: health.every is 0
 
     def after_step(self, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
@@ -47,6 +50,7 @@ class Observers:
             warning = cut_answers_warning(self.log.run_dir, step, config.train.steps, limit, end_tokens)
             if warning:
                 print(f"warning: {warning}", flush=True)
+            self.report.update()
 
         on_rank_zero(write)
 
@@ -64,6 +68,7 @@ class Observers:
             scores = score_by_source(samples, config.evaluation.samples)
             self.log.evaluation(step, name, scores)
             write_samples(self.log.run_dir / "evaluations" / f"step_{step:07d}.jsonl", step, samples)
+            self.report.update(now=True)
             return scores
 
         scores = on_rank_zero(write)
@@ -75,8 +80,13 @@ class Observers:
         return None if self.watch is None else self.watch.reason_to_stop()
 
     def close(self) -> None:
-        """Close the run log."""
-        on_rank_zero(self.log.close)
+        """Close the run log and write the report of a run that does not go on. `train.finish` writes it again."""
+
+        def close() -> None:
+            self.log.close()
+            write_report(self.log.run_dir)
+
+        on_rank_zero(close)
 
 
 def start_observers(run: Run, step: int) -> Observers:
@@ -85,10 +95,11 @@ def start_observers(run: Run, step: int) -> Observers:
     Collective over the world.
     """
     log = make_run_log(run.inputs.config)
+    report = LiveReport(run.inputs.run_dir)
     on_rank_zero(partial(log.open, step))
     if step > 0:
-        return Observers(run, log, resume_watch(run, log))
+        return Observers(run, log, report, resume_watch(run, log))
     progress.enter("health", step)
-    observers = Observers(run, log, begin_watch(run, log))
+    observers = Observers(run, log, report, begin_watch(run, log))
     observers.evaluate(step)
     return observers

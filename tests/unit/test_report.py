@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from megatron_oprd.evaluation.live_report import LiveReport
 from megatron_oprd.evaluation.page import MAX_POINTS, line_chart, number, table
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.types import UserError
@@ -94,6 +95,31 @@ def test_a_complete_run_shows_every_part(run_dir):
     assert '<td class="good">+0.25</td>' in page  # more correct is better
     assert '<td class="bad">+0.125</td>' in page  # more unanswered is worse
     assert [entry.name for entry in run_dir.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_a_report_says_whether_the_run_goes_on(run_dir):
+    page, parser = read(write_report(run_dir, is_running=True))
+    assert "running: 5 steps of 7; page written at" in " ".join(parser.text) and 'http-equiv="refresh"' in page
+    page, parser = read(write_report(run_dir))
+    assert "stopped: 5 steps of 7" in " ".join(parser.text) and "refresh" not in page
+    lines(run_dir / "metrics.jsonl", [metrics(step) for step in range(1, 8)])
+    _, parser = read(write_report(run_dir))
+    assert "finished: 7 steps" in " ".join(parser.text)
+
+
+def test_a_live_report_is_written_at_most_every_30_seconds_and_its_failure_ends_no_run(run_dir, capsys):
+    report, path = LiveReport(run_dir), run_dir / "report.html"
+    report.update()
+    path.unlink()
+    report.update()
+    assert not path.exists()
+    report.update(now=True)
+    assert path.exists()
+    path.unlink()
+    path.mkdir()
+    for _ in range(2):
+        report.update(now=True)
+    assert capsys.readouterr().out.count("warning: report.html is not updated") == 1
 
 
 def test_the_time_of_each_part_adds_up_to_the_step_and_leaves_out_the_first(run_dir):
