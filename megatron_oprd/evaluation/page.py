@@ -46,6 +46,10 @@ td.wide{width:45%}svg{display:block;width:100%;height:auto}svg text{fill:var(--m
 .axis{stroke:var(--line);stroke-width:1}.series{fill:none;stroke-width:2;stroke-linejoin:round}
 .hit{fill-opacity:0;stroke:none}.hit:hover{fill-opacity:1}
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.8rem;color:var(--muted);margin-top:6px}
+.state{display:inline-block;padding:3px 12px;border-radius:14px;background:var(--accent);color:var(--bg);
+font-weight:600}
+@media(max-width:560px){h1{font-size:1.25rem}th,td{padding:5px 4px;font-size:12.5px}
+th,td:first-child,td.text{white-space:normal}}
 .swatch{display:inline-block;width:12px;height:3px;vertical-align:middle;margin-right:5px}
 """
 

@@ -31,6 +31,15 @@ from megatron_oprd.types import UserError
 TIMED_PARTS = ("rollout", "teacher", "student")
 MAX_TEXT_CHARACTERS = 6000
 SAMPLES_PER_STEP = 4
+MAIN_METRICS = {
+    "loss": "loss",
+    "rep/cosine": "cosine of student and teacher states",
+    "output/reverse_kl": "KL(student || teacher) of the next token, nats",
+}
+EVALUATION_WORDS = (
+    "Fractions from 0 to 1. avg@n: right answers among n samples of a prompt; best@n: prompts with a right one among "
+    "them; unanswered: no answer found; truncated: cut by the length limit. mean_length: tokens."
+)
 RELOAD_SECONDS = 60
 _LOWER_IS_BETTER = {"unanswered", "truncated"}
 _NO_DIRECTION = {"mean_length", "dist-4g"}
@@ -57,6 +66,7 @@ def write_report(run_dir: str | Path, *, is_running: bool = False) -> Path:
     config_text = read_text(run_dir / "config.yaml")
     sections = [
         _heading(config_text, metrics, is_running=is_running),
+        _start_and_now(metrics),
         _before_after(evaluations),
         health_section(run_dir),
         _curves(metrics, evaluations),
@@ -79,7 +89,9 @@ def _heading(config_text: str, metrics: Sequence[Record], *, is_running: bool) -
     paths = {role: get(config, role, "path") for role in ("student", "teacher")}
     models = "".join(f"<p>{role}: <code>{escape(path)}</code></p>" for role, path in paths.items() if path)
     state = escape(_state(metrics, get(config, "train", "steps"), is_running=is_running))
-    return f'<h1>On-policy representation distillation</h1>{models}<p class="muted">{state}</p>'
+    hint = "If that was long ago, the run may have ended: <code>megatron-oprd status RUN</code> tells."
+    note = f'<p class="muted">{hint}</p>' if is_running else ""
+    return f'<h1>On-policy representation distillation</h1><p class="state">{state}</p>{note}{models}'
 
 
 def _state(metrics: Sequence[Record], planned: Any, *, is_running: bool) -> str:
@@ -90,6 +102,20 @@ def _state(metrics: Sequence[Record], planned: Any, *, is_running: bool) -> str:
     if is_running:  # the page of an ended run has no time, so that the same command writes the same page again
         return f"running: {steps}; page written at {time.strftime('%Y-%m-%d %H:%M:%S')}"
     return f"{'finished' if complete and metrics else 'stopped'}: {steps}"
+
+
+def _start_and_now(metrics: Sequence[Record]) -> str:
+    """Return a table of the main metrics at the first step, which measures the student before any update, and now."""
+    rows: list[list[object]] = []
+    for key, name in MAIN_METRICS.items():
+        points = curve(metrics, key)
+        if points:
+            rows.append([name, *(number(value) for _, value in dict.fromkeys((points[0], points[-1])))])
+    if not rows or max(map(len, rows)) < 3:
+        return ""
+    note = '<p class="muted">A step measures the student before it updates it, so the first column is the start.</p>'
+    rows = [[*row, *[NO_VALUE] * (3 - len(row))] for row in rows]
+    return f"<h2>Start and now</h2>{table(['metric', 'first step', 'last step'], rows)}{note}"
 
 
 def _before_after(evaluations: Sequence[Record]) -> str:
@@ -111,7 +137,8 @@ def _before_after(evaluations: Sequence[Record]) -> str:
     titles = [f"{item.get('name', '')} (step {number(item.get('step'))})" for item in columns]
     if len(shown) == 2:
         titles.insert(2, "change")
-    return "<h2>Evaluation</h2>" + table(["data", "metric", *titles], rows, text_columns=["metric"])
+    explained = f'<p class="muted">{EVALUATION_WORDS}</p>'
+    return "<h2>Evaluation</h2>" + table(["data", "metric", *titles], rows, text_columns=["metric"]) + explained
 
 
 def _change(metric: str, before: Any, after: Any) -> Raw:

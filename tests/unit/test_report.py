@@ -107,6 +107,15 @@ def test_a_report_says_whether_the_run_goes_on(run_dir):
     assert "finished: 7 steps" in " ".join(parser.text)
 
 
+def test_the_main_metrics_are_shown_at_the_start_and_now(run_dir):
+    page, parser = read(write_report(run_dir))
+    assert "Start and now" in parser.text
+    assert "<tr><td>loss</td><td>1</td><td>0.2</td></tr>" in page
+    lines(run_dir / "metrics.jsonl", [metrics(1)])
+    _, parser = read(write_report(run_dir))
+    assert "Start and now" not in parser.text
+
+
 def test_a_live_report_is_written_at_most_every_30_seconds_and_its_failure_ends_no_run(run_dir, capsys):
     report, path = LiveReport(run_dir), run_dir / "report.html"
     report.update()
