@@ -45,7 +45,7 @@ def scene(complete_scene: Scene, tmp_path: Path) -> Scene:
 
 OVERRIDES = {
     "no equals sign": (["train.steps"], ("'train.steps'", "key=value")),
-    "unknown option": (["--stepz=3"], ("--stepz", "--help")),
+    "unknown option": (["--stepz=3"], ("unknown option --stepz", "train.steps=3")),
     "unknown section": (["trian.steps=1"], ("unknown key trian", "train")),
     "unknown key": (
         ["optimizer.learning_rate=1"],
@@ -54,7 +54,7 @@ OVERRIDES = {
     "near miss": (["parallel.tensors=2"], ("did you mean parallel.tensor?",)),
     "word for a number": (["train.steps=many"], ("train.steps='many'", "integer")),
     "float for a whole number": (["train.steps=1.5"], ("train.steps=1.5", "integer")),
-    "text for a list": (["data.prompts=a.jsonl"], ("data.prompts='a.jsonl'", "list")),
+    "number for a list of text": (["data.prompts=5"], ("data.prompts=5", "list")),
     "number for a section": (["optimizer=3"], ("optimizer=3",)),
     "negative": (["optimizer.lr=-1"], ("optimizer.lr=-1", "greater than 0")),
     "beyond one": (["rollout.top_p=1.5"], ("rollout.top_p=1.5", "less than or equal to 1")),

@@ -112,7 +112,7 @@ def raises(error):
         (
             lambda: ArgumentParser(prog="x").parse_args(["--no"]),
             2,
-            "error: unrecognized arguments: --no (see --help)\n",
+            "error: unknown option --no; options: --help\n",
         ),
     ],
 )
