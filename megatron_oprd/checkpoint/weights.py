@@ -30,9 +30,9 @@ def load_weights(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec
         return
     reader = HFReader(folder)
     reader.check(spec)
-    dtype = next(stage.parameters()).dtype
-    if reader.quantized and topology.rank == 0:
-        print(f"{folder}: FP8 weights are dequantised to {str(dtype).removeprefix('torch.')}", flush=True)
+    if reader.quantized and topology.rank == 0:  # a stage of another rank may have no parameter
+        dtype = str(next(stage.parameters()).dtype).removeprefix("torch.")
+        print(f"{folder}: FP8 weights are dequantised to {dtype}", flush=True)
     load_hf(stage, reader, spec, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
 
 

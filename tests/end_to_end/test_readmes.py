@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser
 from examples.demo.make_bridge_pair import KINDS, parts_of
 from examples.demo.run import parse_arguments
 from examples.demo.task import split_additions, write_rows
+from megatron_oprd.__main__ import COMMANDS as COMMANDS_OF_PROGRAM
 from megatron_oprd.config import load_config
 from megatron_oprd.testing.models import save
 from tests.helpers.bridges import save_random_bridge
@@ -29,6 +30,8 @@ COMMAND = re.compile(r"^ {4}((?:bash|python|torchrun) .*?)(?: +#.*)?$", re.MULTI
 FILES = ["README.md", "CONTRIBUTING.md", *(f"{d}/README.md" for d in ("examples", "ci", "benchmarks"))]
 FILES += ["tools/checkpoint_convert/README.md", "examples/slurm/README.md"]
 FILES += [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]
+# Commands of the program, in code blocks and in the text.
+PROGRAM = re.compile(r"(?:^ {4}|`)megatron-oprd ([a-z][^`\n#]*)", re.MULTILINE)
 # Lines that show a form, and the listing of docs/library.md, which tests/distributed/test_library.py runs.
 FORMS = {"python -m megatron_oprd.train --config FILE [key=value ...]", "torchrun --nproc-per-node 2 example.py"}
 FORMS |= {
@@ -165,6 +168,16 @@ def test_the_program_of_a_readme_exists_and_its_settings_are_valid(command):
         load_config(ROOT / "examples" / "qwen_same_family.yaml", [*paths, *arguments])
     elif program == EXAMPLE:
         parse_arguments(arguments)
+
+
+def test_every_command_of_the_program_in_a_page_is_accepted():
+    lines = {match.strip() for file in FILES for match in PROGRAM.findall((ROOT / file).read_text())}
+    assert lines
+    for line in lines:
+        name, *arguments = shlex.split(line)
+        parser = importlib.import_module(f"megatron_oprd.{COMMANDS_OF_PROGRAM[name][0]}").PARSER
+        if arguments:  # a command that is only named has no options
+            parser.parse_args(arguments)
 
 
 def save_untrained_pair(kind, folder):
