@@ -70,8 +70,8 @@ def parameters_after_steps(rank, case, student, teacher, overlap):
     """Return the losses of three steps, this rank's weights, and the buckets that the last backward did not reduce."""
     rollouts = rollouts_of(case.rollouts)
     with small_buckets(), late_gathers():
-        rate = f"optimizer.lr={0.1 * ADAM_EPSILON}"
-        run = make_run(student, teacher, *case.overrides, *ADAMW, *overlap, rate, rollouts=rollouts)
+        small_steps = (f"optimizer.lr={0.1 * ADAM_EPSILON}", f"optimizer.eps={ADAM_EPSILON}")
+        run = make_run(student, teacher, *case.overrides, *ADAMW, *overlap, *small_steps, rollouts=rollouts)
         losses = [one_step(run, TrainState())[1]["loss"] for _ in range(2)]
         with counting_reductions() as started:
             losses.append(one_step(run, TrainState())[1]["loss"])
