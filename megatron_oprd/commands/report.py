@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from megatron_oprd.commands.status import is_running
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.runtime.cli import ArgumentParser, run_command
 
@@ -11,7 +14,8 @@ PARSER.add_argument("run", metavar="RUN", help="the run folder (train.run_dir)")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
-    print(f"report: {write_report(PARSER.parse_args(arguments).run)}")
+    run_dir = Path(PARSER.parse_args(arguments).run)
+    print(f"report: {write_report(run_dir, is_running=is_running(run_dir))}")
     return 0
 
 

@@ -32,6 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def is_running(run_dir: Path) -> bool:
+    """Return True if a process works on the run now, by the age of the ranks' heartbeats."""
+    facts = dict(_facts(run_dir, time.time()))
+    return facts["state"].startswith("running")
+
+
 def status_lines(run_dir: Path) -> list[str]:
     """Return one line for each part of a run's state: what it does, steps, speed, metrics, checkpoint, evaluation."""
     return [f"{heading:<10} {text}" for heading, text in _facts(run_dir, time.time())]

@@ -114,7 +114,8 @@ def test_a_signal_to_one_rank_saves_and_stops_all_ranks_and_the_same_command_con
     assert complete_steps(actual) == [step] and last_step(actual) == step < STEPS
     assert message[2] == str(actual / "checkpoints" / f"step_{step:07d}")
     left = {path.name for path in actual.iterdir()}
-    assert not left & {"hf", "report.html", "heartbeats", "failures"}
+    assert not left & {"hf", "heartbeats", "failures"}
+    assert f"stopped: {step} steps of {STEPS}" in (actual / "report.html").read_text()
     finish(command, tmp_path / "log", world_size=4)
     assert_as_expected(actual, expected)
 

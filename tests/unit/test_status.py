@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from megatron_oprd.commands import report
 from megatron_oprd.commands.status import status_lines
 from megatron_oprd.resilience import failures, heartbeat
 from megatron_oprd.runtime.progress import Place
@@ -56,6 +57,8 @@ def test_a_running_run_shows_its_stage_speed_metrics_checkpoint_and_evaluation(r
     assert found["checkpoint"] == "step_0000002"
     assert found["evaluation"] == "step 3, all: avg@2 0.5000"
     assert found["processes"].startswith("1; oldest heartbeat: rank 0 on ")
+    assert report.main([str(run_dir)]) == 0
+    assert "running: 4 steps of 10" in (run_dir / "report.html").read_text()
 
 
 def test_a_rank_without_heartbeats_is_lost(run_dir):
