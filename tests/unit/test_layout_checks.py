@@ -397,7 +397,7 @@ def test_tensor_parallel_overlap_that_cannot_work_is_refused(case):
 @pytest.mark.parametrize("case", OPTIMIZERS)
 def test_an_optimizer_that_cannot_work_is_refused(case):
     settings, machine, words = OPTIMIZERS[case]
-    assert words in message(check_optimizer, config(*settings), machine_with(*machine))
+    assert words in message(check_optimizer, config("precision.dtype=bf16", *settings), machine_with(*machine))
 
 
 @pytest.mark.parametrize(
@@ -412,5 +412,5 @@ def test_an_optimizer_that_cannot_work_is_refused(case):
     ],
 )
 def test_an_optimizer_or_overlap_that_works_is_accepted(settings, machine):
-    check_optimizer(config(*settings), machine_with(*machine))
+    check_optimizer(config("precision.dtype=bf16", *settings), machine_with(*machine))
     check_tp_overlap(config(*settings), machine_with(*machine))
