@@ -106,7 +106,7 @@ def _read_document(folder: Path) -> _Document:
         raise UserError(f"no bridge at {folder}: {DOCUMENT} is missing; {MAKE_A_BRIDGE}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}, the one that this version reads; {MAKE_A_BRIDGE}")

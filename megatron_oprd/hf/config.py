@@ -173,7 +173,7 @@ def _check_types(values: dict[str, Any], where: str) -> None:
 
 def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> None:
     weight_block_size(values, where)
-    layer_types = set(values.get("layer_types") or ())
+    layer_types = set(map(str, values.get("layer_types") or ()))
     # A window that is not shorter than the longest sequence has no effect.
     window = values.get("sliding_window") if family.always_slides else None
     if window is not None:

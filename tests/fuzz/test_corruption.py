@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.config import DataConfig
 from megatron_oprd.data.prompt_files import read_rows
 from megatron_oprd.data.tokenizer import load_tokenizer
@@ -24,6 +25,9 @@ from megatron_oprd.rollout.replay import load_replay
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import UserError
 from tests.fuzz.budget import examples
+from tests.helpers.bridges import save_random_bridge
+from tests.helpers.commands import run_until_start
+from tests.helpers.scene import Scene, assert_refused, make_scene
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
 FAMILIES = ("Qwen2", "Qwen3Moe", "Llama", "Phi3")
@@ -43,6 +47,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "prompts.parquet")
     rollouts = [{"prompt_ids": [1, 2], "response_ids": [3, 4], "response_mask": [1, 1], "data_source": "s"}] * 3
     (folder / "replay.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
+    for file in save_random_bridge(folder / "Bridge", folder / "Qwen2", folder / "Llama", rank=2).iterdir():
+        file.rename(folder / file.name)
     return folder
 
 
@@ -60,6 +66,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "prompts.jsonl": lambda path: read_rows([str(path)], DataConfig()),
     "prompts.parquet": lambda path: read_rows([str(path)], DataConfig()),
     "replay.jsonl": lambda path: load_replay(path, 259),
+    "bridge.json": lambda path: read_bridge(path.parent),
+    "bridge.safetensors": lambda path: read_bridge(path.parent),
 }
 STRANGE = st.sampled_from(
     [None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "text", [], {}, [[]], ["a"], {"a": 1}, [None]]
@@ -132,3 +140,26 @@ def refuse_or_read(read: Callable[[Path], object], path: Path) -> None:
         read(path)
     except UserError as error:
         assert str(error).strip() and len(str(error)) < 2000
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return make_scene(tmp_path_factory.mktemp("scene"))
+
+
+RUN_INPUTS = ["student/config.json", "student/model.safetensors", "teacher/tokenizer.json", "replay.jsonl"]
+
+
+@examples(12)
+@given(st.sampled_from(RUN_INPUTS), damages())
+def test_a_run_with_a_damaged_file_starts_or_is_refused_in_one_line(scene, name, damage):
+    path = scene.folder / name
+    content = path.read_bytes()
+    try:
+        path.write_bytes(damage(content))
+        outcome = run_until_start("train", *scene.options())
+    finally:
+        path.write_bytes(content)
+    if outcome is not None:
+        assert_refused(outcome)
+        assert not scene.run.exists()

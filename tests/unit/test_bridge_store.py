@@ -107,6 +107,7 @@ BROKEN = {
     "no tensors": (lambda f: (f / "bridge.safetensors").unlink(), r"bridge\.safetensors is missing"),
     "no JSON": (lambda f: (f / "bridge.json").write_text("{"), r"bridge\.json is not JSON"),
     "no UTF-8": (lambda f: (f / "bridge.json").write_bytes(b"\xff\xfe"), r"bridge\.json is not JSON"),
+    "JSON nested too deeply": (lambda f: (f / "bridge.json").write_text("[" * 100_000), r"bridge\.json is not JSON"),
     "a list": (lambda f: (f / "bridge.json").write_text("[]"), r"bridge\.json is not of format 1"),
     "format": (set_key("format", value=2), r"bridge\.json is not of format 1"),
     "no format": (set_key("format", value=KeyError), r"bridge\.json is not of format 1"),

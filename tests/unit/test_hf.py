@@ -76,6 +76,7 @@ def test_the_table_has_exactly_the_tensors_of_transformers(family, tmp_path):
         ({"head_dim": 7}, "rotates 7 of the 7 dimensions of a head"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ({"layer_types": [None, "full_attention", []]}, "layer_types"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias"),
