@@ -71,7 +71,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise UserError(f"the configuration {path} is not UTF-8 text") from None
+        raise UserError(f"the configuration {path} is not UTF-8 text; save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:

@@ -58,7 +58,7 @@ def read_rows(sources: Iterable[str], config: DataConfig) -> list[Row]:
         for where, record in _records(source, keys):
             rows.append(_row(where, record, config, Path(source).stem))
         if len(rows) == before:
-            raise UserError(f"the prompt file {source} has no rows")
+            raise UserError(f"the prompt file {source} has no rows; name a file with prompts")
     return rows
 
 
@@ -88,11 +88,13 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError:
-            raise UserError(f"{where}: not UTF-8 text") from None
+            raise UserError(f"{where}: not UTF-8 text; save the file as UTF-8") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line") from None
         except RecursionError:
-            raise UserError(f"{where}: JSON nested too deeply") from None
+            raise UserError(
+                f"{where}: JSON nested too deeply; a row is one object of text, numbers and messages"
+            ) from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: expected one JSON object a line, not a {type(record).__name__}")
         yield where, record

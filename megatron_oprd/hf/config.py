@@ -143,7 +143,7 @@ def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: num_experts_per_tok={values['num_experts_per_tok']} exceeds {key}={values[key]}")
     if values["num_experts_per_tok"] == 1 and values.get("norm_topk_prob"):
         # A single normalised probability is always 1, so the router has no effect. Megatron refuses it, too.
-        raise UserError(f"{where}: norm_topk_prob=true with num_experts_per_tok=1 is not supported")
+        raise UserError(f"{where}: norm_topk_prob=true with num_experts_per_tok=1 is not supported; use another model")
     return {
         "num_experts": values[key],
         "experts_per_token": values["num_experts_per_tok"],
@@ -191,7 +191,7 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
     }
     for name, present in unsupported.items():
         if present:
-            raise UserError(f"{where} asks for {name}, which is not supported")
+            raise UserError(f"{where} asks for {name}, which is not supported; use a model without it")
 
 
 def _eos_token_ids(folder: Path, values: dict[str, Any]) -> tuple[int, ...]:

@@ -31,7 +31,10 @@ def rope_fields(
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = _NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ("default", *rope_types):
-        raise UserError(f"{where} asks for rope scaling of type {kind}, which is not supported")
+        raise UserError(
+            f"{where} asks for rope scaling of type {kind}, which is not supported; use a model with "
+            f"{' or '.join(('default', *rope_types))}"
+        )
     rotary = {
         "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
         "partial_rotary_factor": rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1.0,
@@ -39,7 +42,9 @@ def rope_fields(
     check_positive(rotary, rotary, where)
     factor = rotary["partial_rotary_factor"]
     if factor != 1 and not partial:
-        raise UserError(f"{where} asks for partial_rotary_factor {factor}, which is not supported")
+        raise UserError(
+            f"{where} asks for partial_rotary_factor {factor}, which is not supported; use a model without it"
+        )
     rotary_dim = int(head_dim * factor)
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise UserError(

@@ -112,7 +112,7 @@ def parse_rollout(
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise _BadLineError("not UTF-8 text") from None
+        raise _BadLineError("not UTF-8 text; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
         raise _BadLineError(f"not JSON ({error})") from None
     if not isinstance(record, dict):
