@@ -102,6 +102,7 @@ def fit(run: Run) -> Stop | None:
     saver.wait()
     observers.close()
     if signal is not None:
+        on_rank_zero(lambda: write_report(run.inputs.run_dir))  # the page says that the run stopped
         resume = "the same command" if settings.resume == "auto" else "checkpoint.resume=auto"
         return Stop(f"{signal}: step {state.step} saved in {saved}; {resume} continues", 0, is_end=False)
     reason = observers.reason_to_stop()

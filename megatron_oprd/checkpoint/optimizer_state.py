@@ -55,14 +55,16 @@ def load_optimizer(student: Student, topology: Topology, folder: Path) -> None:
     """
     with cpu_stand_ins.cpu_devices():
         _make_loadable(student)
-        groups = [group for single in student.optimizer.chained_optimizers for group in single.optimizer.param_groups]
-        configured = [{key: group[key] for key in ("betas", "eps") if key in group} for group in groups]
+        configured = [{key: group[key] for key in ("betas", "eps") if key in group} for group in _param_groups(student)]
         wanted = _sharded_state(student, topology, is_loading=True)
         student.optimizer.load_state_dict(dist_checkpointing.load(wanted, str(folder))["optimizer"])
         _separate_steps(student)
-        groups = [group for single in student.optimizer.chained_optimizers for group in single.optimizer.param_groups]
-        for group, values in zip(groups, configured, strict=True):
+        for group, values in zip(_param_groups(student), configured, strict=True):
             group.update(values)
+
+
+def _param_groups(student: Student) -> list[dict[str, Any]]:
+    return [group for single in student.optimizer.chained_optimizers for group in single.optimizer.param_groups]
 
 
 def _sharded_state(student: Student, topology: Topology, *, is_loading: bool) -> dict[str, Any]:

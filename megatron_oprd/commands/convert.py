@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_oprd.commands import ranks
-from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -20,14 +20,11 @@ ranks.add_layout(PARSER, "spread the model over more processes (each holds its p
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, in this process or in one that it starts for each rank."""
     args = PARSER.parse_args(arguments)
-    code = ranks.start_ranks(args.tensor * args.pipeline, "megatron_oprd.commands.convert", arguments)
-    return convert(args) if code is None else code
+    return ranks.run_in_layout(convert, args, "megatron_oprd.commands.convert", arguments)
 
 
 def convert(args: argparse.Namespace) -> int:
     """Convert as the parsed arguments say, in one process of the layout."""
-    ranks.use_cpu_offline()
-    start_loading()
     import torch
 
     from megatron_oprd.checkpoint.megatron_format import save_model
@@ -49,7 +46,6 @@ def convert(args: argparse.Namespace) -> int:
     if topology.rank == 0:
         name = str(dtype).removeprefix("torch.")
         print(f"written: {args.megatron} ({spec.architecture}, {spec.num_layers} layers, {name})")
-    ranks.leave()
     return 0
 
 

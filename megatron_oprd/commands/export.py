@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_oprd.commands import ranks
-from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
 
 PARSER = ArgumentParser(prog="megatron-oprd export", description=__doc__)
 PARSER.add_argument("--megatron", required=True, metavar="DIR", help="the Megatron checkpoint to read")
@@ -21,14 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = PARSER.parse_args(arguments)
     if args.max_shard_gb <= 0:
         PARSER.error("--max-shard-gb must be positive")
-    code = ranks.start_ranks(args.tensor * args.pipeline, "megatron_oprd.commands.export", arguments)
-    return export(args) if code is None else code
+    return ranks.run_in_layout(export, args, "megatron_oprd.commands.export", arguments)
 
 
 def export(args: argparse.Namespace) -> int:
     """Convert as the parsed arguments say, in one process of the layout."""
-    ranks.use_cpu_offline()
-    start_loading()
     from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.export import WrittenWeights, export_hf
@@ -47,7 +44,6 @@ def export(args: argparse.Namespace) -> int:
     )
     if topology.rank == 0:
         print(f"written: {args.hf} ({spec.architecture}, {spec.num_layers} layers)")
-    ranks.leave()
     return 0
 
 

@@ -9,13 +9,37 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from megatron_oprd.runtime.cli import start_loading
 
 if TYPE_CHECKING:
     from megatron_oprd.parallel.topology import Topology
 
 
-def use_cpu_offline() -> None:
+def run_in_layout(
+    command: Callable[[argparse.Namespace], int], args: argparse.Namespace, module: str, arguments: list[str] | None
+) -> int:
+    """Run a command on the CPU in `args.tensor * args.pipeline` processes, and return the exit code.
+
+    Args:
+        command: runs in each process, where torch is imported; it begins with `start_topology` and need not end it.
+        args: the parsed arguments.
+        module: name of the command's module, which each started process runs.
+        arguments: the command line; None: that of this process.
+    """
+    code = _start_ranks(args.tensor * args.pipeline, module, arguments)
+    if code is not None:
+        return code
+    _use_cpu_offline()
+    start_loading()
+    code = command(args)
+    _leave()
+    return code
+
+
+def _use_cpu_offline() -> None:
     """Set up this process for the CPU, offline, without messages of other libraries. Call before torch is imported."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,7 +62,7 @@ def positive(text: str) -> int:
     return number
 
 
-def start_ranks(count: int, module: str, arguments: list[str] | None) -> int | None:
+def _start_ranks(count: int, module: str, arguments: list[str] | None) -> int | None:
     """Run a command module in `count` processes and return the exit code.
 
     Args:
@@ -93,7 +117,7 @@ def start_topology(tensor: int, pipeline: int) -> Topology:
     return build_topology(ParallelConfig(tensor=tensor, pipeline=pipeline), device, seed=0)
 
 
-def leave() -> None:
+def _leave() -> None:
     """Destroy the process group at the normal end of a command."""
     import torch.distributed as dist
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from megatron_oprd.commands import ranks
-from megatron_oprd.runtime.cli import ArgumentParser, run_command, start_loading
+from megatron_oprd.runtime.cli import ArgumentParser, run_command
 
 # With equal weights, only the order of sums differs. A bf16 model loses half of its digits after a few layers.
 DTYPES = {"fp32": ("float32", 1e-4), "bf16": ("bfloat16", 5e-2)}
@@ -34,14 +34,11 @@ ranks.add_layout(PARSER, "run the Megatron model in this layout; the processes a
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, in this process or in one that it starts for each rank."""
     args = PARSER.parse_args(arguments)
-    code = ranks.start_ranks(args.tensor * args.pipeline, "megatron_oprd.commands.verify", arguments)
-    return verify(args) if code is None else code
+    return ranks.run_in_layout(verify, args, "megatron_oprd.commands.verify", arguments)
 
 
 def verify(args: argparse.Namespace) -> int:
     """Compare as the parsed arguments say, in one process of the layout."""
-    ranks.use_cpu_offline()
-    start_loading()
     import torch
 
     from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
@@ -63,7 +60,6 @@ def verify(args: argparse.Namespace) -> int:
     hf_model = open_hf_model(args.hf, stored, compute) if topology.rank == 0 else None
     lengths = [length for length in LENGTHS if length <= spec.max_position_embeddings]
     comparison = Comparison(compare_states(model, hf_model, spec, topology, lengths), weights)
-    ranks.leave()
     return report(comparison, args.tolerance or tolerance) if topology.rank == 0 else 0
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from functools import cache
-from typing import Any, get_args, get_origin
-
-from pydantic import BaseModel
 
 from megatron_oprd.config.root import Config
+from megatron_oprd.config.section import Section, section_class
 
 # Names of TRL, verl and Megatron-LM, and other common ones.
 SYNONYMS = {
@@ -126,15 +124,9 @@ def known_keys() -> list[str]:
     return list(_keys(Config, ""))
 
 
-def _keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _keys(model: type[Section], prefix: str) -> Iterator[str]:
     for name, field in model.model_fields.items():
         yield prefix + name
         inner = section_class(field.annotation)
         if inner is not None:
             yield from _keys(inner, f"{prefix}{name}.")
-
-
-def section_class(annotation: Any) -> type[BaseModel] | None:
-    """Return the class of a field that is a section, or None. A mapping of sections is not one."""
-    candidates = [annotation, *get_args(annotation)] if get_origin(annotation) is not dict else []
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)

@@ -14,7 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from megatron_oprd.config.root import Config
-from megatron_oprd.config.section import Section
+from megatron_oprd.config.section import Section, section_class
 
 INTRODUCTION = """# Configuration
 
@@ -48,11 +48,11 @@ BOUNDS = ((Ge, "ge", "at least"), (Gt, "gt", "above"), (Le, "le", "at most"), (L
 def page() -> str:
     """Return the Markdown text of docs/configuration.md."""
     parts = [INTRODUCTION]
-    single = {key: field for key, field in Config.model_fields.items() if _section(field.annotation) is None}
+    single = {key: field for key, field in Config.model_fields.items() if section_class(field.annotation) is None}
     for key, field in Config.model_fields.items():
-        section = _section(field.annotation)
+        section = section_class(field.annotation)
         if section is not None:
-            parts.append(f"## {key}\n\n{_first_line(section)}\n\n{HEADER}\n" + "\n".join(_rows(section, key)) + "\n")
+            parts.append(f"## {key}\n\n{first_line(section)}\n\n{HEADER}\n" + "\n".join(_rows(section, key)) + "\n")
         if key == "teacher":
             parts.append(
                 f"## Several teachers\n\n{HEADER}\n" + "\n".join(_row(*item) for item in single.items()) + "\n"
@@ -62,7 +62,7 @@ def page() -> str:
 
 def _rows(section: type[Section], prefix: str) -> Iterator[str]:
     for key, field in section.model_fields.items():
-        inner = _section(field.annotation)
+        inner = section_class(field.annotation)
         if inner is None or field.description is not None:
             yield _row(f"{prefix}.{key}", field)
         if inner is not None:
@@ -71,46 +71,39 @@ def _rows(section: type[Section], prefix: str) -> Iterator[str]:
 
 def _row(key: str, field: FieldInfo) -> str:
     default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), ensure_ascii=False)}`"
-    values = _values(field.annotation, field.metadata)
+    values = values_of(field.annotation, field.metadata)
     extra = field.json_schema_extra
     unit = extra.get("unit", "") if isinstance(extra, dict) else ""
     return f"| `{key}` | {default} | {values} | {unit} | {field.description} |"
 
 
-def _section(annotation: Any) -> type[Section] | None:
-    """Return the class of a field that is a section, or None."""
-    if get_origin(annotation) is dict:
-        return None
-    types = [annotation, *get_args(annotation)]
-    return next((kind for kind in types if isinstance(kind, type) and issubclass(kind, Section)), None)
-
-
-def _values(annotation: Any, metadata: Any = ()) -> str:
+def values_of(annotation: Any, metadata: Any = ()) -> str:
     """Return the values that a field may have, in words."""
     origin, types = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         extra = (data for item in types[1:] for data in (item.metadata if isinstance(item, FieldInfo) else [item]))
-        return _values(types[0], list(extra))
+        return values_of(types[0], list(extra))
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in types)
     if origin in (Union, UnionType):
         kinds = [kind for kind in types if kind is not NoneType]
-        words = [_values(kind, metadata if len(kinds) == 1 else ()) for kind in kinds]
+        words = [values_of(kind, metadata if len(kinds) == 1 else ()) for kind in kinds]
         return " or ".join([*words, *(["`null`"] if NoneType in types else [])])
     if origin is list:
-        return f"list of: {_values(types[0])}"
+        return f"list of: {values_of(types[0])}"
     if origin is tuple:
-        return f"pair of: {_values(types[0])}"
+        return f"pair of: {values_of(types[0])}"
     if origin is dict:
         return "mapping"
-    if _section(annotation):
+    if section_class(annotation):
         return "section"
     limits = [f"{word} {getattr(item, name):g}" for kind, name, word in BOUNDS for item in metadata
               if isinstance(item, kind)]  # fmt: skip
     return " ".join([NAMES[annotation], *([" and ".join(limits)] if limits else [])])
 
 
-def _first_line(section: type[Section]) -> str:
+def first_line(section: type[Section]) -> str:
+    """Return the first line of a section's docstring."""
     return (section.__doc__ or "").splitlines()[0]
 
 

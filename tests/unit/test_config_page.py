@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from megatron_oprd.config import Config
-from megatron_oprd.config.page import _section, page
+from megatron_oprd.config.page import page
+from megatron_oprd.config.section import section_class
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
@@ -16,7 +17,7 @@ def test_the_page_is_up_to_date():
 def undescribed(section, prefix=""):
     found = []
     for key, field in section.model_fields.items():
-        inner = _section(field.annotation)
+        inner = section_class(field.annotation)
         if inner is not None:
             found += [] if inner.__doc__ else [f"{prefix}{key}"]
             found += undescribed(inner, f"{prefix}{key}.")
