@@ -1,6 +1,6 @@
 """Print what a configuration would run and what it needs: the same as `train --dry-run`. No GPU and no weights needed.
 
-python -m megatron_oprd plan --config F [a.b=1 ...]
+megatron-oprd plan --config F [a.b=1 ...]
 """
 
 from __future__ import annotations

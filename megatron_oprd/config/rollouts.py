@@ -133,7 +133,7 @@ class RolloutConfig(Section):
     tokens_per_second: float | None = Field(
         None,
         gt=0.0,
-        description="measured rate at which the run generates, all ranks or servers together; for --dry-run, which "
+        description="measured rate at which the run generates, all ranks or servers added; for `plan`, which "
         "estimates it with null",
     )
     server: RolloutServerConfig = RolloutServerConfig()

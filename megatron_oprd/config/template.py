@@ -45,7 +45,8 @@ def _field(name: str, field: FieldInfo, indent: str) -> Iterator[str]:
         yield from (_commented(line, indent) for line in lines) if off else lines
         return
     extra = field.json_schema_extra
-    unit = f", in {extra['unit']}" if isinstance(extra, dict) and "unit" in extra else ""
+    unit = extra.get("unit", "") if isinstance(extra, dict) else ""
+    unit = "" if unit in ("", "fraction", "ratio") else f", in {unit}"
     values = values_of(field.annotation, field.metadata).replace("`", "")
     yield f"{indent}# {description} ({values}{unit})"
     if field.is_required():

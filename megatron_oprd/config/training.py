@@ -28,8 +28,7 @@ class OptimizerConfig(Section):
     eps: float = Field(
         1.0e-15,
         gt=0.0,
-        description="AdamW's epsilon, which has to be far below one element of a gradient: a gradient of norm 2e-4 "
-        "over 127 M parameters, usual with normalize=l2, has elements of 2e-8, and 1e-8 would shorten steps by a third",
+        description="AdamW's epsilon; far below one element of the gradient, which is about 2e-8 with normalize=l2",
     )
     weight_decay: float = Field(0.01, ge=0.0, description="AdamW's weight decay; norms and biases have none")
     clip_grad: float = Field(1.0, ge=0.0, description="largest norm of the gradient; 0: no clipping")

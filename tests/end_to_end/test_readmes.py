@@ -11,9 +11,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from torch.distributed.run import get_args_parser
 
 from examples.demo.make_bridge_pair import KINDS, parts_of
@@ -26,18 +28,16 @@ from tests.helpers.bridges import save_random_bridge
 from tests.helpers.runs import prompt_run
 
 ROOT = Path(__file__).parents[2]
-COMMAND = re.compile(r"^ {4}((?:bash|python|torchrun) .*?)(?: +#.*)?$", re.MULTILINE)
+COMMAND = re.compile(r"^ {4}((?:bash|python|torchrun|megatron-oprd) .*?)(?: +#.*)?$", re.MULTILINE)
 FILES = ["README.md", "CONTRIBUTING.md", *(f"{d}/README.md" for d in ("examples", "ci", "benchmarks"))]
 FILES += ["tools/checkpoint_convert/README.md", "examples/slurm/README.md"]
 FILES += [str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))]
+FENCED = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 # Commands of the program, in code blocks and in the text.
-PROGRAM = re.compile(r"(?:^ {4}|`)megatron-oprd ([a-z][^`\n#]*)", re.MULTILINE)
-# Lines that show a form, and the listing of docs/library.md, which tests/distributed/test_library.py runs.
-FORMS = {"python -m megatron_oprd.train --config FILE [key=value ...]", "torchrun --nproc-per-node 2 example.py"}
-FORMS |= {
-    "python -m megatron_oprd.evaluate --config FILE",
-    "python -m megatron_oprd.train --config FILE health.every=20",
-}
+PROGRAM = re.compile(r"(?:^ *|`)megatron-oprd ([a-z][^`\n#]*)", re.MULTILINE)
+# Lines with a placeholder, of which the options are checked, and the listing of docs/library.md, which
+# tests/distributed/test_library.py runs.
+FORM = re.compile(r" (?:FILE|DIR|RUN|NAME)\b|example\.py$")
 
 TINY = "train.steps=2 rollout.max_new_tokens=6 rollout.prompts_per_step=2 checkpoint.every=0 precision.dtype=fp32"
 PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompts=[{models}/prompts.jsonl]"
@@ -87,10 +87,10 @@ RUNS = {
     "torchrun --nproc-per-node 8 -m megatron_oprd.fp8_error --config examples/qwen_same_family.yaml "
     "precision.teacher_fp8=weights": RECIPE,
     f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}": RECIPE,
-    "python -m megatron_oprd.train --config examples/qwen_same_family.yaml --dry-run": PATHS,
+    "megatron-oprd plan --config examples/qwen_same_family.yaml": PATHS,
     TRAIN: RECIPE,
-    "python -m megatron_oprd.train --config examples/qwen3_32b_to_4b_64xh100.yaml --dry-run": None,  # test_recipes.py
-    "python -m megatron_oprd.train --config examples/qwen3_235b_a22b_to_30b_a3b_512xh100.yaml --dry-run": None,
+    "megatron-oprd plan --config examples/qwen3_32b_to_4b_64xh100.yaml": None,  # test_recipes.py
+    "megatron-oprd plan --config examples/qwen3_235b_a22b_to_30b_a3b_512xh100.yaml": None,
     "bash ci/run.sh": "--collect-only -q tests/unit",  # this very test is part of it
     "bash ci/run.sh tests/unit -k sharding": "--collect-only -q",
     "bash ci/nightly.sh": "--collect-only -q tests/unit",
@@ -143,12 +143,14 @@ def folder(tmp_path_factory):
 def test_every_command_of_a_readme_is_tested():
     assert set(RUNS) > IN_CI
     found = {match for file in FILES for match in COMMAND.findall((ROOT / file).read_text())}
-    assert found - FORMS == set(RUNS)
+    assert {command for command in found if not FORM.search(command)} == set(RUNS)
 
 
 def parse(command):
     """Return the program and the arguments of a command line; a launcher must accept its own options."""
     words = shlex.split(command)
+    if words[0] == "megatron-oprd":
+        return f"megatron_oprd.{COMMANDS_OF_PROGRAM[words[1]][0]}", words[2:]
     if words[0] == "torchrun":
         options = get_args_parser().parse_args(words[1:])
         return options.training_script, options.training_script_args
@@ -161,7 +163,8 @@ def test_the_program_of_a_readme_exists_and_its_settings_are_valid(command):
     paths = ["student.path=a", "teacher.path=b", "train.run_dir=c"]
     if program.startswith("megatron_oprd."):
         options = importlib.import_module(program).PARSER.parse_args(arguments)
-        load_config(ROOT / options.config, [*paths, *options.overrides])
+        if hasattr(options, "overrides"):
+            load_config(ROOT / options.config, [*paths, *options.overrides])
     else:
         assert (ROOT / program).is_file()
     if program == EXAMPLE and any(argument.startswith("student.path=") for argument in arguments):
@@ -178,6 +181,48 @@ def test_every_command_of_the_program_in_a_page_is_accepted():
         parser = importlib.import_module(f"megatron_oprd.{COMMANDS_OF_PROGRAM[name][0]}").PARSER
         if arguments:  # a command that is only named has no options
             parser.parse_args(arguments)
+
+
+def fenced_commands():
+    """Yield every line of the pages' bash blocks, but those of the program and the output of `head`."""
+    for file in FILES:
+        for block in FENCED.findall((ROOT / file).read_text()):
+            for line in block.splitlines():
+                if line.strip() and not line.startswith(("megatron-oprd", "{")):
+                    yield line.partition("  #")[0].strip()
+
+
+def test_downloads_fill_the_folders_of_the_recipes():
+    """The names on the hub cannot be looked up here."""
+    downloads = {line for line in fenced_commands() if line.startswith("hf ")}
+    for recipe in (ROOT / "examples").glob("*.yaml"):
+        text = recipe.read_text()
+        lines = set(re.findall(r"^# +(hf download .*)$", text, re.MULTILINE))
+        downloads |= lines
+        if not recipe.name.startswith("demo"):  # the demo makes its models
+            models = {shlex.split(line)[-1] for line in lines if "--repo-type dataset" not in line}
+            config = yaml.safe_load(text)
+            assert models == {config["student"]["path"], config["teacher"]["path"]}, recipe.name
+    for line in downloads:
+        repository, folder = re.fullmatch(
+            r"hf download (\S+)(?: --repo-type dataset)? --local-dir (\S+)", line
+        ).groups()
+        assert folder == "." or Path(folder).name == repository.partition("/")[2]
+
+
+def test_other_commands_of_a_page_name_what_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for line in fenced_commands():
+        program, *arguments = shlex.split(line)
+        if program == "sbatch":
+            script = next(word for word in arguments if word.endswith(".sbatch"))
+            recipe = yaml.safe_load((ROOT / arguments[arguments.index("--config") + 1]).read_text())
+            assert (ROOT / script).is_file()
+            assert int(arguments[arguments.index("--nodes") + 1]) * 8 == recipe["parallel"]["world_size"]
+        elif program == "pip":
+            assert set(re.findall(r"(?:^|[ .])\.?\[(\w+)\]", line)) <= set(extras)
+        else:
+            assert program in {"hf", "mkdocs", "source", "head", "git", "cd"}, line
 
 
 def save_untrained_pair(kind, folder):
@@ -199,6 +244,8 @@ def test_a_command_of_a_readme_works(command, folder, demo, tmp_path):
         save_untrained_pair("cross_architecture", tmp_path / "run" / "work" / "cross_architecture-0" / "pair")
     added = RUNS[command].format(models=folder / "models", out=tmp_path / "run")
     words = [w for w in shlex.split(command) if "=DIR" not in w and "=[FILE]" not in w]
+    if words[0] == "megatron-oprd":  # this copy, which need not be installed
+        words[:1] = [sys.executable, "-m", "megatron_oprd"]
     words = [str(folder / word) if word.startswith("models/") else word for word in words]
     words = ["2" if word == "8" else word for word in words] + shlex.split(added)  # two processes do for eight
     bin_dir = Path(sys.executable).parent

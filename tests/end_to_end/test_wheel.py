@@ -45,7 +45,7 @@ def test_every_command_of_an_installed_wheel_works_in_an_empty_folder(program, t
     assert "lr: 1e-05" in run("config", "optimizer.lr")
     assert "Compared layers" in run("plan", *settings)
     run("train", *settings, f"student.path={tmp_path / 'mcore'}")
-    assert "2/2" in run("status", "run")
+    assert "2 of 2" in run("status", "run")
     assert "report.html" in run("report", "run")
     run("evaluate", *settings, f"student.path={tmp_path / 'run' / 'hf'}")
     run("export", "--megatron", "run/checkpoints/step_0000002/model", "--hf", "back")
