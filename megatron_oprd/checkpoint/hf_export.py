@@ -33,6 +33,7 @@ def export_student(content: CheckpointContent, target: Path, dtype_name: str | N
         with explain_os_errors(target):
             shutil.rmtree(target, ignore_errors=True)
             fresh.rename(target)
+        print(f"student: {target}", flush=True)
 
     on_rank_zero(replace)
 

@@ -134,11 +134,17 @@ def _before_after(evaluations: Sequence[Record]) -> str:
             if len(shown) == 2:
                 cells.insert(2, _change(metric, values[0], values[1]))
             rows.append(["" if place else source, Raw(escape(metric), "text"), *cells])
-    titles = [f"{item.get('name', '')} (step {number(item.get('step'))})" for item in columns]
+    titles = [_title(item) for item in columns]
     if len(shown) == 2:
         titles.insert(2, "change")
     explained = f'<p class="muted">{EVALUATION_WORDS}</p>'
     return "<h2>Evaluation</h2>" + table(["data", "metric", *titles], rows, text_columns=["metric"]) + explained
+
+
+def _title(evaluation: Record) -> str:
+    """Return the name of an evaluation, with its step if the name lacks it."""
+    name, step = str(evaluation.get("name", "")), f"step {number(evaluation.get('step'))}"
+    return name if name == step else f"{name} ({step})"
 
 
 def _change(metric: str, before: Any, after: Any) -> Raw:
@@ -210,7 +216,7 @@ def _accuracy(evaluations: Sequence[Record]) -> list[str]:
     student = [item for item in evaluations if item.get("name") != "teacher"]
     charts = []
     for metric in ordered(scores for item in student for scores in item["data"].values()):
-        if metric.startswith(("avg@", "best@")):
+        if metric.startswith(("avg@", "best@")) and metric != "best@1":  # best@1 equals avg@1
             lines = {
                 source: [(as_float(item.get("step")), as_float(get(item["data"], source, metric))) for item in student]
                 for source in ordered(item["data"] for item in student)

@@ -104,7 +104,6 @@ def describe(run: Run) -> None:
     write_json(inputs.run_dir / "plan.json", plans.get("", {"teachers": plans}))
     print("\n".join(run_summary(inputs, one_line(environment))), flush=True)
     dtype = inputs.config.precision.dtype
-    print(f"weights and activations: {dtype}", flush=True)
     if dtype == "bf16" and topology.device.type == "cpu":
         print("warning: bf16 is about 7 times slower than fp32 on a CPU; use precision.dtype=fp32", flush=True)
     if inputs.config.rollout.ahead and inputs.config.rollout.engine == "megatron":

@@ -47,6 +47,7 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
         yield "answers", f"end with {inputs.end_tokens.summary()}"
     yield "step", _step(config)
     yield "optimizer", _optimizer(config)
+    yield "precision", f"{config.precision.dtype} weights and activations"
     yield "machine", machine
     yield "files", _files(config)
 
@@ -115,7 +116,7 @@ def _optimizer(config: Config) -> str:
     optimizer = config.optimizer
     warmup = f" after {optimizer.warmup_fraction:.0%} warm-up" if optimizer.warmup_fraction else ""
     rate = f"learning rate {optimizer.lr:g}, {optimizer.schedule}{warmup}"
-    return f"{optimizer.name}, {rate}; {config.precision.dtype}; {config.train.steps:,} steps"
+    return f"{optimizer.name}, {rate}; {config.train.steps:,} steps"
 
 
 def _files(config: Config) -> str:

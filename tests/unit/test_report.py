@@ -97,6 +97,14 @@ def test_a_complete_run_shows_every_part(run_dir):
     assert [entry.name for entry in run_dir.iterdir() if entry.name.startswith(".")] == []
 
 
+def test_an_evaluation_named_by_its_step_has_the_step_once_and_one_sample_has_one_chart(run_dir):
+    scores = {"sums": {"avg@1": 0.5, "best@1": 0.5}}
+    lines(run_dir / "evaluations.jsonl", [{"step": step, "name": f"step {step}", "data": scores} for step in (1, 5)])
+    text = " ".join(read(write_report(run_dir))[1].text)
+    assert "step 5" in text and "step 5 (step 5)" not in text
+    assert "Accuracy, avg@1" in text and "Accuracy, best@1" not in text
+
+
 def test_a_report_says_whether_the_run_goes_on(run_dir):
     page, parser = read(write_report(run_dir, is_running=True))
     assert "running: 5 steps of 7; page written at" in " ".join(parser.text) and 'http-equiv="refresh"' in page

@@ -46,7 +46,7 @@ def print_results(folder: Path, fits: Fits, cosines: Cosines) -> None:
         table.add_row(str(rank), f"{before:.3f}", f"{after:.3f}", f"{explained:.3f}", f"{error:.3f}")
     Console().print(table)
     for rank in ranks_of(fits):
-        print(f"loss.representation.bridge={folder / f'rank_{rank}'}")
+        print(f"to train with rank {rank}: loss.representation.bridge={folder / f'rank_{rank}'}")
 
 
 def ranks_of(fits: Fits) -> list[int]:
