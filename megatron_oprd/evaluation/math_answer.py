@@ -19,10 +19,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+from megatron_oprd.evaluation.answer_notation import brackets, plain_latex, same_words, without_unit
+
 _BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
+_SCIENTIFIC = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+))(?:\\times|\\cdot)10\^\{?([+-]?\d{1,3})\}?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
 _FRACTION = re.compile(r"([+-]?)\\frac(?:\{(\d+)\}\{(\d+)\}|(\d)(\d))")
+_CHOICE = re.compile(r"\(?([A-Za-z])\)?[.:]?")  # of several answers: (A), A), A.
+_IN_BRACES = re.compile(r"\{([^{}]*)\}")
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}\\]*)\}")
 _SPACED_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?:\.\d+)?")
 _DROPPED = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\^\{?\\circ\}?|\\degree|°|\$|\\\$|\s|~")
@@ -87,14 +92,16 @@ def last_boxed(text: str) -> str | None:
 
 def normalize(answer: str) -> str:
     """Remove everything that does not change the value: spaces, delimiters, degree signs, thousands separators."""
-    for old, new in (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("{,}", ","), ("\u2212", "-")):
-        answer = answer.replace(old, new)
-    answer = answer.strip()
+    answer = plain_latex(answer)
+    if (in_braces := _IN_BRACES.fullmatch(answer)) is not None:
+        answer = in_braces[1].strip()
     if _SPACED_THOUSANDS.fullmatch(answer):
         answer = "".join(answer.split())
     if _TWO_NUMBERS.search(answer) is None and _MIXED_NUMBER.fullmatch(answer) is None:
         answer = _DROPPED.sub("", answer)
     answer = _WRAPPED.sub(r"\1", answer).removesuffix(".")
+    if (choice := _CHOICE.fullmatch(answer)) is not None:
+        return choice[1]
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
 
 
@@ -102,12 +109,21 @@ def _same_answer(ground_truth: str, answer: str) -> bool:
     truth = last_boxed(ground_truth) or ground_truth.strip()
     if max(len(truth), len(answer)) > _MAX_ANSWER_CHARACTERS:
         return truth == answer
+    if (same := same_words(truth, answer)) is not None:
+        return same
+    truth, answer = plain_latex(truth), plain_latex(answer)
+    if normalize(truth) == normalize(answer):
+        return bool(normalize(truth))
+    truth, answer = without_unit(truth), without_unit(answer)
     plain_truth, plain_answer = normalize(truth), normalize(answer)
     if plain_truth == plain_answer:
         return bool(plain_truth)
     number_truth, number_answer = _number(plain_truth), _number(plain_answer)
     if number_truth is not None and number_answer is not None:
         return number_truth == number_answer
+    # math-verify takes a set for equal to a tuple and to an open interval with the same ends.
+    if None not in (pair := (brackets(truth), brackets(answer))) and pair[0] != pair[1]:
+        return False
     return _verifier.verify(truth, answer)
 
 
@@ -120,6 +136,8 @@ def _number(text: str) -> Fraction | None:
         top, bottom = (int(part) for part in parts if part is not None)
         value = int(integer) + Fraction(top, bottom) if top < bottom else None
         return -value if value is not None and sign == "-" else value
+    if (scientific := _SCIENTIFIC.fullmatch(text)) is not None:
+        return Fraction(scientific[1]) * Fraction(10) ** int(scientific[2])
     if (fraction := _FRACTION.fullmatch(text)) is not None:
         sign, top, bottom, short_top, short_bottom = fraction.groups()
         text = f"{sign}{top or short_top}/{bottom or short_bottom}"

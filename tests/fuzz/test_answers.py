@@ -99,6 +99,9 @@ HOSTILE = {
     "a million digits": "9" * 10**6,
     "nested fractions": "\\frac{1}{" * 150 + "2" + "}" * 150,
     "a null byte": "a\0b",
+    "a long unit": "5 " + "km" * 30 + "!",
+    "many units": "5 " + "cm / " * 150 + "!",
+    "nested styles": "\\boldsymbol{" * 60 + "2" + "}" * 60,
 }
 
 
