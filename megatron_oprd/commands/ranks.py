@@ -1,4 +1,4 @@
-"""Processes and layouts of the commands that convert and compare checkpoints on the CPU."""
+"""Processes and layouts of the commands that convert, compare and prune checkpoints."""
 
 from __future__ import annotations
 
@@ -19,29 +19,35 @@ if TYPE_CHECKING:
 
 
 def run_in_layout(
-    command: Callable[[argparse.Namespace], int], args: argparse.Namespace, module: str, arguments: list[str] | None
+    command: Callable[[argparse.Namespace], int],
+    args: argparse.Namespace,
+    module: str,
+    arguments: list[str] | None,
+    device: str = "cpu",
 ) -> int:
-    """Run a command on the CPU in `args.tensor * args.pipeline` processes, and return the exit code.
+    """Run a command in `args.tensor * args.pipeline` processes, and return the exit code.
 
     Args:
         command: runs in each process, where torch is imported; it begins with `start_topology` and need not end it.
         args: the parsed arguments.
         module: name of the command's module, which each started process runs.
         arguments: the command line; None: that of this process.
+        device: cpu hides CUDA devices; auto leaves them visible.
     """
     code = _start_ranks(args.tensor * args.pipeline, module, arguments)
     if code is not None:
         return code
-    _use_cpu_offline()
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    _work_offline()
     start_loading()
     code = command(args)
     _leave()
     return code
 
 
-def _use_cpu_offline() -> None:
-    """Set up this process for the CPU, offline, without messages of other libraries. Call before torch is imported."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+def _work_offline() -> None:
+    """Keep other libraries offline and without messages. Call before they are imported."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -105,16 +111,18 @@ def _wait(ranks: list[subprocess.Popen]) -> int:
     return ranks[0].poll() or next((code for rank in ranks if (code := rank.poll())), 0)
 
 
-def start_topology(tensor: int, pipeline: int) -> Topology:
-    """Start the process group and return its topology. Raises UserError if the layout does not fit its size."""
-    import torch
+def start_topology(tensor: int, pipeline: int, device: str = "cpu") -> Topology:
+    """Start the process group and return its topology. Raises UserError if the layout does not fit its size.
 
+    `device`: cpu, or auto for CUDA where the machine has it.
+    """
     from megatron_oprd.config import ParallelConfig
     from megatron_oprd.parallel.topology import build_topology, start_process
+    from megatron_oprd.runtime.platform import choose_device
 
-    device = torch.device("cpu")
-    start_process(device)
-    return build_topology(ParallelConfig(tensor=tensor, pipeline=pipeline), device, seed=0)
+    chosen = choose_device(device)
+    start_process(chosen)
+    return build_topology(ParallelConfig(tensor=tensor, pipeline=pipeline), chosen, seed=0)
 
 
 def _leave() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+import yaml
+from pydantic import Field, field_validator, model_validator
 
 from megatron_oprd.config.section import STEPS, TOKENS, PathText, Section
+from megatron_oprd.config.yaml_core import load_yaml
 
 
 class RepresentationConfig(Section):
@@ -17,7 +21,9 @@ class RepresentationConfig(Section):
         "all", description="student layers to compare, numbered from 1"
     )
     pairs: list[tuple[int, int]] | None = Field(
-        None, description="explicit pairs (student layer, teacher layer) in place of layers"
+        None,
+        description="explicit pairs (student layer, teacher layer) in place of layers, or the path of a YAML file with "
+        "`pairs`, as `megatron-oprd prune` writes it",
     )
     positions: Literal["all", "last", "last_k", "first_k"] = Field("last_k", description="response tokens to compare")
     k: int = Field(2000, ge=1, description="number of tokens for last_k and first_k", json_schema_extra=TOKENS)
@@ -34,6 +40,17 @@ class RepresentationConfig(Section):
     )
     train_bridge: bool = Field(False, description="also train the student's side of the bridge")
 
+    @field_validator("pairs", mode="before")
+    @classmethod
+    def _read_pairs_file(cls, value: Any) -> Any:
+        """Replace the path of a file by its pairs, so that the resolved configuration does not depend on the file."""
+        if not isinstance(value, str):
+            return value
+        pairs = _pairs_of(Path(os.path.expanduser(value)))
+        if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
+            raise ValueError("the file must have `pairs`, a list of [student layer, teacher layer]")
+        return [tuple(pair) for pair in pairs]
+
     @model_validator(mode="before")
     @classmethod
     def _use_defaults_of_a_bridge(cls, values: Any) -> Any:
@@ -47,6 +64,17 @@ class RepresentationConfig(Section):
         if self.train_bridge and self.bridge is None:
             raise ValueError("loss.representation.train_bridge=true needs loss.representation.bridge")
         return self
+
+
+def _pairs_of(path: Path) -> Any:
+    """Return the value of `pairs` in a YAML file, or None. Raises ValueError for a file that cannot be read."""
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"the file cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError):
+        raise ValueError("the file is not YAML") from None
+    return values.get("pairs") if isinstance(values, dict) else None
 
 
 class OutputConfig(Section):

@@ -68,6 +68,21 @@ def layer_pairs(
     return tuple(LayerPair(student, teacher) for student, teacher in chosen)
 
 
+def pairs_of_kept_blocks(kept: Sequence[int], teacher_layers: int, kind: str) -> list[tuple[int, int]]:
+    """Return the (student layer, teacher layer) pairs of a student that has the teacher's blocks `kept`.
+
+    The last layers of both models, after the final norm, are always a pair.
+
+    Args:
+        kept: blocks of the teacher, numbered from 1, ascending.
+        kind: "output" compares each block with the block that it was. "next_input" compares it with the input of the
+            next kept block, so that a block before a gap takes over the work of the dropped blocks.
+    """
+    inputs = [block - 1 for block in kept[1:]]
+    layers = kept[:-1] if kind == "output" else inputs
+    return list(enumerate([*layers, teacher_layers], start=1))
+
+
 def _check(layers: Sequence[int], depth: int, key: str, model: str) -> None:
     for layer in layers:
         if not 1 <= layer <= depth:

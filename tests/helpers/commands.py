@@ -26,7 +26,7 @@ from megatron_oprd.runtime.cli import run_command
 from megatron_oprd.testing.distributed import forked_process
 
 TOOLS = Path(__file__).parents[2] / "tools" / "checkpoint_convert"
-MODULES = ("train", "evaluate", "fp8_error", "bridge.fit")
+MODULES = ("train", "evaluate", "fp8_error", "bridge.fit", "commands.prune")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def run(folder: Path, command: str, *arguments: str, **options: Any) -> Outcome:
 
     Args:
         folder: where the files with the output of the command are written.
-        command: train, evaluate, fp8_error, bridge.fit, the file name of a conversion tool, or the path of a script.
+        command: one of MODULES, the file name of a conversion tool, or the path of a script.
         options: keyword arguments of `run_ranks`.
     """
     return run_ranks(1, folder, command, *arguments, **options)[0]
