@@ -60,6 +60,8 @@ def run_pipeline(run: DemoRun) -> None:
         rank = Path(str(config.loss.representation.bridge)).name  # the folder of the rank that the recipe trains with
         arguments.append(f"loss.representation.bridge={folder / 'bridge' / rank}")
     train.main(["--config", str(recipe), *arguments])
+    if not on_rank_zero((folder / "hf").exists):
+        return  # a signal ended the training; the same command continues it
     models = {"student before": pair / "student", "student after": folder / "hf", "teacher": pair / "teacher"}
     accuracies = {name: [_accuracy(recipe, path, t, arguments) for t in (0.0, 0.7)] for name, path in models.items()}
     on_rank_zero(lambda: _print(accuracies, folder, time.time() - begin))
@@ -123,6 +125,6 @@ def _print(accuracies: dict[str, list[float]], folder: Path, seconds: float) -> 
     for name, values in accuracies.items():
         table.add_row(name, *(f"{100 * value:.1f} %" for value in values))
     Console().print(table)
-    print(f"exported student: {folder / 'hf'}")
-    print(f"the whole demo took {seconds:.0f} s")
+    print(f"student: {folder / 'hf'}")
+    print(f"time: {seconds:.0f} s")
     print(f"report: {folder / 'report.html'}", flush=True)

@@ -96,7 +96,7 @@ _DTYPE_NAMES = {
 
 
 class PrecisionConfig(Section):
-    """Number formats and attention kernels; docs/precision.md lists the combinations."""
+    """Number formats and attention kernels; docs/precision_table.md lists the combinations."""
 
     dtype: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="dtype of weights and activations; auto: bf16 with CUDA or FP8, fp32 on a CPU"

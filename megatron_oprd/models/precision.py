@@ -66,7 +66,7 @@ def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: M
         machine: Transformer Engine, CUDA and the device of this process.
 
     Raises:
-        UserError: The machine or Megatron-Core does not support a setting (table in docs/precision.md).
+        UserError: The machine or Megatron-Core does not support a setting (table in docs/precision_table.md).
     """
     te = _takes_transformer_engine(config, machine)
     if not te and parallel.cp_comm_type in ("p2p", "a2a"):

@@ -203,6 +203,9 @@ def test_downloads_fill_the_folders_of_the_recipes():
             models = {shlex.split(line)[-1] for line in lines if "--repo-type dataset" not in line}
             config = yaml.safe_load(text)
             assert models == {config["student"]["path"], config["teacher"]["path"]}, recipe.name
+            row = re.search(rf"\| `{re.escape(recipe.name)}` \| (.*) \|", (ROOT / "README.md").read_text())
+            named = {line.split()[2] for line in lines if "--repo-type dataset" not in line}
+            assert set(row[1].split(" | ")) == named, recipe.name
     for line in downloads:
         repository, folder = re.fullmatch(
             r"hf download (\S+)(?: --repo-type dataset)? --local-dir (\S+)", line

@@ -1,4 +1,4 @@
-"""Every row of docs/precision.md's table is what the function gives, and no combination drops FP8 in silence."""
+"""Every row of docs/precision_table.md's table is what the function gives, and no combination drops FP8 in silence."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import UserError
 from tests.helpers.specs import tiny_spec
 
-PAGE = Path(__file__).parents[2] / "docs" / "precision.md"
+PAGE = Path(__file__).parents[2] / "docs" / "precision_table.md"
 MACHINES = {
     "CPU": Machine(),
     "CPU + TE": Machine("2.11.0"),
@@ -42,7 +42,7 @@ def precision_of(settings):
 
 
 def in_words(model):
-    """Describe a model's precision in the words of docs/precision.md."""
+    """Describe a model's precision in the words of docs/precision_table.md."""
     arguments = {name: value for name, value in model.arguments.items() if name != "cp_comm_type"}
     words = ["TE" if model.transformer_engine else "own"]
     if model.scaled_weights:
