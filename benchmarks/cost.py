@@ -40,7 +40,8 @@ PROMPT_TOKENS = 256
 # DeepSeek-R1-Distill-Qwen-1.5B, the paper's student; its teacher has the same size.
 PAPER = Workload(28, 1536, 8960, 12, 2, 151936, PROMPT_TOKENS, (16384 - PROMPT_TOKENS,), last=2000, dtype="bf16")
 # The same shape at an eighth of the width: equal ratios of LM head to blocks and of vocabulary to MLP, which decide
-# time and memory; `last` is as large a part of a response, and `chunk` is what `auto` gives at the paper's size.
+# time and memory; `last` is as large a part of a response, and `chunk` divides the tokens into about as many chunks as
+# `auto` does at the paper's size.
 SMALL = Workload(28, 192, 1120, 3, 1, 18992, 64, (640, 384, 256, 128), last=79, chunk=220)
 ON_A_GPU = dataclasses.replace(PAPER, responses=(8192 - PROMPT_TOKENS,))
 

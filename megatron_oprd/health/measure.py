@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_oprd.config import BatchConfig, LossConfig, OutputConfig, RepresentationConfig
-from megatron_oprd.losses.lm_head import default_chunk_tokens
+from megatron_oprd.losses.lm_head import slice_tokens
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads
@@ -127,7 +127,7 @@ class _TokenSums:
         self.teacher_head = None if heads is None else heads.teachers[0]
         self.shard = VocabularyShard(first, topology.groups.tp if topology.tensor_size > 1 else None)
         self.sequence_group = topology.groups.tp if topology.sequence_parallel else None
-        self.chunk_tokens = default_chunk_tokens(len(head))
+        self.chunk_tokens = slice_tokens(len(head))
 
     def __call__(self, student: torch.Tensor, teacher: torch.Tensor | None, selection: DeviceSelection) -> torch.Tensor:
         """Return the sums [3] in float64 of negative log-likelihood, entropy and KL over the selected tokens.

@@ -1,8 +1,9 @@
-"""The reverse KL divergence of next-token distributions as an autograd function of the hidden states."""
+"""The reverse KL divergence of next-token distributions as autograd functions of the hidden states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,55 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_oprd.losses.divergence import reverse_kl
-from megatron_oprd.losses.lm_head import default_chunk_tokens, logits_of
+from megatron_oprd.losses.lm_head import (
+    HeadInput,
+    Objective,
+    add_head_gradient_,
+    auto_chunk_tokens,
+    logits_gradient,
+    slice_tokens,
+    slices,
+)
 from megatron_oprd.losses.vocabulary import VocabularyShard
+
+
+def weighted_reverse_kl(
+    student: HeadInput,
+    teacher: HeadInput,
+    weights: Tensor,
+    group: dist.ProcessGroup | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of weights * KL(p || q), and KL(p || q) of each token without gradient (OPRD eq. (4)).
+
+    p = softmax(student.states @ student.head^T) and q = softmax(teacher.states @ teacher.head^T). Gradients of the sum
+    flow to `student.states` and `student.head`. Forward computes them with the logits, chunk by chunk; backward only
+    multiplies by the incoming scalar. Without autograd, or if neither tensor needs a gradient, none is computed.
+
+    Args:
+        student: states [N, d_S] and head [rows of the student, d_S]. The states are the same on every rank of `group`.
+            Under sequence parallelism gather them first, with Megatron-Core's
+            gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False).
+        teacher: states [N, d_T] at the same tokens, and the head's rows [rows, d_T] for the same token ids, without
+            padding. Rows that only the student's head has are padding and get no probability.
+        weights: [N], without gradient: the factor of each token in the loss.
+        group: the tensor-parallel group over which the vocabulary is divided; None: this rank has all of it.
+        chunk_tokens: tokens whose logits exist at one time; None: by `auto_chunk_tokens`.
+
+    Returns:
+        The sum, a scalar, and the values [N], both in float32 at least.
+
+    Raises:
+        ValueError: the teacher's head has more rows than the student's.
+
+    Communicates over `group`: 3 all_reduces for each slice, and one for the gradient of the states, all in forward.
+    """
+    _check_rows(student.head, teacher.head, "weighted_reverse_kl")
+    if not torch.is_grad_enabled():  # inside of an autograd function, this is not known
+        student = HeadInput(student.states.detach(), student.head.detach())
+    task = _Task(teacher, VocabularyShard(group=group), chunk_tokens)
+    total, values = _WeightedReverseKL.apply(student.states, student.head, task, weights)
+    return total, values
 
 
 def reverse_kl_from_hidden(
@@ -22,84 +70,101 @@ def reverse_kl_from_hidden(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Return KL(p || q) of each token, [N] in float32 at least (OPRD eq. (4)).
+    """Return KL(p || q) of each token, [N] in float32 at least, with a gradient for each token.
 
-    p = softmax(student_states @ student_head^T) and q = softmax(teacher_states @ teacher_head^T). Gradients flow to
-    `student_states` and `student_head`. Logits exist for `chunk_tokens` tokens at a time; backward computes them again,
-    and needs one float32 buffer of the size of `student_head`.
+    Backward computes all logits again, because the gradient of the head depends on the incoming gradient of each token.
+    `weighted_reverse_kl` computes them once, if the weights of the tokens are known before.
 
-    Args:
-        student_states: [N, d_S], final hidden states (after the final norm), the same on every rank of `group`. Under
-            sequence parallelism gather them first, with Megatron-Core's
-            gather_from_sequence_parallel_region(states, tensor_parallel_output_grad=False).
-        teacher_states: [N, d_T], the teacher's states at the same tokens.
-        student_head: [rows of the student, d_S], the rows of the LM head on this rank.
-        teacher_head: [rows, d_T], the teacher's rows for the same token ids, without padding. Rows that only
-            `student_head` has are padding and get no probability.
-        group: the tensor-parallel group over which the vocabulary is divided; None: this rank has all of it.
-        chunk_tokens: tokens whose logits exist at one time; None: as many as fill 128 MiB.
-
-    Raises:
-        ValueError: `teacher_head` has more rows than `student_head`.
-
-    Communicates over `group`: 3 all_reduces for each chunk, in forward and again in backward, where one more sums the
-    gradient of the states.
+    Args, errors and communication are those of `weighted_reverse_kl`. Backward repeats the all_reduces of each slice.
     """
-    if len(teacher_head) > len(student_head):
-        raise ValueError(
-            f"reverse_kl_from_hidden: teacher_head has {len(teacher_head)} rows, student_head {len(student_head)}; "
-            "remove from teacher_head the padding and the token ids that the student does not have"
-        )
-    size = chunk_tokens or default_chunk_tokens(len(student_head))
-    shard = VocabularyShard(group=group)
-    value: Tensor = _ReverseKL.apply(student_states, student_head, teacher_states, teacher_head, shard, size)
+    _check_rows(student_head, teacher_head, "reverse_kl_from_hidden")
+    task = _Task(HeadInput(teacher_states, teacher_head), VocabularyShard(group=group), chunk_tokens)
+    value: Tensor = _ReverseKL.apply(student_states, student_head, task)
     return value
 
 
-class _ReverseKL(torch.autograd.Function):
-    """KL(p || q). Forward keeps the states only; backward computes the logits of each chunk a second time."""
+@dataclass(frozen=True)
+class _Task:
+    """The arguments of both functions that have no gradient."""
+
+    teacher: HeadInput
+    shard: VocabularyShard
+    chunk_tokens: int | None
+
+    def run(
+        self, student: HeadInput, weights: Tensor | None = None, needs_gradient: Sequence[bool] = (False, False)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the values [N], and the gradients of the states and of the head, each only if it is needed."""
+        rows, tokens, head = len(self.teacher.head), len(student.states), student.head[: len(self.teacher.head)]
+        values = student.states.new_empty(tokens, dtype=_wide(student.states))
+        for_states = torch.zeros_like(student.states) if needs_gradient[0] else None
+        for_head = torch.zeros_like(student.head, dtype=_wide(student.head)) if needs_gradient[1] else None
+        size = self.chunk_tokens or auto_chunk_tokens(len(student.head), student.states.dtype)
+        for chunk in slices(tokens, size):
+            states, teacher = student.states[chunk], HeadInput(self.teacher.states[chunk], self.teacher.head)
+            objective = _objective(self.shard, values[chunk], None if weights is None else weights[chunk])
+            for_logits = logits_gradient(HeadInput(states, head), teacher, objective, slice_tokens(len(student.head)))
+            if for_states is not None:
+                for_states[chunk] = for_logits @ head
+            if for_head is not None:
+                add_head_gradient_(for_head[:rows], for_logits, states)
+        if for_states is not None:
+            # The rows of each rank contribute a part of the gradient of the states, all of that of their own head.
+            self.shard.sum(for_states)
+        return values, for_states, None if for_head is None else for_head.to(student.head.dtype)
+
+
+def _objective(shard: VocabularyShard, values: Tensor, weights: Tensor | None) -> Objective:
+    """Return the objective of one chunk, which writes its values [n] to `values`."""
+
+    def objective(log_p: Tensor, log_q: Tensor, part: slice) -> Tensor:
+        shard.normalize_(log_p, log_q)
+        values[part], gradient = reverse_kl(log_p, log_q, shard)
+        return gradient if weights is None else gradient.mul_(weights[part, None].to(gradient.dtype))
+
+    return objective
+
+
+class _WeightedReverseKL(torch.autograd.Function):
+    """The weighted sum of KL(p || q), and the values. Forward computes all gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student_states: Tensor,
-        student_head: Tensor,
-        teacher_states: Tensor,
-        teacher_head: Tensor,
-        shard: VocabularyShard,
-        size: int,
-    ) -> Tensor:
-        tensors = (student_states, student_head, teacher_states, teacher_head)
-        ctx.save_for_backward(*tensors)
-        ctx.shard, ctx.size = shard, size
-        values = [value for _, value, _ in _chunks(tensors, shard, size)]
-        return torch.cat(values) if values else student_states.new_zeros(0, dtype=_wide(student_states))
+        ctx: Any, student_states: Tensor, student_head: Tensor, task: _Task, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        student = HeadInput(student_states, student_head)
+        values, *gradients = task.run(student, weights, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(values)
+        return (values * weights.to(values.dtype)).sum(), values
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        student_states, student_head, _, teacher_head = ctx.saved_tensors
-        for_states = torch.zeros_like(student_states)
-        for_head = torch.zeros_like(student_head, dtype=_wide(student_head)) if ctx.needs_input_grad[1] else None
-        rows = len(teacher_head)
-        for chunk, _, gradient in _chunks(ctx.saved_tensors, ctx.shard, ctx.size):
-            for_logits = gradient.mul_(upstream[0][chunk, None].to(gradient.dtype)).to(student_states.dtype)
-            for_states[chunk] = for_logits @ student_head[:rows]
-            if for_head is not None:
-                for_head[:rows] += for_logits.t() @ student_states[chunk]
-        # The rows of each rank contribute a part of the gradient of the states, and all of that of their own head.
-        ctx.shard.sum(for_states)
-        return for_states, None if for_head is None else for_head.to(student_head.dtype), None, None, None, None
+        scale = upstream[0]
+        return *(None if one is None else one * scale.to(one.dtype) for one in ctx.saved_tensors), None, None
 
 
-def _chunks(tensors: tuple[Tensor, ...], shard: VocabularyShard, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield each chunk of tokens, its values [n] and their gradients [n, rows] for the student's logits."""
-    student_states, student_head, teacher_states, teacher_head = tensors
-    for start in range(0, len(student_states), size):
-        chunk = slice(start, start + size)
-        log_p = logits_of(student_states[chunk], student_head[: len(teacher_head)])
-        log_q = logits_of(teacher_states[chunk], teacher_head)
-        shard.normalize_(log_p, log_q)
-        yield chunk, *reverse_kl(log_p, log_q, shard)
+class _ReverseKL(torch.autograd.Function):
+    """KL(p || q) of each token. Forward keeps the states only."""
+
+    @staticmethod
+    def forward(ctx: Any, student_states: Tensor, student_head: Tensor, task: _Task) -> Tensor:
+        ctx.save_for_backward(student_states, student_head)
+        ctx.task = task
+        return task.run(HeadInput(student_states, student_head))[0]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _, *gradients = ctx.task.run(HeadInput(*ctx.saved_tensors), upstream[0], ctx.needs_input_grad[:2])
+        return *gradients, None
+
+
+def _check_rows(student_head: Tensor, teacher_head: Tensor, name: str) -> None:
+    if len(teacher_head) > len(student_head):
+        raise ValueError(
+            f"{name}: the teacher's head has {len(teacher_head)} rows, the student's {len(student_head)}; "
+            "remove from the teacher's head the padding and the token ids that the student does not have"
+        )
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -11,15 +11,20 @@ from dataclasses import dataclass
 import torch
 
 from megatron_oprd.config import OutputConfig
-from megatron_oprd.losses.lm_head import default_chunk_tokens, logits_of
+from megatron_oprd.losses.lm_head import (
+    HeadInput,
+    add_head_gradient_,
+    auto_chunk_tokens,
+    logits_gradient,
+    slice_tokens,
+    slices,
+)
 from megatron_oprd.losses.output_space import METRICS, token_objective
 from megatron_oprd.losses.reduction import output_sums
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from megatron_oprd.parallel.sequence_rows import gather_rows, scatter_sum_rows
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import DeviceSelection
-
-HEAD_ROWS = 16384  # rows of a head's gradient that are converted to the dtype of the gradient buffer at one time
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,9 @@ class OutputLoss:
         sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=student.device)
         for number, head in enumerate(self.heads.teachers):
             for chunk in self._chunks(selection, number):
+                teacher_part = HeadInput(teacher[chunk][:, : head.shape[1]], head)
                 gradient[chunk], chunk_sums = self._chunk(
-                    student[chunk], teacher[chunk], head, token_ids[chunk], weights[chunk]
+                    student[chunk], teacher_part, token_ids[chunk], weights[chunk]
                 )
                 sums += chunk_sums
         return self._sum_over_vocabulary(gradient, selection), sums
@@ -96,28 +102,34 @@ class OutputLoss:
         return self.shard.sum(gradient)
 
     def _chunk(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        teacher_head: torch.Tensor,
-        token_ids: torch.Tensor,
-        weights: torch.Tensor,
+        self, student: torch.Tensor, teacher: HeadInput, token_ids: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the part of the gradient of `student` [n, d_S] from this rank's vocabulary, and the chunk's sums."""
         head = self.heads.student.detach()[: self.heads.rows]
-        result = token_objective(
-            logits_of(student, head, self.temperature),
-            logits_of(teacher[:, : teacher_head.shape[1]], teacher_head, self.config.teacher_temperature),
-            token_ids,
-            self.shard,
-            self.config,
-            with_metrics=self.with_metrics,
-        )
-        sums = output_sums(result, weights)
         scale = (self.config.weight / self.temperature) * weights
-        for_logits = result.gradient.mul_(scale.to(result.gradient.dtype)[:, None]).to(student.dtype)
+        sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=student.device)
+
+        def objective(student_logits: torch.Tensor, teacher_logits: torch.Tensor, part: slice) -> torch.Tensor:
+            if self.temperature != 1:
+                student_logits.div_(self.temperature)
+            if self.config.teacher_temperature != 1:
+                teacher_logits.div_(self.config.teacher_temperature)
+            result = token_objective(
+                student_logits,
+                teacher_logits,
+                token_ids[part],
+                self.shard,
+                self.config,
+                with_metrics=self.with_metrics,
+            )
+            sums.add_(output_sums(result, weights[part]))
+            return result.gradient.mul_(scale[part].to(result.gradient.dtype)[:, None])
+
+        # Without chunks (`chunk_tokens: null`), the objective has all tokens at once too.
+        size = len(student) if self.config.chunk_tokens is None else slice_tokens(len(self.heads.student))
+        for_logits = logits_gradient(HeadInput(student, head), teacher, objective, size)
         if self.heads.student.requires_grad:
-            _add_head_gradient(self.heads.student, for_logits, student)
+            add_head_gradient_(_gradient_buffer(self.heads.student), for_logits, student)
         return for_logits @ head, sums
 
     def _chunks(self, selection: DeviceSelection, teacher: int) -> list[slice] | list[torch.Tensor]:
@@ -125,31 +137,23 @@ class OutputLoss:
         num_rows = sum(selection.rows_per_rank)
         size = self.config.chunk_tokens
         if size == "auto":
-            size = default_chunk_tokens(len(self.heads.student))
+            size = auto_chunk_tokens(len(self.heads.student), self.heads.student.dtype)
         elif size is None:
             size = max(num_rows, 1)
         if len(self.heads.teachers) == 1:  # slices, which copy nothing
-            return [slice(start, start + size) for start in range(0, num_rows, size)]
+            return list(slices(num_rows, size))
         rows = selection.rows_of_teacher.get(teacher)
         return [] if rows is None else list(rows.split(size))
 
 
-def _add_head_gradient(head: torch.nn.Parameter, for_logits: torch.Tensor, states: torch.Tensor) -> None:
-    """Add for_logits^T states to the first rows of the head's gradient buffer, `main_grad` under Megatron-Core's DDP.
+def _gradient_buffer(head: torch.nn.Parameter) -> torch.Tensor:
+    """Return the gradient buffer of the head, `main_grad` under Megatron-Core's DDP.
 
     Autograd would allocate a second matrix of the head's size for every micro-batch. The gradient of a tied embedding
     is added to the same buffer.
     """
-    if getattr(head, "main_grad", None) is None:
-        if head.grad is None:
-            head.grad = torch.zeros_like(head)
-        target = head.grad
-    else:
-        target = head.main_grad
-    rows = for_logits.shape[1]
-    if target.dtype == for_logits.dtype:
-        target[:rows].addmm_(for_logits.t(), states)
-        return
-    for start in range(0, rows, HEAD_ROWS):
-        block = for_logits[:, start : start + HEAD_ROWS]
-        target[start : start + block.shape[1]].add_(block.t() @ states)
+    if getattr(head, "main_grad", None) is not None:
+        return head.main_grad
+    if head.grad is None:
+        head.grad = torch.zeros_like(head)
+    return head.grad
