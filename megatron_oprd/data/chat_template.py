@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,18 +23,22 @@ def render_text(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase,
     Plain text is one user message. Without a chat template, the result is the text itself, or the contents of all
     messages, one a line.
 
-    Raises ValueError for messages of several roles without a chat template and for a template that leaves out a system
-    or user message, and any exception of the template.
+    Raises ValueError for messages of several roles without a chat template, for a template that leaves out a message,
+    and for text that was rendered before; also raises any exception of the template.
     """
     if tokenizer.chat_template:
         messages = as_messages(prompt)
+        _check_not_rendered_before(messages, tokenizer)
         text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs))
         _check_nothing_is_left_out(messages, text)
         return text
     if isinstance(prompt, str):
         return prompt
     if len({message["role"] for message in prompt}) > 1:
-        raise ValueError("a conversation of several roles needs a chat template, and the tokenizer has none")
+        raise ValueError(
+            "a conversation of several roles needs a chat template, and the tokenizer has none; add "
+            "chat_template.jinja to its folder"
+        )
     return "\n".join(message["content"] for message in prompt)
 
 
@@ -153,5 +158,25 @@ def _template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 
 def _check_nothing_is_left_out(messages: list[Message], text: str) -> None:
     for message in messages:
-        if message["role"] in ("system", "developer", "user") and message["content"].strip() not in text:
+        # Templates may remove the thoughts of earlier answers.
+        content = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
+        if content.strip() not in text:
             raise ValueError(f"the chat template leaves out the {message['role']} message {message['content'][:40]!r}")
+
+
+def _check_not_rendered_before(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> None:
+    for token in _special_tokens(tokenizer, str(tokenizer.chat_template)):
+        if any(token in message["content"] for message in messages):
+            raise ValueError(f"the text contains {token!r}, which the chat template writes; store the plain question")
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, chat_template: str) -> tuple[str, ...]:
+    """Return the special tokens that a chat template writes. `chat_template` belongs to the key of the cache."""
+    answered = [*_PROBE, {"role": "assistant", "content": "answer"}]
+    try:
+        text = str(tokenizer.apply_chat_template(answered, tokenize=False))
+    except Exception:  # a template is a program and may raise any exception
+        return ()
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(token for token in special | set(tokenizer.all_special_tokens) if token and token in text))

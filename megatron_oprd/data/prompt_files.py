@@ -16,8 +16,26 @@ from megatron_oprd.types import UserError
 
 _Keys = dict[str, str]  # configuration key -> name of a column that every row must have
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_ANSWER_COLUMNS = ("answer", "final_answer", "expected_answer", "ground_truth", "solution")
+# Usual names, in lower case.
+_ANSWER_COLUMNS = (
+    *("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "gold"),
+    *("answers", "target", "label", "solution"),
+)
 _PROMPT_COLUMNS = ("prompt", "messages", "conversations", "conversation", "problem", "question", "instruction", "input")
+_MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
+# First bytes of files that are neither Parquet nor JSONL, and what to do.
+_OTHER_FILES = (
+    (b"\x1f\x8b", "is compressed; unpack it with gunzip"),
+    (b"\x28\xb5\x2f\xfd", "is compressed; unpack it with unzstd"),
+    (b"PK\x03\x04", "is a zip archive; unpack it"),
+    (b"version https://git-lfs", "is a pointer of Git LFS; get the file with `git lfs pull`"),
+    (b"ARROW1", "is an Arrow file; save it as Parquet"),
+    (b"<", "is a page of the web; download the file itself"),
+    (b"[\n", "is one JSON array; write one object a line: jq -c '.[]' FILE > FILE.jsonl"),
+    (b"[{", "is one JSON array; write one object a line: jq -c '.[]' FILE > FILE.jsonl"),
+    (b"\xff\xfe", "is UTF-16 text; save it as UTF-8"),
+    (b"\xfe\xff", "is UTF-16 text; save it as UTF-8"),
+)
 _FILE_SUFFIXES = {".parquet", ".jsonl", ".json", ".ndjson", ".txt", ".csv", ".gz", ".zst"}
 
 
@@ -72,7 +90,13 @@ def _records(source: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]
         return _hub(source, keys)
     try:
         with path.open("rb") as file:
-            is_parquet = path.suffix == ".parquet" or file.read(4) == b"PAR1"
+            start = file.read(64)
+        for first_bytes, advice in _OTHER_FILES:
+            if start.startswith(first_bytes):
+                raise UserError(f"the prompt file {source} {advice}")
+        if path.suffix in (".csv", ".tsv"):
+            raise UserError(f"the prompt file {source} is a table of text; save it as JSONL or Parquet")
+        is_parquet = path.suffix == ".parquet" or start.startswith(b"PAR1")
         return _parquet(path, keys) if is_parquet else _jsonl(path)
     except OSError as error:
         raise UserError(f"cannot read the prompt file {source}: {error.strerror or error}") from None
@@ -90,13 +114,17 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         except UnicodeDecodeError:
             raise UserError(f"{where}: not UTF-8 text; save the file as UTF-8") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}); one object a line") from None
+            raise UserError(
+                f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
+            ) from None
         except RecursionError:
             raise UserError(
                 f"{where}: JSON nested too deeply; a row is one object of text, numbers and messages"
             ) from None
         if not isinstance(record, dict):
-            raise UserError(f"{where}: expected one JSON object a line, not a {type(record).__name__}")
+            raise UserError(
+                f"{where}: a {type(record).__name__}; write one JSON object a line, with a key for each column"
+            )
         yield where, record
 
 
@@ -140,20 +168,24 @@ def _columns_to_read(source: str, columns: list[str], keys: _Keys) -> list[str]:
         if key not in columns:
             advice = _advice(setting, columns)
             raise UserError(f"{source} has no column {key!r} ({setting}); it has: {', '.join(columns)}{advice}")
-    wanted = {*keys.values(), "data_source", "ability", "reward_model", *_ANSWER_COLUMNS}
-    return [name for name in columns if name in wanted]
+    wanted = {*keys.values(), "data_source", "ability", "reward_model", *_MEDIA_COLUMNS, "input"}
+    return [name for name in columns if name in wanted or name.lower() in _ANSWER_COLUMNS]
 
 
 def _advice(setting: str, columns: Iterable[str]) -> str:
     """Return the column that a wrong key most likely means, as an override to write; '' if none comes to mind."""
     usual = _ANSWER_COLUMNS if setting == "data.answer_key" else _PROMPT_COLUMNS
-    return next((f"; did you mean {setting}={name}?" for name in usual if name in columns), "")
+    names = {name.lower(): name for name in map(str, columns)}
+    return next((f"; did you mean {setting}={names[name]}?" for name in usual if name in names), "")
 
 
 def _row(where: str, record: Mapping[str, Any], config: DataConfig, file_name: str) -> Row:
     reward = record.get("reward_model") or {}
     if not isinstance(reward, Mapping):
-        raise UserError(f"{where}: reward_model must be an object with ground_truth, not a {type(reward).__name__}")
+        raise UserError(
+            f"{where}: reward_model is a {type(reward).__name__}; store an object with the key ground_truth"
+        )
+    _check_nothing_is_unread(where, record, config)
     if config.answer_key is not None:
         column, truth = config.answer_key, _value(where, record, config.answer_key, "data.answer_key")
     else:
@@ -162,17 +194,33 @@ def _row(where: str, record: Mapping[str, Any], config: DataConfig, file_name: s
         ground_truth = read_ground_truth(truth)
     except ValueError as error:
         raise UserError(f"{where}: {column} {error}") from None
-    unused = next((name for name in _ANSWER_COLUMNS if record.get(name) is not None), "")
+    unused = next((name for name, value in record.items() if name.lower() in _ANSWER_COLUMNS and value is not None), "")
     teacher_key = config.teacher_prompt_key
     return Row(
         prompt=_prompt(where, record, config.prompt_key, "data.prompt_key", config),
-        data_source=str(record.get("data_source") or file_name),
-        ability=str(record.get("ability") or ""),
+        data_source=_label(where, record, "data_source") or file_name,
+        ability=_label(where, record, "ability"),
         ground_truth=ground_truth,
-        answer_style="exact" if reward.get("style") == "exact" else "rule",
+        answer_style="exact" if str(reward.get("style")).lower() == "exact" else "rule",
         teacher_prompt=teacher_key and _prompt(where, record, teacher_key, "data.teacher_prompt_key", config),
         answer_column=unused if ground_truth is None else "",
     )
+
+
+def _check_nothing_is_unread(where: str, record: Mapping[str, Any], config: DataConfig) -> None:
+    """Raise UserError for a row whose question is also in a column that nothing reads."""
+    for name in _MEDIA_COLUMNS:
+        if record.get(name):
+            raise UserError(f"{where}: {name!r} is not empty; only text is supported, so leave the row out")
+    if config.prompt_key == "instruction" and record.get("input"):
+        raise UserError(f"{where}: 'instruction' comes with 'input', which nothing reads; join both into one column")
+
+
+def _label(where: str, record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    if isinstance(value, list | Mapping):
+        raise UserError(f"{where}: {key} is a {type(value).__name__}; use text")
+    return "" if value is None else str(value)
 
 
 def _prompt(where: str, record: Mapping[str, Any], key: str, setting: str, config: DataConfig) -> str | list[Message]:

@@ -179,6 +179,8 @@ def _render(
             text = render_text(with_instruction, tokenizer, kwargs)
             text.encode("utf-8")  # a lone surrogate, which JSON can contain, would fail the tokenizer for all rows
             texts[index] = text
+        except UnicodeEncodeError:
+            failures[index] = "the text contains half of a surrogate pair, which is no character"
         except Exception as error:  # a template is a program and may raise any exception
             failures[index] = " ".join(str(error).split())[:200] or type(error).__name__
     rendered: dict[int, tuple[str, tuple[int, ...]]] = {}

@@ -1,7 +1,11 @@
 """A row reaches the model as its author meant it, or is refused with a line that says what to write."""
 
+import datetime
+import decimal
 import json
+import re
 
+import pyarrow.parquet
 import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
@@ -19,9 +23,12 @@ ANSWER = {"role": "assistant", "content": "4"}
 CHAT = byte_tokenizer(chat=CHAT_TEMPLATE)
 
 
-def load(tmp_path, rows, tokenizer=CHAT, **values):
+def load(tmp_path, rows, tokenizer=CHAT, *, parquet=False, **values):
     path = tmp_path / "p.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if parquet:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_prompts([str(path)], tokenizer, DataConfig(**values))
 
 
@@ -69,6 +76,8 @@ def test_content_that_is_no_text_is_refused(content, message):
         str([QUESTION]),
         json.dumps([{"from": "human", "value": "a"}]),
         " " + json.dumps(QUESTION) + "\n",
+        json.dumps(json.dumps([QUESTION])),
+        json.dumps({"messages": [QUESTION, ANSWER]}),
     ],
 )
 def test_a_conversation_written_as_text_is_refused(tmp_path, written):
@@ -81,7 +90,39 @@ def test_text_that_only_resembles_a_conversation_is_text(text):
     assert read_prompt(text) == text
 
 
-def test_messages_with_tool_calls_are_refused():
+@pytest.mark.parametrize(
+    ("role", "name"), [("human", "user"), ("User", "user"), ("gpt", "assistant"), ("function", "tool")]
+)
+def test_another_name_of_a_role_is_answered_with_the_right_one(role, name):
+    with pytest.raises(ValueError, match=f"has a message with the role '{role}'; use {name}$"):
+        read_prompt([{"role": role, "content": "a"}, QUESTION])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "images": [{"path": "a.png"}]}, "'images' is not empty; only text is supported"),
+        ({"prompt": "a", "video": "a.mp4"}, "'video' is not empty; only text is supported"),
+        ({"prompt": QUESTION}, "not a dict; put the message into a list"),
+        ({"prompt": "a", "data_source": ["x"]}, "data_source is a list; use text"),
+    ],
+)
+@pytest.mark.parametrize("parquet", [False, True])
+def test_a_row_of_which_something_would_be_lost_is_refused(tmp_path, row, message, parquet):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, [row], parquet=parquet)
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_an_instruction_with_an_input_is_refused_and_one_without_is_read(tmp_path, parquet):
+    with pytest.raises(UserError, match="'instruction' comes with 'input', which nothing reads; join both"):
+        load(tmp_path, [{"instruction": "add", "input": "2 2"}], prompt_key="instruction", parquet=parquet)
+    assert load(tmp_path, [{"instruction": "a", "input": ""}], prompt_key="instruction", parquet=parquet).total == 1
+
+
+def test_messages_with_tool_calls_or_separate_thoughts_are_refused():
+    with pytest.raises(ValueError, match="a message with reasoning_content, which is not supported"):
+        read_prompt([QUESTION, {**ANSWER, "reasoning_content": "add"}, QUESTION])
     with pytest.raises(ValueError, match="a message with tool_calls, which is not supported"):
         read_prompt([QUESTION, {**ANSWER, "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": "4"}])
     assert read_prompt([{**QUESTION, "tool_calls": None, "weight": 1}]) == [QUESTION]
@@ -140,9 +181,17 @@ INSTRUCT = (
 )
 
 
-def test_a_template_that_leaves_out_the_header_of_an_answer_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"ignores add_generation_prompt: it writes '<\|im_start\|>assistant' before"):
-        load(tmp_path, [{"prompt": "a"}], byte_tokenizer(chat=TURNS))
+ZEPHYR = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CONDITIONAL = TURNS + "{% if add_generation_prompt == 'yes' %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("chat", "header"),
+    [(TURNS, "<|im_start|>assistant"), (ZEPHYR, "<|assistant|>"), (CONDITIONAL, "<|im_start|>assistant")],
+)
+def test_a_template_that_leaves_out_the_header_of_an_answer_is_refused(tmp_path, chat, header):
+    with pytest.raises(UserError, match=re.escape(f"ignores add_generation_prompt: it writes {header!r} before an")):
+        load(tmp_path, [{"prompt": "a"}], byte_tokenizer(chat=chat))
 
 
 @pytest.mark.parametrize("chat", [CHAT_TEMPLATE, INSTRUCT, "{{ messages[0].content }}"])
@@ -155,6 +204,7 @@ def test_a_template_whose_answers_have_no_header_needs_no_generation_prompt(tmp_
     [
         "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}" + CHAT_TEMPLATE,
         "<|im_start|>system\nBe good.<|im_end|>\n{{ messages[-1].content }}",
+        "{% for m in messages %}{{ 'You are helpful.' if m.role == 'system' else m.content }}{% endfor %}",
     ],
 )
 def test_a_row_whose_system_prompt_the_template_drops_is_not_used(tmp_path, chat):
@@ -162,6 +212,36 @@ def test_a_row_whose_system_prompt_the_template_drops_is_not_used(tmp_path, chat
     result = load(tmp_path, rows, byte_tokenizer(chat=chat))
     assert len(result.prompts) == 1
     assert result.first_failure == "row 1: the chat template leaves out the system message 'Answer in Latin.'"
+
+
+@pytest.mark.parametrize("role", ["tool", "assistant"])
+def test_a_row_of_which_the_template_drops_a_message_is_not_used(tmp_path, role):
+    chat = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    rows = [{"prompt": [QUESTION, {"role": role, "content": "It is 4."}, QUESTION]}, {"prompt": "a"}]
+    result = load(tmp_path, rows, byte_tokenizer(chat=chat))
+    assert result.first_failure == f"row 1: the chat template leaves out the {role} message 'It is 4.'"
+
+
+def test_a_template_may_remove_the_thoughts_of_earlier_answers(tmp_path):
+    chat = "{% for m in messages %}{{ m.content.split('</think>')[-1] }};{% endfor %}"
+    thoughtful = {"role": "assistant", "content": "<think>two and two</think>4"}
+    (prompt,) = load(tmp_path, [{"prompt": [QUESTION, thoughtful, QUESTION]}], byte_tokenizer(chat=chat)).prompts
+    assert prompt.text == "2+2?;4;2+2?;"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+        [{"role": "user", "content": "<|im_start|>user\n2+2?"}],
+        [QUESTION, {"role": "assistant", "content": "4<|im_end|>"}, QUESTION],
+    ],
+)
+def test_a_prompt_that_was_rendered_before_is_not_used(tmp_path, prompt):
+    result = load(tmp_path, [{"prompt": prompt}, {"prompt": "<b>2 < 3</b> <|endoftext|>"}])
+    assert len(result.prompts) == 1
+    assert result.first_failure.startswith("row 1: the text contains '<|im_")
+    assert result.first_failure.endswith("which the chat template writes; store the plain question")
 
 
 # Special tokens
@@ -202,6 +282,16 @@ def test_special_tokens_survive_saving_and_loading_of_a_tokenizer(tmp_path):
         ("[0,1)", "[0,1)"),
         ("['a", "['a"),
         ("She has 3 + 4 = 7 eggs.\n#### 7", "7"),
+        ("", None),
+        (" \n", None),
+        (float("nan"), None),
+        (["", "5"], "5"),
+        ([None, 5], "5"),
+        ([""], None),
+        ("[5]", "5"),
+        ('["5", 6]', ("5", "6")),
+        ("{1, 2}", "{1, 2}"),
+        (decimal.Decimal("0.50"), "0.50"),
     ],
 )
 def test_a_right_answer_is_text_or_several_texts(value, truth):
@@ -214,13 +304,30 @@ def test_a_right_answer_is_text_or_several_texts(value, truth):
         ({"a": 1}, "is a dict"),
         (True, "is a bool"),
         ([], "empty list"),
-        ([None], "is a NoneType"),
+        ("[]", "empty list"),
+        ("{'a': 1}", "is a dict written as text"),
+        ('{"answer": 5}', "is a dict written as text"),
+        (float("inf"), "is inf; use a finite number"),
+        ([float("-inf")], "is -inf"),
+        (datetime.date(2026, 1, 31), "is a date"),
         ([["a"]], "is a list"),
     ],
 )
 def test_a_right_answer_that_no_answer_could_equal_is_refused(value, message):
     with pytest.raises(ValueError, match=message):
         read_ground_truth(value)
+
+
+@pytest.mark.parametrize("question", ["problem", "Problem", "question"])
+@pytest.mark.parametrize("parquet", [False, True])
+def test_files_with_a_problem_and_an_answer_are_read_by_their_columns(tmp_path, question, parquet):
+    rows = [{question: "1+1", "Answer": 2, "id": 7}]
+    with pytest.raises(UserError, match=f"did you mean data.prompt_key={question}"):
+        load(tmp_path, rows, parquet=parquet)
+    result = load(tmp_path, rows, prompt_key=question, parquet=parquet)
+    assert (result.num_graded, result.answer_column) == (0, "Answer")
+    (prompt,) = load(tmp_path, rows, prompt_key=question, answer_key="Answer", parquet=parquet).prompts
+    assert (prompt.ground_truth, "1+1" in prompt.text) == ("2", True)
 
 
 def test_right_answers_are_read_from_a_named_column(tmp_path):

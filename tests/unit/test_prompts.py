@@ -1,5 +1,6 @@
 """Every row of a prompt file becomes a prompt, is counted with a reason, or stops the program with its line."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -202,6 +203,39 @@ def test_jsonl_lines_end_at_newlines_alone(tmp_path):
     assert texts(str(path)) == ["a\u2028b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}'), "is compressed; unpack it with gunzip"),
+        ("p.jsonl", gzip.compress(b'{"prompt": "a"}'), "is compressed; unpack it with gunzip"),
+        ("p.zip", b"PK\x03\x04", "is a zip archive"),
+        ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS; get the file with"),
+        ("p.jsonl", b"<!DOCTYPE html>", "is a page of the web"),
+        ("p.arrow", b"ARROW1\0\0", "is an Arrow file; save it as Parquet"),
+        ("p.json", b'[{"prompt": "a"}]', "is one JSON array; write one object a line: jq -c"),
+        ("p.json", b'[\n  {"prompt": "a"}\n]', "is one JSON array; write one object a line: jq -c"),
+        ("p.jsonl", '{"prompt": "a"}'.encode("utf-16"), "is UTF-16 text; save it as UTF-8"),
+        ("p.jsonl", '{"prompt": "é"}'.encode("latin-1"), "line 1: not UTF-8 text; save the file as UTF-8"),
+        ("p.csv", b"prompt,answer\na,1\n", "is a table of text; save it as JSONL or Parquet"),
+        ("p.jsonl", b'{"prompt": "a"},\n', "line 1: not JSON .*write one object a line"),
+        ("p.jsonl", b'{"prompt": "a",}\n', "line 1: not JSON .*write one object a line"),
+        ("p.jsonl", b'{"prompt": "a"}\r{"prompt": "b"}\r', "line 1: not JSON .*write one object a line"),
+        ("p.jsonl", b'{"prompt": NaN}\n', "line 1: 'prompt' must be a string or a list"),
+    ],
+)
+def test_a_file_of_another_format_is_refused_with_what_to_do(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        texts(str(tmp_path / name))
+
+
+def test_nested_columns_of_parquet_are_read(tmp_path):
+    part = {"type": "text", "text": "q", "image_url": None}
+    message = {"role": "user", "content": [part, part], "tool_calls": None, "name": None}
+    path = write_parquet(tmp_path / "p.parquet", [{"prompt": [message], "images": [], "extra_info": {"a": {"b": [1]}}}])
+    assert texts(path) == ["qq"]
+
+
 def test_another_prompt_column_can_be_named(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"question": "a"}])
     assert texts(path, prompt_key="question") == ["a"]
@@ -219,7 +253,7 @@ GOOD = b'{"prompt": "a"}\n'
         (b"\n\n", "has no rows"),
         (GOOD + b"\xff\xfe\n", "line 2: not UTF-8"),
         (GOOD + b'\n{"prompt": \n', "line 3: not JSON"),
-        (GOOD + b'["a"]\n', "line 2: expected one JSON object a line, not a list"),
+        (GOOD + b'["a"]\n', "line 2: a list; write one JSON object a line"),
         (GOOD + b"[" * 100_000, "line 2: JSON nested too deeply"),
         (GOOD + b'{"text": "a"}\n', "line 2: no 'prompt' .*it has: text"),
         (GOOD + b"{}\n", "line 2: no 'prompt'"),
@@ -240,7 +274,10 @@ GOOD = b'{"prompt": "a"}\n'
         (GOOD + b'{"prompt": [{"role": "narrator", "content": "a"}]}\n', "'narrator'; use system, developer, user"),
         (GOOD + b'{"messages": [{"role": "user", "content": "a"}]}\n', "did you mean data.prompt_key=messages"),
         (GOOD + b'{"problem": "a", "answer": "4"}\n', "did you mean data.prompt_key=problem"),
-        (GOOD + b'{"prompt": "a", "reward_model": "4"}\n', "line 2: reward_model must be an object"),
+        (
+            GOOD + b'{"prompt": "a", "reward_model": "4"}\n',
+            "line 2: reward_model is a str; store an object with the key ground_truth",
+        ),
     ],
 )
 def test_an_error_in_jsonl_names_file_and_line(tmp_path, content, message):
