@@ -3,7 +3,7 @@
 ci/run.sh runs one command of each program, without the slow benchmarks. ci/nightly.sh runs all commands.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -224,6 +224,8 @@ def test_other_commands_of_a_page_name_what_exists():
             assert int(arguments[arguments.index("--nodes") + 1]) * 8 == recipe["parallel"]["world_size"]
         elif program == "pip":
             assert set(re.findall(r"(?:^|[ .])\.?\[(\w+)\]", line)) <= set(extras)
+        elif program == "python":
+            assert arguments[0] == "-m" and importlib.util.find_spec(arguments[1])
         else:
             assert program in {"hf", "mkdocs", "source", "head", "git", "cd"}, line
 
