@@ -30,7 +30,9 @@ class MicroBatch(TappedSeqParams):
     lengths: torch.Tensor  # [tokens] int64: length of each token's sequence; LongRoPE needs it
     bounds: tuple[int, ...]  # cumulative lengths of the packed sequences; whole sequences under context parallelism too
     context: ContextPart | None = None  # None: this rank has whole sequences
-    rotary: tuple[torch.Tensor, torch.Tensor] | None = None  # cos, sin [tokens, 1, rotary_dim]; set by the model
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = (
+        None  # cos and `signed` sin [tokens, 1, rotary_dim]; set by the model
+    )
     fused_packing: PackedSeqParams | None = None  # for Transformer Engine; set by the first layer
     logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head
 

@@ -11,7 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_oprd.models import micro_batch
-from megatron_oprd.models.rotary import Rotary
+from megatron_oprd.models.rotary import Rotary, signed
 from megatron_oprd.types import FINAL_STATES
 
 
@@ -89,7 +89,7 @@ class HiddenStateModel(GPTModel):
     def _preprocess(self, *args: Any, **kwargs: Any) -> Any:
         batch = micro_batch.of(kwargs)
         cos, sin = self.rotary(batch.position_ids, batch.lengths)
-        batch.rotary = cos.to(self.config.params_dtype), sin.to(self.config.params_dtype)
+        batch.rotary = cos.to(self.config.params_dtype), signed(sin).to(self.config.params_dtype)
         prepared = super()._preprocess(*args, **kwargs)
         if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and prepared[0] is not None:
             # Under a frozen embedding the input has no gradient, and recomputation would skip backward of the layers.
