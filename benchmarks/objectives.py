@@ -46,7 +46,7 @@ from megatron_oprd import train
 from megatron_oprd.config import load_config
 from megatron_oprd.evaluate import evaluate_model
 from megatron_oprd.evaluation.scores import score
-from megatron_oprd.launch.inputs import read_evaluation_inputs
+from megatron_oprd.launch.evaluation_inputs import read_evaluation_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 ROUNDS = 4

@@ -22,7 +22,7 @@ from megatron_oprd.evaluation.grading import Sample
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
 from megatron_oprd.evaluation.scores import score_by_source
 from megatron_oprd.launch.assemble import make_evaluator
-from megatron_oprd.launch.inputs import EvaluationInputs, read_evaluation_inputs
+from megatron_oprd.launch.evaluation_inputs import EvaluationInputs, read_evaluation_inputs
 from megatron_oprd.launch.models import build_student_stage, start_topology
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.guard import guarded

@@ -94,8 +94,6 @@ def fit(run: Run) -> Stop | None:
         state, metrics, rollouts = one_step(run, state)
         saver.after_step()
         observers.after_step(metrics, rollouts)
-        if due(state.step, config.evaluation.every, last_step()):
-            observers.evaluate(state.step)
         signal = received_by_any(run.topology, state.step)
         if signal is not None or due(state.step, settings.every, last_step()) or saver.is_overdue():
             saved = saver.save(state)

@@ -23,7 +23,7 @@ from megatron_oprd.bridge import fit
 from megatron_oprd.config import load_config
 from megatron_oprd.evaluate import evaluate_model
 from megatron_oprd.evaluation.scores import score
-from megatron_oprd.launch.inputs import read_evaluation_inputs
+from megatron_oprd.launch.evaluation_inputs import read_evaluation_inputs
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.runtime import platform

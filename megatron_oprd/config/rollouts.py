@@ -189,8 +189,17 @@ class EvaluationConfig(Section):
         0, ge=0, description="evaluate at the start, at the end and every so many steps; 0: never",
         json_schema_extra=STEPS,
     )  # fmt: skip
-    data: list[PathText] = Field([], description="prompt files with the right answers")
-    samples: int = Field(16, ge=1, description="answers to each prompt")
+    data: list[PathText] = Field([], description="prompt files, with the right answers if there are any")
+    samples: int = Field(16, ge=0, description="answers of the student to each prompt; 0: none")
     temperature: float = Field(0.7, ge=0.0, description="sampling temperature; 0: greedy")
     top_p: float = Field(0.95, gt=0.0, le=1.0, description="nucleus sampling; 1: off")
     max_new_tokens: int = Field(31744, ge=1, description="longest answer", json_schema_extra=TOKENS)
+    teacher_answers: Literal["auto"] | bool = Field(
+        "auto",
+        description="let the teacher answer each prompt once, and measure the student on these answers; auto: if no "
+        "prompt has a right answer and there is one teacher with the student's tokenizer",
+    )
+    answers_dir: PathText | None = Field(
+        None,
+        description="folder of the teacher's answers, which runs may share; null: teacher_answers in train.run_dir",
+    )

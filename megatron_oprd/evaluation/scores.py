@@ -7,9 +7,20 @@ from collections.abc import Sequence
 from megatron_oprd.evaluation.grading import Sample
 
 ALL_SOURCES = "all"
+Scores = dict[str, dict[str, float]]  # data source -> metric -> value
 
 
-def score_by_source(samples: Sequence[Sample], samples_per_prompt: int) -> dict[str, dict[str, float]]:
+def merge_scores(first: Scores, second: Scores) -> Scores:
+    """Return the metrics of both for each data source; the sources of `second` come first."""
+    return {source: first.get(source, {}) | second.get(source, {}) for source in {**second, **first}}
+
+
+def over_all_sources(scores: Scores) -> dict[str, float]:
+    """Return the metrics over all data sources, or of the only one; an empty dict without scores."""
+    return scores.get(ALL_SOURCES) or next(iter(scores.values()), {})
+
+
+def score_by_source(samples: Sequence[Sample], samples_per_prompt: int) -> Scores:
     """Return the metrics (see `score`) of each data source, in order of appearance.
 
     With several sources the entry `all` has the metrics over all problems.
@@ -31,7 +42,8 @@ def score(samples: Sequence[Sample], samples_per_prompt: int) -> dict[str, float
         best@n: fraction of these problems with at least one correct sample.
         dist-4g: `distinct_4grams` of a problem's responses, averaged over the problems that have 4-grams.
         mean_length: mean number of tokens of a response.
-        unanswered, truncated: fractions of the samples without an answer, and cut off at the length limit.
+        unanswered: fraction of the samples of these problems without an answer.
+        truncated: fraction of the samples that were cut off at the length limit.
 
     Raises ValueError when a problem has more or fewer than n samples: `avg@n` would be another mean than its name says.
     """
@@ -54,7 +66,8 @@ def score(samples: Sequence[Sample], samples_per_prompt: int) -> dict[str, float
     if known:
         metrics["dist-4g"] = _mean(known)
     metrics["mean_length"] = _mean([float(s.num_tokens) for s in samples])
-    metrics["unanswered"] = _mean([float(not s.answered) for s in samples])
+    if graded:
+        metrics["unanswered"] = _mean([float(not s.answered) for group in graded for s in group])
     metrics["truncated"] = _mean([float(s.finish_reason == "length") for s in samples])
     return metrics
 

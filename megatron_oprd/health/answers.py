@@ -17,6 +17,7 @@ from megatron_oprd.data.prompts import PromptState, take
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.grading import grade
 from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.launch.lengths import answer_limits
 from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.batch_rows import rows_at_a_time
@@ -66,19 +67,15 @@ def choose_prompts(inputs: Inputs) -> tuple[list[Prompt], list[int]]:
         shuffle = prompt_set is inputs.evaluation_prompts or config.data.shuffle
         prompts = prompt_set.prompts
         prompts, _ = take(prompts, PromptState(), len(prompts), seed=config.train.seed, shuffle=shuffle)
-    most_tokens = min(
-        inputs.setup.student.max_position_embeddings,
-        config.batch.max_tokens_per_micro_batch,
-        *(teacher.spec.max_position_embeddings for teacher in inputs.setup.teachers.values()),
-    )
-    room = [most_tokens - max(len(prompt.prompt_ids), len(prompt.teacher_prompt_ids or ())) for prompt in prompts]
-    chosen = [pair for pair in zip(prompts, room, strict=True) if pair[1] > 0][-config.health.prompts :]
+    limits = answer_limits(config, inputs.setup, prompts, config.health.max_new_tokens)
+    chosen = [pair for pair in zip(prompts, limits, strict=True) if pair[1] > 0][-config.health.prompts :]
     if not chosen:
         raise UserError(
-            f"health.every={config.health.every}: no prompt leaves room for an answer in {most_tokens} tokens (batch."
-            "max_tokens_per_micro_batch and the positions of the models); raise it or set health.every=0"
+            f"health.every={config.health.every}: no prompt leaves room for an answer in batch.max_tokens_per_micro_"
+            f"batch={config.batch.max_tokens_per_micro_batch} tokens and the positions of the models; raise it or set "
+            "health.every=0"
         )
-    return [prompt for prompt, _ in chosen], [min(config.health.max_new_tokens, tokens) for _, tokens in chosen]
+    return [prompt for prompt, _ in chosen], [limit for _, limit in chosen]
 
 
 def generate_answers(

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_oprd.evaluation.live_report import LiveReport
+from megatron_oprd.evaluation.measure import MeasuredModels, measure_by_source
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
-from megatron_oprd.evaluation.scores import score_by_source
+from megatron_oprd.evaluation.scores import Scores, merge_scores, over_all_sources, score_by_source
 from megatron_oprd.health.cut_answers import cut_answers_warning
 from megatron_oprd.health.watch import HealthWatch, begin_watch, resume_watch
 from megatron_oprd.launch.assemble import Run
+from megatron_oprd.launch.measured import measured_models
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.straggler import measure_straggler
 from megatron_oprd.runtime import progress
 from megatron_oprd.training.run_log import RunLog, make_run_log
+from megatron_oprd.training.state import due
 from megatron_oprd.types import Rollout
 
 
@@ -30,14 +33,19 @@ class Observers:
     log: RunLog
     report: LiveReport
     watch: HealthWatch | None  # None: health.every is 0
+    on_answers: MeasuredModels | None  # the models that the teacher's answers are measured with; None: it has none
 
     def after_step(self, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
-        """Check the health and the speed of the ranks where due, and log the step with all its metrics."""
+        """Check the health and the speed of the ranks where due, log the step with all its metrics, and evaluate."""
         inputs, step = self.run.inputs, int(metrics["step"])
         measured = dict(metrics)
         progress.enter("health", step)
         if self.watch is not None:
             measured |= self.watch.after_step(step, metrics)
+        last_step = step if self.reason_to_stop() else inputs.config.train.steps
+        is_evaluated = due(step, inputs.config.evaluation.every, last_step)
+        on_answers = self._measure_teacher_answers(step) if is_evaluated else {}
+        measured |= {f"evaluation/{name}": value for name, value in over_all_sources(on_answers).items()}
         progress.enter("log", step)
         measured |= measure_straggler(inputs.config.watchdog, self.run.topology, step)
 
@@ -52,21 +60,39 @@ class Observers:
             self.report.update()
 
         on_rank_zero(write)
+        if is_evaluated:
+            self._evaluate(step, on_answers)
 
-    def evaluate(self, step: int) -> None:
-        """Evaluate the student on `evaluation.data`, if it is configured; log the scores and check the accuracy."""
+    def evaluate_start(self) -> None:
+        """Evaluate the start model, if training evaluates."""
+        self._evaluate(0, self._measure_teacher_answers(0))
+
+    def _measure_teacher_answers(self, step: int) -> Scores:
+        """Return the student's metrics on the teacher's answers by data source, if the teacher has answered."""
+        rollout = self.run.inputs.config.rollout
+        if self.on_answers is None:
+            return {}
+        progress.enter("evaluation", step)
+        at_once = rollout.prompts_per_step * rollout.samples_per_prompt  # as many as a training step has
+        return measure_by_source(self.on_answers, self.run.models.teacher_answers, at_once)
+
+    def _evaluate(self, step: int, on_answers: Scores) -> None:
+        """Sample answers of the student and grade them; log the scores and check the accuracy."""
         run, config = self.run, self.run.inputs.config
         prompts, tokenizer = run.inputs.evaluation_prompts, run.inputs.tokenizer
-        if run.evaluator is None or prompts is None or tokenizer is None:
+        if prompts is None or tokenizer is None:
             return
         progress.enter("evaluation", step)
-        samples = evaluate_over_ranks(run.evaluator, prompts.prompts, tokenizer, run.topology)
+        samples = []
+        if run.evaluator is not None:
+            samples = evaluate_over_ranks(run.evaluator, prompts.prompts, tokenizer, run.topology)
         name = {0: "before", config.train.steps: "after"}.get(step, f"step {step}")
 
-        def write() -> dict[str, dict[str, float]]:
-            scores = score_by_source(samples, config.evaluation.samples)
+        def write() -> Scores:
+            scores = merge_scores(on_answers, score_by_source(samples, config.evaluation.samples))
             self.log.evaluation(step, name, scores)
-            write_samples(self.log.run_dir / "evaluations" / f"step_{step:07d}.jsonl", step, samples)
+            if samples:
+                write_samples(self.log.run_dir / "evaluations" / f"step_{step:07d}.jsonl", step, samples)
             self.report.update(now=True)
             return scores
 
@@ -91,9 +117,10 @@ def start_observers(run: Run, step: int) -> Observers:
     log = make_run_log(run.inputs.config)
     report = LiveReport(run.inputs.run_dir)
     on_rank_zero(partial(log.open, step))
+    on_answers = measured_models(run, layers=True) if run.models.teacher_answers else None
     if step > 0:
-        return Observers(run, log, report, resume_watch(run, log))
+        return Observers(run, log, report, resume_watch(run, log), on_answers)
     progress.enter("health", step)
-    observers = Observers(run, log, report, begin_watch(run, log))
-    observers.evaluate(step)
+    observers = Observers(run, log, report, begin_watch(run, log), on_answers)
+    observers.evaluate_start()
     return observers

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_oprd.config import Config
+from megatron_oprd.evaluation.measure import MeasuredModels, measure_answers
 from megatron_oprd.health.answers import (
     AnswerCounts,
     choose_prompts,
@@ -22,10 +23,9 @@ from megatron_oprd.health.answers import (
     keep_answers,
     load_answers,
 )
-from megatron_oprd.health.measure import MeasuredModels, has_teacher_distribution, measure_answers
 from megatron_oprd.health.rule import Check, HealthHistory, HealthWarning, new_warnings
 from megatron_oprd.launch.assemble import Run
-from megatron_oprd.launch.models import load_heads
+from megatron_oprd.launch.measured import measured_models
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import due
@@ -94,7 +94,8 @@ class HealthWatch:
         return self.config.rollout.generates and self.config.rollout.horizon in (None, "auto")
 
     def _measure(self, step: int) -> Check:
-        return Check(step, **dataclasses.asdict(measure_answers(self.models, self.answers)))
+        measured = measure_answers(self.models, self.answers)
+        return Check(step, measured.perplexity, measured.entropy, measured.reverse_kl)
 
     def _warn(self, step: int) -> None:
         """Log the new warnings. Rank 0 judges for all ranks, so that all of them stop after the same step."""
@@ -119,7 +120,7 @@ def begin_watch(run: Run, log: RunLog) -> HealthWatch | None:
     prompts, limits = choose_prompts(inputs)
     answers = generate_answers(inputs, run.student.stage, run.topology, prompts, limits)
     kept, counts = on_rank_zero(partial(keep_answers, inputs.run_dir, inputs.tokenizer, prompts, answers))
-    watch = HealthWatch(inputs.config, _measured_models(run), log, tuple(kept))
+    watch = HealthWatch(inputs.config, measured_models(run, layers=False), log, tuple(kept))
     watch.check_start(counts)
     return watch
 
@@ -135,7 +136,7 @@ def resume_watch(run: Run, log: RunLog) -> HealthWatch | None:
     answers, history = on_rank_zero(
         lambda: (load_answers(inputs.run_dir, inputs.setup.student.vocab_size), read_history(inputs.run_dir))
     )
-    return HealthWatch(inputs.config, _measured_models(run), log, answers, history)
+    return HealthWatch(inputs.config, measured_models(run, layers=False), log, answers, history)
 
 
 def read_history(run_dir: Path) -> HealthHistory:
@@ -156,20 +157,6 @@ def read_history(run_dir: Path) -> HealthHistory:
         if line["name"] != "teacher":
             history = history.with_evaluation(line["data"])
     return history
-
-
-def _measured_models(run: Run) -> MeasuredModels:
-    inputs, setup, stage = run.inputs, run.inputs.setup, run.student.stage
-    models = MeasuredModels(stage, setup.student, run.topology, inputs.config.batch, setup.precision.pad_tokens)
-    if not has_teacher_distribution(run.teachers) or inputs.aligner is not None:  # a KL needs a common vocabulary
-        return models
-    (teacher,) = run.teachers
-    heads = (
-        (lambda: run.heads)
-        if setup.layer_plan.output
-        else partial(load_heads, inputs.model_inputs, stage, run.topology)
-    )
-    return dataclasses.replace(models, teacher=teacher, load_heads=heads)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

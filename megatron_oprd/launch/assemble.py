@@ -11,6 +11,7 @@ from megatron_oprd.checkpoint.weights import content_hash
 from megatron_oprd.config import Config
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.models import (
+    Topologies,
     build_student_stage,
     build_teachers,
     build_trained_student,
@@ -20,6 +21,7 @@ from megatron_oprd.launch.models import (
 )
 from megatron_oprd.launch.rollout_servers import build_vllm_engine, start_servers
 from megatron_oprd.launch.step_data import next_prompts
+from megatron_oprd.launch.teacher_answers import EVALUATION_SEED, AnswerRequest, teacher_answers
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
@@ -36,9 +38,7 @@ from megatron_oprd.training.ahead import RolloutSource
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import ModelSpec
-
-EVALUATION_SEED = 1_000_003  # added to train.seed: every evaluation draws the same numbers, other ones than training
+from megatron_oprd.types import ModelSpec, Rollout
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Models:
     stage: Stage  # the student's chunks on this rank
     teachers: tuple[Teacher, ...]  # in the order of the configuration
     engine: RolloutEngine
+    teacher_answers: tuple[Rollout, ...] = ()  # to the evaluation prompts; empty: evaluations measure none
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Run:
     models: Models
     student: Student  # the chunks of `models.stage` with their optimizer
     heads: Heads | None  # the LM heads of an output-space objective, on the student's last stage
-    evaluator: RolloutEngine | None  # None: training does not evaluate
+    evaluator: RolloutEngine | None  # None: no evaluation samples answers of the student
     identities: dict[str, Identity]  # of the teachers, by data_source; a checkpoint stores them
     student_hash: str  # of the student's first weights; a checkpoint stores it
 
@@ -98,10 +99,10 @@ class Run:
 
 def build_run(inputs: Inputs) -> Run:
     """Start the process group and build this rank's part of every model. Collective over the world."""
-    config, setup, models = inputs.config, inputs.setup, build_models(inputs)
+    config, setup, models = inputs.config, inputs.setup, build_models(inputs, evaluates=True)
     topology, stage = models.topology, models.stage
     evaluator = None
-    if inputs.evaluation_prompts is not None:
+    if inputs.evaluation_prompts is not None and config.evaluation.samples:
         evaluator = make_evaluator(config, stage, setup.student, topology)
     return Run(
         inputs,
@@ -114,8 +115,11 @@ def build_run(inputs: Inputs) -> Run:
     )
 
 
-def build_models(inputs: Inputs) -> Models:
-    """Start the process group and load this rank's part of student and teachers. Collective over the world."""
+def build_models(inputs: Inputs, *, evaluates: bool = False) -> Models:
+    """Start the process group and load this rank's part of student and teachers. Collective over the world.
+
+    `evaluates`: let the teacher answer the evaluation prompts first, if the inputs ask for that.
+    """
     config, setup = inputs.config, inputs.setup
     topologies = start_topologies(config, setup)
     topology = topologies.student
@@ -123,6 +127,8 @@ def build_models(inputs: Inputs) -> Models:
         tokens = setup.precision.pad_tokens * topology.tensor_size
         start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=setup.student.hidden_size)
     on_rank_zero(partial(_check_bridge, inputs))
+    # The teacher answers before the models of the run take memory.
+    answers = _teacher_answers(inputs, topologies) if evaluates and inputs.teacher_answers else ()
     servers = start_servers(inputs)
     stage = build_student_stage(config, setup, topology)
     teachers = build_teachers(inputs.model_inputs, topologies)
@@ -130,7 +136,14 @@ def build_models(inputs: Inputs) -> Models:
         engine = _engine(inputs, stage, topology)
     else:
         engine = build_vllm_engine(inputs, servers, stage, topology)
-    return Models(topology, stage, teachers, _with_horizon(inputs, engine))
+    return Models(topology, stage, teachers, _with_horizon(inputs, engine), answers)
+
+
+def _teacher_answers(inputs: Inputs, topologies: Topologies) -> tuple[Rollout, ...]:
+    assert inputs.evaluation_prompts is not None and inputs.tokenizer is not None  # read with the answers in mind
+    prompts, (topology,) = inputs.evaluation_prompts.prompts, topologies.teachers
+    request = AnswerRequest(inputs.config, inputs.setup, inputs.tokenizer, prompts, inputs.vocab_size)
+    return teacher_answers(request, topology)
 
 
 def _check_bridge(inputs: Inputs) -> None:

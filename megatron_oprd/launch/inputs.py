@@ -17,6 +17,7 @@ from megatron_oprd.data.end_tokens import EndTokens, find_end_tokens
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import has_tokenizer
+from megatron_oprd.launch.evaluation_inputs import read_evaluation_prompts
 from megatron_oprd.launch.lengths import (
     Lengths,
     check_lengths,
@@ -29,7 +30,7 @@ from megatron_oprd.launch.lengths import (
 from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, longest_prompts
 from megatron_oprd.launch.models import ModelInputs
 from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_dtype, with_end_tokens
-from megatron_oprd.launch.tokenizers import Tokenizers, read_student_tokenizer, read_tokenizers
+from megatron_oprd.launch.tokenizers import Tokenizers, read_tokenizers
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.rollout.replay import check_enough, load_replay
 from megatron_oprd.rollout.server_checks import check_student
@@ -53,6 +54,7 @@ class Inputs:
     bridge_origin: Origin | None  # models, tokenizers and positions that the bridge must be fitted for
     missing: MissingInputs  # what a dry run does without
     end_tokens: EndTokens | None = None  # at which the student's answers stop; None: nothing is generated
+    teacher_answers: bool = False  # True: evaluations measure the student on the teacher's answers
 
     @property
     def run_dir(self) -> Path:
@@ -107,16 +109,6 @@ class Inputs:
         return Lengths(min(longest, positions), response, min(generated, positions))
 
 
-@dataclass(frozen=True)
-class EvaluationInputs:
-    """The inputs of an evaluation without training."""
-
-    config: Config
-    setup: Setup  # without teachers
-    tokenizer: PreTrainedTokenizerBase
-    prompts: PromptSet
-
-
 def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False) -> Inputs:
     """Read and check everything except the weights. No communication.
 
@@ -143,9 +135,10 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     aligner = tokenizers.aligner(config, setup.student)
     replayed = _read_replayed(config, setup, aligner)
     prompts = _read_prompts(config, tokenizers, missing)
-    evaluation_prompts = None
+    evaluation_prompts, teacher_answers = None, False
     if tokenizers.student is not None and config.evaluation.every and not missing.prompts:
-        evaluation_prompts = _read_evaluation_prompts(config, tokenizers.student)
+        other = aligner is not None
+        evaluation_prompts, teacher_answers = read_evaluation_prompts(config, tokenizers.student, other_tokenizer=other)
     if config.rollout.horizon == "auto" and aligner is not None and aligner.student is not None:
         raise UserError(
             "rollout.horizon=auto needs a teacher with the student's tokenizer: the tokens of another tokenizer at the "
@@ -169,25 +162,11 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
         bridge_origin=origin,
         missing=missing,
         end_tokens=end_tokens,
+        teacher_answers=teacher_answers,
     )
     if config.rollout.engine == "vllm":
         check_student(setup.student, inputs.vocab_size, inputs.longest_row)
     return inputs
-
-
-def read_evaluation_inputs(config: Config) -> EvaluationInputs:
-    """Read and check what an evaluation of the student needs, except the weights. No communication.
-
-    Raises UserError for the first mistake, with the line that training has for it. Teachers are not read.
-    """
-    config = with_dtype(config)
-    setup = read_setup(config, {}, trains=False)
-    check_model_weights(config, setup)
-    tokenizer = read_student_tokenizer(config, setup.student)
-    setup = with_end_tokens(setup, find_end_tokens(setup.student, tokenizer, config.data.chat_template_kwargs))
-    prompts = _read_evaluation_prompts(config, tokenizer)
-    check_room(config, setup.student, prompts.prompts)
-    return EvaluationInputs(config, setup, tokenizer, prompts)
 
 
 def _read_tokenizers(config: Config, setup: Setup, missing: MissingInputs, *, with_bridge: bool) -> Tokenizers:
@@ -209,22 +188,6 @@ def _read_prompts(config: Config, tokenizers: Tokenizers, missing: MissingInputs
         return longest_prompts(config)
     assert tokenizers.student is not None  # read, as nothing is missing
     return load_prompts(config.data.prompts, tokenizers.student, config.data, teacher_tokenizer=tokenizers.other)
-
-
-def _read_evaluation_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    if not config.evaluation.data:
-        raise UserError("evaluation.data: name at least one prompt file with answers to evaluate on")
-    # Teachers do not read evaluation prompts.
-    data = config.data.model_copy(update={"teacher_prompt_key": None, "teacher_chat_template_kwargs": None})
-    prompts = load_prompts(config.evaluation.data, tokenizer, data)
-    column = prompts.answer_column
-    if column and not prompts.num_graded:
-        raise UserError(
-            f"evaluation.data: no row of {', '.join(config.evaluation.data)} has a right answer in "
-            f"{config.data.answer_key or 'reward_model.ground_truth'}; if it is in the column {column!r}, set "
-            f"data.answer_key={column}"
-        )
-    return prompts
 
 
 def _read_replayed(config: Config, setup: Setup, aligner: Aligner | None) -> list[Rollout]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_oprd.config import Config, teacher_section
 from megatron_oprd.data.packing import num_tokens
+from megatron_oprd.launch.setup import Setup
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.training.global_batch import teacher_view
@@ -90,6 +91,16 @@ def check_lengths(
                 f"{teacher_section(name)}.path={teacher.config.path} has {_positions(teacher.spec)}, and its longest "
                 f"prompt with {limit} needs {needed}; lower {works}"
             )
+
+
+def answer_limits(config: Config, setup: Setup, prompts: Sequence[Prompt], most: int) -> list[int]:
+    """Return the most tokens of an answer to each prompt: `most`, or what a micro-batch and every model have room for.
+
+    A prompt without any room has 0 or less.
+    """
+    specs = [setup.student, *(teacher.spec for teacher in setup.teachers.values())]
+    room = min(config.batch.max_tokens_per_micro_batch, *(spec.max_position_embeddings for spec in specs))
+    return [min(most, room - max(len(one.prompt_ids), len(one.teacher_prompt_ids or ()))) for one in prompts]
 
 
 def check_rotary_factors(

@@ -167,6 +167,21 @@ def build_teacher(
     )
 
 
+def build_answering_teacher(
+    config: Config, setup: Setup, teacher: PlannedTeacher, topology: Topology, weights: WeightSource = MODEL_FOLDERS
+) -> Stage:
+    """Return this rank's chunks of a whole teacher, with LM head and without FP8, for generation.
+
+    `topology` is the teacher's layout. Collective over the world.
+    """
+    with topology.active(), torch.no_grad():
+        dtype, precision = DTYPES[config.precision.dtype], setup.precision.exact_teacher
+        stage = build_model(teacher.spec, topology, dtype, precision=precision)
+        weights.fill(stage, teacher.config.path, teacher.spec, topology)
+    stage.eval().requires_grad_(False)
+    return stage
+
+
 def load_heads(
     inputs: ModelInputs, stage: Stage, topology: Topology, weights: WeightSource = MODEL_FOLDERS
 ) -> Heads | None:

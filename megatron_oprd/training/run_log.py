@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class RunLog:
         """Append a line with the metrics of every data source to `evaluations.jsonl`."""
         self._append("evaluations.jsonl", {"step": step, "name": name, "data": data})
         for source, metrics in data.items():
-            print(f"{name}, {source}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()), flush=True)
+            print(f"{name}, {source}: {scores_in_words(metrics)}", flush=True)
         for source, metrics in data.items():
             self._curves({f"evaluation/{source}/{metric}": value for metric, value in metrics.items()}, step)
 
@@ -113,6 +113,13 @@ class RunLog:
     def _append(self, name: str, values: dict[str, Any]) -> None:
         with explain_os_errors(self.run_dir / name), (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
+
+
+def scores_in_words(metrics: Mapping[str, float]) -> str:
+    """Return the metrics of one data source in an evaluation as text, without those of single layers."""
+    shown = [f"{key} {value:.4g}" for key, value in metrics.items() if "/layer_" not in key]
+    graded = any(key.startswith("avg@") for key in metrics)
+    return ", ".join(shown if graded else ["not graded", *shown])
 
 
 def make_run_log(config: Config) -> RunLog:

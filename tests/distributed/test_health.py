@@ -1,13 +1,15 @@
-"""Perplexity, entropy and KL of stored answers equal those of transformers in float64 in every layout.
+"""Perplexities, KL, agreement and cosines of stored answers equal those of transformers in float64 in every layout.
 
 Measuring them does not change training.
 """
+
+import math
 
 import pytest
 import torch
 import transformers
 
-from megatron_oprd.health.measure import MeasuredModels, has_teacher_distribution, measure_answers
+from megatron_oprd.evaluation.measure import MeasuredModels, has_teacher_distribution, measure_answers
 from megatron_oprd.launch.models import load_heads
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
@@ -56,24 +58,33 @@ def models(tmp_path_factory):
 
 
 def reference(student, teacher):
-    """Return perplexity, mean entropy and mean KL, computed one answer at a time in float64."""
+    """Return the means over all tokens by name, computed one answer at a time in float64."""
     student_model, teacher_model = (
         transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
         for path in (student, teacher)
     )
-    losses, entropies, divergences = [], [], []
+    values = {name: [] for name in ("loss", "entropy", "reverse_kl", "forward_kl", "teacher_loss", "argmax_agreement")}
+    cosines = {layer: [] for layer in range(1, LAYERS + 1)}
     for answer in some_rollouts(VOCABULARY, masks=MASKS):
-        ids = torch.tensor([[*answer.prompt_ids, *answer.response_ids]])
-        rows = slice(len(answer.prompt_ids) - 1, -1)
+        ids, start = torch.tensor([[*answer.prompt_ids, *answer.response_ids]]), len(answer.prompt_ids)
         with torch.no_grad():
-            logits, teacher_logits = (model(ids).logits[0, rows] for model in (student_model, teacher_model))
+            outputs = [model(ids, output_hidden_states=True) for model in (student_model, teacher_model)]
+        logits, teacher_logits = (output.logits[0, start - 1 : -1] for output in outputs)
+        tokens = range(len(logits)), list(answer.response_ids)
         log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-        losses += (-log_p[range(len(log_p)), list(answer.response_ids)]).tolist()
-        entropies += (-log_p.exp() * log_p).sum(-1).tolist()
+        values["loss"] += (-log_p[tokens]).tolist()
+        values["entropy"] += (-log_p.exp() * log_p).sum(-1).tolist()
         log_p = logits[:, :VOCABULARY].log_softmax(-1)  # over the token ids of both models
-        divergences += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
-    loss, entropy, divergence = (sum(values) / len(values) for values in (losses, entropies, divergences))
-    return torch.tensor(loss).exp().item(), entropy, divergence
+        values["reverse_kl"] += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
+        values["forward_kl"] += (log_q.exp() * (log_q - log_p)).sum(-1).tolist()
+        values["teacher_loss"] += (-log_q[tokens]).tolist()
+        values["argmax_agreement"] += (log_p.argmax(-1) == log_q.argmax(-1)).double().tolist()
+        for layer, found in cosines.items():
+            states = (output.hidden_states[layer][0, start:] for output in outputs)
+            found += torch.nn.functional.cosine_similarity(*states, dim=-1).tolist()
+    means = {name: sum(found) / len(found) for name, found in values.items()}
+    perplexities = {"perplexity": math.exp(means["loss"]), "teacher_perplexity": math.exp(means["teacher_loss"])}
+    return means | perplexities, {layer: sum(found) / len(found) for layer, found in cosines.items()}
 
 
 def measure_and_train(rank, student, teacher, overrides):
@@ -91,8 +102,9 @@ def measure_and_train(rank, student, teacher, overrides):
             run.inputs.setup.student,
             run.topology,
             config.batch,
-            teacher=run.teachers[0] if with_teacher else None,
-            load_heads=lambda: heads if with_teacher else None,
+            teacher=run.teachers[0],
+            load_heads=(lambda: heads) if with_teacher else None,
+            layers=config.loss.representation if config.loss.reads_layers else None,
         )
         state, found, values = TrainState(), None, []
         for _ in range(2):
@@ -112,15 +124,17 @@ def measure_and_train(rank, student, teacher, overrides):
 def test_measurements_equal_the_reference_in_every_layout_and_do_not_change_training(name, models):
     world, *overrides = LAYOUTS[name]
     paths = models["Qwen3Moe" if name == "experts" else "Qwen3"]
-    perplexity, entropy, reverse_kl = reference(*paths)
+    expected, cosines = reference(*paths)
     below = "layers=[1,2]" in "".join(overrides)
+    compared = {"layers=[1,2]": (1, 2), "representation.weight=0": ()}
+    layers = next((found for name, found in compared.items() if name in "".join(overrides)), tuple(cosines))
+    assert name == "experts" or 0 < expected["argmax_agreement"] < 1
     results = run_distributed(world, measure_and_train, *paths, overrides)
     for measurement, unchanged in results:
         assert measurement == results[0][0]
         assert unchanged
-        assert measurement.perplexity == pytest.approx(perplexity, rel=1e-5)
-        assert measurement.entropy == pytest.approx(entropy, rel=1e-5)
-        if below:
-            assert measurement.reverse_kl is None
-        else:
-            assert measurement.reverse_kl == pytest.approx(reverse_kl, rel=1e-5)
+        for name in ("perplexity", "entropy"):
+            assert getattr(measurement, name) == pytest.approx(expected[name], rel=1e-5)
+        for name in ("reverse_kl", "forward_kl", "teacher_perplexity", "argmax_agreement"):
+            assert getattr(measurement, name) == (None if below else pytest.approx(expected[name], rel=1e-5)), name
+        assert measurement.cosine == pytest.approx({layer: cosines[layer] for layer in layers}, abs=1e-5)

@@ -124,12 +124,21 @@ OVERRIDES = {
     "replay file is not there": (["rollout.path=/nowhere.jsonl"], ("/nowhere.jsonl", "No such file")),
     "replay file is a folder": (["rollout.path=/"], ("cannot read /:", "Is a directory")),
     "evaluation without data": (["evaluation.every=1"], ("evaluation.data", "name at least one prompt file")),
+    "nothing to evaluate": (
+        ["evaluation.every=1", "evaluation.samples=0", "evaluation.teacher_answers=false", "evaluation.data={prompts}"],
+        ("evaluation.samples=0 without the teacher's answers", "evaluation.teacher_answers=true"),
+    ),
+    "answers of nobody": (
+        ["evaluation.teacher_answers=teacher"],
+        ("evaluation.teacher_answers='teacher'", "'auto' or"),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", OVERRIDES)
 def test_bad_overrides_are_refused(case, scene):
     overrides, words = OVERRIDES[case]
+    overrides = [override.replace("{prompts}", str(scene.folder / "prompts.jsonl")) for override in overrides]
     refuse(scene, words, "train", *scene.options(*overrides))
 
 

@@ -168,7 +168,8 @@ def test_ten_kills_do_not_change_the_result(tmp_path):
 
 def test_generated_rollouts_and_evaluations_resume_exactly(tmp_path):
     horizon = "rollout.horizon={start: 2, grow: 1, every: 3}"
-    arguments = prompt_run(tmp_path, 8, "evaluation.every=3", horizon, num_hidden_layers=2)
+    answers = "evaluation.teacher_answers=true"
+    arguments = prompt_run(tmp_path, 8, "evaluation.every=3", answers, horizon, num_hidden_layers=2)
     kill_and_compare(
         arguments, tmp_path, [0, 3, 5], SEED, ["die_at_an_operation", "kill_while_writing", "kill_on_the_clock"]
     )

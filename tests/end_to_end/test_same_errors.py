@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_oprd.config import load_config
-from megatron_oprd.launch.inputs import read_evaluation_inputs, read_inputs
+from megatron_oprd.launch.evaluation_inputs import read_evaluation_inputs
+from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import UserError
 from tests.helpers.scene import Scene, make_scene, save_model

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import json
+import math
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from megatron_oprd.config import load_config
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.evaluation.sampling import sample_and_grade
 from megatron_oprd.evaluation.scores import score_by_source
-from megatron_oprd.types import Rollout
+from megatron_oprd.types import Prompt, Rollout
 from tests.helpers.killable import finish
 from tests.helpers.runs import complete_steps, in_folder, metrics, prompt_run, read_lines
 
@@ -22,7 +25,8 @@ STEPS = 4
 def run(tmp_path_factory):
     """Run a training with generated rollouts; return its arguments, its folder and its output."""
     folder = tmp_path_factory.mktemp("train")
-    arguments = prompt_run(folder, STEPS, "evaluation.every=2", num_hidden_layers=2)
+    settings = ("evaluation.every=2", "evaluation.teacher_answers=true")
+    arguments = prompt_run(folder, STEPS, *settings, num_hidden_layers=2)
     return arguments, folder / "run", finish(arguments, folder / "log")
 
 
@@ -71,6 +75,73 @@ def test_the_run_folder_contains_rollouts_evaluations_curves_and_checkpoints(run
     assert any((run_dir / "tensorboard").iterdir())
     assert "<html" in (run_dir / "report.html").read_text()
     assert not [path for path in run_dir.rglob("*") if path.suffix in (".tmp", ".partial", ".new")]
+
+
+def measure(student, teacher, answers):
+    """Return the metrics of stored answers over all their tokens, from two models of transformers in float64."""
+    sums, tokens = Counter(), 0
+    for answer in answers:
+        ids, start = torch.tensor([[*answer["prompt_ids"], *answer["response_ids"]]]), len(answer["prompt_ids"])
+        with torch.no_grad():
+            outputs = [model(ids, output_hidden_states=True) for model in (student, teacher)]
+        log_p, log_q = (output.logits[0, start - 1 : -1].log_softmax(-1) for output in outputs)
+        chosen = range(len(log_p)), answer["response_ids"]
+        sums["perplexity"] -= log_p[chosen].sum().item()
+        sums["teacher_perplexity"] -= log_q[chosen].sum().item()
+        sums["forward_kl"] += (log_q.exp() * (log_q - log_p)).sum().item()
+        sums["reverse_kl"] += (log_p.exp() * (log_p - log_q)).sum().item()
+        sums["argmax_agreement"] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+        for layer in (1, 2):
+            states = (output.hidden_states[layer][0, start:] for output in outputs)
+            sums[f"cosine/layer_{layer}"] += torch.nn.functional.cosine_similarity(*states, dim=-1).sum().item()
+        tokens += len(log_p)
+    means = {name: total / tokens for name, total in sums.items()}
+    return {name: math.exp(value) if "perplexity" in name else value for name, value in means.items()}
+
+
+def test_the_student_is_measured_on_the_teachers_answers_before_during_and_after(run):
+    arguments, run_dir, _ = run
+    config = load_config(None, arguments)
+    paths = (config.student.path, run_dir / "hf", config.teacher.path)
+    before, after, teacher = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64) for path in paths)
+    (path,) = (run_dir / "teacher_answers").glob("*.jsonl")
+    answers, evaluations = read_lines(path), read_lines(run_dir / "evaluations.jsonl")
+    assert len(answers) == 5
+    for student, evaluation in ((before, evaluations[0]), (after, evaluations[-1])):
+        for source, found in evaluation["data"].items():
+            own = [answer for answer in answers if source in ("all", answer["data_source"])]
+            expected = measure(student, teacher, own)
+            assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+            assert found["cosine"] == pytest.approx((found["cosine/layer_1"] + found["cosine/layer_2"]) / 2)
+    for row in metrics(run_dir):
+        logged = {name: value for name, value in row.items() if name.startswith("evaluation/")}
+        measured = [one["data"]["all"] for one in evaluations if one["step"] == row["step"]]
+        assert bool(logged) == bool(measured)
+        assert all(value == measured[0][name.removeprefix("evaluation/")] for name, value in logged.items())
+
+
+def test_each_teacher_answers_for_itself_and_once(run, tmp_path):
+    arguments, _, _ = run
+    prompts = read_lines(Path(load_config(None, arguments).evaluation.data[0]))
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in prompts))
+    student, teacher = (getattr(load_config(None, arguments), model).path for model in ("student", "teacher"))
+    shared = ["evaluation.temperature=0", "evaluation.samples=0", "train.steps=0", "evaluation.teacher_answers=auto"]
+    shared += [f"evaluation.data={tmp_path / 'prompts.jsonl'}", f"evaluation.answers_dir={tmp_path / 'answers'}"]
+    known: set[Path] = set()
+    for number, path in enumerate((teacher, student, teacher)):
+        run_dir = tmp_path / f"run_{number}"
+        log = finish([*in_folder(arguments, run_dir), *shared, f"teacher.path={path}"], tmp_path / "log")
+        new = set((tmp_path / "answers").glob("*.jsonl")) - known
+        assert len(new) == (number < 2) and ("read from" in log) == (number == 2)
+        assert "prompts: not graded, perplexity " in log
+        assert "unanswered" not in log
+        known |= new
+        for answers in map(read_lines, new):
+            tokenizer, model = (cls.from_pretrained(path) for cls in (AutoTokenizer, AutoModelForCausalLM))
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+            prompts_of_teacher = [Prompt(index, tuple(answer["prompt_ids"])) for index, answer in enumerate(answers)]
+            expected = greedy(model, tokenizer, 6)(prompts_of_teacher, 0)
+            assert [tuple(answer["response_ids"]) for answer in answers] == [one.response_ids for one in expected]
 
 
 def test_transformers_loads_the_export_and_all_trained_weights_have_changed(run):

@@ -7,6 +7,7 @@ import pytest
 from megatron_oprd.evaluation.grading import Sample
 from megatron_oprd.evaluation.sampling import sample_and_grade, write_samples
 from megatron_oprd.evaluation.scores import distinct_4grams, score, score_by_source
+from megatron_oprd.training.run_log import scores_in_words
 from megatron_oprd.types import Prompt, Rollout
 from tests.helpers.tokenizer import byte_tokenizer
 
@@ -62,6 +63,16 @@ def test_problems_have_equal_weight_and_problems_without_ground_truth_are_left_o
     assert score(samples, 1)["avg@1"] == 1.0
     assert "avg@1" not in score(samples[1:], 1)
     assert score([], 4) == {}
+
+
+def test_samples_without_a_ground_truth_are_neither_graded_nor_unanswered():
+    ungraded = [sample(prompt(1, ground_truth=None), False, answered=False)]
+    assert score(ungraded, 1).keys() == {"dist-4g", "mean_length", "truncated"}
+    mixed = [sample(prompt(0), True, answered=True), *ungraded]
+    assert score(mixed, 1)["unanswered"] == 0.0
+    assert scores_in_words(score(ungraded, 1)) == "not graded, dist-4g 1, mean_length 10, truncated 0"
+    assert scores_in_words(score(mixed, 1)).startswith("avg@1 1, best@1 1, ")
+    assert scores_in_words({"cosine": 0.5, "cosine/layer_1": 0.5}) == "not graded, cosine 0.5"
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -8,10 +8,10 @@ import pytest
 
 from megatron_oprd.config import parse_config
 from megatron_oprd.data.prompts import PromptSet, PromptState, take
+from megatron_oprd.evaluation.measure import Measurement, has_teacher_distribution
 from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.health import watch as watch_module
 from megatron_oprd.health.answers import AnswerCounts, choose_prompts, keep_answers, load_answers
-from megatron_oprd.health.measure import Measurement, has_teacher_distribution
 from megatron_oprd.health.rule import Check, HealthHistory, HealthWarning, new_warnings
 from megatron_oprd.health.watch import HealthWatch, read_history
 from megatron_oprd.hf.config import read_model_spec

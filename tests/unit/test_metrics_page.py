@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from megatron_oprd.evaluation.grading import Sample
+from megatron_oprd.evaluation.measure import Measurement
 from megatron_oprd.evaluation.scores import score
 from megatron_oprd.health.rule import Check
 from megatron_oprd.losses.output_space import METRICS
@@ -42,3 +43,6 @@ def test_every_metric_of_an_evaluation_has_a_row():
     sample = Sample(prompt, "one two three four", num_tokens=4, finish_reason="stop", correct=True, answered=True)
     names = {name.replace("@1", "@n") for name in score([sample], 1)}
     assert len(names) == 6 and names <= documented()
+    measured = Measurement(1.0, 1.0, 0.0, 0.0, 1.0, 1.0, cosine={1: 1.0}).metrics()
+    on_answers = {name.replace("layer_1", "layer_N") for name in measured}
+    assert len(on_answers) == 7 and on_answers <= documented()

@@ -1,0 +1,96 @@
+"""Read and check the inputs of evaluations: the prompts, and whether the teacher answers them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_oprd.config import Config
+from megatron_oprd.data.end_tokens import find_end_tokens
+from megatron_oprd.data.prompts import PromptSet, load_prompts
+from megatron_oprd.launch.lengths import check_room
+from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_dtype, with_end_tokens
+from megatron_oprd.launch.tokenizers import read_student_tokenizer
+from megatron_oprd.types import UserError
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """The inputs of an evaluation without training."""
+
+    config: Config
+    setup: Setup  # without teachers
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+
+
+def read_evaluation_inputs(config: Config) -> EvaluationInputs:
+    """Read and check what an evaluation of the student needs, except the weights. No communication.
+
+    Raises UserError for the first mistake, with the line that training has for it. Teachers are not read.
+    """
+    config = with_dtype(config)
+    setup = read_setup(config, {}, trains=False)
+    check_model_weights(config, setup)
+    tokenizer = read_student_tokenizer(config, setup.student)
+    setup = with_end_tokens(setup, find_end_tokens(setup.student, tokenizer, config.data.chat_template_kwargs))
+    prompts = _load_prompts(config, tokenizer, for_teacher=False)
+    check_room(config, setup.student, prompts.prompts)
+    return EvaluationInputs(config, setup, tokenizer, prompts)
+
+
+def read_evaluation_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, *, other_tokenizer: bool
+) -> tuple[PromptSet, bool]:
+    """Return the prompts of `evaluation.data`, and True if the teacher answers them. No communication.
+
+    Only then do the prompts have teacher prompts. `other_tokenizer`: the teacher has another tokenizer.
+
+    Raises UserError for a mistake in the files, and if the settings leave nothing to measure.
+    """
+    prompts = _load_prompts(config, tokenizer, for_teacher=False)
+    if not takes_teacher_answers(config, prompts, other_tokenizer=other_tokenizer):
+        if not config.evaluation.samples:
+            raise UserError(
+                "evaluation.samples=0 without the teacher's answers leaves nothing to measure; raise it or set "
+                "evaluation.teacher_answers=true"
+            )
+        return prompts, False
+    return (_load_prompts(config, tokenizer, for_teacher=True) if config.data.own_teacher_prompts else prompts), True
+
+
+def takes_teacher_answers(config: Config, prompts: PromptSet, *, other_tokenizer: bool) -> bool:
+    """Return True if an evaluation measures the student on the teacher's answers to the prompts.
+
+    Raises UserError if `evaluation.teacher_answers=true` and the teachers do not allow it.
+    """
+    wanted = config.evaluation.teacher_answers
+    obstacle = ""
+    if len(config.named_teachers) != 1:
+        obstacle = "several teachers" if config.teachers else "no teacher"
+    elif other_tokenizer:
+        obstacle = "a teacher with another tokenizer"
+    if wanted is True and obstacle:
+        raise UserError(
+            f"evaluation.teacher_answers=true needs one teacher with the student's tokenizer, and there is {obstacle}; "
+            "use evaluation.teacher_answers=false"
+        )
+    return not obstacle and (not prompts.num_graded if wanted == "auto" else wanted)
+
+
+def _load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, *, for_teacher: bool) -> PromptSet:
+    if not config.evaluation.data:
+        raise UserError("evaluation.data: name at least one prompt file to evaluate on")
+    data = config.data
+    if not for_teacher:
+        data = data.model_copy(update={"teacher_prompt_key": None, "teacher_chat_template_kwargs": None})
+    prompts = load_prompts(config.evaluation.data, tokenizer, data)
+    column = prompts.answer_column
+    if column and not prompts.num_graded and config.evaluation.teacher_answers is not True:
+        raise UserError(
+            f"evaluation.data: no row of {', '.join(config.evaluation.data)} has a right answer in "
+            f"{config.data.answer_key or 'reward_model.ground_truth'}; if it is in the column {column!r}, set "
+            f"data.answer_key={column}"
+        )
+    return prompts
