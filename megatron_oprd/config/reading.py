@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterable, Mapping
+import re
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -15,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_oprd.config.hints import CLOSE, suggest_keys
+from megatron_oprd.config.mistakes import explain_interpolation, explain_validation, explain_yaml, first_line
 from megatron_oprd.config.root import Config
 from megatron_oprd.config.section import section_class
 from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
@@ -32,22 +29,24 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
         tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
     except (OmegaConfBaseException, RecursionError) as error:  # an anchor can make a loop
         key = getattr(error, "full_key", None)
-        raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {_first_line(error)}") from None
+        raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {first_line(error)}") from None
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not (equals and key.strip()):
-            raise UserError(f"override {override!r} is not of the form key=value")
+        key = re.sub(r"\[(['\"])(.*?)\1\]", r"[\2]", key.strip())  # teachers['a.b'] is teachers[a.b]
+        if not equals or "" in re.split(r"\.(?![^\[]*\])", key):
+            raise UserError(f"override {override!r} is not of the form key=value; write for example train.steps=100")
         try:
-            OmegaConf.update(tree, key.strip(), load_yaml(value), merge=True, force_add=True)
+            OmegaConf.update(tree, key, load_yaml(value), merge=True, force_add=True)
         except yaml.YAMLError as error:
-            hint = f"""if it is text, put it in quotes: {key.strip()}='"..."'"""
-            raise UserError(f"override {override!r} has no YAML value ({_first_line(error)}); {hint}") from None
+            hint = f"""if it is text, put it in quotes: {key}='"..."'"""
+            raise UserError(f"override {override!r} has no YAML value ({first_line(error)}); {hint}") from None
         except (OmegaConfBaseException, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UserError(f"override {override!r}: {_first_line(error)}") from None
+            raise UserError(f"override {override!r}: {first_line(error)}") from None
     try:
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+        place = "" if path is None else f"the configuration {path}: "
+        raise UserError(place + explain_interpolation(error)) from None
     return parse_config(values)
 
 
@@ -56,9 +55,7 @@ def parse_config(values: Any) -> Config:
     try:
         return Config.model_validate(_lists_of_one(_tuples(values)))
     except ValidationError as error:
-        # Unknown keys come first: they often explain why another key is missing.
-        errors = sorted(_without_alternatives(error.errors()), key=lambda item: item["type"] != "extra_forbidden")
-        raise UserError("; ".join(map(_explain, errors))) from None
+        raise UserError(explain_validation(error)) from None
 
 
 def dump_config(config: Config) -> str:
@@ -70,15 +67,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}; name a YAML file") from None
     except UnicodeDecodeError:
         raise UserError(f"the configuration {path} is not UTF-8 text; save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise UserError(f"the configuration {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"the configuration {path} is not valid YAML: {explain_yaml(error)}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"the configuration {path} must be a mapping of sections, not a {type(values).__name__}")
+        raise UserError(
+            f"the configuration {path} is a {type(values).__name__}; write sections, each with keys below it"
+        )
     return values
 
 
@@ -123,102 +122,3 @@ def _is_item(value: Any, field: FieldInfo | None) -> bool:
         item = get_args(item)[0]
     types = {str: (str,), int: (int,), float: (int, float)}.get(item, (str,) if get_origin(item) is Literal else ())
     return isinstance(value, types) and not isinstance(value, bool)
-
-
-def _annotation(location: tuple[Any, ...]) -> Any:
-    """Return the type at a location of the configuration, or None if there is no such key."""
-    found: Any = Config
-    for part in location:
-        model, mapping = section_class(found), get_origin(found) is dict
-        field = model.model_fields.get(part) if model else None
-        found = get_args(found)[1] if mapping else field.annotation if field else None
-    return found
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model = section_class(_annotation(location))
-    return list(model.model_fields) if model is not None else []
-
-
-def _without_alternatives(errors: Iterable[Any]) -> list[Mapping[str, Any]]:
-    """Merge the errors of each value into one. pydantic reports one error for each type that a value may have.
-
-    Errors about a part of the value replace errors about the value as a whole.
-    """
-    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for error in errors:
-        location = tuple(error["loc"])
-        place = next((location[:end] for end in range(len(location)) if _has_alternatives(location[:end])), location)
-        grouped.setdefault(place, []).append({**error, "loc": place + location[len(place) + 1 :]})
-    merged = []
-    for place, items in grouped.items():
-        inside = [item for item in items if len(item["loc"]) > len(place)]
-        first, *others = items
-        more = (_expected(item) for item in others)
-        merged += inside or [{**first, "msg": " or ".join([first["msg"], *more])}]
-    return merged
-
-
-def _expected(item: Mapping[str, Any]) -> str:
-    if item["type"] == "model_type":
-        return f"a section with {', '.join(_known_keys(item['loc']))}"
-    return str(item["msg"]).removeprefix("Input should be ")
-
-
-def _has_alternatives(location: tuple[Any, ...]) -> bool:
-    annotation = _annotation(location)
-    types = [kind for kind in get_args(annotation) if kind is not NoneType]
-    return get_origin(annotation) in (Union, UnionType) and len(types) > 1
-
-
-def _explain(item: Any) -> str:
-    location = tuple(item["loc"])
-    key = ".".join(str(part) for part in location)
-    if item["type"] == "extra_forbidden":
-        return f"unknown key {key}{_hint(location)}"
-    if location[-1:] == ("[key]",):
-        return f"{'.'.join(map(str, location[:-2]))}: the name {item['input']!r} is no text; put it in quotes"
-    if item["type"] == "missing":
-        section = section_class(_annotation(location))
-        fields = section.model_fields if section is not None else {}
-        inner = [f"{key}.{name}" for name, field in fields.items() if field.is_required()]
-        return f"{key} is required" + (f": set {', '.join(inner)}" if inner else "")
-    if item["type"] == "model_type":
-        known = _known_keys(location)
-        hint = f"; write {key}.path={item['input']}" if "path" in known and isinstance(item["input"], str) else ""
-        return f"{key}={item['input']!r} must be a section with {', '.join(known)}{hint}"
-    message = item["msg"].removeprefix("Value error, ")
-    message += _advice(message, item["input"])
-    return message if not key or message.startswith(key) else f"{key}={_as_written(item['input'])}: {message}"
-
-
-def _hint(location: tuple[Any, ...]) -> str:
-    """Return the keys that an unknown key may stand for, in brackets, or ''."""
-    name, section, known = str(location[-1]), ".".join(map(str, location[:-1])), _known_keys(location[:-1])
-
-    def nearest(similarity: float) -> list[str]:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=similarity)
-        return [f"{section}.{found}" if section else found for found in near]
-
-    suggested = nearest(0.6 if section else CLOSE) or suggest_keys(name) or nearest(0.0)
-    return f" (did you mean {' or '.join(suggested)}?)" if suggested else ""
-
-
-def _advice(message: str, value: Any) -> str:
-    """Return what to write instead of a value that YAML takes for something else than its author did, or ''."""
-    match value:
-        case str() if "boolean" in message and value.lower() in ("yes", "no", "on", "off"):
-            return "; write true or false"
-        case str() if "_" in value and ("integer" in message or "number" in message):
-            return "; write the digits without _"
-        case bool() | int() | float() if "string" in message:
-            return """; put it in quotes, on the command line in two pairs: '"..."'"""
-    return ""
-
-
-def _as_written(value: Any) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -25,9 +25,14 @@ def section_class(annotation: Any) -> type[Section] | None:
 
 
 def _expand_path(text: str) -> str:
-    """Return a path with the home folder in place of `~`. Raises ValueError for an empty path and for `$NAME`."""
+    """Return a path with the home folder in place of `~`.
+
+    Raises ValueError for an empty path, for a control character and for `$NAME`.
+    """
     if not text.strip():
         raise ValueError("the path is empty")
+    if not text.isprintable():
+        raise ValueError("the path has a control character; write a backslash in single quotes")
     variable = _SHELL_VARIABLE.search(text)
     if variable is not None:
         raise ValueError(f"write an environment variable as ${{oc.env:{variable[1]}}}")

@@ -281,6 +281,48 @@ def test_a_value_means_the_same_in_a_file_and_on_the_command_line(tmp_path, monk
         ("student.path", "' '", "student.path=' ': the path is empty"),
         ("student.path", "$DATA/m", "student.path='$DATA/m': write an environment variable as ${oc.env:DATA}"),
         ("bridge.ranks", "8.5", "bridge.ranks=8.5: Input should be a valid list"),
+        ("train.steps", "1e3", "train.steps=1000.0: Input should be a valid integer; write 1000"),
+        ("train.seed", "5.0", "train.seed=5.0: Input should be a valid integer; write 5"),
+        ("train.seed", "0b11", "train.seed='0b11': Input should be a valid integer; write a plain number"),
+        ("train.seed", "'5'", "train.seed='5': Input should be a valid integer; write the number without quotes"),
+        ("optimizer.lr", "'1e-4'", "optimizer.lr='1e-4': Input should be a valid number; write the number without"),
+        ("optimizer.lr", "10^-4", "optimizer.lr='10^-4': Input should be a valid number; write a plain number"),
+        (
+            "checkpoint.every_minutes",
+            "00:30:00",
+            "checkpoint.every_minutes='00:30:00': Input should be a valid number; write a plain number in minutes",
+        ),
+        (
+            "watchdog.timeout_seconds",
+            "30m",
+            "watchdog.timeout_seconds='30m': Input should be a valid number; write a plain number in seconds",
+        ),
+        ("parallel.sequence", "'true'", "parallel.sequence='true': Input should be a valid boolean; write true or"),
+        ("parallel.sequence", "y", "parallel.sequence='y': Input should be a valid boolean; write true or false"),
+        ("parallel.sequence", "1", "parallel.sequence=1: Input should be a valid boolean; write true or false"),
+        ("train.steps", "null", "train.steps=null: Input should be a valid integer; leave the key out for its default"),
+        (
+            "evaluation.data",
+            "",
+            "evaluation.data=null: Input should be a valid list; leave the key out for its default",
+        ),
+        ("precision.fp8", "none", "precision.fp8='none': Input should be 'hybrid' or 'e4m3'; write null"),
+        ("rollout.path", "''", "rollout.path='': the path is empty"),
+        ("data.prompts", "['']", "data.prompts.0='': the path is empty"),
+        (
+            "optimizer.betas",
+            "(0.9,0.95)",
+            "optimizer.betas='(0.9,0.95)': Input should be a valid tuple; write a list as [0.9, 0.95]",
+        ),
+        ("bridge.ranks", "8;16", "bridge.ranks='8;16': Input should be a valid list; write a list as [8, 16]"),
+        ("bridge.ranks", "8 16", "bridge.ranks='8 16': Input should be a valid list; write a list as [8, 16]"),
+        (
+            "train.run_dir",
+            "${oc.env:NO_SUCH_NAME}",
+            "the environment variable NO_SUCH_NAME is not set; set it, or write ${oc.env:NO_SUCH_NAME,DEFAULT}",
+        ),
+        ("train.run_dir", "${NO_SUCH_NAME}/a", "${NO_SUCH_NAME} names no key; an environment variable is ${oc.env:NO_"),
+        ("train.run_dir", "a-${optimizer.lr}", "${optimizer.lr} is not set here; set optimizer.lr too"),
     ],
 )
 def test_a_value_that_yaml_takes_for_another_type_is_refused_with_advice(tmp_path, key, written, message):
@@ -290,7 +332,7 @@ def test_a_value_that_yaml_takes_for_another_type_is_refused_with_advice(tmp_pat
     ):
         with pytest.raises(UserError) as caught:
             load()
-        assert str(caught.value).startswith(message)
+        assert str(caught.value).removeprefix(f"the configuration {tmp_path / 'c.yaml'}: ").startswith(message)
 
 
 @pytest.mark.parametrize("value", ["*a", "'a", "%a", "!!python/object:a"])
@@ -299,9 +341,68 @@ def test_an_override_without_a_yaml_value_is_refused_with_advice(value):
         load_config(None, [*REQUIRED, f"student.path={value}"])
 
 
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", ".train.steps=3", "train.=3"])
+def test_an_override_of_another_form_is_answered_with_an_example(override):
+    with pytest.raises(UserError, match=r"is not of the form key=value; write for example train\.steps=100$"):
+        load_config(None, [*REQUIRED, override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train.run_dir: r", "unknown key train.run_dir (write run_dir under the section train)"),
+        ("loss: {output.k: 3}", "unknown key loss.output.k (write k under the section loss.output)"),
+        ("rollout:\n  server.tensor: 2", "unknown key rollout.server.tensor (write tensor under the section rollout.s"),
+        ("optimizer: {lr:1e-3}", "unknown key optimizer.lr:1e-3 (write a space after the colon)"),
+        ("train:\n  steps:5", "train='steps:5' must be a section with steps, seed, device, run_dir; write a space a"),
+        ("train: {steps: 1,000}", "unknown key train.0; write a number without a comma inside"),
+        ("optimizer:", "optimizer=null must be a section with name, lr, betas, eps, weight_decay, clip_grad, schedule, "
+         "warmup_fraction, precision_aware, cpu_offload; leave it out for its defaults"),
+        ("train:\n\tsteps: 5", "found character '\\t' that cannot start any token in line 2; indent with spaces in p"),
+        ("train: {steps: !!python/object:os.x 5}", "could not determine a constructor for the tag 'tag:yaml.org,2002:py"
+         "thon/object:os.x' in line 1; write the value without a tag"),
+        ("train: {steps: !steps 5}", "the tag '!steps' in line 1; write the value without a tag"),
+        ("train: {steps: 1}\ntrain: {seed: 1}", "the key 'train' occurs twice in line 2; keep one of them"),
+        ("train: {steps: 1, steps: 1}", "the key 'steps' occurs twice in line 1; keep one of them"),
+        ("train:\n  steps: 1\n   seed: 1", "mapping values are not allowed here in line 3; check the indentation"),
+        ("train: {}\n---\ntrain: {}", "keep one document and remove the lines ---"),
+        ('train: {run_dir: "C:\\x"}', "in line 1; write a backslash in single quotes"),
+        ('train: {run_dir: "C:\\runs"}', "train.run_dir='C:\\runs': the path has a control character; write a "),
+        ("train: [1", "in line 1; check the brackets and quotes"),
+        ("train", "is a str; write sections, each with keys below it"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_yet_a_configuration_is_refused_with_advice(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config(path, [])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", ["", "---\n", "%YAML 1.2\n---\n", "# comment\n\n"])
+def test_a_file_may_have_a_mark_of_its_encoding_and_ends_of_lines_of_windows(tmp_path, encoding, end, start):
+    path = tmp_path / "c.yaml"
+    text = start + "student: {path: s}\nteacher: {path: t}\ndata: {prompts: [p]}\ntrain:\n  run_dir: é\n  steps: 5\n"
+    path.write_bytes(text.replace("\n", end).encode(encoding))
+    assert load_config(path, []).train.model_dump(include={"steps", "run_dir"}) == {"steps": 5, "run_dir": "é"}
+
+
+@pytest.mark.parametrize("written", ["[a.jsonl,b.jsonl]", "[a.jsonl, b.jsonl]", '["a.jsonl","b.jsonl"]'])
+def test_a_list_on_the_command_line_is_written_in_brackets(written):
+    assert load_config(None, [*TEACHERLESS, "teacher.path=t", f"data.prompts={written}"]).data.prompts == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
+
+
 def test_a_key_with_dots_is_written_in_brackets():
     config = load_config(None, [*TEACHERLESS, "teachers[big.code].path=c", "teachers.math.path=m"])
     assert {name: teacher.path for name, teacher in config.teachers.items()} == {"big.code": "c", "math": "m"}
+    for override in ("teachers={a.b: {path: c}}", "teachers['a.b'].path=c", 'teachers["a.b"].path=c'):
+        assert list(load_config(None, [*TEACHERLESS, override]).teachers) == ["a.b"]
 
 
 def test_spaces_around_the_key_of_an_override_are_ignored():
