@@ -35,6 +35,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
+        tokenizer("a")  # some invalid settings raise only now
     except Exception as error:  # the parsers raise exceptions of any class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"the tokenizer files in {folder} cannot be read: {reason}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_oprd.types import ModelSpec, UserError
 class Family:
     """Properties of an architecture that are not in its `config.json`."""
 
+    model_type: str  # by which transformers chooses the architecture
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: bool = False  # True for a mixture of experts
@@ -27,11 +29,11 @@ class Family:
 
 
 FAMILIES = {
-    "Qwen2ForCausalLM": Family(qkv_bias=True),
-    "Qwen3ForCausalLM": Family(qk_norm=True),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=True),
-    "LlamaForCausalLM": Family(rope_types=("llama3",)),
-    "Phi3ForCausalLM": Family(rope_types=("longrope",), partial_rotary=True, always_slides=True),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
+    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, experts=True),
+    "LlamaForCausalLM": Family("llama", rope_types=("llama3",)),
+    "Phi3ForCausalLM": Family("phi3", rope_types=("longrope",), partial_rotary=True, always_slides=True),
 }
 INTEGERS = (
     "num_hidden_layers",
@@ -58,6 +60,7 @@ DEFAULTED = (
     "norm_topk_prob",
     "mlp_only_layers",
 )
+ADAPTER = "adapter_config.json"
 SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
 
 
@@ -71,14 +74,14 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder with a Hugging Face model")
+    if (folder / ADAPTER).exists():  # transformers then loads the weights of another folder and the adapter
+        raise UserError(
+            f"{folder} holds an adapter ({ADAPTER}); merge it into its model (merge_and_unload, then save_pretrained) "
+            "and use the merged model"
+        )
     written = read_json(folder / "config.json")
     where = str(folder / "config.json")
-    architectures = written.get("architectures") or ["none"]
-    if not isinstance(architectures, list):
-        raise UserError(f"{where}: architectures={architectures!r} must be a list")
-    architecture = architectures[0]
-    if not isinstance(architecture, str) or architecture not in FAMILIES:
-        raise UserError(f"{where}: architecture {architecture} is not supported; use one of {', '.join(FAMILIES)}")
+    architecture = _architecture(written, where)
     family = FAMILIES[architecture]
     values = _with_defaults(written, architecture)
     _check_types(values, where)
@@ -88,7 +91,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     if heads % groups:
         raise UserError(f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}")
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
-    return ModelSpec(
+    spec = ModelSpec(
         architecture=architecture,
         num_layers=values["num_hidden_layers"],
         hidden_size=values["hidden_size"],
@@ -106,8 +109,39 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         **(_expert_fields(values, where) if family.experts else {}),
         fused_experts=family.experts and stores_fused_experts(folder),
         eos_token_ids=_eos_token_ids(folder, values),
-        hf_config={key: value for key, value in written.items() if key != "quantization_config"},
+        hf_config={
+            **{key: value for key, value in written.items() if key != "quantization_config"},
+            "architectures": [architecture, *(written.get("architectures") or [])[1:]],  # not a model without LM head
+        },
     )
+    _check_with_transformers(
+        {**written, "vocab_size": spec.vocab_size}, architecture, where
+    )  # last, because the messages of this file are clearer
+    return spec
+
+
+def _architecture(values: dict[str, Any], where: str) -> str:
+    """Return the architecture that transformers builds with an LM head: that of `model_type`.
+
+    Raises UserError if it is not supported or if `architectures` names another one. A model that was saved without LM
+    head has the same name with `Model` at the end.
+    """
+    named = values.get("architectures") or []
+    if not isinstance(named, list):
+        raise UserError(f"{where}: architectures={named!r} must be a list")
+    by_type = {family.model_type: name for name, family in FAMILIES.items()}
+    model_type = values.get("model_type")
+    built = by_type.get(model_type) if isinstance(model_type, str) else None
+    first = named[0] if named else built or f"of model_type={model_type!r}"
+    architecture = re.sub("Model$", "ForCausalLM", first) if isinstance(first, str) else first
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
+        raise UserError(f"{where}: architecture {first} is not supported; use one of {', '.join(FAMILIES)}")
+    if built != architecture:
+        raise UserError(
+            f"{where}: model_type={model_type!r}, by which transformers chooses the model, does not belong to {first}; "
+            f"if the weights are of {first}, set model_type to {FAMILIES[architecture].model_type!r}"
+        )
+    return architecture
 
 
 def _with_defaults(values: dict[str, Any], architecture: str) -> dict[str, Any]:
@@ -115,16 +149,42 @@ def _with_defaults(values: dict[str, Any], architecture: str) -> dict[str, Any]:
 
     Some defaults depend on other fields: Llama's `num_key_value_heads` is `num_attention_heads`.
     """
-    import transformers
-
-    config_class = getattr(transformers, architecture.replace("ForCausalLM", "Config"))
     try:
-        complete = config_class(**{key: values[key] for key in DEFAULTED if key in values})
+        complete = _config_class(architecture)(**{key: values[key] for key in DEFAULTED if key in values})
     except Exception:  # an invalid value, which the checks after this name
         return values
     present = {*values, *(["num_experts"] if "num_local_experts" in values else [])}  # two names of one field
     defaults = {key: getattr(complete, key, None) for key in DEFAULTED if key not in present}
     return {**values, **{key: value for key, value in defaults.items() if value is not None}}
+
+
+def _check_with_transformers(values: dict[str, Any], architecture: str, where: str) -> None:
+    """Raise UserError if the config class of transformers refuses a value, also of a key that has no effect here.
+
+    Such a model could be trained, but transformers would not open the export.
+    """
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        # rope.py checks the rotary embedding: transformers 5 refuses some forms of it that transformers 4 wrote.
+        rest = {key: value for key, value in values.items() if key not in ("rope_scaling", "rope_parameters")}
+        padding = getattr(_config_class(architecture).from_dict(rest), "pad_token_id", None)
+    except Exception as error:  # each version raises classes of its own
+        raise UserError(f"{where}: transformers refuses it, correct it: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if isinstance(padding, int) and not -values["vocab_size"] <= padding < values["vocab_size"]:
+        raise UserError(
+            f"{where}: pad_token_id={padding} is not in the vocabulary of {values['vocab_size']}; set it to null"
+        )
+
+
+def _config_class(architecture: str) -> Any:
+    import transformers
+
+    return getattr(transformers, architecture.replace("ForCausalLM", "Config"))
 
 
 def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_oprd.hf.weight_files import MANIFEST, stored_names
+from megatron_oprd.hf.weight_files import MANIFEST, model_names
 from megatron_oprd.runtime.files import read_json
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -34,7 +34,7 @@ def stores_fused_experts(folder: Path) -> bool:
     """
     if (folder / MANIFEST).exists():
         return read_json(folder / MANIFEST).get("fused_experts") is True
-    return any(is_fused(name) for name in stored_names(folder))
+    return any(is_fused(name) for name in model_names(folder))
 
 
 def check_one_form(names: Collection[str], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from megatron_oprd.types import ModelSpec, UserError
 
 (_EMBEDDING,), (_HEAD,) = EMBEDDING.hf, LM_HEAD.hf
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Tensors by which GPTQ, AWQ, bitsandbytes and compressed-tensors replace or accompany a weight.
+_QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|weight_packed|weight_scale|weight\.(absmax|quant_map))$")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a tensor in the files."""
+    """The place of a tensor of the model in the tensors of the files."""
 
-    stored: str  # name in the file
+    stored: str  # name of the tensor that contains this tensor
     expert: int | None = None  # number in a tensor of all experts
     first_row: int = 0
     rows: int | None = None  # None: all
@@ -47,9 +50,9 @@ class HFReader:
         self._opened: dict[str, Any] = {}
         config = self.folder / "config.json"
         self._block = weight_block_size(read_json(config), config) if config.exists() else None
-        self._shard_of = locate_tensors(self.folder)
-        self._scales = {name for name in self._shard_of if self._block and name.endswith(SCALE)}
-        weights = self._shard_of.keys() - self._scales
+        self._located = locate_tensors(self.folder)
+        self._scales = {name for name in self._located if self._block and name.endswith(SCALE)}
+        weights = self._located.keys() - self._scales
         check_one_form(weights, self.folder)
         self._fused = {name: self._shape(name) for name in weights if is_fused(name)}
         self._places = {name: _Place(name) for name in weights - self._fused.keys()}
@@ -84,19 +87,19 @@ class HFReader:
 
     def _rows(self, stored: str, expert: int | None, start: int = 0, end: int | None = None) -> torch.Tensor:
         if expert is None and (start, end) == (0, None):
-            rows: torch.Tensor = self._open(stored).get_tensor(stored)
+            rows: torch.Tensor = self._open(stored).get_tensor(self._located[stored].name)
         else:
             rows = self._slice(stored)[start:end] if expert is None else self._slice(stored)[expert, start:end]
         return rows
 
     def _open(self, stored: str) -> Any:
-        file = self._shard_of[stored]
+        file = self._located[stored].file
         if file not in self._opened:  # opening it for every tensor would take longer than reading the tensor
             self._opened[file] = safe_open(self.folder / file, framework="pt")
         return self._opened[file]
 
     def _slice(self, stored: str) -> Any:
-        return self._open(stored).get_slice(stored)
+        return self._open(stored).get_slice(self._located[stored].name)
 
     def _shape(self, stored: str) -> tuple[int, ...]:
         return tuple(self._slice(stored).get_shape())
@@ -109,7 +112,7 @@ class HFReader:
         Raises:
             UserError: a tensor is not bfloat16, float16, float32 or FP8 with scales.
         """
-        found = {self._dtype(name) for name in sorted(self._shard_of.keys() - self._scales)}
+        found = {self._dtype(name) for name in sorted(self._located.keys() - self._scales)}
         dtypes = sorted((dtype for dtype in found if dtype is not None), key=str)
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.bfloat16
 
@@ -122,7 +125,8 @@ class HFReader:
             return None
         if dtype not in _DTYPES:
             without = " without scales" if self._block else ""
-            raise UserError(f"{self.folder}: {stored} is stored as {dtype}{without}, use one of {', '.join(_DTYPES)}")
+            use = "save it in bfloat16" if dtype == "F64" else "use the model without quantisation, in bfloat16"
+            raise UserError(f"{self.folder}: {stored} is stored as {dtype}{without}; {use}, float16 or float32")
         return _DTYPES[dtype]
 
     def _check_tied_head(self) -> None:
@@ -157,6 +161,12 @@ class HFReader:
                 f"{self.folder} holds no {_HEAD}; if it is the embedding, set tie_word_embeddings to true in "
                 "config.json"
             )
+        quantised = min((name for name in found if _QUANTISED.search(name)), default=None)
+        if quantised is not None:
+            raise UserError(
+                f"{self.folder} holds {quantised}, a tensor of a quantised model, but config.json has no "
+                "quantization_config; use the model without quantisation"
+            )
         for problem, names in (("misses", missing), ("holds unknown", found - expected.keys())):
             if names:
                 stored = {fused_name(name) if self._fused else name for name in names}
@@ -175,8 +185,8 @@ class HFReader:
     def _check_scale(self, scale: str) -> None:
         assert self._block is not None
         weight = scale.removesuffix(SCALE)
-        if weight not in self._shard_of:
+        if weight not in self._located:
             raise UserError(f"{self.folder} holds {scale}, but not {weight}")
         if (dtype := self._slice(scale).get_dtype()) not in _DTYPES:
-            raise UserError(f"{self.folder}: {scale} is stored as {dtype}, use one of {', '.join(_DTYPES)}")
+            raise UserError(f"{self.folder}: {scale} is stored as {dtype}; only {', '.join(_DTYPES)} are supported")
         self._check_shape(scale, scale_shape(self._shape(weight), self._block))

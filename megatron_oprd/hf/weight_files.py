@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,26 +17,57 @@ SINGLE = "model.safetensors"
 MANIFEST = "megatron_oprd.json"  # describes the weights of a Megatron checkpoint
 # Buffers that earlier versions of transformers saved. It ignores them when it loads a model.
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|(self_)?attn\.bias)$")
+_TWICE = re.compile(r"model\.(model|lm_head)\.")
+_WITHOUT_PREFIX = re.compile(r"(embed_tokens|layers|norm)\.")
 
 
-def locate_tensors(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor by name, without buffers that transformers ignores.
+class StoredTensor(NamedTuple):
+    """The place of a tensor on the disk."""
+
+    file: str  # name of the file in its folder
+    name: str  # name of the tensor in the file
+
+
+def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return the place of each tensor by its name in the model, without buffers that transformers ignores.
 
     Raises:
-        UserError: a file is missing, truncated or corrupt, or the index does not describe the folder. Names the file.
+        UserError: a file is missing, truncated or corrupt, the index does not describe the folder, or two tensors have
+            one name. Names the file.
     """
-    return {name: file for name, file in _files_by_tensor(folder).items() if not _BUFFER.search(name)}
+    places: dict[str, StoredTensor] = {}
+    for stored, file in sorted(_files_by_tensor(folder).items()):
+        if _BUFFER.search(stored):
+            continue
+        name = model_name(stored)
+        if name in places:
+            raise UserError(f"{folder} holds {name} twice, as {places[name].name} and as {stored}; remove one of them")
+        places[name] = StoredTensor(file, stored)
+    return places
 
 
-def stored_names(folder: Path) -> set[str]:
+def model_name(stored: str) -> str:
+    """Return the name in the model of a tensor in a file.
+
+    As in transformers, a folder may have been saved from the model without LM head (`layers.0...`), or the names may
+    have the prefix `model.` once too often.
+    """
+    if _TWICE.match(stored):
+        return stored.removeprefix("model.")
+    return f"model.{stored}" if _WITHOUT_PREFIX.match(stored) else stored
+
+
+def model_names(folder: Path) -> set[str]:
     """Return the names of the tensors of a folder without further checks; an empty set without readable weights."""
     try:
         if (folder / SINGLE).exists():
-            return _names_in(folder, SINGLE)
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        return set(weight_map) if isinstance(weight_map, dict) else set()
+            stored = _names_in(folder, SINGLE)
+        else:
+            weight_map = read_json(folder / INDEX).get("weight_map")
+            stored = set(weight_map) if isinstance(weight_map, dict) else set()
     except UserError:
         return set()
+    return {model_name(name) for name in stored}
 
 
 def _files_by_tensor(folder: Path) -> dict[str, str]:
@@ -54,7 +86,10 @@ def _files_by_tensor(folder: Path) -> dict[str, str]:
 
 def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
-    weight_map = read_json(path).get("weight_map")
+    index = read_json(path)
+    weight_map = index.get("weight_map")
+    if not isinstance(index.get("metadata"), dict):  # transformers needs it, even if it is empty
+        raise UserError(f'{path} has no metadata; save the model anew, or add "metadata": {{}}')
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} has no weight_map")
     if not all(isinstance(file, str) for file in weight_map.values()):

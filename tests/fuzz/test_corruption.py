@@ -14,6 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.config import DataConfig
@@ -27,6 +28,7 @@ from megatron_oprd.types import UserError
 from tests.fuzz.budget import examples
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.commands import run_until_start
+from tests.helpers.opened_folder import assert_as_transformers
 from tests.helpers.scene import Scene, assert_refused, make_scene
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
@@ -52,17 +54,35 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_model(folder: Path) -> None:
-    HFReader(folder).check(read_model_spec(folder))
+def read_model(path: Path) -> Callable[[], None]:
+    """Open the folder of a file and return a comparison with the model that transformers loads from it."""
+    spec, reader = read_model_spec(path.parent), HFReader(path.parent)
+    reader.check(spec)
+    return lambda: assert_as_transformers(path.parent, spec, reader)
+
+
+def read_tokenizer(path: Path) -> Callable[[], None]:
+    """Load the tokenizer of a folder and return a comparison with the one that transformers loads from it."""
+    own = load_tokenizer(path.parent)
+
+    def compare() -> None:
+        other, chat = AutoTokenizer.from_pretrained(path.parent), [{"role": "user", "content": "a b"}]
+        for tokenizer in (own, other):
+            tokenizer.chat_template = tokenizer.chat_template or "{{ messages }}"
+        assert own("Zoë <|im_end|>\n").input_ids == other("Zoë <|im_end|>\n").input_ids
+        assert own.apply_chat_template(chat, tokenize=False) == other.apply_chat_template(chat, tokenize=False)
+        assert (own.eos_token_id, own.bos_token_id) == (other.eos_token_id, other.bos_token_id)
+
+    return compare
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "config.json": lambda path: read_model_spec(path.parent),
-    "generation_config.json": lambda path: read_model_spec(path.parent),
-    "model.safetensors": lambda path: read_model(path.parent),
-    "model.safetensors.index.json": lambda path: read_model(path.parent),
-    "tokenizer.json": lambda path: load_tokenizer(path.parent),
-    "tokenizer_config.json": lambda path: load_tokenizer(path.parent),
+    "config.json": read_model,
+    "generation_config.json": read_model,
+    "model.safetensors": read_model,
+    "model.safetensors.index.json": read_model,
+    "tokenizer.json": read_tokenizer,
+    "tokenizer_config.json": read_tokenizer,
     "prompts.jsonl": lambda path: read_rows([str(path)], DataConfig()),
     "prompts.parquet": lambda path: read_rows([str(path)], DataConfig()),
     "replay.jsonl": lambda path: load_replay(path, 259),
@@ -136,10 +156,14 @@ def test_a_folder_in_place_of_a_file_is_refused_in_one_line(inputs, name, tmp_pa
 
 
 def refuse_or_read(read: Callable[[Path], object], path: Path) -> None:
+    """Assert that a file is refused in one line or has the content that transformers finds in it."""
     try:
-        read(path)
+        compare = read(path)
     except UserError as error:
         assert str(error).strip() and len(str(error)) < 2000
+    else:
+        if callable(compare):
+            compare()
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,7 @@ def test_invalid_rope_scaling_of_phi3_is_refused(change, message, tmp_path):
 # As files on the hub say it: `rope_scaling` beside a top-level `rope_theta`.
 LLAMA_3_2_1B = {
     "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
     **{"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1, "hidden_act": "silu"},
     **{"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256},
     **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072},
@@ -78,13 +79,14 @@ LLAMA_3_2_1B = {
     },
 }
 LLAMA_2_7B = {
-    **{key: LLAMA_3_2_1B[key] for key in ("architectures", "hidden_act", "pretraining_tp", "rms_norm_eps")},
+    **{key: LLAMA_3_2_1B[key] for key in ("architectures", "model_type", "hidden_act", "rms_norm_eps")},
     **{"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000},
     **{"num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096},
     **{"rope_scaling": None, "tie_word_embeddings": False, "eos_token_id": 2},
 }
 PHI_4_MINI = {
     "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
     **{"attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "hidden_act": "silu"},
     **{"num_hidden_layers": 32, "hidden_size": 3072, "intermediate_size": 8192, "vocab_size": 200064},
     **{"num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072},

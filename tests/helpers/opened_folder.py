@@ -1,0 +1,86 @@
+"""Compare a Hugging Face folder, as the product opens it, with the model that transformers loads from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.models.rotary import Rotary
+from megatron_oprd.types import LongRope, ModelSpec
+
+HEAD = "lm_head.weight"
+
+
+def assert_as_transformers(folder: Path, spec: ModelSpec, reader: HFReader) -> None:
+    """Assert that transformers opens the folder, and that its model has this specification and these tensors."""
+    model = load(folder, reader.dtype())
+    assert model is not None
+    assert_same_spec(spec, model)
+    expected = single_experts(model.state_dict())
+    assert expected.keys() - ({HEAD} if spec.tied_embeddings else set()) <= set(reader.names()) <= expected.keys()
+    for tensor in reader.names():
+        own = reader.read(tensor).to(reader.dtype())
+        assert torch.allclose(own, expected[tensor], rtol=0, atol=0, equal_nan=True), tensor
+
+
+def single_experts(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model with one tensor for each expert."""
+    single = {}
+    for name, tensor in state.items():
+        layer, _, projection = name.partition(".experts.")
+        if not projection:
+            single[name] = tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            parts = {"gate": 0, "up": 1} if projection == "gate_up_proj" else {"down": 0}
+            for part, number in parts.items():
+                single[f"{layer}.experts.{expert}.{part}_proj.weight"] = matrix.chunk(len(parts))[number]
+    return single
+
+
+def assert_same_spec(spec: ModelSpec, model: torch.nn.Module) -> None:
+    """Compare a specification with the modules that transformers built."""
+    config, layers, rotary = model.config, model.model.layers, model.model.rotary_emb
+    assert spec.num_layers == len(layers)
+    assert (spec.vocab_size, spec.hidden_size) == model.model.embed_tokens.weight.shape
+    assert (spec.num_attention_heads, spec.num_query_groups) == (config.num_attention_heads, config.num_key_value_heads)
+    assert spec.head_dim == layers[0].self_attn.head_dim
+    assert spec.ffn_hidden_size == config.intermediate_size
+    assert {spec.norm_epsilon} == {
+        module.variance_epsilon for module in model.modules() if "RMSNorm" in str(module)[:20]
+    }
+    assert spec.max_position_embeddings == config.max_position_embeddings
+    assert spec.tied_embeddings is (model.lm_head.weight is model.model.embed_tokens.weight)
+    assert spec.eos_token_ids == end_tokens(model)
+    own = Rotary(spec)
+    assert torch.equal(own.inverse_frequencies[0], rotary.inv_freq)
+    assert own.factor == rotary.attention_scaling
+    if isinstance(spec.rope_scaling, LongRope):
+        assert own.long_above == config.original_max_position_embeddings
+        assert list(spec.rope_scaling.long_factor) == config.rope_parameters["long_factor"]
+    sparse = {number: layer.mlp for number, layer in enumerate(layers) if hasattr(layer.mlp, "experts")}
+    assert spec.sparse_layers == tuple(sparse)
+    for mlp in sparse.values():
+        assert (spec.num_experts, 2 * spec.moe_ffn_hidden_size) == mlp.experts.gate_up_proj.shape[:2]
+        assert (spec.experts_per_token, spec.norm_topk_prob) == (mlp.gate.top_k, mlp.gate.norm_topk_prob)
+
+
+def load(folder: Path, dtype: torch.dtype | str) -> torch.nn.Module | None:
+    """Return the model that transformers loads, or None if a tensor is missing, unknown or of another shape."""
+    try:
+        model, differences = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
+    except RuntimeError:
+        return None
+    return None if any(differences.values()) else model
+
+
+def end_tokens(model: torch.nn.Module) -> tuple[int, ...]:
+    """Return the ids at which `generate` stops, then those of the config."""
+    both = (model.generation_config.eos_token_id, model.config.eos_token_id)
+    ids = [token for ends in both for token in (ends if isinstance(ends, list) else [] if ends is None else [ends])]
+    return tuple(dict.fromkeys(ids))
