@@ -18,7 +18,7 @@ class RepresentationConfig(Section):
 
     weight: float = Field(1.0, ge=0.0, description="weight of this loss; 0 leaves it out. Default 10 with a bridge")
     layers: Literal["all", "last", "even", "odd"] | list[int] = Field(
-        "all", description="student layers to compare, numbered from 1"
+        "all", description="student layers to compare, numbered from 1; even is 1, 3, 5, ... and odd 2, 4, 6, ..."
     )
     pairs: list[tuple[int, int]] | None = Field(
         None,
