@@ -19,7 +19,7 @@ from megatron_oprd.config.hints import suggest_keys
 from megatron_oprd.runtime.files import DISK_ERRORS
 from megatron_oprd.types import ServiceFailed, UserError
 
-CONFIG_HELP = "YAML file; docs/configuration.md lists the keys"
+CONFIG_HELP = "YAML file; `megatron-oprd config` lists the keys"
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -64,8 +64,9 @@ def command_parser(name: str, description: str, *, override: str, config: str = 
     `override` is the example of an override in the help text, `config` the help text of `--config`.
     """
     parser = ArgumentParser(prog=f"megatron-oprd {name}", description=description)
-    parser.add_argument("--config", help=config)
-    parser.add_argument("overrides", nargs="*", help=f"dotted keys that win over the file, like {override}")
+    parser.add_argument("--config", metavar="FILE", help=config)
+    shown = f"replaces a key of the file, like {override}"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=shown)
     return parser
 
 
