@@ -8,6 +8,7 @@
 #
 # Without student.path= it runs the demo: a tiny teacher-student pair, made, converted, distilled, exported, evaluated.
 # demo=cross_architecture and demo=cross_tokenizer do the same with a teacher that only a bridge can compare.
+# demo=real_model downloads a language model of 135 M parameters, drops four of its blocks, and lets the original heal it.
 # With student.path= teacher.path= data.prompts= it runs examples/qwen_same_family.yaml (or --config FILE) on real models.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from examples.demo.make_bridge_pair import make_bridge_pair
 from examples.demo.make_pair import TargetMissed, make_pair
-from examples.demo.run import EXAMPLES, SAME_ARCHITECTURE, DemoRun
+from examples.demo.run import EXAMPLES, SAME_ARCHITECTURE, DemoRun, run_folder
 from megatron_oprd import train
 from megatron_oprd.bridge import fit
 from megatron_oprd.config import load_config
@@ -36,7 +36,7 @@ def run_pipeline(run: DemoRun) -> None:
     torch.set_num_threads(1)  # at this size a second thread costs more than it gives
     config, recipe = run.config, run.recipe
     start_process(platform.choose_device(config.train.device))
-    folder = on_rank_zero(lambda: _run_folder(run))
+    folder = on_rank_zero(lambda: run_folder(run))
     pair = folder / "pair"
     same_architecture = run.kind == SAME_ARCHITECTURE
     on_rank_zero(
@@ -65,13 +65,6 @@ def run_pipeline(run: DemoRun) -> None:
     models = {"student before": pair / "student", "student after": folder / "hf", "teacher": pair / "teacher"}
     accuracies = {name: [_accuracy(recipe, path, t, arguments) for t in (0.0, 0.7)] for name, path in models.items()}
     on_rank_zero(lambda: _print(accuracies, folder, time.time() - begin))
-
-
-def _run_folder(run: DemoRun) -> Path:
-    folder = Path(run.config.train.run_dir)
-    if any(override.startswith("train.run_dir=") for override in run.overrides):
-        return folder
-    return folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 
 
 def make_unlike(pair: Path, kind: str, seed: int) -> None:

