@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 
@@ -33,6 +34,7 @@ from megatron_oprd.types import UserError
 def run_pipeline(run: DemoRun) -> None:
     """Run all steps and print the table of accuracies. Collective over the world."""
     begin = time.time()
+    transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)  # at this size a second thread costs more than it gives
     config, recipe = run.config, run.recipe
     start_process(platform.choose_device(config.train.device))
