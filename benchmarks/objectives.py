@@ -222,7 +222,7 @@ def accuracies(work: Path, pair: Path, model: Path, arguments: Sequence[str]) ->
 def accuracy(arguments: Sequence[str]) -> float:
     """Return the accuracy of the model at `student.path` with one answer per problem."""
     _, recipe, *overrides = arguments
-    samples = evaluate_model(read_evaluation_inputs(load_config(recipe, overrides)))
+    samples = evaluate_model(read_evaluation_inputs(load_config(recipe, overrides))).samples
     return score(samples, 1)["avg@1"]
 
 

@@ -111,7 +111,7 @@ def make_and_convert(pair: Path, seed: int) -> None:
 def _accuracy(recipe: Path, model: Path, temperature: float, arguments: list[str]) -> float:
     """Return the exact-match accuracy on the held-out additions, sampled by the embedded engine in the run's layout."""
     settings = [f"student.path={model}", f"evaluation.temperature={temperature}", "evaluation.top_p=1.0"]
-    samples = evaluate_model(read_evaluation_inputs(load_config(recipe, [*arguments, *settings])))
+    samples = evaluate_model(read_evaluation_inputs(load_config(recipe, [*arguments, *settings]))).samples
     return score(samples, 1)["avg@1"]
 
 

@@ -13,17 +13,18 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_oprd.config.mistakes import explain_interpolation, explain_validation, explain_yaml, first_line
-from megatron_oprd.config.root import Config
+from megatron_oprd.config.root import FOR_EVALUATION, Config
 from megatron_oprd.config.section import section_class
 from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
 from megatron_oprd.types import UserError
 
 
-def load_config(path: str | Path | None, overrides: list[str]) -> Config:
+def load_config(path: str | Path | None, overrides: list[str], *, for_evaluation: bool = False) -> Config:
     """Return the configuration of a YAML file (None: without a file) and of overrides like `parallel.tensor=2`.
 
-    A later override replaces an earlier one. No communication. Raises UserError with one line that names the key, its
-    value and what would work.
+    A later override replaces an earlier one. With `for_evaluation`, training prompts and a teacher are not required,
+    and `train.run_dir` is the current folder by default. No communication. Raises UserError with one line that names
+    the key, its value and what would work.
     """
     try:
         tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
@@ -47,13 +48,19 @@ def load_config(path: str | Path | None, overrides: list[str]) -> Config:
     except OmegaConfBaseException as error:
         place = "" if path is None else f"the configuration {path}: "
         raise UserError(place + explain_interpolation(error)) from None
-    return parse_config(values)
+    return parse_config(values, for_evaluation=for_evaluation)
 
 
-def parse_config(values: Any) -> Config:
-    """Return the configuration of a plain mapping. Raises UserError with one line that names every wrong key."""
+def parse_config(values: Any, *, for_evaluation: bool = False) -> Config:
+    """Return the configuration of a plain mapping. Raises UserError with one line that names every wrong key.
+
+    `for_evaluation`: as in `load_config`.
+    """
+    if for_evaluation and isinstance(values, dict) and isinstance(train := values.get("train", {}), dict):
+        values = {**values, "train": {"run_dir": ".", **train}}
     try:
-        return Config.model_validate(_lists_of_one(_tuples(values)))
+        context = FOR_EVALUATION if for_evaluation else None
+        return Config.model_validate(_lists_of_one(_tuples(values)), context=context)
     except ValidationError as error:
         raise UserError(explain_validation(error)) from None
 

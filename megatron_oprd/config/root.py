@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 
 from megatron_oprd.config.bridge import BridgeConfig
 from megatron_oprd.config.losses import LossConfig
@@ -13,6 +13,8 @@ from megatron_oprd.config.monitoring import HealthConfig, LoggingConfig, Watchdo
 from megatron_oprd.config.rollouts import DataConfig, EvaluationConfig, RolloutConfig
 from megatron_oprd.config.section import Section
 from megatron_oprd.config.training import BatchConfig, CheckpointConfig, OptimizerConfig, TrainConfig
+
+FOR_EVALUATION = "evaluation"  # context of the validation for a command that trains nothing
 
 
 class Config(Section):
@@ -53,14 +55,14 @@ class Config(Section):
         return values
 
     @model_validator(mode="after")
-    def _prompts_are_given_or_replayed(self) -> Config:
-        if self.rollout.generates and not self.data.prompts:
+    def _prompts_are_given_or_replayed(self, info: ValidationInfo) -> Config:
+        if self.rollout.generates and not self.data.prompts and info.context != FOR_EVALUATION:
             raise ValueError("data.prompts: name at least one prompt file (only rollout.engine=replay needs none)")
         return self
 
     @model_validator(mode="after")
-    def _has_one_teacher_or_several(self) -> Config:
-        if self.teacher is None and not self.teachers:
+    def _has_one_teacher_or_several(self, info: ValidationInfo) -> Config:
+        if self.teacher is None and not self.teachers and info.context != FOR_EVALUATION:
             raise ValueError("teacher is required: teacher.path, or teachers with one for each data_source")
         if self.teacher is not None and self.teachers:
             raise ValueError("teacher and teachers are both given: name one teacher for all prompts, or several")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.config import Config
+from megatron_oprd.bridge.origin import expected_origin, load_bridge
+from megatron_oprd.config import Config, LossConfig, OutputConfig
 from megatron_oprd.data.end_tokens import find_end_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
+from megatron_oprd.data.tokenizer import has_tokenizer, load_tokenizer, same_vocabulary, tokenizer_hash
+from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.lengths import check_room
+from megatron_oprd.launch.models import ModelInputs
 from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_dtype, with_end_tokens
 from megatron_oprd.launch.tokenizers import read_student_tokenizer
-from megatron_oprd.types import UserError
+from megatron_oprd.types import LayerPair, ModelSpec, PairBridge, UserError
 
 
 @dataclass(frozen=True)
@@ -20,24 +26,60 @@ class EvaluationInputs:
     """The inputs of an evaluation without training."""
 
     config: Config
-    setup: Setup  # without teachers
+    setup: Setup  # without teachers if the teacher's answers are not measured
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptSet
+    bridge: Mapping[LayerPair, PairBridge] = field(default_factory=dict)  # its maps; empty without a bridge
+
+    @property
+    def model_inputs(self) -> ModelInputs:
+        """Return the inputs from which the models are built, if the teacher's answers are measured."""
+        config, setup = self.config, self.setup
+        sizes = (setup.student.vocab_size, *(teacher.spec.vocab_size for teacher in setup.teachers.values()))
+        return ModelInputs(config, setup, self.bridge, min(sizes), config.data.own_teacher_prompts)
 
 
 def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     """Read and check what an evaluation of the student needs, except the weights. No communication.
 
-    Raises UserError for the first mistake, with the line that training has for it. Teachers are not read.
+    The teacher is read if the student is measured on its answers. Raises UserError for the first mistake, with the line
+    that training has for it.
     """
     config = with_dtype(config)
     setup = read_setup(config, {}, trains=False)
     check_model_weights(config, setup)
     tokenizer = read_student_tokenizer(config, setup.student)
+    other = _teacher_has_another_tokenizer(config, tokenizer)
+    prompts, takes_answers = read_evaluation_prompts(config, tokenizer, other_tokenizer=other)
+    bridge: Mapping[LayerPair, PairBridge] = {}
+    if takes_answers:
+        config = config.model_copy(update={"loss": _measured_loss(config, setup.student)})
+        setup = read_setup(config, config.named_teachers, trains=False)
+        check_model_weights(config, setup)
+        if config.loss.reads_layers and config.loss.representation.bridge is not None:
+            (teacher,), own = setup.teachers.values(), tokenizer_hash(tokenizer)
+            origin = expected_origin(config, setup.student, teacher, (own, own))
+            bridge = load_bridge(config, setup.layer_plan.pairs, origin).maps
     setup = with_end_tokens(setup, find_end_tokens(setup.student, tokenizer, config.data.chat_template_kwargs))
-    prompts = _load_prompts(config, tokenizer, for_teacher=False)
     check_room(config, setup.student, prompts.prompts)
-    return EvaluationInputs(config, setup, tokenizer, prompts)
+    return EvaluationInputs(config, setup, tokenizer, prompts, bridge)
+
+
+def _teacher_has_another_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if a single teacher gives other ids to the same text. One without a tokenizer does not."""
+    if config.teacher is None or not has_tokenizer(config.teacher.path):
+        return False
+    return not same_vocabulary(tokenizer, load_tokenizer(config.teacher.path))
+
+
+def _measured_loss(config: Config, student: ModelSpec) -> LossConfig:
+    """Return a loss that compares next-token distributions, and the layers of `loss` where they can be compared."""
+    assert config.teacher is not None  # its answers are measured
+    representation = config.loss.representation
+    same_width = student.hidden_size == read_model_spec(config.teacher.path).hidden_size
+    if not same_width and representation.bridge is None:
+        representation = representation.model_copy(update={"weight": 0.0})
+    return LossConfig(representation=representation, output=OutputConfig(objective="full_kl"))
 
 
 def read_evaluation_prompts(
@@ -71,6 +113,8 @@ def takes_teacher_answers(config: Config, prompts: PromptSet, *, other_tokenizer
         obstacle = "several teachers" if config.teachers else "no teacher"
     elif other_tokenizer:
         obstacle = "a teacher with another tokenizer"
+    elif config.teacher is not None and not Path(config.teacher.path).is_dir():
+        obstacle = f"no folder teacher.path={config.teacher.path}"
     if wanted is True and obstacle:
         raise UserError(
             f"evaluation.teacher_answers=true needs one teacher with the student's tokenizer, and there is {obstacle}; "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from megatron_oprd.config import load_config
+from megatron_oprd.config import Config, load_config
 from megatron_oprd.config.hints import suggest_keys
 from megatron_oprd.runtime.files import DISK_ERRORS
 from megatron_oprd.types import ServiceFailed, UserError
@@ -70,7 +70,12 @@ def command_parser(name: str, description: str, *, override: str, config: str = 
     return parser
 
 
-def check_command_line(parser: ArgumentParser) -> None:
+def read_options(options: argparse.Namespace) -> Config:
+    """Return the configuration that the options of `command_parser` name. Raises UserError for a mistake in it."""
+    return load_config(options.config, options.overrides)
+
+
+def check_command_line(parser: ArgumentParser, read: Callable[[argparse.Namespace], Config] = read_options) -> None:
     """Check the arguments and the configuration of this process, then print that the program is loading.
 
     A command calls this function before it imports torch and Megatron-Core, so that `--help` and a wrong key are
@@ -78,10 +83,10 @@ def check_command_line(parser: ArgumentParser) -> None:
 
     Args:
         parser: what `command_parser` returned.
+        read: the function that reads the configuration from the options.
     """
     with exit_on_mistake():
-        options = parser.parse_args()
-        load_config(options.config, options.overrides)
+        read(parser.parse_args())
     start_loading()
 
 

@@ -210,3 +210,25 @@ def test_evaluate_samples_and_grades_the_same_answers_as_transformers(run, tmp_p
     written = read_lines(tmp_path / "run" / "evaluation" / "samples.jsonl")
     assert [row["response"] for row in written] == [sample.response_text for sample in samples]
     assert [row["correct"] for row in written] == [sample.correct for sample in samples]
+
+
+def test_evaluate_needs_no_more_than_a_model_and_prompts(run, tmp_path, monkeypatch):
+    arguments, run_dir, _ = run
+    config, settings = load_config(None, arguments), ["evaluation.samples=1", "evaluation.max_new_tokens=6"]
+    prompts = [{key: row[key] for key in ("prompt", "data_source")} for row in read_lines(Path(config.data.prompts[0]))]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    data, scores = f"evaluation.data={tmp_path / 'prompts.jsonl'}", tmp_path / "evaluation" / "scores.json"
+    monkeypatch.chdir(tmp_path)
+    log = finish([str(run_dir / "hf"), data, *settings], tmp_path / "log", module="evaluate")
+    assert "right answers" in log and "not graded" in log and "unanswered" not in log
+    assert json.loads(scores.read_text())["data"]["all"].keys() == {"mean_length", "truncated"}
+    # With a teacher: the same answers and the same numbers as at the end of training.
+    teacher = [f"teacher.path={config.teacher.path}", "evaluation.samples=0", "batch.max_tokens_per_micro_batch=96"]
+    finish([data, *settings, *teacher, str(run_dir / "hf")], tmp_path / "log", module="evaluate")
+    names = [path.name for folder in (tmp_path, run_dir) for path in (folder / "teacher_answers").glob("*.jsonl")]
+    assert names[0] == names[1]
+    found, last = json.loads(scores.read_text())["data"], read_lines(run_dir / "evaluations.jsonl")[-1]["data"]
+    assert list(found) == ["sums/0", "sums/1", "all"]
+    for source, metrics_of_source in found.items():
+        assert metrics_of_source == {name: last[source][name] for name in metrics_of_source}
+        assert {"perplexity", "forward_kl", "cosine/layer_2"} <= metrics_of_source.keys()

@@ -69,7 +69,9 @@ def test_a_file_without_some_answers_is_refused(tmp_path):
 def takes(wanted, *, teachers=1, graded=False, other_tokenizer=False):
     named = {str(number): None for number in range(teachers)}
     evaluation = SimpleNamespace(teacher_answers=wanted)
-    config = SimpleNamespace(evaluation=evaluation, named_teachers=named, teachers=named if teachers > 1 else {})
+    config = SimpleNamespace(
+        evaluation=evaluation, named_teachers=named, teachers=named if teachers > 1 else {}, teacher=None
+    )
     prompts = [dataclasses.replace(prompt, ground_truth="4" if graded else None) for prompt in PROMPTS]
     return takes_teacher_answers(config, PromptSet(prompts, 2, 0, 0), other_tokenizer=other_tokenizer)
 
