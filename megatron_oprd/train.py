@@ -5,12 +5,9 @@ torchrun -m megatron_oprd.train --config F [a.b=1 ...]
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from megatron_oprd.config import load_config
-from megatron_oprd.runtime.cli import check_command_line, command_parser, run_command
+from megatron_oprd.runtime.cli import STOPPED, check_command_line, command_parser, run_command
 
-STOPPED = 3  # exit code of a run that the health watch ended
 PARSER = command_parser("train", "On-policy representation distillation (OPRD).", override="parallel.tensor=2")
 PARSER.add_argument(
     "--dry-run", action="store_true", help="do what `plan` does: print what would run and what it needs"
@@ -23,7 +20,7 @@ if __name__ == "__main__":
     check_command_line(PARSER)  # a mistake is reported before the slow imports
 
 import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
-from megatron_oprd.checkpoint.hf_export import export_student
+from megatron_oprd.checkpoint.hf_export import export_best, export_student
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.commands.plan import print_plan
 from megatron_oprd.evaluation.report import write_report
@@ -39,20 +36,11 @@ from megatron_oprd.resilience.signals import handle_signals, received_by_any
 from megatron_oprd.rollout.horizon import horizon_metrics
 from megatron_oprd.runtime import progress
 from megatron_oprd.training.global_batch import share_rollouts
-from megatron_oprd.training.state import TrainState, due
+from megatron_oprd.training.state import BestEvaluation, Stop, TrainState, due
 from megatron_oprd.training.step_metrics import StepMeter
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import Rollout
-
-
-@dataclass(frozen=True)
-class Stop:
-    """The reason why training ended before its last step."""
-
-    message: str
-    exit_code: int
-    is_end: bool  # True: the run ends with export and report. False: the same command will continue it.
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,44 +55,44 @@ def main(arguments: list[str] | None = None) -> int:
     with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")
         run = build_run(inputs)
-        stop = fit(run)
+        state, stop = fit(run)
         if stop is None or stop.is_end:
-            finish(run)
+            finish(run, state.best)
         if stop is not None:
             on_rank_zero(lambda: print(stop.message, flush=True))
     return stop.exit_code if stop is not None else 0
 
 
-def fit(run: Run) -> Stop | None:
+def fit(run: Run) -> tuple[TrainState, Stop | None]:
     """Train from the newest checkpoint of the run folder, or from step 0, up to `train.steps`.
 
-    Returns: None, or why training ended earlier. Collective over the world.
+    Returns: the state at the end; None, or why training ended earlier. Collective over the world.
     """
     config, settings = run.inputs.config, run.inputs.config.checkpoint
     state = open_run_folder(run)
-    observers = start_observers(run, state.step)
+    observers = start_observers(run, state)
     folder = run.inputs.run_dir / "checkpoints"
     saver = Saver(folder, run.checkpoint_content, settings)
     signal = None
 
     def last_step() -> int:
-        return state.step if observers.reason_to_stop() else config.train.steps
+        return state.step if observers.stop(state) is not None else config.train.steps
 
     while state.step < last_step() and signal is None:
         state, metrics, rollouts = one_step(run, state)
         saver.after_step()
-        observers.after_step(metrics, rollouts)
+        state = observers.after_step(state, metrics, rollouts)
         signal = received_by_any(run.topology, state.step)
-        if signal is not None or due(state.step, settings.every, last_step()) or saver.is_overdue():
+        is_due = state.is_best or due(state.step, settings.every, last_step())
+        if signal is not None or is_due or saver.is_overdue():
             saved = saver.save(state)
     saver.wait()
     observers.close()
     if signal is not None:
         on_rank_zero(lambda: write_report(run.inputs.run_dir))  # the page says that the run stopped
         resume = "the same command" if settings.resume == "auto" else "checkpoint.resume=auto"
-        return Stop(f"{signal}: step {state.step} saved in {saved}; {resume} continues", 0, is_end=False)
-    reason = observers.reason_to_stop()
-    return None if reason is None else Stop(reason, STOPPED, is_end=True)
+        return state, Stop(f"{signal}: step {state.step} saved in {saved}; {resume} continues", 0, is_end=False)
+    return state, observers.stop(state)
 
 
 def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float], list[Rollout]]:
@@ -133,12 +121,14 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     return next_state, metrics, list(global_batch.rollouts)
 
 
-def finish(run: Run) -> None:
-    """Export the student in Hugging Face format and write the report. Collective over the world."""
-    run_dir = run.inputs.run_dir
+def finish(run: Run, best: BestEvaluation | None = None) -> None:
+    """Export the student, also as it was at its best evaluation, and write the report. Collective over the world."""
+    run_dir, settings = run.inputs.run_dir, run.inputs.config.checkpoint
     progress.enter("export")
-    if run.inputs.config.checkpoint.export_hf:
-        export_student(run.checkpoint_content, run_dir / "hf", run.inputs.config.checkpoint.export_dtype)
+    if settings.export_hf:
+        export_student(run.checkpoint_content, run_dir / "hf", settings.export_dtype)
+        if best is not None:
+            export_best(run.checkpoint_content, run_dir, best, settings.export_dtype)
     progress.enter("report")
     on_rank_zero(lambda: print(f"report: {write_report(run_dir)}", flush=True))
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_oprd.checkpoint.training_state import CheckpointContent
+from megatron_oprd.checkpoint.megatron_format import load_model
+from megatron_oprd.checkpoint.training_state import MARK, CheckpointContent
 from megatron_oprd.hf.export import WrittenWeights, export_hf
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.runtime.files import explain_os_errors
-from megatron_oprd.types import ModelSpec
+from megatron_oprd.training.state import BestEvaluation
+from megatron_oprd.types import ModelSpec, UserError
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -36,6 +38,21 @@ def export_student(content: CheckpointContent, target: Path, dtype_name: str | N
         print(f"student: {target}", flush=True)
 
     on_rank_zero(replace)
+
+
+def export_best(content: CheckpointContent, run_dir: Path, best: BestEvaluation, dtype_name: str | None = None) -> None:
+    """Load the checkpoint of the best evaluation into the student, and export it to `hf_best` in the run folder.
+
+    Training cannot continue afterwards. Collective over the world. Raises UserError on every rank if the checkpoint is
+    gone or damaged, and for a disk error.
+    """
+    checkpoint = run_dir / "checkpoints" / best.name
+    if not on_rank_zero(lambda: (checkpoint / MARK).exists()):
+        raise UserError(
+            f"{checkpoint}, the best checkpoint by {best.metric}, is gone; {run_dir / 'hf'} has the last student"
+        )
+    load_model(content.student.stage, checkpoint / "model", content.spec, content.topology)
+    export_student(content, run_dir / "hf_best", dtype_name)
 
 
 def written_dtype(spec: ModelSpec) -> torch.dtype | None:

@@ -100,6 +100,7 @@ class Saving:
         checkpoints stay untouched by an error, here and in `finish`.
         """
         self.topology, self.keep = content.topology, keep
+        self.best = state.best.name if state.best is not None else None
         self.target = folder / f"step_{state.step:07d}"
         rollouts = _pending_rollouts(state, self.topology)
         content.student.stage.wait_for_parameters()
@@ -125,7 +126,8 @@ class Saving:
         return min_over([written], dist.group.WORLD, self.topology.device) == [1.0]
 
     def finish(self) -> Path:
-        """Write the files or wait for the thread, mark the checkpoint complete, and remove all but the newest `keep`.
+        """Write the files or wait for the thread, mark the checkpoint complete, and remove all but the newest `keep`
+        and the best one.
 
         Collective over the world. Raises UserError on every rank for an error of any rank's disk.
         """
@@ -137,7 +139,7 @@ class Saving:
             for write in self._writes:
                 write.finish()
             on_rank_zero(self._commit)
-        on_rank_zero(lambda: prune_checkpoints(self.target.parent, self.keep))
+        on_rank_zero(lambda: prune_checkpoints(self.target.parent, self.keep, self.best))
         return self.target
 
     def _write(self) -> None:
@@ -160,6 +162,8 @@ class Saving:
         values = {"step": state.step, "prompts": state.prompts.to_dict(), "teachers": teachers}
         if content.student_hash:
             values["student"] = {"path": content.source, "hash": content.student_hash}
+        if state.best is not None:
+            values["best"] = dataclasses.asdict(state.best)
         if state.pending is not None:
             values["pending"] = write_pending(self.partial, state.pending, rollouts)
         write_json(self.partial / "state.json", values)

@@ -31,7 +31,7 @@ from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import explain_os_errors, prepare_partial, read_json
 from megatron_oprd.training.map_optimizer import FILE as MAPS
-from megatron_oprd.training.state import Identity, TrainState
+from megatron_oprd.training.state import BestEvaluation, Identity, TrainState
 from megatron_oprd.training.student import Student
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -72,12 +72,14 @@ def prepare_folders(target: Path) -> Path:
     return partial
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
+def prune_checkpoints(folder: Path, keep: int, best: str | None = None) -> None:
     """Remove all but the newest `keep` complete checkpoints, and the leftovers of killed processes.
 
-    One rank calls this. Raises UserError when the disk refuses to remove one.
+    The checkpoint with the name `best` stays. One rank calls this. Raises UserError when the disk refuses to remove
+    one.
     """
-    kept = _complete(folder)[-keep:]
+    complete = _complete(folder)
+    kept = [*complete[-keep:], *(path for path in complete if path.name == best)]
     for path in folder.glob("step_*"):
         # Older checkpoints, and folders that a killed process left half-written or half-removed.
         if path not in kept and _NAME.fullmatch(path.name.removesuffix(".partial")):
@@ -96,6 +98,8 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
     values = read_json(checkpoint / "state.json")
     with _explain_damage(checkpoint / "state.json"):
         state = TrainState(int(values["step"]), PromptState.from_dict(values["prompts"]))
+        if "best" in values:
+            state = dataclasses.replace(state, best=BestEvaluation(**values["best"]))
         if "pending" in values:
             state = dataclasses.replace(state, pending=read_pending(checkpoint, values["pending"], topology))
         saved = {

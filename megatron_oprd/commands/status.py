@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_oprd.config.yaml_core import load_yaml
-from megatron_oprd.evaluation.records import Record, by_step, get, read_jsonl, read_text
+from megatron_oprd.evaluation.records import Record, by_step, get, is_number, read_best, read_jsonl, read_text
 from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.runtime.readable import count, duration, significant
 from megatron_oprd.training.step_line import seconds_left, tokens_per_second
@@ -48,10 +48,13 @@ def _facts(run_dir: Path, now: float) -> Iterator[tuple[str, str]]:
     planned = get(config, "train", "steps")
     step = metrics[-1]["step"] if metrics else 0
     beats = [beat for file in sorted((run_dir / "heartbeats").glob("rank_*.json")) for beat in _json(file)]
-    yield "state", _state(run_dir, beats, config, now, is_complete=isinstance(planned, int) and step >= planned)
+    stopped_early = bool(metrics) and read_best(run_dir).get("stopped_at") == step
+    is_complete = stopped_early or (isinstance(planned, int) and step >= planned)
+    state = _state(run_dir, beats, config, now, is_complete=is_complete)
+    yield "state", f"{state}: stopped early by evaluation.patience" if stopped_early and state == "finished" else state
     yield "step", f"{step} of {planned}" if planned else f"{step}"
     if metrics:
-        speed = _speed(metrics, config)
+        speed = _speed(metrics, config, step if stopped_early else planned)
         if speed:
             yield "speed", speed
         values = (
@@ -65,6 +68,10 @@ def _facts(run_dir: Path, now: float) -> Iterator[tuple[str, str]]:
     evaluations = read_jsonl(run_dir / "evaluations.jsonl")
     if evaluations:
         yield "evaluation", _evaluation(evaluations[-1])
+    best = read_best(run_dir)
+    if is_number(best.get("value")):
+        value = f"{best.get('metric')} {significant(best['value'])} at step {best.get('step')}"
+        yield "best", f"{value}, {best.get('checkpoint')}; {best.get('later')} evaluations since"
     if beats:
         oldest = min(beats, key=lambda beat: beat["time"])
         age = duration(now - oldest["time"])
@@ -100,13 +107,13 @@ def _state(run_dir: Path, beats: Sequence[Record], config: Any, now: float, *, i
     return "finished" if is_complete else "stopped"
 
 
-def _speed(metrics: Sequence[Record], config: Any) -> str:
-    """Return the tokens per second of the last steps and the time that is left, or '' if neither is known."""
+def _speed(metrics: Sequence[Record], config: Any, last_step: Any) -> str:
+    """Return the tokens per second of the last steps and the time until `last_step`, or '' if neither is known."""
     prompts, samples = (get(config, "rollout", name) for name in ("prompts_per_step", "samples_per_prompt"))
     if not (isinstance(prompts, int) and isinstance(samples, int)):
         return ""
     speed = tokens_per_second(metrics, prompts * samples)
-    left = seconds_left(metrics, get(config, "train", "steps") or 0)
+    left = seconds_left(metrics, last_step or 0)
     parts = [f"{count(speed)} response tokens/s"] if speed is not None else []
     return ", ".join([*parts, f"{duration(left)} left"] if left is not None and left > 0 else parts)
 
@@ -114,7 +121,8 @@ def _speed(metrics: Sequence[Record], config: Any) -> str:
 def _evaluation(record: Record) -> str:
     data = record.get("data") or {}
     source = "all" if "all" in data else next(iter(data), "")
-    scores = ", ".join(f"{name} {significant(value)}" for name, value in data.get(source, {}).items())
+    shown = {name: value for name, value in data.get(source, {}).items() if "/layer_" not in name}
+    scores = ", ".join(f"{name} {significant(value)}" for name, value in shown.items())
     return f"step {record.get('step')}, {source}: {scores}"
 
 

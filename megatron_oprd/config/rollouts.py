@@ -182,6 +182,9 @@ class RolloutConfig(Section):
         return self
 
 
+BestMetric = Literal["perplexity", "forward_kl", "reverse_kl", "argmax_agreement", "cosine", "avg@n", "best@n"]
+
+
 class EvaluationConfig(Section):
     """Evaluation of the student on held-out prompts."""
 
@@ -203,3 +206,17 @@ class EvaluationConfig(Section):
         None,
         description="folder of the teacher's answers, which runs may share; null: teacher_answers in train.run_dir",
     )
+    best: BestMetric | None = Field(
+        None, description="keep the checkpoint that is best by this metric over all data sources, and export it too"
+    )
+    patience: int = Field(
+        0, ge=0, description="end training after so many evaluations in a row that are not the best; 0: never"
+    )
+
+    @model_validator(mode="after")
+    def _best_needs_evaluations(self) -> EvaluationConfig:
+        if self.best and not self.every:
+            raise ValueError(f"evaluation.best={self.best} needs evaluation.every above 0")
+        if self.patience and not self.best:
+            raise ValueError(f"evaluation.patience={self.patience} needs evaluation.best, the metric that must improve")
+        return self

@@ -93,6 +93,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _best_needs_checkpoints(self) -> Config:
+        if self.evaluation.best and not self.checkpoint.every:
+            raise ValueError(
+                f"evaluation.best={self.evaluation.best} keeps a checkpoint, and checkpoint.every=0 makes none; set "
+                "checkpoint.every above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _output_loss_needs_a_temperature(self) -> Config:
         if self.loss.reads_output and self.rollout.temperature == 0:
             raise ValueError(

@@ -133,7 +133,10 @@ def measure_by_source(models: MeasuredModels, answers: Sequence[Rollout], at_onc
     With several sources the entry `all` has the means over all tokens. The result does not depend on `at_once`, the
     number of answers whose hidden states may be in memory together. Communicates over all groups.
     """
-    heads = _heads(models)
+    heads, teacher = _heads(models), models.teacher
+    if teacher is not None:  # a teacher that is loaded anew for each pass is loaded once here
+        stage = teacher.load()
+        models = dataclasses.replace(models, teacher=dataclasses.replace(teacher, load=lambda: stage))
     sums: dict[str, AnswerSums] = {}
     for source in dict.fromkeys(answer.data_source for answer in answers):
         own = [answer for answer in answers if answer.data_source == source]

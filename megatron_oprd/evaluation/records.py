@@ -33,6 +33,15 @@ def read_jsonl(path: Path) -> list[Record]:
     return records
 
 
+def read_best(run_dir: Path) -> Record:
+    """Return the content of `best.json` in a run folder; an empty record if the file is missing or cannot be read."""
+    try:
+        values = json.loads(read_text(run_dir / "best.json"))
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def by_step(records: Sequence[Record]) -> list[Record]:
     """Sort records by step; of a step that was run again after a resume, keep the last record."""
     return [row for _, row in sorted({row["step"]: row for row in records if is_number(row.get("step"))}.items())]

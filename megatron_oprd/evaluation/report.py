@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_oprd.config.yaml_core import load_yaml
+from megatron_oprd.evaluation.answers_section import answer_charts, best_line
 from megatron_oprd.evaluation.charts import escape
 from megatron_oprd.evaluation.health_section import health_section
 from megatron_oprd.evaluation.page import NO_VALUE, Raw, details, line_chart, number, page, table
@@ -22,6 +23,7 @@ from megatron_oprd.evaluation.records import (
     get,
     is_number,
     ordered,
+    read_best,
     read_jsonl,
     read_text,
 )
@@ -36,13 +38,22 @@ MAIN_METRICS = {
     "rep/cosine": "cosine of student and teacher states",
     "output/reverse_kl": "KL(student || teacher) of the next token, nats",
 }
-EVALUATION_WORDS = (
-    "Fractions from 0 to 1. avg@n: right answers among n samples of a prompt; best@n: prompts with a right one among "
-    "them; unanswered: no answer found; truncated: cut by the length limit. mean_length: tokens."
-)
+# Metric -> the words that explain it and those beside it.
+EVALUATION_WORDS = {
+    "avg@": (
+        "avg@n: right answers among n samples of a prompt; best@n: prompts with a right one among them; unanswered: no "
+        "answer found. All three are fractions from 0 to 1."
+    ),
+    "perplexity": (
+        "On the teacher's answers: perplexity of student and teacher; forward_kl: KL(teacher || student) and "
+        "reverse_kl: KL(student || teacher), in nats per token; argmax_agreement: tokens with the same most likely "
+        "token, from 0 to 1; cosine: of the compared hidden states."
+    ),
+    "mean_length": "mean_length: tokens of the student's samples; truncated: fraction cut by the length limit.",
+}
 RELOAD_SECONDS = 60
-_LOWER_IS_BETTER = {"unanswered", "truncated"}
-_NO_DIRECTION = {"mean_length", "dist-4g"}
+_LOWER_IS_BETTER = {"unanswered", "truncated", "perplexity", "forward_kl", "reverse_kl"}
+_NO_DIRECTION = {"mean_length", "dist-4g", "teacher_perplexity"}
 
 
 def write_report(run_dir: str | Path, *, is_running: bool = False) -> Path:
@@ -65,9 +76,9 @@ def write_report(run_dir: str | Path, *, is_running: bool = False) -> Path:
     evaluations = [item for item in read_jsonl(run_dir / "evaluations.jsonl") if isinstance(item.get("data"), dict)]
     config_text = read_text(run_dir / "config.yaml")
     sections = [
-        _heading(config_text, metrics, is_running=is_running),
+        _heading(run_dir, config_text, metrics, is_running=is_running),
         _start_and_now(metrics),
-        _before_after(evaluations),
+        _before_after(evaluations, best_line(read_best(run_dir))),
         health_section(run_dir),
         _curves(metrics, evaluations),
         _time_and_memory(metrics),
@@ -81,26 +92,32 @@ def write_report(run_dir: str | Path, *, is_running: bool = False) -> Path:
     return path
 
 
-def _heading(config_text: str, metrics: Sequence[Record], *, is_running: bool) -> str:
+def _heading(run_dir: Path, config_text: str, metrics: Sequence[Record], *, is_running: bool) -> str:
     try:
         config = load_yaml(config_text)
     except yaml.YAMLError:
         config = None
     paths = {role: get(config, role, "path") for role in ("student", "teacher")}
     models = "".join(f"<p>{role}: <code>{escape(path)}</code></p>" for role, path in paths.items() if path)
-    state = escape(_state(metrics, get(config, "train", "steps"), is_running=is_running))
+    stopped_at = read_best(run_dir).get("stopped_at")
+    state = escape(_state(metrics, get(config, "train", "steps"), stopped_at, is_running=is_running))
     hint = "If that was long ago, the run may have ended: <code>megatron-oprd status RUN</code> tells."
     note = f'<p class="muted">{hint}</p>' if is_running else ""
     return f'<h1>On-policy representation distillation</h1><p class="state">{state}</p>{note}{models}'
 
 
-def _state(metrics: Sequence[Record], planned: Any, *, is_running: bool) -> str:
-    """Return one sentence on the progress of the run, with the time at which the page of a running one was written."""
+def _state(metrics: Sequence[Record], planned: Any, stopped_at: Any, *, is_running: bool) -> str:
+    """Return one sentence on the progress of the run, with the time at which the page of a running one was written.
+
+    `stopped_at`: the step at which evaluation.patience ended the run, or None.
+    """
     steps = f"{number(metrics[-1]['step'])} steps" if metrics else "no training step yet"
     complete = not metrics or not isinstance(planned, int) or metrics[-1]["step"] >= planned
     steps += "" if complete else f" of {planned}"
     if is_running:  # the page of an ended run has no time, so that the same command writes the same page again
         return f"running: {steps}; page written at {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    if metrics and stopped_at == metrics[-1]["step"]:
+        return f"finished early: {steps}"
     return f"{'finished' if complete and metrics else 'stopped'}: {steps}"
 
 
@@ -118,7 +135,8 @@ def _start_and_now(metrics: Sequence[Record]) -> str:
     return f"<h2>Start and now</h2>{table(['metric', 'first step', 'last step'], rows)}{note}"
 
 
-def _before_after(evaluations: Sequence[Record]) -> str:
+def _before_after(evaluations: Sequence[Record], best: str) -> str:
+    """Return a table of the first and the last evaluation, below the line on the best one."""
     if not evaluations:
         return "<h2>Evaluation</h2><p class='muted'>This run has no evaluation.</p>"
     teachers = [item for item in evaluations if item.get("name") == "teacher"]
@@ -128,7 +146,8 @@ def _before_after(evaluations: Sequence[Record]) -> str:
     columns = [*shown, *teachers[-1:]]
     rows: list[list[object]] = []
     for source in ordered(item["data"] for item in columns):
-        for place, metric in enumerate(ordered(item["data"].get(source) for item in columns)):
+        metrics = [name for name in ordered(item["data"].get(source) for item in columns) if "/layer_" not in name]
+        for place, metric in enumerate(metrics):
             values = [get(item["data"], source, metric) for item in columns]
             cells: list[object] = [number(value) for value in values]
             if len(shown) == 2:
@@ -137,8 +156,11 @@ def _before_after(evaluations: Sequence[Record]) -> str:
     titles = [_title(item) for item in columns]
     if len(shown) == 2:
         titles.insert(2, "change")
-    explained = f'<p class="muted">{EVALUATION_WORDS}</p>'
-    return "<h2>Evaluation</h2>" + table(["data", "metric", *titles], rows, text_columns=["metric"]) + explained
+    names = {cell.html for row in rows for cell in row if isinstance(cell, Raw) and cell.css_class == "text"}
+    words = [text for name, text in EVALUATION_WORDS.items() if any(one.startswith(name) for one in names)]
+    words += ["Not graded: no prompt has a right answer."] if not any(name.startswith("avg@") for name in names) else []
+    explained = f'<p class="muted">{escape(" ".join(words))}</p>'
+    return "<h2>Evaluation</h2>" + best + table(["data", "metric", *titles], rows, text_columns=["metric"]) + explained
 
 
 def _title(evaluation: Record) -> str:
@@ -169,6 +191,7 @@ def _curves(metrics: Sequence[Record], evaluations: Sequence[Record]) -> str:
     }
     charts = [
         *_accuracy(evaluations),
+        *answer_charts([item for item in evaluations if item.get("name") != "teacher"]),
         line_chart("Loss", {"loss": curve(metrics, "loss")}),
         line_chart("Cosine of student and teacher states, mean over layers", {"cosine": curve(metrics, "rep/cosine")}),
         line_chart("Cosine per layer over the training", by_layer),

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from megatron_oprd.evaluation.best import judge, reason_to_stop, write_best
 from megatron_oprd.evaluation.live_report import LiveReport
 from megatron_oprd.evaluation.measure import MeasuredModels, measure_by_source
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
@@ -20,8 +22,9 @@ from megatron_oprd.launch.measured import measured_models
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.straggler import measure_straggler
 from megatron_oprd.runtime import progress
+from megatron_oprd.runtime.cli import STOPPED
 from megatron_oprd.training.run_log import RunLog, make_run_log
-from megatron_oprd.training.state import due
+from megatron_oprd.training.state import Stop, TrainState, due
 from megatron_oprd.types import Rollout
 
 
@@ -35,14 +38,17 @@ class Observers:
     watch: HealthWatch | None  # None: health.every is 0
     on_answers: MeasuredModels | None  # the models that the teacher's answers are measured with; None: it has none
 
-    def after_step(self, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> None:
-        """Check the health and the speed of the ranks where due, log the step with all its metrics, and evaluate."""
+    def after_step(self, state: TrainState, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> TrainState:
+        """Check the health and the speed of the ranks where due, log the step with all its metrics, and evaluate.
+
+        Returns: the state, with the best evaluation so far.
+        """
         inputs, step = self.run.inputs, int(metrics["step"])
         measured = dict(metrics)
         progress.enter("health", step)
         if self.watch is not None:
             measured |= self.watch.after_step(step, metrics)
-        last_step = step if self.reason_to_stop() else inputs.config.train.steps
+        last_step = step if self.stop(state) is not None else inputs.config.train.steps
         is_evaluated = due(step, inputs.config.evaluation.every, last_step)
         on_answers = self._measure_teacher_answers(step) if is_evaluated else {}
         measured |= {f"evaluation/{name}": value for name, value in over_all_sources(on_answers).items()}
@@ -60,12 +66,23 @@ class Observers:
             self.report.update()
 
         on_rank_zero(write)
-        if is_evaluated:
-            self._evaluate(step, on_answers)
+        if not is_evaluated:
+            return state
+        scores = self._evaluate(step, on_answers)
+        state = dataclasses.replace(state, best=judge(state.best, step, scores, inputs.config.evaluation))
+        self.write_best(state)
+        return state
 
     def evaluate_start(self) -> None:
         """Evaluate the start model, if training evaluates."""
         self._evaluate(0, self._measure_teacher_answers(0))
+
+    def write_best(self, state: TrainState) -> None:
+        """Write the best evaluation so far to the run folder, if `evaluation.best` is set."""
+        config, folder = self.run.inputs.config.evaluation, self.log.run_dir
+        if config.best is not None:
+            stopped_at = state.step if reason_to_stop(state.best, config) else None
+            on_rank_zero(lambda: write_best(folder, state.best, stopped_at))
 
     def _measure_teacher_answers(self, step: int) -> Scores:
         """Return the student's metrics on the teacher's answers by data source, if the teacher has answered."""
@@ -76,12 +93,12 @@ class Observers:
         at_once = rollout.prompts_per_step * rollout.samples_per_prompt  # as many as a training step has
         return measure_by_source(self.on_answers, self.run.models.teacher_answers, at_once)
 
-    def _evaluate(self, step: int, on_answers: Scores) -> None:
-        """Sample answers of the student and grade them; log the scores and check the accuracy."""
+    def _evaluate(self, step: int, on_answers: Scores) -> Scores:
+        """Sample answers of the student and grade them; log the scores, check the accuracy and return all scores."""
         run, config = self.run, self.run.inputs.config
         prompts, tokenizer = run.inputs.evaluation_prompts, run.inputs.tokenizer
         if prompts is None or tokenizer is None:
-            return
+            return {}
         progress.enter("evaluation", step)
         samples = []
         if run.evaluator is not None:
@@ -99,27 +116,34 @@ class Observers:
         scores = on_rank_zero(write)
         if self.watch is not None:
             self.watch.after_evaluation(step, scores)
+        return scores
 
-    def reason_to_stop(self) -> str | None:
-        """Return the message of the health watch that ends the run before its last step, or None."""
-        return None if self.watch is None else self.watch.reason_to_stop()
+    def stop(self, state: TrainState) -> Stop | None:
+        """Return why the run ends before its last step, by the health watch or by `evaluation.patience`, or None."""
+        unhealthy = None if self.watch is None else self.watch.reason_to_stop()
+        if unhealthy is not None:
+            return Stop(unhealthy, STOPPED, is_end=True)
+        no_better = reason_to_stop(state.best, self.run.inputs.config.evaluation)
+        return None if no_better is None else Stop(no_better, 0, is_end=True)
 
     def close(self) -> None:
         """Close the run log."""
         on_rank_zero(self.log.close)
 
 
-def start_observers(run: Run, step: int) -> Observers:
-    """Open the run log at `step`, and begin or resume the health watch. At step 0, evaluate the start model.
+def start_observers(run: Run, state: TrainState) -> Observers:
+    """Open the run log, and begin or resume the health watch. At step 0, evaluate the start model.
 
     Collective over the world.
     """
-    log = make_run_log(run.inputs.config)
+    step, log = state.step, make_run_log(run.inputs.config)
     report = LiveReport(run.inputs.run_dir)
     on_rank_zero(partial(log.open, step))
     on_answers = measured_models(run, layers=True) if run.models.teacher_answers else None
     if step > 0:
-        return Observers(run, log, report, resume_watch(run, log), on_answers)
+        observers = Observers(run, log, report, resume_watch(run, log), on_answers)
+        observers.write_best(state)
+        return observers
     progress.enter("health", step)
     observers = Observers(run, log, report, begin_watch(run, log), on_answers)
     observers.evaluate_start()

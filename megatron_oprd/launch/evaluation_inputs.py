@@ -18,6 +18,7 @@ from megatron_oprd.launch.lengths import check_room
 from megatron_oprd.launch.models import ModelInputs
 from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_dtype, with_end_tokens
 from megatron_oprd.launch.tokenizers import read_student_tokenizer
+from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.types import LayerPair, ModelSpec, PairBridge, UserError
 
 
@@ -95,8 +96,8 @@ def read_evaluation_prompts(
     if not takes_teacher_answers(config, prompts, other_tokenizer=other_tokenizer):
         if not config.evaluation.samples:
             raise UserError(
-                "evaluation.samples=0 without the teacher's answers leaves nothing to measure; raise it or set "
-                "evaluation.teacher_answers=true"
+                "evaluation.samples=0 without the teacher's answers leaves nothing to measure; raise it, or name "
+                "teacher.path and set evaluation.teacher_answers=true"
             )
         return prompts, False
     return (_load_prompts(config, tokenizer, for_teacher=True) if config.data.own_teacher_prompts else prompts), True
@@ -121,6 +122,27 @@ def takes_teacher_answers(config: Config, prompts: PromptSet, *, other_tokenizer
             "use evaluation.teacher_answers=false"
         )
     return not obstacle and (not prompts.num_graded if wanted == "auto" else wanted)
+
+
+def check_best_metric(config: Config, plan: LayerPlan, prompts: PromptSet, *, teacher_answers: bool) -> None:
+    """Raise UserError if the evaluations of a training run do not measure `evaluation.best`."""
+    metric = config.evaluation.best
+    if metric is None:
+        return
+    if metric.endswith("@n"):
+        if prompts.num_graded and config.evaluation.samples:
+            return
+        missing = "right answers in evaluation.data" if config.evaluation.samples else "evaluation.samples above 0"
+        works = "perplexity, on the teacher's answers, needs none"
+    elif not teacher_answers:
+        missing, works = "the teacher's answers", "set evaluation.teacher_answers=true"
+    elif metric == "cosine" and not plan.pairs:
+        missing, works = "compared hidden states, and loss.representation.weight is 0", "use reverse_kl"
+    elif metric not in ("perplexity", "cosine") and not plan.teacher_final_norm:
+        missing, works = "the teacher's last layer, which loss.representation leaves out", "use perplexity or cosine"
+    else:
+        return
+    raise UserError(f"evaluation.best={metric} needs {missing}; {works}")
 
 
 def _load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, *, for_teacher: bool) -> PromptSet:

@@ -17,7 +17,7 @@ from megatron_oprd.data.end_tokens import EndTokens, find_end_tokens
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.data.prompts import PromptSet, load_prompts
 from megatron_oprd.data.tokenizer import has_tokenizer
-from megatron_oprd.launch.evaluation_inputs import read_evaluation_prompts
+from megatron_oprd.launch.evaluation_inputs import check_best_metric, read_evaluation_prompts
 from megatron_oprd.launch.lengths import (
     Lengths,
     check_lengths,
@@ -146,6 +146,8 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
         )
     _check_data_sources(config, prompts.prompts if prompts else replayed)
     _check_lengths(config, setup, prompts, evaluation_prompts, replayed, other_tokenizer=aligner is not None)
+    if evaluation_prompts is not None:
+        check_best_metric(config, setup.layer_plan, evaluation_prompts, teacher_answers=teacher_answers)
     origin = _bridge_origin(config, setup, tokenizers) if with_bridge else None
     bridge = None
     if origin is not None and not fitting and not missing.bridge:

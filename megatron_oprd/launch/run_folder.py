@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def open_run_folder(run: Run) -> TrainState:
     """
     checkpoint = on_rank_zero(lambda: find_checkpoint(run.inputs))
     state = TrainState() if checkpoint is None else load_checkpoint(checkpoint, run.checkpoint_content)
+    if state.best is not None and state.best.metric != run.inputs.config.evaluation.best:
+        state = dataclasses.replace(state, best=None)  # the best by another metric
     on_rank_zero(lambda: record_configuration(run.inputs, state.step + 1))
     on_rank_zero(lambda: describe(run))
     if checkpoint is not None and run.topology.rank == 0:

@@ -42,7 +42,7 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
         yield "prompts", inputs.prompts.summary()
     if inputs.evaluation_prompts is not None:
         summary = inputs.evaluation_prompts.evaluation_summary()
-        yield "evaluation", f"every {config.evaluation.every} steps: {summary}"
+        yield "evaluation", f"every {config.evaluation.every} steps{_measured(inputs)}: {summary}"
     if inputs.end_tokens is not None:
         yield "answers", f"end with {inputs.end_tokens.summary()}"
     yield "step", _step(config)
@@ -99,6 +99,13 @@ def _positions(positions: str, k: int) -> str:
         "last_k": f"the last {k:,} response tokens",
         "first_k": f"the first {k:,} response tokens",
     }[positions]
+
+
+def _measured(inputs: Inputs) -> str:
+    evaluation = inputs.config.evaluation
+    text = " on the teacher's answers" if inputs.teacher_answers else ""
+    text += f", best checkpoint by {evaluation.best}" if evaluation.best else ""
+    return text + (f", end after {evaluation.patience} without a better one" if evaluation.patience else "")
 
 
 def _step(config: Config) -> str:

@@ -19,6 +19,7 @@ from megatron_oprd.config.hints import suggest_keys
 from megatron_oprd.runtime.files import DISK_ERRORS
 from megatron_oprd.types import ServiceFailed, UserError
 
+STOPPED = 3  # exit code of a run that the health watch ended
 CONFIG_HELP = "YAML file; `megatron-oprd config` lists the keys"
 
 

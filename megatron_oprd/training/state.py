@@ -29,12 +29,42 @@ class PendingStep:
 
 
 @dataclass(frozen=True)
+class BestEvaluation:
+    """The best evaluation of a run so far, by the metric `evaluation.best`."""
+
+    metric: str
+    step: int
+    value: float
+    later: int = 0  # evaluations after it, none of which was better
+
+    @property
+    def name(self) -> str:
+        """Return the name of the checkpoint's folder."""
+        return f"step_{self.step:07d}"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """The reason why training ended before its last step."""
+
+    message: str
+    exit_code: int
+    is_end: bool  # True: the run ends with export and report. False: the same command will continue it.
+
+
+@dataclass(frozen=True)
 class TrainState:
     """The position of a run between two steps."""
 
     step: int = 0  # updates made so far
     prompts: PromptState = field(default_factory=PromptState)  # prompts that the student has trained on
     pending: PendingStep | None = None  # rollouts submitted before the last update (rollout.ahead)
+    best: BestEvaluation | None = None  # None: evaluation.best is not set, or no evaluation was made yet
+
+    @property
+    def is_best(self) -> bool:
+        """Return True if the evaluation of this step is the best so far."""
+        return self.best is not None and self.best.step == self.step
 
 
 @dataclass(frozen=True)

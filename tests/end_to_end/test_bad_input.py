@@ -43,6 +43,7 @@ def scene(complete_scene: Scene, tmp_path: Path) -> Scene:
     return Scene(tmp_path / "scene")
 
 
+DATA = "evaluation.data={folder}/prompts.jsonl"
 OVERRIDES = {
     "no equals sign": (["train.steps"], ("'train.steps'", "key=value")),
     "unknown option": (["--stepz=3"], ("unknown option --stepz", "train.steps=3")),
@@ -125,8 +126,43 @@ OVERRIDES = {
     "replay file is a folder": (["rollout.path=/"], ("cannot read /:", "Is a directory")),
     "evaluation without data": (["evaluation.every=1"], ("evaluation.data", "name at least one prompt file")),
     "nothing to evaluate": (
-        ["evaluation.every=1", "evaluation.samples=0", "evaluation.teacher_answers=false", "evaluation.data={prompts}"],
+        [
+            "evaluation.every=1",
+            "evaluation.samples=0",
+            "evaluation.teacher_answers=false",
+            "evaluation.data={folder}/prompts.jsonl",
+        ],
         ("evaluation.samples=0 without the teacher's answers", "evaluation.teacher_answers=true"),
+    ),
+    "the best of nothing": (["evaluation.best=perplexity"], ("evaluation.best=perplexity", "evaluation.every above 0")),
+    "no such metric": (["evaluation.best=loss"], ("evaluation.best='loss'", "'perplexity', 'forward_kl'")),
+    "patience without a metric": (["evaluation.patience=2"], ("evaluation.patience=2 needs evaluation.best",)),
+    "negative patience": (["evaluation.patience=-1"], ("evaluation.patience=-1", "greater than or equal to 0")),
+    "the best without checkpoints": (
+        ["evaluation.best=cosine", "evaluation.every=1", "checkpoint.every=0"],
+        ("evaluation.best=cosine keeps a checkpoint", "checkpoint.every above 0"),
+    ),
+    "the best of right answers": (
+        ["evaluation.best=avg@n", "evaluation.every=1", "evaluation.data={folder}/ungraded.jsonl"],
+        ("evaluation.best=avg@n needs right answers in evaluation.data", "perplexity"),
+    ),
+    "the best on the teacher's answers": (
+        [
+            "evaluation.best=cosine",
+            "evaluation.every=1",
+            "evaluation.teacher_answers=false",
+            "evaluation.data={folder}/prompts.jsonl",
+        ],
+        ("evaluation.best=cosine needs the teacher's answers; set evaluation.teacher_answers=true",),
+    ),
+    "the best of a part of the teacher": (
+        [
+            "evaluation.best=forward_kl",
+            "evaluation.every=1",
+            "evaluation.data={folder}/ungraded.jsonl",
+            "loss.representation.layers=[1]",
+        ],
+        ("evaluation.best=forward_kl needs the teacher's last layer", "use perplexity or cosine"),
     ),
     "answers of nobody": (
         ["evaluation.teacher_answers=teacher"],
@@ -138,7 +174,8 @@ OVERRIDES = {
 @pytest.mark.parametrize("case", OVERRIDES)
 def test_bad_overrides_are_refused(case, scene):
     overrides, words = OVERRIDES[case]
-    overrides = [override.replace("{prompts}", str(scene.folder / "prompts.jsonl")) for override in overrides]
+    scene.write("ungraded.jsonl", [{"prompt": "1+2="}])
+    overrides = [override.replace("{folder}", str(scene.folder)) for override in overrides]
     refuse(scene, words, "train", *scene.options(*overrides))
 
 

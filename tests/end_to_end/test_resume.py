@@ -168,8 +168,8 @@ def test_ten_kills_do_not_change_the_result(tmp_path):
 
 def test_generated_rollouts_and_evaluations_resume_exactly(tmp_path):
     horizon = "rollout.horizon={start: 2, grow: 1, every: 3}"
-    answers = "evaluation.teacher_answers=true"
-    arguments = prompt_run(tmp_path, 8, "evaluation.every=3", answers, horizon, num_hidden_layers=2)
+    settings = ("evaluation.every=3", "evaluation.teacher_answers=true", "evaluation.best=reverse_kl", horizon)
+    arguments = prompt_run(tmp_path, 8, *settings, num_hidden_layers=2)
     kill_and_compare(
         arguments, tmp_path, [0, 3, 5], SEED, ["die_at_an_operation", "kill_while_writing", "kill_on_the_clock"]
     )
@@ -177,7 +177,7 @@ def test_generated_rollouts_and_evaluations_resume_exactly(tmp_path):
     assert [row["name"] for row in rows] == ["before", "step 3", "step 6", "after"]
     horizons = [row["rollout/horizon"] for row in metrics(tmp_path / "actual")]
     assert horizons == [2, 2, 2, 3, 3, 3, 4, 4]
-    for name in ["evaluations.jsonl", *(f"evaluations/step_{step:07d}.jsonl" for step in (0, 3, 6, 8))]:
+    for name in ["evaluations.jsonl", "best.json", *(f"evaluations/step_{step:07d}.jsonl" for step in (0, 3, 6, 8))]:
         assert (tmp_path / "actual" / name).read_text() == (tmp_path / "expected" / name).read_text()
 
 

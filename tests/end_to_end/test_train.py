@@ -10,13 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_oprd.commands.status import status_lines
 from megatron_oprd.config import load_config
 from megatron_oprd.data.prompts import load_prompts
 from megatron_oprd.evaluation.sampling import sample_and_grade
 from megatron_oprd.evaluation.scores import score_by_source
+from megatron_oprd.runtime.readable import significant
 from megatron_oprd.types import Prompt, Rollout
 from tests.helpers.killable import finish
-from tests.helpers.runs import complete_steps, in_folder, metrics, prompt_run, read_lines
+from tests.helpers.runs import HINTED, complete_steps, in_folder, metrics, prompt_run, read_lines
 
 STEPS = 4
 
@@ -81,10 +83,14 @@ def measure(student, teacher, answers):
     """Return the metrics of stored answers over all their tokens, from two models of transformers in float64."""
     sums, tokens = Counter(), 0
     for answer in answers:
-        ids, start = torch.tensor([[*answer["prompt_ids"], *answer["response_ids"]]]), len(answer["prompt_ids"])
+        prompts = [answer["prompt_ids"], answer.get("teacher_prompt_ids", answer["prompt_ids"])]
+        inputs = [torch.tensor([[*prompt, *answer["response_ids"]]]) for prompt in prompts]
         with torch.no_grad():
-            outputs = [model(ids, output_hidden_states=True) for model in (student, teacher)]
-        log_p, log_q = (output.logits[0, start - 1 : -1].log_softmax(-1) for output in outputs)
+            outputs = [
+                model(ids, output_hidden_states=True) for model, ids in zip((student, teacher), inputs, strict=True)
+            ]
+        count = len(answer["response_ids"])
+        log_p, log_q = (output.logits[0, -count - 1 : -1].log_softmax(-1) for output in outputs)
         chosen = range(len(log_p)), answer["response_ids"]
         sums["perplexity"] -= log_p[chosen].sum().item()
         sums["teacher_perplexity"] -= log_q[chosen].sum().item()
@@ -92,7 +98,7 @@ def measure(student, teacher, answers):
         sums["reverse_kl"] += (log_p.exp() * (log_p - log_q)).sum().item()
         sums["argmax_agreement"] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
         for layer in (1, 2):
-            states = (output.hidden_states[layer][0, start:] for output in outputs)
+            states = (output.hidden_states[layer][0, -count:] for output in outputs)
             sums[f"cosine/layer_{layer}"] += torch.nn.functional.cosine_similarity(*states, dim=-1).sum().item()
         tokens += len(log_p)
     means = {name: total / tokens for name, total in sums.items()}
@@ -142,6 +148,29 @@ def test_each_teacher_answers_for_itself_and_once(run, tmp_path):
             prompts_of_teacher = [Prompt(index, tuple(answer["prompt_ids"])) for index, answer in enumerate(answers)]
             expected = greedy(model, tokenizer, 6)(prompts_of_teacher, 0)
             assert [tuple(answer["response_ids"]) for answer in answers] == [one.response_ids for one in expected]
+
+
+def test_a_teacher_with_prompts_of_its_own_answers_these(run, tmp_path):
+    arguments, _, _ = run
+    run_dir, config = tmp_path / "run", load_config(None, arguments)
+    settings = ["train.steps=0", "evaluation.temperature=0", "evaluation.samples=0"]
+    settings += [f"data.teacher_prompt_key={HINTED}"]
+    finish([*in_folder(arguments, run_dir), *settings], tmp_path / "log")
+    (path,) = (run_dir / "teacher_answers").glob("*.jsonl")
+    answers, (evaluation,) = read_lines(path), read_lines(run_dir / "evaluations.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(config.teacher.path)
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(getattr(config, model).path, dtype=torch.float64)
+        for model in ("student", "teacher")
+    )
+    teacher.generation_config.eos_token_id = tokenizer.eos_token_id
+    own = [Prompt(index, tuple(answer["teacher_prompt_ids"])) for index, answer in enumerate(answers)]
+    assert all(tokenizer.decode(prompt.prompt_ids).startswith("<|im_start|>user\nIt is") for prompt in own)
+    expected = greedy(teacher, tokenizer, 6)(own, 0)
+    assert [tuple(answer["response_ids"]) for answer in answers] == [one.response_ids for one in expected]
+    measured = measure(student, teacher, answers)
+    found = evaluation["data"]["all"]
+    assert {name: found[name] for name in measured} == pytest.approx(measured, rel=1e-5, abs=1e-6)
 
 
 def test_transformers_loads_the_export_and_all_trained_weights_have_changed(run):
@@ -198,7 +227,8 @@ def greedy(model, tokenizer, length):
 
 def test_evaluate_samples_and_grades_the_same_answers_as_transformers(run, tmp_path):
     arguments, run_dir, _ = run
-    settings = ["evaluation.temperature=0", "evaluation.samples=1", f"student.path={run_dir / 'hf'}"]
+    settings = ["evaluation.temperature=0", "evaluation.samples=1", "evaluation.teacher_answers=false"]
+    settings += [f"student.path={run_dir / 'hf'}"]
     arguments = [*in_folder(arguments, tmp_path / "run"), *settings]
     finish(arguments, tmp_path / "log", module="evaluate")
     config = load_config(None, arguments)
@@ -232,3 +262,31 @@ def test_evaluate_needs_no_more_than_a_model_and_prompts(run, tmp_path, monkeypa
     for source, metrics_of_source in found.items():
         assert metrics_of_source == {name: last[source][name] for name in metrics_of_source}
         assert {"perplexity", "forward_kl", "cosine/layer_2"} <= metrics_of_source.keys()
+
+
+def test_the_best_checkpoint_is_kept_and_exported_and_a_run_that_no_longer_improves_ends(run, tmp_path):
+    arguments, _, _ = run
+    run_dir, teacher = tmp_path / "run", load_config(None, arguments).teacher.path
+    # At this learning rate the student soon gets worse.
+    settings = ["optimizer.lr=0.02", "optimizer.schedule=constant", "train.steps=30", "checkpoint.every=7"]
+    settings += ["evaluation.every=1", "evaluation.samples=0", "evaluation.best=perplexity", "evaluation.patience=3"]
+    arguments = [*in_folder(arguments, run_dir), *settings, "checkpoint.keep=1"]
+    log = finish(arguments, tmp_path / "log")
+    values = {row["step"]: row["data"]["all"]["perplexity"] for row in read_lines(run_dir / "evaluations.jsonl")}
+    best = min(list(values)[1:], key=values.get)
+    assert best + 3 == list(values)[-1] < 30
+    assert complete_steps(run_dir) == [best, best + 3]
+    assert log.splitlines()[-1].startswith(f"stopped early: 3 evaluations in a row were not better than step {best} (")
+    (path,) = (run_dir / "teacher_answers").glob("*.jsonl")
+    names = (run_dir / "hf_best", run_dir / "hf", teacher)
+    exported, last, teacher = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64) for name in names)
+    for model, step in ((exported, best), (last, best + 3)):
+        assert measure(model, teacher, read_lines(path))["perplexity"] == pytest.approx(values[step], rel=1e-5)
+    status = "\n".join(status_lines(run_dir))
+    assert "finished: stopped early by evaluation.patience" in status
+    assert f"perplexity {significant(values[best])} at step {best}, checkpoints/step_{best:07d}; 3 evalua" in status
+    assert f"finished early: {best + 3} steps of 30" in (run_dir / "report.html").read_text()
+    # The same command does not train on; with more patience it does.
+    assert "tok/s" not in finish(arguments, tmp_path / "again.log")
+    finish([*arguments, "evaluation.patience=4"], tmp_path / "log")
+    assert read_lines(run_dir / "evaluations.jsonl")[-1]["step"] > best + 3

@@ -115,6 +115,30 @@ def test_a_report_says_whether_the_run_goes_on(run_dir):
     assert "finished: 7 steps" in " ".join(parser.text)
 
 
+def test_the_student_on_the_teachers_answers_is_shown_without_right_answers(run_dir):
+    def scores(value):
+        metrics = {"perplexity": value, "teacher_perplexity": 2.0, "forward_kl": value, "reverse_kl": value}
+        return {"chat": metrics | {"cosine": 0.5, "cosine/layer_1": 0.25, "cosine/layer_2": 0.75}}
+
+    found = [{"step": step, "name": f"step {step}", "data": scores(9.0 - step)} for step in (0, 2, 4)]
+    lines(run_dir / "evaluations.jsonl", found)
+    best = {"metric": "reverse_kl", "step": 4, "value": 5.0, "later": 3, "checkpoint": "checkpoints/step_0000004"}
+    (run_dir / "best.json").write_text(json.dumps(best | {"stopped_at": 5}))
+    page, parser = read(write_report(run_dir))
+    text = " ".join(parser.text)
+    for words in (
+        "Perplexity of the teacher's answers",
+        "KL on the teacher's answers (nats)",
+        "Cosine per layer on the teacher's answers, first and last evaluation",
+        "Best by reverse_kl: step 4 with 5",
+        "Not graded: no prompt has a right answer.",
+        "finished early: 5 steps of 7",
+    ):
+        assert words in text, words
+    assert '<td class="good">-4</td>' in page  # a lower perplexity is better
+    assert "cosine/layer_1" not in text and "avg@" not in text
+
+
 def test_the_main_metrics_are_shown_at_the_start_and_now(run_dir):
     page, parser = read(write_report(run_dir))
     assert "Start and now" in parser.text
