@@ -17,6 +17,7 @@ from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.types import UserError
 
 if TYPE_CHECKING:
+    from megatron_oprd.parallel.topology import Topology
     from megatron_oprd.types import ModelSpec, Rollout
 
 PAIRS_FILE = "pairs.yaml"
@@ -138,7 +139,7 @@ def _read_tokens(args: argparse.Namespace, spec: ModelSpec) -> list[Rollout]:
     return [Rollout((), one.prompt_ids, (1,) * len(one.prompt_ids), "replay", one.index) for one in chosen]
 
 
-def _scores(folder: str, spec: ModelSpec, rollouts: Sequence[Rollout], topology) -> list[float]:
+def _scores(folder: str, spec: ModelSpec, rollouts: Sequence[Rollout], topology: Topology) -> list[float]:
     """Return the score of each block, the same on every rank. Collective over the world."""
     import torch
 
