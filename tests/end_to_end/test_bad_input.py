@@ -320,10 +320,10 @@ CONFIG_FILES: dict[str, tuple[bytes | None, tuple[str, ...]]] = {
     "not YAML": (b"train: [1,\nstudent: {", ("config.yaml", "not valid YAML")),
     "not UTF-8": (b"train: \xff\xfe", ("config.yaml", "not UTF-8")),
     "control character": (b"train: \x00", ("config.yaml", "not valid YAML")),
-    "a list": (b"- 1\n- 2\n", ("config.yaml", "mapping of sections, not a list")),
+    "a list": (b"- 1\n- 2\n", ("config.yaml", "is a list; write sections")),
     "empty": (b"", ("student is required", "train is required")),
     "a key twice": (b"train:\n  run_dir: a\n  run_dir: b\n", ("config.yaml", "'run_dir' occurs twice", "line 3")),
-    "number as key": (b"train:\n  3: 4\n", ("train.3", "Keys should be strings")),
+    "number as key": (b"train:\n  3: 4\n", ("train.3", "unknown key train.3")),
     "itself inside": (b"train: &a\n  run_dir: *a\n", ("config.yaml",)),
 }
 
