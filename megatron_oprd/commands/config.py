@@ -34,7 +34,8 @@ def _defaults(key: str) -> str:
         return template(key)
     except KeyError:
         near = " or ".join(suggest_keys(key.rpartition(".")[2]))
-        raise UserError(f"unknown key {key}" + (f" (did you mean {near}?)" if near else "")) from None
+        cure = f" (did you mean {near}?)" if near else "; `megatron-oprd config` prints all keys"
+        raise UserError(f"unknown key {key}{cure}") from None
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. Raises UserError if the folder does not exist."""
     run_dir = Path(PARSER.parse_args(arguments).run)
     if not run_dir.is_dir():
-        raise UserError(f"no run folder {run_dir}")
+        raise UserError(f"no run folder {run_dir}; name the train.run_dir of a run")
     print("\n".join(status_lines(run_dir)))
     return 0
 

@@ -62,7 +62,9 @@ class RepresentationConfig(Section):
     @model_validator(mode="after")
     def _train_bridge_needs_a_bridge(self) -> RepresentationConfig:
         if self.train_bridge and self.bridge is None:
-            raise ValueError("loss.representation.train_bridge=true needs loss.representation.bridge")
+            raise ValueError(
+                "loss.representation.train_bridge=true needs loss.representation.bridge; name one or use false"
+            )
         return self
 
 

@@ -71,10 +71,10 @@ class ParallelConfig(Section):
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise ValueError(
                 "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true and "
-                "parallel.overlap_grad_reduce=true"
+                "parallel.overlap_grad_reduce=true; set both or leave it out"
             )
         if self.tp_comm_overlap and not self.sequence:
-            raise ValueError("parallel.tp_comm_overlap=true needs parallel.sequence=true")
+            raise ValueError("parallel.tp_comm_overlap=true needs parallel.sequence=true; set it or leave it out")
         return self
 
 

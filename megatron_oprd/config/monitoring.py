@@ -44,7 +44,7 @@ class HealthConfig(Section):
     @model_validator(mode="after")
     def _stop_needs_checks(self) -> HealthConfig:
         if self.stop and not self.every:
-            raise ValueError("health.stop=true needs health.every above 0")
+            raise ValueError("health.stop=true needs health.every above 0; set health.every=10, for example")
         return self
 
 

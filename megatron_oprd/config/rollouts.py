@@ -83,9 +83,11 @@ class RolloutServerConfig(Section):
         for address in addresses:
             host, _, port = address.removeprefix("http://").rstrip("/").rpartition(":")
             if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ValueError(f"rollout.server.addresses: {address!r} is not of the form host:port")
+                raise ValueError(
+                    f"rollout.server.addresses: {address!r} is not of the form host:port; write it like 127.0.0.1:8000"
+                )
         if len({address.removeprefix("http://").rstrip("/") for address in addresses}) < len(addresses):
-            raise ValueError(f"rollout.server.addresses={addresses} names a server twice")
+            raise ValueError(f"rollout.server.addresses={addresses} names a server twice; name each once")
         return addresses
 
     @model_validator(mode="after")
@@ -169,7 +171,7 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _replay_needs_a_path(self) -> RolloutConfig:
         if self.engine == "replay" and not self.path:
-            raise ValueError("rollout.path: engine replay needs the JSONL file to read")
+            raise ValueError("rollout.path: rollout.engine=replay needs a JSONL file of rollouts; name it")
         return self
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ def _expand_path(text: str) -> str:
     Raises ValueError for an empty path, for a control character and for `$NAME`.
     """
     if not text.strip():
-        raise ValueError("the path is empty")
+        raise ValueError("the path is empty; name a file or a folder")
     if not text.isprintable():
         raise ValueError("the path has a control character; write a backslash in single quotes")
     variable = _SHELL_VARIABLE.search(text)

@@ -76,7 +76,9 @@ def check_arguments(setting: str, kwargs: dict[str, Any], tokenizer: PreTrainedT
     """
     reserved = FIXED_ARGUMENTS & kwargs.keys()
     if reserved:
-        raise UserError(f"{setting}: {', '.join(sorted(reserved))} cannot be set, the program sets it")
+        raise UserError(
+            f"{setting}: {', '.join(sorted(reserved))} cannot be set, because the program sets it; leave it out"
+        )
     for name, value in kwargs.items():
         if isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
             raise UserError(f"{setting}.{name}={value!r} is text; write {value.lower()} without quotes")
@@ -86,7 +88,7 @@ def check_arguments(setting: str, kwargs: dict[str, Any], tokenizer: PreTrainedT
             advice = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(
                 f"{setting}.{name}: the chat template does not read it{advice}; it reads "
-                f"{', '.join(known) or 'no variable'}"
+                f"{', '.join(known) or 'no variable'}; {'use one of them' if known else 'leave it out'}"
             )
 
 
@@ -161,7 +163,10 @@ def _check_nothing_is_left_out(messages: list[Message], text: str) -> None:
         # Templates may remove the thoughts of earlier answers.
         content = message["content"].rpartition("</think>")[2] if message["role"] == "assistant" else message["content"]
         if content.strip() not in text:
-            raise ValueError(f"the chat template leaves out the {message['role']} message {message['content'][:40]!r}")
+            raise ValueError(
+                f"the chat template leaves out the {message['role']} message {message['content'][:40]!r}; "
+                "move the text into the user message, or use another chat template"
+            )
 
 
 def _check_not_rendered_before(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> None:

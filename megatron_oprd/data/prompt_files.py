@@ -83,10 +83,13 @@ def read_rows(sources: Iterable[str], config: DataConfig) -> list[Row]:
 def _records(source: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
     path = Path(source).expanduser()
     if path.is_dir():
-        raise UserError(f"the prompt file {source} is a folder: name the files in it")
+        raise UserError(f"the prompt file {source} is a folder; name the files in it")
     if not path.exists():
         if path.suffix in _FILE_SUFFIXES or not _HUB_NAME.fullmatch(source):
-            raise UserError(f"the prompt file {source} does not exist")
+            several = (
+                "; write several files as [a, b]" if "," in source else "; name a file, or a data set as OWNER/NAME"
+            )
+            raise UserError(f"the prompt file {source} does not exist{several}")
         return _hub(source, keys)
     try:
         with path.open("rb") as file:
@@ -99,7 +102,9 @@ def _records(source: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]
         is_parquet = path.suffix == ".parquet" or start.startswith(b"PAR1")
         return _parquet(path, keys) if is_parquet else _jsonl(path)
     except OSError as error:
-        raise UserError(f"cannot read the prompt file {source}: {error.strerror or error}") from None
+        raise UserError(
+            f"cannot read the prompt file {source}: {error.strerror or error}; check its permissions"
+        ) from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -134,14 +139,16 @@ def _parquet(path: Path, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]
     import pyarrow.parquet
 
     if path.stat().st_size == 0:
-        raise UserError(f"the prompt file {path} is empty")
+        raise UserError(f"the prompt file {path} is empty; copy it again")
     try:
         with path.open("rb") as file:
             parquet = pyarrow.parquet.ParquetFile(file)
             columns = _columns_to_read(str(path), parquet.schema_arrow.names, keys)
             records = parquet.read(columns=columns).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:  # text that is not UTF-8 shows as a ValueError
-        raise UserError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}; copy it again, or save it anew"
+        ) from None
     return ((f"{path}, row {number}", record) for number, record in enumerate(records, start=1))
 
 
@@ -173,10 +180,13 @@ def _columns_to_read(source: str, columns: list[str], keys: _Keys) -> list[str]:
 
 
 def _advice(setting: str, columns: Iterable[str]) -> str:
-    """Return the column that a wrong key most likely means, as an override to write; '' if none comes to mind."""
+    """Return which key to set for a column that does not exist, with the most likely column."""
     usual = _ANSWER_COLUMNS if setting == "data.answer_key" else _PROMPT_COLUMNS
     names = {name.lower(): name for name in map(str, columns)}
-    return next((f"; did you mean {setting}={names[name]}?" for name in usual if name in names), "")
+    return next(
+        (f"; did you mean {setting}={names[name]}?" for name in usual if name in names),
+        f"; set {setting} to one of them",
+    )
 
 
 def _row(where: str, record: Mapping[str, Any], config: DataConfig, file_name: str) -> Row:

@@ -115,8 +115,9 @@ def load_prompts(
     first_failure = f"row {min(failures) + 1}: {failures[min(failures)]}" if failures else ""
     result = PromptSet(prompts, len(rows), too_long, len(failures), first_failure, rows[0].answer_column)
     if not prompts:
-        limit = f"data.max_prompt_tokens={config.max_prompt_tokens}"
-        raise UserError(f"no prompt is left of {', '.join(sources)}: {result.summary()}; {limit}")
+        cures = [f"raise data.max_prompt_tokens={config.max_prompt_tokens}"] * bool(too_long)
+        cure = " and ".join(cures + ["correct the rows"] * bool(failures))
+        raise UserError(f"no prompt is left of {', '.join(sources)}: {result.summary()}; {cure}")
     return result
 
 
@@ -142,7 +143,10 @@ def take(
     Raises UserError if the state does not fit the prompts.
     """
     if not prompts or not 0 <= state.position < len(prompts):
-        raise UserError(f"cannot continue at prompt {state.position} of {len(prompts)}: the prompt files have changed")
+        raise UserError(
+            f"cannot continue at prompt {state.position} of {len(prompts)}: the prompt files have changed; put the "
+            "earlier files back or name a new train.run_dir"
+        )
     taken: list[Prompt] = []
     epoch, position = state.epoch, state.position
     while len(taken) < count:

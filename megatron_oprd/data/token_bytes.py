@@ -134,7 +134,8 @@ def _pipeline(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], bool]
             return pipeline, False
     raise UserError(
         f"the tokenizer in {tokenizer.name_or_path or '(unnamed)'} cannot be aligned with another one: that takes a "
-        "byte-level BPE or a SentencePiece model with byte fallback, such as tokenizer.json can hold"
+        "byte-level BPE or a SentencePiece model with byte fallback, such as tokenizer.json can hold; use models with "
+        "such tokenizers, or with the same one"
     )
 
 

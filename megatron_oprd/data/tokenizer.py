@@ -25,7 +25,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"cannot load a tokenizer from {folder}: there is no such folder")
+        raise UserError(f"cannot load a tokenizer from {folder}: there is no such folder; name the folder of the model")
     # From a config.json alone, transformers builds a tokenizer without tokens and without a warning.
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise UserError(
@@ -38,9 +38,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         tokenizer("a")  # some invalid settings raise only now
     except Exception as error:  # the parsers raise exceptions of any class
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"the tokenizer files in {folder} cannot be read: {reason}") from None
+        raise UserError(f"the tokenizer files in {folder} cannot be read: {reason}; copy them again") from None
     if not tokenizer.get_vocab():
-        raise UserError(f"the tokenizer in {folder} has no tokens: its vocabulary file is empty")
+        raise UserError(f"the tokenizer in {folder} has no tokens: its vocabulary file is empty; copy it again")
     return tokenizer
 
 

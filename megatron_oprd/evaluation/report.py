@@ -71,7 +71,7 @@ def write_report(run_dir: str | Path, *, is_running: bool = False) -> Path:
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError(f"no run folder {run_dir}")
+        raise UserError(f"no run folder {run_dir}; name the train.run_dir of a run")
     metrics = by_step(read_jsonl(run_dir / "metrics.jsonl"))
     evaluations = [item for item in read_jsonl(run_dir / "evaluations.jsonl") if isinstance(item.get("data"), dict)]
     config_text = read_text(run_dir / "config.yaml")

@@ -208,7 +208,7 @@ def _read_replayed(config: Config, setup: Setup, aligner: Aligner | None) -> lis
     if longest > config.batch.max_tokens_per_micro_batch:
         raise UserError(
             f"batch.max_tokens_per_micro_batch={config.batch.max_tokens_per_micro_batch} does not hold the longest "
-            f"rollout of {rollout.path} ({longest} tokens)"
+            f"rollout of {rollout.path} ({longest} tokens); raise it to {longest}"
         )
     return rollouts
 

@@ -156,7 +156,8 @@ def _bucket_folder(server: RolloutServerConfig, run: str, weight_bytes: int, *, 
     """Return an empty folder for the weights of this run alone. Collective over the world."""
     if server.sync_dir is None and several_hosts:
         raise UserError(
-            "rollout.server.sync_dir: ranks on several machines need a folder that all of them and the servers share"
+            "rollout.server.sync_dir: ranks on several machines need a folder that all of them and the servers "
+            "share; name it"
         )
     parent = SHARED_MEMORY if server.sync_dir is None else Path(server.sync_dir)
 

@@ -37,16 +37,16 @@ def load_replay(
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"rollout.path: cannot read {path}: {error.strerror}") from None
+        raise UserError(f"rollout.path: cannot read {path}: {error.strerror}; name a JSONL file of rollouts") from None
     rollouts = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 rollouts.append(parse_rollout(line, number - 1, vocab_size, teacher_vocab_size))
             except _BadLineError as error:
-                raise UserError(f"{path}, line {number}: {error}") from None
+                raise UserError(f"{path}, line {number}: {error}; correct the line or leave it out") from None
     if not rollouts:
-        raise UserError(f"{path} holds no rollouts")
+        raise UserError(f"{path} holds no rollouts; name a JSONL file with one a line")
     return rollouts
 
 
@@ -62,7 +62,8 @@ def check_enough(rollouts: Sequence[Rollout], steps: int, per_step: int) -> None
     if missing > 0:
         raise UserError(
             f"rollout.path has {len(rollouts)} rollouts, but {steps} steps of {per_step} (rollout.prompts_per_step x "
-            f"rollout.samples_per_prompt) need {steps * per_step}: {missing} lines are missing"
+            f"rollout.samples_per_prompt) need {steps * per_step}: {missing} lines are missing; add "
+            f"them or set train.steps={len(rollouts) // per_step}"
         )
 
 

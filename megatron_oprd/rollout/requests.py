@@ -41,7 +41,9 @@ def make_requests(
     for number, prompt in enumerate(prompts):
         room = spec.max_position_embeddings - len(prompt.prompt_ids)
         if not prompt.prompt_ids:
-            raise UserError(f"prompt {prompt.index} is empty: a model needs at least one token to continue")
+            raise UserError(
+                f"prompt {prompt.index} is empty, and a model needs at least one token to continue; leave it out"
+            )
         if room < 1:
             raise UserError(
                 f"prompt {prompt.index} has {len(prompt.prompt_ids)} tokens and leaves no room for an answer: the "

@@ -53,7 +53,9 @@ def _check_version(client: ServerClient) -> None:
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or (int(found[1]), int(found[2])) < OLDEST_VLLM:
         oldest = ".".join(map(str, OLDEST_VLLM))
-        raise ServerError(f"{client.address}: the server runs vLLM {version}; {oldest} or later is needed")
+        raise ServerError(
+            f"{client.address}: the server runs vLLM {version}; {oldest} or later is needed; install it there"
+        )
 
 
 def _check_lengths(client: ServerClient, spec: ModelSpec, longest_row: int) -> None:
@@ -95,9 +97,11 @@ def _check_vocabulary(client: ServerClient, spec: ModelSpec) -> None:
         if "out-of-vocab" not in str(error):
             raise
         if answer is None:
-            raise ServerError(f"{client.address}: {other} fewer than the student's {size} ids") from None
+            raise ServerError(
+                f"{client.address}: {other} fewer than the student's {size} ids; start it with student.path"
+            ) from None
     else:
-        raise ServerError(f"{client.address}: {other} more than the student's {size} ids")
+        raise ServerError(f"{client.address}: {other} more than the student's {size} ids; start it with student.path")
     if answer is None or not answer.logprobs or abs(answer.logprobs[0]) > 1e-3:
         raise ServerError(
             f"{client.address}: log-probabilities ignore the sampling; start the server with --logprobs-mode "

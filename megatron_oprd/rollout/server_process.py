@@ -152,7 +152,8 @@ class ManagedServer:
                 self.stop()
                 if self._port is not None or attempt == PORT_ATTEMPTS - 1:
                     raise UserError(
-                        f"cannot start the rollout server: port {port} is taken by another process"
+                        f"cannot start the rollout server: port {port} is taken by another process; end that "
+                        "process or start the run again"
                     ) from None
             except BaseException:
                 self.stop()
@@ -250,7 +251,7 @@ class ManagedServer:
                 return address
             time.sleep(POLL_SECONDS)
         raise UserError(
-            f"the rollout server does not answer after {self.settings.start_seconds:g} s; log: {self.settings.log}"
+            f"the rollout server does not answer after {self.settings.start_seconds:g} s; read {self.settings.log}"
         )
 
     def _explain(self, code: int) -> UserError:
@@ -267,7 +268,7 @@ class ManagedServer:
         killed = "; it was killed, perhaps because the host ran out of memory" if code == 128 + signal.SIGKILL else ""
         return UserError(
             f"the rollout server ended while it started, with exit code {code}{killed}: {last}; "
-            f"log: {self.settings.log}"
+            f"read {self.settings.log}"
         )
 
 

@@ -99,7 +99,8 @@ class VllmEngine:
             largest = max(prompt.prompt_ids)
             if largest >= self.spec.vocab_size:
                 raise UserError(
-                    f"prompt {prompt.index} has the token id {largest}; the student has {self.spec.vocab_size} ids"
+                    f"prompt {prompt.index} has the token id {largest}; the student has {self.spec.vocab_size} "
+                    "ids; use the tokenizer that belongs to the student"
                 )
         answers = None
         if self.pool is not None:

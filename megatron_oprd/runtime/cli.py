@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.config.hints import suggest_keys
-from megatron_oprd.runtime.files import DISK_ERRORS
+from megatron_oprd.runtime.files import DISK_ERRORS, disk_advice
 from megatron_oprd.types import ServiceFailed, UserError
 
 STOPPED = 3  # exit code of a run that the health watch ended
@@ -128,7 +128,7 @@ def exit_on_mistake() -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        code = _report(f"{error.filename or 'disk'}: {error.strerror}")
+        code = _report(f"{error.filename or 'disk'}: {error.strerror}{disk_advice(error)}")
     except KeyboardInterrupt:
         code = 130
     else:

@@ -59,9 +59,11 @@ def check_writable(folder: str | Path) -> None:
         while not existing.exists() and not existing.is_symlink():
             existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"cannot write {folder}: {existing} is not a folder")
+        raise UserError(f"cannot write {folder}: {existing} is not a folder; name another folder")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {folder}: {existing} is read-only")
+        raise UserError(
+            f"cannot write {folder}: {existing} is read-only; name another folder or change its permissions"
+        )
 
 
 def prepare_partial(target: str | Path) -> Path:
@@ -136,11 +138,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+        raise UserError(f"{path} is not valid JSON: {error}; copy the file again") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+        raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}; copy the file again")
     return values
 
 
@@ -162,13 +164,15 @@ def explain_os_errors(path: str | Path) -> Iterator[None]:
     except BaseException as error:  # torch's CheckpointException is no Exception
         cause = find_disk_error(error)
         if cause is not None:
-            raise UserError(f"cannot write {_filename(cause) or path}: {cause.strerror}") from None
+            raise UserError(f"cannot write {_filename(cause) or path}: {cause.strerror}{disk_advice(cause)}") from None
         # safetensors and torch's zip writer report a failed write without the OSError.
         text = str(error)
         if "PytorchStreamWriter" in text or "unexpected pos" in text:
-            raise UserError(f"cannot write {path}: the disk did not take all of it (is it full?)") from None
+            raise UserError(f"cannot write {path}: the disk did not take all of it; free some space") from None
         if "(os error" in text:
-            raise UserError(f"cannot write {path}: {text.splitlines()[0]}") from None
+            raise UserError(
+                f"cannot write {path}: {text.splitlines()[0]}; free some space or name another folder"
+            ) from None
         raise
 
 
@@ -184,6 +188,17 @@ def find_disk_error(error: BaseException | None) -> OSError | None:
         failures = getattr(error, "failures", None)
         error = next(iter(failures.values()))[0] if isinstance(failures, dict) and failures else error.__cause__
     return None
+
+
+def disk_advice(error: OSError) -> str:
+    """Return what to do about a disk error, as the end of a message, or ''."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "; free some space or name another folder"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; name another folder or change its permissions"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        return "; check the path"
+    return "; check the disk" if error.errno == errno.EIO else ""
 
 
 def _filename(error: OSError) -> str | None:

@@ -90,7 +90,8 @@ class MapOptimizer:
             parts = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
             if "map" not in parts or parts["map"].shape != student_map.weight.shape:
                 raise UserError(
-                    f"{folder / FILE} has no map of layer {layer} of shape {tuple(student_map.weight.shape)}"
+                    f"{folder / FILE} has no map of layer {layer} of shape {tuple(student_map.weight.shape)}; "
+                    "continue with the bridge and the layers of the checkpoint, or name a new train.run_dir"
                 )
             student_map.weight.copy_(parts.pop("map"))
             assert self.optimizer is not None  # a rank with a map has an optimizer

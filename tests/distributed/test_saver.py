@@ -141,5 +141,12 @@ def fail_on_one_rank(rank, arguments, folder):
 def test_a_full_disk_of_one_rank_raises_on_all_ranks_and_keeps_earlier_checkpoints(tmp_path):
     arguments = replay_run(tmp_path, 2, num_hidden_layers=1)
     messages = run_distributed(2, fail_on_one_rank, arguments, tmp_path / "checkpoints")
-    assert messages[0] == messages[1] == ("cannot write /disk/file: No space left on device", ["step_0000001"])
+    assert (
+        messages[0]
+        == messages[1]
+        == (
+            "cannot write /disk/file: No space left on device; free some space or name another folder",
+            ["step_0000001"],
+        )
+    )
     assert latest_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step_0000003"

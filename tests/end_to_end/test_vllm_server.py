@@ -351,7 +351,7 @@ def test_a_port_that_is_taken_and_a_wrong_model_are_named(tmp_path):
         with pytest.raises(UserError, match=f"port {port} is taken by another process"):
             ManagedServer(dataclasses.replace(settings, port=port)).start()
     (settings.model / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"ended while it started, with exit code 1: .*; log: .*server\.log"):
+    with pytest.raises(UserError, match=r"ended while it started, with exit code 1: .*; read .*server\.log"):
         ManagedServer(settings).start()
 
 

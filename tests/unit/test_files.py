@@ -106,7 +106,11 @@ def raises(error):
         (lambda: None, 0, ""),
         (lambda: 1, 1, ""),
         (raises(UserError("bad\nthing")), 2, "error: bad thing\n"),
-        (raises(OSError(errno.ENOSPC, "No space left on device", "/x")), 2, "error: /x: No space left on device\n"),
+        (
+            raises(OSError(errno.ENOSPC, "No space left on device", "/x")),
+            2,
+            "error: /x: No space left on device; free some space or name another folder\n",
+        ),
         (raises(KeyboardInterrupt()), 130, ""),
         (raises(ServiceFailed("a server:\nis gone")), 1, "error: a server: is gone\n"),
         (

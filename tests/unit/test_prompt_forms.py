@@ -21,6 +21,7 @@ from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 QUESTION = {"role": "user", "content": "2+2?"}
 ANSWER = {"role": "assistant", "content": "4"}
 CHAT = byte_tokenizer(chat=CHAT_TEMPLATE)
+MOVE = "text into the user message, or use another chat template"
 
 
 def load(tmp_path, rows, tokenizer=CHAT, *, parquet=False, **values):
@@ -154,7 +155,7 @@ def test_an_argument_that_the_template_reads_is_accepted_even_if_it_equals_the_d
             THINKING,
             {"enable_thinkin": False},
             r"data\.chat_template_kwargs\.enable_thinkin: the chat template does not read it \(did you mean enable_th"
-            r"inking\?\); it reads enable_thinking$",
+            r"inking\?\); it reads enable_thinking; use one of them$",
         ),
         (CHAT_TEMPLATE, {"mood": "calm"}, "the chat template does not read it; it reads no variable"),
         (None, {"mood": "calm"}, "the chat template does not read it; it reads no variable"),
@@ -211,7 +212,10 @@ def test_a_row_whose_system_prompt_the_template_drops_is_not_used(tmp_path, chat
     rows = [{"prompt": [{"role": "system", "content": "Answer in Latin."}, QUESTION]}, {"prompt": "a"}]
     result = load(tmp_path, rows, byte_tokenizer(chat=chat))
     assert len(result.prompts) == 1
-    assert result.first_failure == "row 1: the chat template leaves out the system message 'Answer in Latin.'"
+    assert (
+        result.first_failure
+        == "row 1: the chat template leaves out the system message 'Answer in Latin.'; move the " + MOVE
+    )
 
 
 @pytest.mark.parametrize("role", ["tool", "assistant"])
@@ -219,7 +223,9 @@ def test_a_row_of_which_the_template_drops_a_message_is_not_used(tmp_path, role)
     chat = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     rows = [{"prompt": [QUESTION, {"role": role, "content": "It is 4."}, QUESTION]}, {"prompt": "a"}]
     result = load(tmp_path, rows, byte_tokenizer(chat=chat))
-    assert result.first_failure == f"row 1: the chat template leaves out the {role} message 'It is 4.'"
+    assert (
+        result.first_failure == f"row 1: the chat template leaves out the {role} message 'It is 4.'; move the " + MOVE
+    )
 
 
 def test_a_template_may_remove_the_thoughts_of_earlier_answers(tmp_path):

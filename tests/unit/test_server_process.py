@@ -108,11 +108,11 @@ def test_the_processes_of_a_server_end_with_the_run(end, tmp_path):
 @pytest.mark.parametrize(
     ("before", "message"),
     [
-        ("raise ValueError('the model has no layers')", "exit code 1: ValueError: the model has no layers; log: "),
+        ("raise ValueError('the model has no layers')", "exit code 1: ValueError: the model has no layers; read "),
         ("raise RuntimeError('CUDA out of memory')", "ran out of memory while it started .*rollout.server.memory=0.5"),
         ("raise OSError(98, 'Address already in use')", "port .* is taken by another process"),
         ("os.kill(os.getpid(), 9)", "exit code 137; it was killed, perhaps because the host ran out of memory"),
-        ("time.sleep(99)", "does not answer after 1 s; log: "),
+        ("time.sleep(99)", "does not answer after 1 s; read "),
     ],
 )
 def test_a_server_that_does_not_start_says_why(before, message, tmp_path):
