@@ -73,7 +73,15 @@ def read_bridge(path: str | Path) -> Bridge:
     Raises:
         UserError: a file is missing, damaged or inconsistent. One line that names the file.
     """
-    path = Path(path)
+    try:
+        return _read(Path(path))
+    except UserError as error:
+        if MAKE_A_BRIDGE in str(error):
+            raise
+        raise UserError(f"{error}; copy the bridge again or {MAKE_A_BRIDGE}") from None
+
+
+def _read(path: Path) -> Bridge:
     if path.suffix == ".pt":
         bridge = _from_ps_bank(path, read_ps_bank(path))
     else:

@@ -104,7 +104,12 @@ def _state(run_dir: Path, beats: Sequence[Record], config: Any, now: float, *, i
     )
     if recent:
         return f"failed: {recent[0].get('line') or recent[0].get('error')}"
-    return "finished" if is_complete else "stopped"
+    if is_complete:
+        return "finished"
+    warnings = read_jsonl(run_dir / "health" / "warnings.jsonl")
+    if warnings and get(config, "health", "stop"):
+        return f"stopped by health.stop=true: {warnings[0].get('message')}"
+    return "stopped"
 
 
 def _speed(metrics: Sequence[Record], config: Any, last_step: Any) -> str:

@@ -136,6 +136,21 @@ def test_ctrl_c_saves_after_the_step_and_prints_no_traceback(tmp_path):
     assert f"SIGINT: step {step} saved in " in log and step - int(announced[0]) in (-1, 0, 1)
 
 
+def test_ctrl_c_in_a_run_of_one_process_saves_after_the_step(tmp_path):
+    actual = tmp_path / "run"
+    settings = ("checkpoint.every=0", "watchdog.heartbeat_seconds=0.5")
+    run = Command(in_folder(replay_run(tmp_path, 200, *settings, num_hidden_layers=1), actual), tmp_path / "log")
+    while last_step(actual) < 2:
+        assert run.is_running, run.log.read_text()
+        time.sleep(0.02)
+    os.kill(pid_of(actual, 0), signal.SIGINT)
+    assert run.wait() == 0, run.log.read_text()
+    log = run.log.read_text()
+    (step,) = complete_steps(actual)
+    assert "and stops; press Ctrl-C again to stop now\n" in log and f"SIGINT: step {step} saved in " in log
+    assert step < 200 and "Traceback" not in log
+
+
 @pytest.mark.nightly  # its parts run in CI: test_watchdog.py, test_resume.py and the signal above
 def test_a_killed_rank_is_named_and_the_restarted_run_ends_the_same(arguments, expected, tmp_path):
     actual = tmp_path / "run"

@@ -9,6 +9,7 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.setup import with_dtype
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.training import student
+from megatron_oprd.training.optimizer_arguments import optimizer_arguments
 from tests.helpers.runs import replay_run
 
 
@@ -31,6 +32,15 @@ def test_warm_up_begins_above_zero_and_ends_at_the_peak():
         rates.append(optimizer.param_groups[0]["lr"])
         scheduler.step(increment=1)
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_the_default_epsilon_does_not_shorten_the_steps_of_small_gradients():
+    arguments = optimizer_arguments(OptimizerConfig(), bf16=False, distributed=False)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    adam = torch.optim.AdamW([parameter], lr=1.0, eps=arguments["adam_eps"], weight_decay=0.0)
+    parameter.grad = torch.full((1,), 2e-4 / 127e6**0.5)  # one element of a gradient of norm 2e-4 over 127 M parameters
+    adam.step()
+    assert parameter.item() == pytest.approx(-1.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

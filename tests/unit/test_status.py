@@ -1,5 +1,6 @@
 """The command status: where a run stands, from the files that a run really writes."""
 
+import dataclasses
 import json
 import os
 import threading
@@ -9,6 +10,7 @@ import pytest
 
 from megatron_oprd.commands import report
 from megatron_oprd.commands.status import status_lines
+from megatron_oprd.health.rule import HealthWarning
 from megatron_oprd.resilience import failures, heartbeat
 from megatron_oprd.runtime.progress import Place
 
@@ -71,6 +73,17 @@ def test_a_run_without_processes_stopped_or_finished(run_dir):
     log_steps(run_dir, 10)
     found = facts(run_dir)
     assert found["state"] == "finished" and "left" not in found["speed"]
+
+
+def test_a_run_that_the_health_watch_stopped_says_so_and_why(run_dir):
+    warning = HealthWarning(4, "entropy", "the entropy fell to a tenth: the student may be collapsing")
+    (run_dir / "health").mkdir()
+    (run_dir / "health" / "warnings.jsonl").write_text(json.dumps(dataclasses.asdict(warning)) + "\n")
+    assert facts(run_dir)["state"] == "stopped"  # without health.stop a warning ends no run
+    (run_dir / "config.yaml").write_text(CONFIG + "health: {every: 2, stop: true}\n")
+    assert facts(run_dir)["state"] == f"stopped by health.stop=true: {warning.message}"
+    log_steps(run_dir, 10)
+    assert facts(run_dir)["state"] == "finished"
 
 
 def test_a_failed_run_names_rank_and_reason_until_it_is_started_again(run_dir):

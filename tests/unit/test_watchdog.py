@@ -22,6 +22,7 @@ from megatron_oprd.resilience.heartbeat import Heartbeat, LocalRanks
 from megatron_oprd.resilience.verdict import RankStatus, judge
 from megatron_oprd.runtime import progress
 from megatron_oprd.runtime.progress import Place
+from megatron_oprd.testing.distributed import forked_process
 from megatron_oprd.types import UserError
 
 TIMEOUT, SILENT = 60.0, 20.0
@@ -199,6 +200,35 @@ def test_signals_are_stored_inside_the_block_only():
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals._received == signal.SIGTERM
     assert signal.getsignal(signal.SIGUSR1) is before
+
+
+def receive(numbers: list[int], under_torchrun: bool) -> None:
+    """Send signals to this process as if a run went on, and exit with code 0 if none of them ends it."""
+    if under_torchrun:
+        os.environ["TORCHELASTIC_RUN_ID"] = "run"
+    with signals.handle_signals():
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "under_torchrun", "code"),
+    [
+        ([signal.SIGINT], False, 0),
+        ([signal.SIGINT, signal.SIGINT], False, -signal.SIGINT),
+        ([signal.SIGINT, signal.SIGINT], True, -signal.SIGINT),
+        ([signal.SIGINT, signal.SIGTERM], False, 0),
+        ([signal.SIGINT, signal.SIGTERM], True, -signal.SIGTERM),  # torchrun answers a second Ctrl-C with SIGTERM
+        ([signal.SIGTERM, signal.SIGTERM], True, 0),
+    ],
+)
+def test_a_second_ctrl_c_ends_the_process_at_once(numbers, under_torchrun, code):
+    process = forked_process(receive, (numbers, under_torchrun))
+    process.start()
+    process.join(60)
+    assert process.exitcode == code
 
 
 def test_the_straggler_ratio_is_the_slowest_rank_over_the_lower_median():
