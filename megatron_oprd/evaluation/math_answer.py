@@ -21,7 +21,7 @@ from typing import Literal
 
 from megatron_oprd.evaluation.answer_notation import brackets, plain_latex, same_words, without_unit
 
-_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+_BOX_OR_BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\(?:boxed|fbox)(?![A-Za-z])|\\.|[{}]", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
 _SCIENTIFIC = re.compile(r"([+-]?(?:\d+(?:\.\d*)?|\.\d+))(?:\\times|\\cdot)10\^\{?([+-]?\d{1,3})\}?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")
@@ -73,6 +73,8 @@ def is_correct(
 def last_boxed(text: str) -> str | None:
     r"""Return the stripped content of the `\boxed{}` or `\fbox{}` that opens last, or None if it is not closed.
 
+    A later `\boxed` without a brace is no answer either, as in the paper's grader.
+
     One pass with a stack takes linear time even for a response that repeats an unclosed `\boxed{` thousands of times.
     """
     open_braces: list[int] = []  # start of the content of each open brace
@@ -87,6 +89,8 @@ def last_boxed(text: str) -> str | None:
             open_braces.append(match.end())
             if token != "{":
                 last_start, last_end = match.end(), -1
+        elif len(token) > 2:
+            last_start, last_end = -2, -1
     return text[last_start:last_end].strip() if last_end >= 0 else None
 
 

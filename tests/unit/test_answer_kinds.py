@@ -15,6 +15,8 @@ KINDS = {
             ("5", "\\boxed{5} then \\boxed{6", False),
             ("5", "\\boxed{5} so \\boxed{\\frac{1}{", False),
             ("6", "\\boxed{6", False),
+            ("5", "\\boxed{5} or \\boxed 6", False),
+            ("5", "\\boxed{5}, as asked in a \\boxed", False),
             ("5", "\\boxed{5} and {more", True),
         ],
         [],

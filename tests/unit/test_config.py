@@ -398,6 +398,16 @@ def test_a_list_on_the_command_line_is_written_in_brackets(written):
     ]
 
 
+def test_an_override_replaces_a_list_of_the_file_and_extends_a_mapping(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {prompts: [a, b], chat_template_kwargs: {mood: calm}}\n")
+    others = ["student.path=s", "teacher.path=t", "train.run_dir=r"]
+    config = load_config(path, [*others, "data.prompts=[c]", "data.chat_template_kwargs.enable_thinking=false"])
+    assert config.data.prompts == ["c"]
+    assert config.data.chat_template_kwargs == {"mood": "calm", "enable_thinking": False}
+    assert load_config(path, [*others, "data.prompts[0]=c"]).data.prompts == ["c", "b"]
+
+
 def test_a_key_with_dots_is_written_in_brackets():
     config = load_config(None, [*TEACHERLESS, "teachers[big.code].path=c", "teachers.math.path=m"])
     assert {name: teacher.path for name, teacher in config.teachers.items()} == {"big.code": "c", "math": "m"}
