@@ -484,7 +484,7 @@ PROMPTS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "without the column": (GOOD_PROMPT + b'{"question": "1+1"}', ("line 2", "no 'prompt'", "it has: question")),
     "not UTF-8": (GOOD_PROMPT * 2 + b'{"prompt": "\xff"}', ("line 3", "not UTF-8")),
     "not JSON": (b'{"prompt": ', ("line 1", "not JSON")),
-    "a list": (b"[1]", ("line 1", "not a list")),
+    "a list": (b"[1]", ("line 1", "a list; write one JSON object a line")),
     "a number": (b'{"prompt": 7}', ("line 1", "'prompt' must be a string", "not a int")),
     "a message without content": (b'{"prompt": [{"role": "user"}]}', ("line 1", "{role, content}")),
     "all too long": (
