@@ -418,9 +418,9 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
     "shard missing": (lose_a_shard, ("model-00002-of-", "is missing")),
     "index missing": (lose_the_index, ("holds shards but not their index", INDEX)),
     "index no JSON": (lambda s: index(s, "{"), (f"{INDEX} is not valid JSON",)),
-    "index empty": (lambda s: index(s, "{}"), (f"{INDEX} has no weight_map",)),
+    "index empty": (lambda s: index(s, '{"metadata": {}}'), (f"{INDEX} has no weight_map",)),
     "index lies": (
-        lambda s: index(s, '{"weight_map": {"a": "shard.safetensors"}}'),
+        lambda s: index(s, '{"metadata": {}, "weight_map": {"a": "shard.safetensors"}}'),
         ("holds lm_head.weight, but", "does not name it"),
     ),
     "index of numbers": (lambda s: index(s, '{"weight_map": {"a": 3}}'), (INDEX,)),
@@ -671,7 +671,10 @@ BROKEN_MEGATRON: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
     "no dtype": (manifest(dtype="float99"), ("dtype='float99' is not a dtype",)),
     "padding": (manifest(padded_vocabulary="all"), ("has shape",)),
     "another vocabulary": (lambda s: s.edit("megatron/config.json", vocab_size=300), ("vocabulary is 259", "300")),
-    "another depth": (lambda s: s.edit("megatron/config.json", num_hidden_layers=3), ("misses decoder.layers.2",)),
+    "another depth": (
+        lambda s: s.edit("megatron/config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        ("misses decoder.layers.2",),
+    ),
     "config missing": (lambda s: (s.megatron / "config.json").unlink(), ("config.json", "No such file")),
 }
 
@@ -737,7 +740,7 @@ CONVERSIONS: dict[str, tuple[Callable[[Scene], object], list[str], tuple[str, ..
         ("__0_0.distcp is truncated",),
     ),
     "verify, other model": (
-        lambda s: s.edit("student/config.json", num_hidden_layers=1),
+        lambda s: s.edit("student/config.json", num_hidden_layers=1, layer_types=["full_attention"]),
         ["verify.py", "--hf={student}", "--megatron={megatron}"],
         ("holds unknown",),
     ),
