@@ -6,12 +6,13 @@ torchrun -m megatron_oprd.train --config F [a.b=1 ...]
 from __future__ import annotations
 
 from megatron_oprd.config import load_config
-from megatron_oprd.runtime.cli import STOPPED, check_command_line, command_parser, run_command
+from megatron_oprd.runtime.cli import STOPPED, add_plan_options, check_command_line, command_parser, run_command
 
 PARSER = command_parser("train", "On-policy representation distillation (OPRD).", override="parallel.tensor=2")
 PARSER.add_argument(
     "--dry-run", action="store_true", help="do what `plan` does: print what would run and what it needs"
 )
+add_plan_options(PARSER)
 PARSER.epilog = (
     f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1, Ctrl-C) ended it and the same command continues, 1 for a "
     f"failure, 2 for a mistake in the arguments or inputs, {STOPPED} if health.stop=true ended the training."
@@ -40,17 +41,18 @@ from megatron_oprd.training.state import BestEvaluation, Stop, TrainState, due
 from megatron_oprd.training.step_metrics import StepMeter
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import Rollout
+from megatron_oprd.types import Rollout, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command: read and check the inputs, build the models, train, export and report."""
     options = PARSER.parse_args(arguments)
-    config = load_config(options.config, options.overrides)
     if options.dry_run:
-        print_plan(config)
+        print_plan(options)
         return 0
-    inputs = read_inputs(config)
+    if options.device or options.details:
+        raise UserError("--device and --details belong to a plan; use them with --dry-run or `megatron-oprd plan`")
+    inputs = read_inputs(load_config(options.config, options.overrides))
     check_run_folder(inputs)
     with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")

@@ -12,7 +12,14 @@ from megatron_oprd.config.models import (
     TeacherParallelConfig,
 )
 from megatron_oprd.config.monitoring import HealthConfig, LoggingConfig, WandbConfig, WatchdogConfig
-from megatron_oprd.config.reading import dump_config, load_config, parse_config
+from megatron_oprd.config.reading import (
+    changed_keys,
+    dump_config,
+    leaves,
+    load_config,
+    parse_config,
+    with_settings,
+)
 from megatron_oprd.config.rollouts import DataConfig, EvaluationConfig, RolloutConfig
 from megatron_oprd.config.root import MAKE_A_BRIDGE, Config, teacher_section, teacher_title
 from megatron_oprd.config.training import BatchConfig, CheckpointConfig, OptimizerConfig, TrainConfig
@@ -42,9 +49,12 @@ __all__ = [
     "TrainConfig",
     "WandbConfig",
     "WatchdogConfig",
+    "changed_keys",
     "dump_config",
+    "leaves",
     "load_config",
     "parse_config",
     "teacher_section",
     "teacher_title",
+    "with_settings",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -68,6 +69,32 @@ def parse_config(values: Any, *, for_evaluation: bool = False) -> Config:
 def dump_config(config: Config) -> str:
     """Return YAML from which `load_config` makes an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))
+
+
+def changed_keys(config: Config) -> dict[str, Any]:
+    """Return the values that differ from the defaults, by dotted key. Keys without a default are included."""
+    return dict(leaves(config.model_dump(mode="json", exclude_defaults=True)))
+
+
+def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    """Return the configuration with other values, by dotted key. Raises UserError if they do not fit the others."""
+    values = config.model_dump(mode="json")
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        section = values
+        for one in sections:
+            section = section[one]
+        section[name] = value
+    return parse_config(values)
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each dotted key of nested mappings with its value. A list or an empty mapping is one value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

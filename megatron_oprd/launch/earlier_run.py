@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_oprd.checkpoint.training_state import latest_checkpoint
-from megatron_oprd.config import Config
+from megatron_oprd.config import Config, leaves
 from megatron_oprd.config.yaml_core import load_yaml
 from megatron_oprd.evaluation.records import by_step, read_jsonl
 from megatron_oprd.launch.inputs import Inputs
@@ -67,8 +66,8 @@ def find_changes(path: Path, config: Config) -> Changes:
         earlier = load_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
-    before = dict(_leaves(earlier)) if isinstance(earlier, dict) else {}
-    now = dict(_leaves(config.model_dump(mode="json")))
+    before = dict(leaves(earlier)) if isinstance(earlier, dict) else {}
+    now = dict(leaves(config.model_dump(mode="json")))
     keys = [key for key in now if key in before and key != "train.run_dir"]
     return {key: (before[key], now[key]) for key in keys if before[key] != now[key]}
 
@@ -76,11 +75,3 @@ def find_changes(path: Path, config: Config) -> Changes:
 def in_words(changes: Changes) -> list[str]:
     """Return one text for each changed key, like `optimizer.lr 0.003 -> 0.0001`."""
     return [f"{key} {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in changes.items()]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

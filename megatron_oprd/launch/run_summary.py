@@ -24,6 +24,19 @@ def run_summary(inputs: Inputs, machine: str) -> list[str]:
     return [f"{heading:<10} {text}" for heading, text in _facts(inputs, machine)]
 
 
+def plan_facts(inputs: Inputs) -> list[tuple[str, str]]:
+    """Return what a run would train on what: headings and texts. Inputs that do not exist yet are left out."""
+    left_out = ("tokenizer", "precision", "machine", "files", *(("prompts",) if inputs.missing.prompts else ()))
+    facts = [fact for fact in _facts(inputs, "") if fact[0] not in left_out]
+    for name, teacher in inputs.setup.teachers.items():
+        plan = teacher.plan
+        place = "on the ranks that compare them" if plan.aligned else "in its own layout, then sent to the student's"
+        head = ", and the LM head on the student's last stage" if plan.output else ""
+        layers = f"{teacher_title(name)} up to layer {sum(plan.teacher_stages)} of {plan.teacher_depth}{head}"
+        facts.append(("built", f"{layers}; its hidden states are computed {place}"))
+    return facts
+
+
 def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
     config, setup = inputs.config, inputs.setup
     yield "student", f"{config.student.path} ({_model(setup.student)})"

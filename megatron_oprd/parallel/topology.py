@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_oprd.config import ParallelConfig, WatchdogConfig
 from megatron_oprd.runtime import cpu_stand_ins, platform
+from megatron_oprd.runtime.host_memory import return_freed_memory
 from megatron_oprd.types import UserError
 
 # Default time that ranks wait for each other. It is long because data-parallel ranks finish their rollouts at different
@@ -121,6 +122,8 @@ def start_process(device: torch.device, timeout_seconds: float = TIMEOUT_SECONDS
     cpu_stand_ins.install()
     if dist.is_initialized():
         return
+    if device.type == "cpu":
+        return_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         # Let an error or a time-out of NCCL end the process without waiting for communicators that may hang.

@@ -1,149 +1,145 @@
-"""Print what a configuration would run, without running it."""
+"""Print what a configuration would run, without running it: first whether it fits, then the run, memory and time."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping
+import json
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-from megatron_oprd.config import dump_config, teacher_title
-from megatron_oprd.hf.names import count_parameters
-from megatron_oprd.launch.missing_inputs import MissingInputs
-from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
-from megatron_oprd.planning.memory_formulas import predict_memory
-from megatron_oprd.planning.peak_memory import NotTraced, predict_peaks
+from megatron_oprd.config import changed_keys
+from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.launch.run_summary import plan_facts
+from megatron_oprd.planning.advice import find_change
+from megatron_oprd.planning.details import detail_lines
+from megatron_oprd.planning.memory_plan import GENERATES, SAVES, MemoryPlan, lasting_bytes, plan_memory
+from megatron_oprd.planning.plan_device import PlanDevice
 from megatron_oprd.planning.planned_run import PlannedRun
-from megatron_oprd.planning.rollout_memory import CachePlan, plan_cache
 from megatron_oprd.planning.rollout_report import rollout_lines
 from megatron_oprd.planning.step_time import Estimate, estimate_step
-from megatron_oprd.planning.update_trace import Footprint
+from megatron_oprd.runtime.readable import duration, significant
 
-NOTHING = MissingInputs()
-COLUMNS = ("weights", "gradients", "optimizer", "teacher", "targets", "activations")  # the fields of a Footprint
+COLUMNS = 100
+NOT_SHOWN = ("student.path", "teacher.path", "train.run_dir", "loss.representation.pairs")  # in lines of their own
+PURPOSES = ("weights", "gradients", "optimizer", "teacher", "targets", "activations")  # the fields of a Footprint
 
 
-def describe_run(run: PlannedRun, missing: MissingInputs = NOTHING) -> None:
-    """Print the configuration, the models, the compared layers, and the predicted memory and time of a step.
+def describe_run(inputs: Inputs, device: PlanDevice, *, details: bool = False) -> None:
+    """Print the plan of a run on a device. Of several processes, only rank 0 may call this. No communication.
 
-    Lines about `missing` inputs say what was not checked. Of several processes, only rank 0 prints. No communication.
+    `details`: also print the complete configuration, each pair of layers, and the cost of each part of a step.
     """
-    if os.environ.get("RANK", "0") != "0":
+    run = PlannedRun.of(inputs)
+    memory = plan_memory(run, device)
+    for line in answer(inputs, memory):
+        print(line)
+    print()
+    print(*_facts(inputs), sep="\n")
+    print(*_memory_table(memory), sep="\n")
+    if device.hardware is None:
+        print(f"\ntime       not estimated: the rates of {device.name} are unknown")
+    else:
+        print(*_time(estimate_step(run, device.hardware), device.kind), sep="\n")
+    if not details:
+        print("\n--details prints every key, pair of layers and cost; docs/scaling.md explains the figures.")
         return
-    console = Console()
-    console.print(dump_config(run.config), markup=False, highlight=False)
-    for line in missing.lines(run.config):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"student: {run.setup.student.architecture}, {count_parameters(run.setup.student):,} parameters")
-    for name, teacher in run.setup.teachers.items():
-        _print_teacher(console, name, teacher)
-    try:
-        peaks = predict_peaks(run)
-        _print_peaks(console, peaks, run.setup.world_size)
-        models = max(footprint.weights + footprint.teacher_weights for footprint in peaks.values())
-        kept = max(footprint.peak - footprint.targets - footprint.activations for footprint in peaks.values())
-    except NotTraced as reason:
-        parts = predict_memory(run)
-        _print_formulas(console, parts, run.setup.world_size, str(reason))
-        models = parts["student weights"] + parts["teacher weights"]
-        kept = models + parts["student gradients"] + parts["optimizer state"]
-    _print_cache(console, plan_cache(run, models), kept)
-    _print_step(console, estimate_step(run))
-    for line in rollout_lines(run):
-        console.print(line, markup=False, highlight=False)
+    print()
+    for line in detail_lines(run, device.hardware):
+        print(line)
+    for line in rollout_lines(run, device.hardware) if device.hardware is not None else ():
+        print(line)
 
 
-def _print_step(console: Console, estimate: Estimate) -> None:
-    """Print a row for each part of a step, and the assumptions."""
-    hardware = estimate.hardware
-    title = f"A step on {estimate.world} x {hardware.name} (estimated, not measured)"
-    columns = ("part", "PFLOP", "NVLink GB", "network GB", "seconds")
-    table = Table(*columns, title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    rows = [(c.name, c.flops, c.nvlink, c.network, c.seconds) for c in estimate.costs]
-    for name, flops, nvlink, network, seconds in [*rows, ("sum", *map(sum, list(zip(*rows, strict=True))[1:]))]:
-        table.add_row(name, f"{flops / 1e15:,.1f}", f"{nvlink / 1e9:.2f}", f"{network / 1e9:.2f}", f"{seconds:.1f}")
-    console.print(table)
-    console.print(
-        "PFLOP: operations of all ranks. GB: bytes that one rank sends. Every rollout has the most tokens. Assumed: "
-        f"{hardware.matrix_share:.0%} of {hardware.bf16_flops / 1e12:.0f} TFLOP/s in bf16, "
-        f"{hardware.fp8_share:.0%} of {hardware.fp8_flops / 1e12:.0f} TFLOP/s in FP8, "
-        f"{hardware.expert_share:.0%} with experts; {hardware.memory_share:.0%} of {hardware.memory_bytes / 1e12:.2f} "
-        f"TB/s of memory bandwidth, {hardware.link_share:.0%} of {hardware.nvlink_bytes / 1e9:.0f} GB/s NVLink and of "
-        f"{hardware.network_bytes / 1e9:.0f} GB/s network. Pipeline bubble: student {estimate.student_bubble:.0%}, "
-        f"teacher {estimate.teacher_bubble:.0%}. Resulting MFU: {estimate.utilisation:.1%}. docs/scaling.md has the "
-        "formulas.",
-        markup=False,
-        highlight=False,
-    )
+def answer(inputs: Inputs, memory: MemoryPlan) -> Iterator[str]:
+    """Yield the lines that say whether the run fits, and what to change if it does not. Plans each change."""
+    device = memory.device
+    alone = memory.world_size == 1
+    group = next(ranks for ranks in memory.peaks if memory.fullest[0] in ranks)
+    where = device.name if alone or device.kind == "cpu" else f"{_ranks(group)}, {device.name}"
+    needed, size = gigabytes(memory.needed), gigabytes(device.memory)
+    if memory.fits:
+        yield f"fits       {needed} of {size} GB, {memory.phase}: {where}"
+        if memory.needed > device.free:
+            yield f"but        other programs use memory: only {gigabytes(device.free)} GB are free now"
+    else:
+        yield f"too large  {needed} GB are needed {memory.phase}, and there are {size} GB: {where}"
+        change = find_change(inputs, memory)
+        if change is not None:
+            yield f"change     {' '.join(_settings(change.settings))}"
+            yield f"           then {gigabytes(change.memory.needed)} of {size} GB (planned again)"
+        else:
+            lasting = max(lasting_bytes(footprint) for footprint in memory.peaks.values()) + device.process_bytes
+            more = "a GPU (--device h100)" if device.kind == "cpu" else "more GPUs"
+            yield f"change     no setting that was planned suffices; take smaller models or {more}"
+            yield f"           (without activations and rollouts a process has {gigabytes(lasting)} GB)"
+    if device.why:
+        yield f"           planned for {device.name}: {device.why}"
 
 
-def _print_peaks(console: Console, peaks: Mapping[range, Footprint], world: int) -> None:
-    """Print the parts of the peak: a row for each group of ranks with the same stages."""
-    title = f"Memory, {world} processes: peak of an update, GiB (predicted)"
-    table = Table("ranks", *COLUMNS, "peak", title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for ranks, footprint in peaks.items():
-        parts = [*dataclasses.astuple(footprint), footprint.peak]
-        name = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
-        table.add_row(name, *map(_gib, parts))
-    console.print(table)
-    largest = max(footprint.peak for footprint in peaks.values())
-    left = 80 - largest / 1e9
-    console.print(f"fullest rank: {largest / 1e9:.2f} GB; of 80 GB that leaves {left:.2f} GB", highlight=False)
-    console.print(
-        "Traced on the fullest micro-batch, with balanced experts. teacher: weights. targets: hidden states of the "
-        "teacher. activations: also the loss and all temporary tensors. Not included: CUDA context, communication "
-        "buffers, and the KV cache, which exists only while rollouts are generated."
-    )
+def gigabytes(size: int) -> str:
+    """Return bytes in GB (10^9 bytes) with three significant digits."""
+    if 0 < size < 10**6:
+        return "<0.001"
+    return significant(size / 1e9, 3) if size else "0"
 
 
-def _print_cache(console: Console, cache: CachePlan | None, kept: int) -> None:
-    """Print the KV cache of the rollouts. `kept`: bytes of the fullest rank that an update leaves in memory."""
-    if cache is None:
-        return
-    turns = "" if cache.rows == cache.rollouts else f" (of {cache.rollouts} rollouts, which take turns)"
-    console.print(
-        f"KV cache: {cache.rows} rows{turns} of {cache.length:,} tokens, {cache.num_bytes / 1e9:.2f} GB on the fullest "
-        f"rank; with weights, gradients, optimizer and teacher {(kept + cache.num_bytes) / 1e9:.2f} GB",
-        highlight=False,
-    )
+def _settings(settings: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
 
 
-def _print_formulas(console: Console, parts: Mapping[str, int], world: int, reason: str) -> None:
-    table = Table("on the fullest rank", "GiB (estimated)", title=f"Memory, {world} processes")
-    for purpose, size in {**parts, "sum": sum(parts.values())}.items():
-        table.add_row(purpose, _gib(size))
-    console.print(table)
-    console.print(f"by formula, because the update could not be traced: {reason}", markup=False)
+def _facts(inputs: Inputs) -> Iterator[str]:
+    keys = {key: value for key, value in changed_keys(inputs.config).items() if key not in NOT_SHOWN}
+    facts = [*plan_facts(inputs), ("settings", "  ".join(_settings(keys)))]
+    facts += [("unchecked", line) for line in inputs.missing.lines(inputs.config)]
+    for heading, text in facts:
+        yield from textwrap.wrap(
+            text, COLUMNS, initial_indent=f"{heading:<10} ", subsequent_indent=" " * 11, break_on_hyphens=False
+        )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3f}"
+def _memory_table(memory: MemoryPlan) -> Iterator[str]:
+    """Yield the memory of one process of each group of ranks."""
+    device, several = memory.device, memory.device.sharers > 1
+    yield ""
+    yield f"memory of {'each' if several else 'a'} process in an update, GB"
+    rows = [("ranks", *PURPOSES, "process", "sum")]
+    for ranks, footprint in memory.peaks.items():
+        parts = [*dataclasses.astuple(footprint), device.process_bytes]
+        rows.append((_ranks(ranks).split()[1], *map(gigabytes, [*parts, sum(parts)])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+    if memory.not_traced:
+        yield f"by formula, because the update could not be traced: {memory.not_traced}"
+    cache = memory.cache
+    if cache is not None:
+        turns = "" if cache.rows == cache.rollouts else f" (of {cache.rollouts} rollouts, which take turns)"
+        yield (
+            f"{GENERATES} {_most(memory, GENERATES)} with a KV cache of {gigabytes(cache.num_bytes)}: "
+            f"{cache.rows} rows{turns} of {cache.length:,} tokens"
+        )
+    if SAVES in memory.phases(next(iter(memory.peaks.values()))):
+        yield f"{SAVES} {_most(memory, SAVES)}"
+    measured = "measured" if device.kind == "cpu" else "assumed: CUDA context, NCCL, fragments"
+    yield f"An upper bound: every answer has the most tokens. process: {measured}."
 
 
-def _print_teacher(console: Console, name: str, teacher: PlannedTeacher) -> None:
-    plan, spec = teacher.plan, teacher.spec
-    title = teacher_title(name)
-    if plan.pairs:
-        pairs = Table("student layer", "teacher layer", "pipeline stage", title=f"Compared layers, {title}")
-        for pair in plan.pairs:
-            normed = " (after the final norm)" if pair.student == plan.student_normed_layer else ""
-            pairs.add_row(f"{pair.student}{normed}", str(pair.teacher), _place(plan, pair.student))
-        console.print(pairs)
-    head = "with its LM head on the student's last stage" if plan.output else "without LM head"
-    console.print(
-        f"{title}: {spec.architecture}, {count_parameters(spec):,} parameters, built up to layer "
-        f"{sum(plan.teacher_stages)} of {plan.teacher_depth} and {head}"
-    )
-    console.print(
-        f"{title}: its hidden states are computed on the ranks that compare them"
-        if plan.aligned
-        else f"{title}: its hidden states are sent from its layout to the student's"
-    )
+def _most(memory: MemoryPlan, phase: str) -> str:
+    return gigabytes(max(memory.phases(footprint)[phase] for footprint in memory.peaks.values()))
 
 
-def _place(plan: LayerPlan, layer: int) -> str:
-    chunk, rank = plan.student_place(layer)
-    return f"{rank}, chunk {chunk}" if len(plan.student_stages) > plan.pipeline_size else str(rank)
+def _time(estimate: Estimate, kind: str) -> Iterator[str]:
+    """Yield the time of a step in one line, and where it comes from in another."""
+    parts = {"rollouts": estimate.rollout_seconds, "weight sync": estimate.sync_seconds}
+    for name in ("teacher", "student", "update"):
+        parts[name] = sum(cost.seconds for cost in estimate.costs if cost.name.startswith(name))
+    shown = [f"{name} {duration(seconds)}" for name, seconds in parts.items() if seconds >= 0.05]
+    source = "rates of this CPU, measured just now" if kind == "cpu" else "the data sheet; not measured"
+    yield ""
+    yield f"time       a step of about {duration(estimate.seconds)} at most: {', '.join(shown) or 'less than 0.1 s'}"
+    yield f"           ({estimate.world} process{'es' if estimate.world > 1 else ''}; {source})"
+
+
+def _ranks(ranks: range) -> str:
+    return f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"

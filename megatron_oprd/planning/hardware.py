@@ -1,4 +1,4 @@
-"""Data sheet of a GPU, and the time that it takes to compute and to send."""
+"""Rates of a device, from a data sheet or measured, and the time that it takes to compute and to send."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from megatron_oprd.types import ModelSpec
 
 @dataclass(frozen=True)
 class Hardware:
-    """Data sheet of a GPU: rates per second, and the share of each rate that is assumed to be reached."""
+    """A device: rates per second, and the share of each rate that is assumed to be reached."""
 
     name: str = "H100 SXM"
     gpus_per_node: int = 8
+    memory_size: int = 80 * 10**9  # bytes
     bf16_flops: float = 989e12
     fp8_flops: float = 1979e12
     memory_bytes: float = 3.35e12
@@ -27,6 +28,7 @@ class Hardware:
     memory_share: float = 0.7  # of memory_bytes
     link_share: float = 0.7  # of nvlink_bytes and network_bytes
     sync_bytes: float = 5e9  # weights to servers through shared memory, written and read
+    layer_seconds: float | None = None  # of a layer in a decode step at least; None: `rollout_time.LAYER_TIMES`
 
     def flops_rate(self, spec: ModelSpec, *, in_fp8: bool) -> float:
         """Return the operations per second that one GPU is assumed to reach in a pass of a model."""
@@ -39,6 +41,7 @@ class Hardware:
 
 
 H100 = Hardware()
+GPUS = {"h100": H100, "h200": Hardware("H200 SXM", memory_size=141 * 10**9, memory_bytes=4.8e12)}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_oprd.config import Config
+from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.launch.setup import Setup
 
@@ -17,6 +18,11 @@ class PlannedRun:
     setup: Setup
     lengths: Lengths  # the most tokens of a sequence and of a response
     bridge_rank: int | None = None  # rank r of the bridge; None without a bridge
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> PlannedRun:
+        """Return the run of these inputs."""
+        return cls(inputs.config, inputs.setup, inputs.lengths, inputs.bridge_rank)
 
     @property
     def rollouts_per_step(self) -> int:

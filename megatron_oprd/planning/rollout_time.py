@@ -87,7 +87,7 @@ def rollout_costs(run: PlannedRun, links: Links) -> list[Cost]:
     decode_flops = forward_flops(spec, spec.num_layers, [lengths.sequence] * rollouts) - prefill_flops
     decode_flops += head_flops(spec, rollouts * lengths.response)
     generating = config.model_copy(update={"parallel": layout})
-    layer_seconds = LAYER_TIMES[config.rollout.engine].seconds
+    layer_seconds = links.hardware.layer_seconds or LAYER_TIMES[config.rollout.engine].seconds
     step_seconds = decode_seconds(generating, spec, models.rows, lengths, links.hardware, layer_seconds)
     seconds = models.rounds * lengths.response * step_seconds
     decode_traffic = forward_traffic(spec, layout, spec.num_layers, rows * lengths.response, size)

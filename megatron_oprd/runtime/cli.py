@@ -20,6 +20,7 @@ from megatron_oprd.runtime.files import DISK_ERRORS, disk_advice
 from megatron_oprd.types import ServiceFailed, UserError
 
 STOPPED = 3  # exit code of a run that the health watch ended
+PLAN_DEVICES = ("h100", "h200")  # the GPUs for which `planning/hardware.py` has a data sheet
 CONFIG_HELP = "YAML file; `megatron-oprd config` lists the keys"
 
 
@@ -74,6 +75,12 @@ def command_parser(name: str, description: str, *, override: str, config: str = 
 def read_options(options: argparse.Namespace) -> Config:
     """Return the configuration that the options of `command_parser` name. Raises UserError for a mistake in it."""
     return load_config(options.config, options.overrides)
+
+
+def add_plan_options(parser: ArgumentParser) -> None:
+    """Add the options of a plan."""
+    parser.add_argument("--device", choices=PLAN_DEVICES, help="plan for this GPU instead of this machine's device")
+    parser.add_argument("--details", action="store_true", help="the plan also has every key, pair of layers and cost")
 
 
 def check_command_line(parser: ArgumentParser, read: Callable[[argparse.Namespace], Config] = read_options) -> None:

@@ -93,7 +93,7 @@ def test_a_student_trained_with_a_bridge_opens_in_transformers(fitted, trained):
 def test_a_dry_run_describes_a_run_with_a_bridge(fitted, tmp_path):
     outcome = run(tmp_path, "train", "--dry-run", *with_bridge(fitted))
     assert (outcome.code, outcome.stderr) == (0, "")
-    assert "bridge: " in outcome.stdout and "targets" in outcome.stdout
+    assert "loss.representation.bridge=" in outcome.stdout and "targets" in outcome.stdout
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

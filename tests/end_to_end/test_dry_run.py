@@ -1,4 +1,4 @@
-"""`train --dry-run` prints the models, layouts, memory and time of a run, and predicts the memory that a run needs."""
+"""`plan`, which is `train --dry-run`, says whether a run fits, what it would run, and its memory and time."""
 
 import json
 import os
@@ -9,10 +9,7 @@ import pytest
 
 from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.commands import run, run_ranks
-from tests.helpers.memory import HONEST
 from tests.helpers.runs import VOCAB_SIZE, in_folder, prompt_run, replay_run
-
-GIB = 2**30
 
 
 def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
@@ -20,17 +17,31 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
     (tmp_path / "output").mkdir()
     outcome = run(tmp_path / "output", "train", *in_folder(arguments, tmp_path / "dry"), "--dry-run")
     assert (outcome.code, outcome.stderr) == (0, "")
-    assert f"run_dir:{tmp_path / 'dry'}" in "".join(outcome.stdout.split())  # a long path begins a line of its own
-    lines = " ".join(outcome.stdout.split())
+    first, *lines = outcome.stdout.splitlines()
+    assert first.startswith("fits ") and "this machine (CPU" in first
+    assert len(lines) < 40 and max(map(len, lines)) <= 100
     for words in (
-        "Compared layers",
-        "student: Qwen3ForCausalLM",
-        "Memory, 1 processes",
-        "KV cache: 4 rows of 29 tokens, 0.00 GB on the fullest rank",
+        "student 1, 2 of 2 from teacher 1, 2 of 2",
+        "(Qwen3, ",
+        "rollout.max_new_tokens=6",
+        "during rollouts",
+        "4 rows of 29 tokens",
+        "rates of this CPU",
+    ):
+        assert words in " ".join(outcome.stdout.split())
+    options = ("--dry-run", "--details", "--device", "h100")
+    detailed = run(tmp_path / "output", "train", *in_folder(arguments, tmp_path / "dry"), *options)
+    assert (detailed.code, detailed.stderr) == (0, "")
+    text = " ".join(detailed.stdout.split())
+    for words in (
+        "of 80.0 GB",
+        "an H100 SXM",
+        "student layer teacher layer pipeline stage",
+        "a step on 1 x H100 SXM (estimated, not measured)",
         "Generation: 1,802 tokens/s; replicas: 1, rows of each: 4; at least 1,110 us for a layer and token, measured",
         "A step: 0.0 s = rollouts 0.0 s + training 0.0 s",
     ):
-        assert words in lines
+        assert words in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "run"]
 
 
@@ -40,21 +51,20 @@ def test_of_several_processes_only_one_prints_and_none_waits(tmp_path):
     student = save(random_hf_model("Qwen3Moe", vocab_size=VOCAB_SIZE, num_hidden_layers=4), tmp_path / "experts")
     sizes = ("pipeline=2", "virtual_pipeline=2", "context=2", "expert=2")
     layout = [f"parallel.{size}" for size in sizes] + ["teacher.parallel={tensor: 2}", "checkpoint.every=0"]
-    arguments += [f"student.path={student}", *layout, "--dry-run"]
+    arguments += [f"student.path={student}", *layout, "--dry-run", "--details"]
     outcomes = run_ranks(4, tmp_path, "train", *arguments, timeout_seconds=400)
     assert [(outcome.code, outcome.stderr) for outcome in outcomes] == [(0, "")] * 4
     first, *others = (outcome.stdout for outcome in outcomes)
     assert others == [""] * 3 and not (tmp_path / "run").exists()
-    rows = [line.split("│")[1:4] for line in first.splitlines() if ", chunk " in line]
-    assert [row[2].strip() for row in rows] == ["0, chunk 0", "1, chunk 0", "0, chunk 1", "1, chunk 1"]
+    rows = [line.split()[-3:] for line in first.splitlines() if ", chunk " in line]
+    assert [" ".join(row) for row in rows] == ["0, chunk 0", "1, chunk 0", "0, chunk 1", "1, chunk 1"]
     for words in (
-        "teacher: its hidden states are sent from its layout to the student's",
-        "student: Qwen3MoeForCausalLM",
-        "teacher: Qwen3ForCausalLM",
-        "built up to layer 4 of 4",
-        "Memory, 4 processes",
-        "peak of an update",
-        "A step on 4 x H100 SXM (estimated, not measured)",
+        "its hidden states are computed in its own layout, then sent",
+        "(Qwen3Moe, ",
+        "teacher up to layer 4 of 4",
+        "memory of a process in an update, GB",
+        "a step on 4 x H100 SXM (estimated, not measured)",
+        "planned for an H100 SXM: this machine has no GPU",
     ):
         assert words in first
     alone = run_ranks(1, tmp_path, "train", *arguments, environment={"WORLD_SIZE": "4"})[0]
@@ -77,7 +87,7 @@ def test_a_dry_run_needs_only_the_models_config_json(tmp_path):
         f"no tokenizer in {folder}/student, no {folder}/prompts.jsonl yet: the longest prompt is taken to have "
         "data.max_prompt_tokens=40 tokens",
     ):
-        assert line in outcome.stdout.splitlines()
+        assert line in " ".join(outcome.stdout.split())
     long = run_ranks(1, tmp_path, "train", *arguments, "data.max_prompt_tokens=91", "--dry-run")[0]
     assert long.code == 2 and "rollout.max_new_tokens=6 (97 tokens)" in long.stderr
     trained = run_ranks(1, tmp_path, "train", *arguments)[0]
@@ -88,11 +98,16 @@ def test_a_dry_run_needs_only_the_models_config_json(tmp_path):
 
 
 def dry_peaks(arguments, folder, world=1):
-    """Return the predicted GiB by group of ranks."""
+    """Return the predicted GB of a process by group of ranks."""
     outcome = run_ranks(1, folder, "train", *arguments, "--dry-run", environment={"WORLD_SIZE": str(world)})[0]
     assert (outcome.code, outcome.stderr) == (0, "")
-    table = outcome.stdout[outcome.stdout.index("Memory, ") :].splitlines()
-    rows = [line.split() for line in table if line.strip()[:1].isdigit() and line.startswith(" ")]
+    return peaks_of(outcome.stdout)
+
+
+def peaks_of(plan):
+    """Return the sums of the memory table in the text of a plan, by group of ranks."""
+    table = plan[plan.index("memory of ") :].splitlines()
+    rows = [line.split() for line in table if len(line.split()) == 9 and line.strip()[0].isdigit()]
     return {row[0]: float(row[-1]) for row in rows}
 
 
@@ -103,34 +118,41 @@ def test_every_pipeline_rank_has_a_row(tmp_path):
     assert all(peak > 0 for peak in peaks.values())
 
 
-@pytest.mark.nightly
-def test_the_predicted_peak_is_the_peak_of_a_run(tmp_path):
-    """A tiny run is subtracted from both, because the process itself needs memory too."""
-    predicted, measured = [], []
-    for name, (layers, width, vocabulary, tokens) in {"tiny": (1, 64, 256, 16), "run": (4, 512, 8192, 2048)}.items():
-        folder = tmp_path / name
-        sizes = {"hidden_size": width, "intermediate_size": 3 * width, "vocab_size": vocabulary, "head_dim": 64}
-        arguments = replay_run(
-            folder,
-            2,
-            "loss.output.objective=full_kl",
-            "loss.representation.positions=all",
-            f"batch.max_tokens_per_micro_batch={tokens}",
-            "checkpoint.every=0",
-            "checkpoint.export_hf=false",
-            num_hidden_layers=layers,
-            **sizes,
-        )
-        rollout = {"prompt_ids": [1] * 4, "response_ids": [2] * (tokens // 4 - 4)}
-        (folder / "replay.jsonl").write_text(f"{json.dumps(rollout)}\n" * 8)
-        arguments.append("rollout.prompts_per_step=4")
-        predicted += dry_peaks(arguments, folder).values()
-        measured.append(peak_of_a_run(arguments, folder))
-    assert predicted[1] - predicted[0] == pytest.approx((measured[1] - measured[0]) / GIB, rel=0.1)
+SIZES = {"tiny": (2, 64, 256, 64), "larger": (4, 512, 8192, 2048)}  # layers, width, vocabulary, tokens of an update
 
 
-def peak_of_a_run(arguments, folder):
-    command = [sys.executable, "-m", "megatron_oprd.train", *arguments]
-    subprocess.run(command, env={**os.environ, **HONEST, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
+@pytest.mark.parametrize("name", ["tiny", pytest.param("larger", marks=pytest.mark.nightly)])
+def test_the_predicted_peak_is_the_resident_memory_of_a_run(name, tmp_path):
+    """Within 10 %, the tolerance of all predictions. The process itself has 0.4 GB of it, measured by the plan."""
+    layers, width, vocabulary, tokens = SIZES[name]
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "vocab_size": vocabulary, "head_dim": 64}
+    arguments = replay_run(
+        tmp_path,
+        2,
+        "loss.output.objective=full_kl",
+        "loss.representation.positions=all",
+        f"batch.max_tokens_per_micro_batch={tokens}",
+        "checkpoint.every=0",
+        "checkpoint.export_hf=false",
+        num_hidden_layers=layers,
+        **sizes,
+    )
+    rollout = {"prompt_ids": [1] * 4, "response_ids": [2] * (tokens // 4 - 4)}
+    (tmp_path / "replay.jsonl").write_text(f"{json.dumps(rollout)}\n" * 8)
+    arguments.append("rollout.prompts_per_step=4")
+    predicted, measured = plan_and_train(arguments, tmp_path)
+    assert predicted == pytest.approx(measured / 1e9, rel=0.1)
+
+
+def plan_and_train(arguments, folder):
+    """Return the GB that a new process predicts, and the most resident bytes of the same process in training.
+
+    oneDNN keeps few compiled kernels: docs/results/plans.md says why.
+    """
+    both = "import sys; from megatron_oprd.train import main; main([*sys.argv[1:], '--dry-run']); main(sys.argv[1:])"
+    command = [sys.executable, "-c", both, *arguments]
+    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    (predicted,) = peaks_of(done.stdout).values()
     last = (folder / "run" / "metrics.jsonl").read_text().splitlines()[-1]
-    return json.loads(last)["memory/peak_bytes"]
+    return predicted, json.loads(last)["memory/peak_bytes"]
