@@ -37,6 +37,7 @@ if __name__ == "__main__":
     check_command_line(PARSER, read_configuration)  # a mistake is reported before the slow imports
 
 import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
+from megatron_oprd.checkpoint.weights import content_hash
 from megatron_oprd.evaluation.grading import Sample
 from megatron_oprd.evaluation.measure import MeasuredModels, measure_by_source
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
@@ -102,7 +103,9 @@ def evaluate_model(inputs: EvaluationInputs) -> Evaluation:
     topology, prompts = topologies.student, inputs.prompts.prompts
     answers: tuple[Rollout, ...] = ()
     if setup.teachers:
-        request = AnswerRequest(config, setup, inputs.tokenizer, prompts, inputs.model_inputs.vocab_size)
+        (teacher,) = setup.teachers.values()
+        digest = on_rank_zero(lambda: content_hash(teacher.config.path))
+        request = AnswerRequest(config, setup, inputs.tokenizer, prompts, inputs.model_inputs.vocab_size, digest)
         answers = teacher_answers(request, topologies.teachers[0])
         progress.enter("loading")
     stage = build_student_stage(config, setup, topology)

@@ -50,6 +50,7 @@ class Models:
     teachers: tuple[Teacher, ...]  # in the order of the configuration
     engine: RolloutEngine
     teacher_answers: tuple[Rollout, ...] = ()  # to the evaluation prompts; empty: evaluations measure none
+    teacher_hash: str = ""  # of the teacher that answered
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def build_run(inputs: Inputs) -> Run:
         build_trained_student(inputs.model_inputs, stage, topology),
         load_heads(inputs.model_inputs, stage, topology) if setup.layer_plan.output else None,
         evaluator,
-        {name: _identity(inputs, teacher) for name, teacher in setup.teachers.items()},
+        {name: _identity(inputs, teacher, models.teacher_hash) for name, teacher in setup.teachers.items()},
         on_rank_zero(lambda: content_hash(config.student.path)),
     )
 
@@ -128,7 +129,7 @@ def build_models(inputs: Inputs, *, evaluates: bool = False) -> Models:
         start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=setup.student.hidden_size)
     on_rank_zero(partial(_check_bridge, inputs))
     # The teacher answers before the models of the run take memory.
-    answers = _teacher_answers(inputs, topologies) if evaluates and inputs.teacher_answers else ()
+    answers, digest = _teacher_answers(inputs, topologies) if evaluates and inputs.teacher_answers else ((), "")
     servers = start_servers(inputs)
     stage = build_student_stage(config, setup, topology)
     teachers = build_teachers(inputs.model_inputs, topologies)
@@ -136,14 +137,16 @@ def build_models(inputs: Inputs, *, evaluates: bool = False) -> Models:
         engine = _engine(inputs, stage, topology)
     else:
         engine = build_vllm_engine(inputs, servers, stage, topology)
-    return Models(topology, stage, teachers, _with_horizon(inputs, engine), answers)
+    return Models(topology, stage, teachers, _with_horizon(inputs, engine), answers, digest)
 
 
-def _teacher_answers(inputs: Inputs, topologies: Topologies) -> tuple[Rollout, ...]:
+def _teacher_answers(inputs: Inputs, topologies: Topologies) -> tuple[tuple[Rollout, ...], str]:
+    """Return the answers of the single teacher, and the hash of its weights."""
     assert inputs.evaluation_prompts is not None and inputs.tokenizer is not None  # read with the answers in mind
-    prompts, (topology,) = inputs.evaluation_prompts.prompts, topologies.teachers
-    request = AnswerRequest(inputs.config, inputs.setup, inputs.tokenizer, prompts, inputs.vocab_size)
-    return teacher_answers(request, topology)
+    prompts, (teacher,) = inputs.evaluation_prompts.prompts, inputs.setup.teachers.values()
+    digest = on_rank_zero(lambda: content_hash(teacher.config.path))
+    request = AnswerRequest(inputs.config, inputs.setup, inputs.tokenizer, prompts, inputs.vocab_size, digest)
+    return teacher_answers(request, topologies.teachers[0]), digest
 
 
 def _check_bridge(inputs: Inputs) -> None:
@@ -152,8 +155,9 @@ def _check_bridge(inputs: Inputs) -> None:
         check_bridge_weights(inputs.bridge, inputs.config, inputs.bridge_origin)
 
 
-def _identity(inputs: Inputs, teacher: PlannedTeacher) -> Identity:
-    digest = on_rank_zero(lambda: content_hash(teacher.config.path))
+def _identity(inputs: Inputs, teacher: PlannedTeacher, known_hash: str) -> Identity:
+    """Return the identity of a teacher. `known_hash`: its hash if it is known already, else ""."""
+    digest = known_hash or on_rank_zero(lambda: content_hash(teacher.config.path))
     pairs = tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs)
     return Identity(teacher.config.path, digest, pairs, identify(inputs.bridge.maps) if inputs.bridge else None)
 

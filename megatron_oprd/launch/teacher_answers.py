@@ -12,7 +12,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.checkpoint.weights import content_hash
 from megatron_oprd.config import Config
 from megatron_oprd.data.sharding import split
 from megatron_oprd.evaluation.answer_store import AnswerOrigin, answers_path, read_answers, write_answers
@@ -41,6 +40,7 @@ class AnswerRequest:
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
     vocab_size: int  # number of token ids that both models have
+    teacher_hash: str  # `content_hash` of the teacher
 
     @property
     def teacher(self) -> PlannedTeacher:
@@ -55,7 +55,7 @@ class AnswerRequest:
         return Path(self.config.train.run_dir) / "teacher_answers" if own is None else Path(own)
 
     def origin(self) -> AnswerOrigin:
-        """Return everything that the answers depend on. Reads all weights of the teacher: call it on one rank.
+        """Return everything that the answers depend on.
 
         Raises UserError if no prompt leaves room for an answer.
         """
@@ -71,7 +71,7 @@ class AnswerRequest:
         ends = {*self.setup.student.eos_token_ids, *self.teacher.spec.eos_token_ids}
         return AnswerOrigin(
             teacher=path,
-            teacher_hash=content_hash(path),
+            teacher_hash=self.teacher_hash,
             sampling=Sampling(evaluation.temperature, evaluation.top_p, 0, evaluation.max_new_tokens),
             seed=self.config.train.seed + EVALUATION_SEED,
             end_tokens=tuple(sorted(ends)),
@@ -87,8 +87,8 @@ def teacher_answers(request: AnswerRequest, topology: Topology) -> tuple[Rollout
     `topology` is the teacher's layout. Collective over the world. Raises UserError on every rank.
     """
     progress.enter("teacher answers")
-    folder = request.folder
-    origin, stored = on_rank_zero(lambda: _find(request))
+    folder, origin = request.folder, request.origin()
+    stored = on_rank_zero(lambda: read_answers(folder, origin))
     made = stored is None
     if made:
         answers = _generate(request, origin, topology)
@@ -101,11 +101,6 @@ def teacher_answers(request: AnswerRequest, topology: Topology) -> tuple[Rollout
     line = f"the teacher's answers to {len(stored)} evaluation prompts ({tokens:,} tokens{note}): {how} "
     on_rank_zero(lambda: print(f"{line}{answers_path(folder, origin)}", flush=True))
     return tuple(stored)
-
-
-def _find(request: AnswerRequest) -> tuple[AnswerOrigin, list[Rollout] | None]:
-    origin = request.origin()
-    return origin, read_answers(request.folder, origin)
 
 
 def _generate(request: AnswerRequest, origin: AnswerOrigin, topology: Topology) -> list[Rollout]:

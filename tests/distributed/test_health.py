@@ -9,13 +9,16 @@ import pytest
 import torch
 import transformers
 
-from megatron_oprd.evaluation.measure import MeasuredModels, has_teacher_distribution, measure_answers
-from megatron_oprd.launch.models import load_heads
+from megatron_oprd.evaluation.measure import measure_answers
+from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.launch.measured import measured_models
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.replayed_run import some_rollouts
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import TrainState
+from megatron_oprd.types import LayerPair
+from tests.helpers.bridges import random_maps, save_bridge
 from tests.helpers.training import make_run
 
 VOCABULARY = 131  # of the teacher; not divisible by any layout
@@ -38,6 +41,7 @@ LAYOUTS = {
     ),
     "three at once": (4, "parallel.tensor=2", "parallel.sequence=true", "parallel.context=2"),
     "pipeline and data": (4, "parallel.pipeline=2", "teachers_in_memory=one"),
+    "bridge": (2, "parallel.pipeline=2", "loss.representation.layers=[1,4]", "loss.representation.bridge={bridge}"),
     "experts": (2, "parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"),
 }
 
@@ -57,8 +61,11 @@ def models(tmp_path_factory):
     }
 
 
-def reference(student, teacher):
-    """Return the means over all tokens by name, computed one answer at a time in float64."""
+def reference(student, teacher, maps=None):
+    """Return the means over all tokens by name, computed one answer at a time in float64.
+
+    `maps`: of a bridge, by pair of layers, through which hidden states are compared.
+    """
     student_model, teacher_model = (
         transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
         for path in (student, teacher)
@@ -80,7 +87,13 @@ def reference(student, teacher):
         values["teacher_loss"] += (-log_q[tokens]).tolist()
         values["argmax_agreement"] += (log_p.argmax(-1) == log_q.argmax(-1)).double().tolist()
         for layer, found in cosines.items():
-            states = (output.hidden_states[layer][0, start:] for output in outputs)
+            states = [output.hidden_states[layer][0, start:] for output in outputs]
+            if maps is not None:
+                own = maps[LayerPair(layer, layer)]
+                states = [
+                    states[0] @ own.student_map.double().T,
+                    (states[1] - own.teacher_mean.double()) @ own.teacher_map.double().T,
+                ]
             found += torch.nn.functional.cosine_similarity(*states, dim=-1).tolist()
     means = {name: sum(found) / len(found) for name, found in values.items()}
     perplexities = {"perplexity": math.exp(means["loss"]), "teacher_perplexity": math.exp(means["teacher_loss"])}
@@ -92,20 +105,7 @@ def measure_and_train(rank, student, teacher, overrides):
 
     def losses(measuring):
         run = make_run(student, teacher, *overrides, "optimizer.lr=0.01", rollouts=some_rollouts(VOCABULARY))
-        config = run.inputs.config
-        heads = run.heads
-        if not config.loss.reads_output:
-            heads = load_heads(run.inputs.model_inputs, run.student.stage, run.topology)
-        with_teacher = has_teacher_distribution(run.teachers)
-        models = MeasuredModels(
-            run.student.stage,
-            run.inputs.setup.student,
-            run.topology,
-            config.batch,
-            teacher=run.teachers[0],
-            load_heads=(lambda: heads) if with_teacher else None,
-            layers=config.loss.representation if config.loss.reads_layers else None,
-        )
+        models = measured_models(run, layers=True)
         state, found, values = TrainState(), None, []
         for _ in range(2):
             if measuring:
@@ -121,13 +121,17 @@ def measure_and_train(rank, student, teacher, overrides):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_measurements_equal_the_reference_in_every_layout_and_do_not_change_training(name, models):
+def test_measurements_equal_the_reference_in_every_layout_and_do_not_change_training(name, models, tmp_path):
     world, *overrides = LAYOUTS[name]
     paths = models["Qwen3Moe" if name == "experts" else "Qwen3"]
-    expected, cosines = reference(*paths)
-    below = "layers=[1,2]" in "".join(overrides)
-    compared = {"layers=[1,2]": (1, 2), "representation.weight=0": ()}
-    layers = next((found for name, found in compared.items() if name in "".join(overrides)), tuple(cosines))
+    maps = None
+    if name == "bridge":
+        maps = random_maps(*map(read_model_spec, paths), 8)
+        bridge = save_bridge(tmp_path, *paths, maps)
+        overrides = [override.format(bridge=bridge) for override in overrides]
+    expected, cosines = reference(*paths, maps)
+    below = name == "a teacher below its top"
+    layers = {"a teacher below its top": (1, 2), "data": (), "bridge": (1, 4)}.get(name, tuple(cosines))
     assert name == "experts" or 0 < expected["argmax_agreement"] < 1
     results = run_distributed(world, measure_and_train, *paths, overrides)
     for measurement, unchanged in results:
