@@ -22,6 +22,7 @@ PARSER = command_parser(
     "stands for student.path=MODEL. The student is measured on the teacher's answers with teacher.path=FOLDER.",
     override="evaluation.samples=4",
 )
+PARSER.usage = "megatron-oprd evaluate [-h] [MODEL] [--config FILE] [key=value ...]"
 
 
 def read_configuration(options: argparse.Namespace) -> Config:
@@ -111,8 +112,7 @@ def evaluate_model(inputs: EvaluationInputs) -> Evaluation:
     stage = build_student_stage(config, setup, topology)
     models = _measured_models(inputs, stage, topologies) if setup.teachers else None
     progress.enter("evaluation")
-    at_once = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    on_answers = measure_by_source(models, answers, at_once) if models is not None else {}
+    on_answers = measure_by_source(models, answers) if models is not None else {}
     samples = []
     if config.evaluation.samples:
         engine = make_evaluator(config, stage, setup.student, topology)

@@ -26,7 +26,7 @@ from megatron_oprd.models.taps import selected_rows
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.training.global_batch import GlobalBatch
+from megatron_oprd.training.global_batch import GlobalBatch, max_num_tokens
 from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.training.teacher_pass import teacher_pass
@@ -127,24 +127,39 @@ def measure_answers(models: MeasuredModels, answers: Sequence[Rollout]) -> Measu
     return _sum(models, answers, _heads(models)).measurement()
 
 
-def measure_by_source(models: MeasuredModels, answers: Sequence[Rollout], at_once: int) -> dict[str, dict[str, float]]:
+def measure_by_source(models: MeasuredModels, answers: Sequence[Rollout]) -> dict[str, dict[str, float]]:
     """Return the metrics of the answers of each data source, in order of appearance.
 
-    With several sources the entry `all` has the means over all tokens. The result does not depend on `at_once`, the
-    number of answers whose hidden states may be in memory together. Communicates over all groups.
+    With several sources the entry `all` has the means over all tokens. One pass runs on about as many answers as fill
+    one micro-batch for each stage of the pipelines, so that few of the teacher's hidden states are in memory; the
+    result does not depend on that. Communicates over all groups.
     """
-    heads, teacher = _heads(models), models.teacher
+    heads, teacher, topology = _heads(models), models.teacher, models.topology
     if teacher is not None:  # a teacher that is loaded anew for each pass is loaded once here
         stage = teacher.load()
         models = dataclasses.replace(models, teacher=dataclasses.replace(teacher, load=lambda: stage))
+    most_tokens = models.batch.max_tokens_per_micro_batch * topology.data_size * topology.pipeline_size
     sums: dict[str, AnswerSums] = {}
     for source in dict.fromkeys(answer.data_source for answer in answers):
-        own = [answer for answer in answers if answer.data_source == source]
-        parts = (own[start : start + at_once] for start in range(0, len(own), at_once))
+        parts = divide_answers([answer for answer in answers if answer.data_source == source], most_tokens)
         sums[source] = functools.reduce(operator.add, (_sum(models, part, heads) for part in parts))
     if len(sums) > 1:
         sums[ALL_SOURCES] = functools.reduce(operator.add, list(sums.values()))
     return {source: of_source.measurement().metrics() for source, of_source in sums.items()}
+
+
+def divide_answers(answers: Sequence[Rollout], most_tokens: int) -> list[list[Rollout]]:
+    """Return the answers in parts of at most `most_tokens` tokens; a longer answer is a part of its own."""
+    parts: list[list[Rollout]] = []
+    room = 0
+    for answer in answers:
+        tokens = max_num_tokens(answer)
+        if not parts or tokens > room:
+            parts.append([])
+            room = most_tokens
+        parts[-1].append(answer)
+        room -= tokens
+    return parts
 
 
 def _heads(models: MeasuredModels) -> Heads | None:

@@ -36,7 +36,7 @@ class Observers:
     log: RunLog
     report: LiveReport
     watch: HealthWatch | None  # None: health.every is 0
-    on_answers: MeasuredModels | None  # the models that the teacher's answers are measured with; None: it has none
+    on_answers: MeasuredModels | None  # the models, to be measured on the teacher's answers; None: it did not answer
 
     def after_step(self, state: TrainState, metrics: Mapping[str, float], rollouts: Sequence[Rollout]) -> TrainState:
         """Check the health and the speed of the ranks where due, log the step with all its metrics, and evaluate.
@@ -78,20 +78,16 @@ class Observers:
         self._evaluate(0, self._measure_teacher_answers(0))
 
     def write_best(self, state: TrainState) -> None:
-        """Write the best evaluation so far to the run folder, if `evaluation.best` is set."""
-        config, folder = self.run.inputs.config.evaluation, self.log.run_dir
-        if config.best is not None:
-            stopped_at = state.step if reason_to_stop(state.best, config) else None
-            on_rank_zero(lambda: write_best(folder, state.best, stopped_at))
+        """Write the best evaluation so far to the run folder."""
+        stopped_at = state.step if reason_to_stop(state.best, self.run.inputs.config.evaluation) else None
+        on_rank_zero(lambda: write_best(self.log.run_dir, state.best, stopped_at))
 
     def _measure_teacher_answers(self, step: int) -> Scores:
         """Return the student's metrics on the teacher's answers by data source, if the teacher has answered."""
-        rollout = self.run.inputs.config.rollout
         if self.on_answers is None:
             return {}
         progress.enter("evaluation", step)
-        at_once = rollout.prompts_per_step * rollout.samples_per_prompt  # as many as a training step has
-        return measure_by_source(self.on_answers, self.run.models.teacher_answers, at_once)
+        return measure_by_source(self.on_answers, self.run.models.teacher_answers)
 
     def _evaluate(self, step: int, on_answers: Scores) -> Scores:
         """Sample answers of the student and grade them; log the scores, check the accuracy and return all scores."""

@@ -142,7 +142,8 @@ def build_models(inputs: Inputs, *, evaluates: bool = False) -> Models:
 
 def _teacher_answers(inputs: Inputs, topologies: Topologies) -> tuple[tuple[Rollout, ...], str]:
     """Return the answers of the single teacher, and the hash of its weights."""
-    assert inputs.evaluation_prompts is not None and inputs.tokenizer is not None  # read with the answers in mind
+    # `inputs.teacher_answers` is True only with both.
+    assert inputs.evaluation_prompts is not None and inputs.tokenizer is not None
     prompts, (teacher,) = inputs.evaluation_prompts.prompts, inputs.setup.teachers.values()
     digest = on_rank_zero(lambda: content_hash(teacher.config.path))
     request = AnswerRequest(inputs.config, inputs.setup, inputs.tokenizer, prompts, inputs.vocab_size, digest)

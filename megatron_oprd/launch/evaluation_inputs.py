@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -50,8 +51,8 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     setup = read_setup(config, {}, trains=False)
     check_model_weights(config, setup)
     tokenizer = read_student_tokenizer(config, setup.student)
-    other = _teacher_has_another_tokenizer(config, tokenizer)
-    prompts, takes_answers = read_evaluation_prompts(config, tokenizer, other_tokenizer=other)
+    other = partial(_teacher_has_another_tokenizer, config, tokenizer)
+    prompts, takes_answers = read_evaluation_prompts(config, tokenizer, other)
     bridge: Mapping[LayerPair, PairBridge] = {}
     if takes_answers:
         config = config.model_copy(update={"loss": _measured_loss(config, setup.student)})
@@ -84,16 +85,17 @@ def _measured_loss(config: Config, student: ModelSpec) -> LossConfig:
 
 
 def read_evaluation_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, *, other_tokenizer: bool
+    config: Config, tokenizer: PreTrainedTokenizerBase, has_other_tokenizer: Callable[[], bool]
 ) -> tuple[PromptSet, bool]:
     """Return the prompts of `evaluation.data`, and True if the teacher answers them. No communication.
 
-    Only then do the prompts have teacher prompts. `other_tokenizer`: the teacher has another tokenizer.
+    Only then do the prompts have teacher prompts. `has_other_tokenizer` returns True if the teacher has another
+    tokenizer; it is called only where that matters.
 
     Raises UserError for a mistake in the files, and if the settings leave nothing to measure.
     """
     prompts = _load_prompts(config, tokenizer, for_teacher=False)
-    if not takes_teacher_answers(config, prompts, other_tokenizer=other_tokenizer):
+    if not takes_teacher_answers(config, prompts, has_other_tokenizer):
         if not config.evaluation.samples:
             raise UserError(
                 "evaluation.samples=0 without the teacher's answers leaves nothing to measure; raise it, or name "
@@ -103,25 +105,27 @@ def read_evaluation_prompts(
     return (_load_prompts(config, tokenizer, for_teacher=True) if config.data.own_teacher_prompts else prompts), True
 
 
-def takes_teacher_answers(config: Config, prompts: PromptSet, *, other_tokenizer: bool) -> bool:
+def takes_teacher_answers(config: Config, prompts: PromptSet, has_other_tokenizer: Callable[[], bool]) -> bool:
     """Return True if an evaluation measures the student on the teacher's answers to the prompts.
 
     Raises UserError if `evaluation.teacher_answers=true` and the teachers do not allow it.
     """
     wanted = config.evaluation.teacher_answers
+    if not wanted or (wanted == "auto" and prompts.num_graded):
+        return False
     obstacle = ""
     if len(config.named_teachers) != 1:
         obstacle = "several teachers" if config.teachers else "no teacher"
-    elif other_tokenizer:
-        obstacle = "a teacher with another tokenizer"
     elif config.teacher is not None and not Path(config.teacher.path).is_dir():
         obstacle = f"no folder teacher.path={config.teacher.path}"
+    elif has_other_tokenizer():
+        obstacle = "a teacher with another tokenizer"
     if wanted is True and obstacle:
         raise UserError(
             f"evaluation.teacher_answers=true needs one teacher with the student's tokenizer, and there is {obstacle}; "
             "use evaluation.teacher_answers=false"
         )
-    return not obstacle and (not prompts.num_graded if wanted == "auto" else wanted)
+    return not obstacle
 
 
 def check_best_metric(config: Config, plan: LayerPlan, prompts: PromptSet, *, teacher_answers: bool) -> None:

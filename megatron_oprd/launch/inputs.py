@@ -137,8 +137,9 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     prompts = _read_prompts(config, tokenizers, missing)
     evaluation_prompts, teacher_answers = None, False
     if tokenizers.student is not None and config.evaluation.every and not missing.prompts:
-        other = aligner is not None
-        evaluation_prompts, teacher_answers = read_evaluation_prompts(config, tokenizers.student, other_tokenizer=other)
+        evaluation_prompts, teacher_answers = read_evaluation_prompts(
+            config, tokenizers.student, lambda: aligner is not None
+        )
     if config.rollout.horizon == "auto" and aligner is not None and aligner.student is not None:
         raise UserError(
             "rollout.horizon=auto needs a teacher with the student's tokenizer: the tokens of another tokenizer at the "

@@ -8,6 +8,7 @@ import pytest
 
 from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.evaluation.answer_store import AnswerOrigin, answers_path, read_answers, write_answers
+from megatron_oprd.evaluation.measure import divide_answers
 from megatron_oprd.launch.evaluation_inputs import takes_teacher_answers
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.types import Prompt, Rollout, UserError
@@ -73,7 +74,7 @@ def takes(wanted, *, teachers=1, graded=False, other_tokenizer=False):
         evaluation=evaluation, named_teachers=named, teachers=named if teachers > 1 else {}, teacher=None
     )
     prompts = [dataclasses.replace(prompt, ground_truth="4" if graded else None) for prompt in PROMPTS]
-    return takes_teacher_answers(config, PromptSet(prompts, 2, 0, 0), other_tokenizer=other_tokenizer)
+    return takes_teacher_answers(config, PromptSet(prompts, 2, 0, 0), lambda: other_tokenizer)
 
 
 def test_the_teacher_answers_by_default_if_no_prompt_has_a_right_answer():
@@ -94,3 +95,10 @@ def test_only_a_single_teacher_with_the_students_tokenizer_answers(options, obst
     assert not takes("auto", **options)
     with pytest.raises(UserError, match=f"teacher_answers=true needs one teacher .* there is {obstacle}; use "):
         takes(True, **options)
+
+
+def test_answers_are_measured_in_parts_of_so_many_tokens():
+    answers = [Rollout((1,) * prompt, (2,) * 4, (1,) * 4, "eos") for prompt in (1, 2, 1, 9, 1)]
+    assert [[len(one.prompt_ids) for one in part] for part in divide_answers(answers, 11)] == [[1, 2], [1], [9], [1]]
+    assert divide_answers(answers, 100) == [answers]
+    assert divide_answers([], 11) == []
