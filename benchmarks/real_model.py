@@ -15,7 +15,7 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,13 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "hidden_states": ("loss.representation.weight=1", "loss.output.objective=none"),
     "full_kl": ("loss.representation.weight=0",),
 }
-METRICS = ("perplexity", "forward_kl", "reverse_kl", "argmax_agreement")
+# metric of an evaluation -> name in the table
+METRICS = {
+    "perplexity": "perplexity",
+    "forward_kl": "KL(teacher, student)",
+    "reverse_kl": "KL(student, teacher)",
+    "argmax_agreement": "most likely token in common",
+}
 
 
 def main() -> None:
@@ -83,19 +89,19 @@ def _cpu_seconds() -> float:
 
 
 def table(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the lines of a Markdown table with a row for each run."""
-    head = ["objective", "seed", "steps", *METRICS, "gap closed", "CPU seconds"]
-    rows: list[list[Any]] = []
+    """Return the lines of the table of docs/real_model.md: a row for the start model, then one for each run."""
+    head = ["trained on", "seed", *METRICS.values(), "gap closed", "CPU seconds"]
+    rows: list[list[Any]] = [["nothing: the pruned model", "", *_figures(runs[0]["before"]), "", ""]]
     for run in runs:
-        before, after = run["before"], run["after"]
-        if not rows:
-            rows.append(["before", "", 0, *(f"{before[name]:.3f}" for name in METRICS)])
-        gap, rest = (metrics["perplexity"] - metrics["teacher_perplexity"] for metrics in (before, after))
-        values = (f"{after[name]:.3f}" for name in METRICS)
-        closed = f"{1 - rest / gap:.0%}"
+        gap, rest = (run[name]["perplexity"] - run[name]["teacher_perplexity"] for name in ("before", "after"))
         cpu = f"{run['cpu_seconds']:.0f}" if "cpu_seconds" in run else ""
-        rows.append([run["objective"], run["seed"], run["steps"], *values, closed, cpu])
+        objective = run["objective"].replace("_", " ")
+        rows.append([objective, run["seed"], *_figures(run["after"]), f"{1 - rest / gap:.0%}", cpu])
     return table_lines(head, rows)
+
+
+def _figures(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{metrics[name]:.3f}" for name in METRICS]
 
 
 if __name__ == "__main__":

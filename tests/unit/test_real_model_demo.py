@@ -13,7 +13,8 @@ from megatron_oprd.types import UserError
 from tests.helpers.commands import run
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "run_oprd_qwen.sh"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "run_oprd_qwen.sh"
 
 
 def test_the_instructions_are_different_and_no_gap_is_left():
@@ -38,6 +39,11 @@ def test_without_a_network_the_demo_says_what_to_do(tmp_path, monkeypatch):
         download(tmp_path)
 
 
+def test_the_table_of_the_page_is_that_of_the_measured_runs():
+    runs = json.loads((ROOT / "docs" / "results" / "real_model.json").read_text())["runs"]
+    assert "\n".join(table(runs)) in (ROOT / "docs" / "real_model.md").read_text()
+
+
 @pytest.mark.nightly
 def test_the_demo_prunes_distils_and_compares(tmp_path):
     sizes = {"num_hidden_layers": 7, "vocab_size": 259, "eos_token_id": 258, "max_position_embeddings": 512}
@@ -51,4 +57,4 @@ def test_the_demo_prunes_distils_and_compares(tmp_path):
     assert (tmp_path / "both-0" / "hf" / "config.json").exists()
     figures = run_demo(tmp_path, "both", 0)  # which finds the finished run
     assert figures["steps"] == 1 and figures["after"]["perplexity"] != figures["before"]["perplexity"]
-    assert [line.split(" | ")[0] for line in table([figures])[2:]] == ["| before", "| both"]
+    assert [line.split(" | ")[0] for line in table([figures])[2:]] == ["| nothing: the pruned model", "| both"]
