@@ -59,6 +59,8 @@ def transformer_config(
         attention_dropout=0.0,
         # Without Transformer Engine, our own modules compute exactly what Hugging Face computes.
         bias_activation_fusion=precision.transformer_engine,
+        # The name means that the MLP builds its activation from the layer spec: SwiGLU of this package, not of TE.
+        use_te_activation_func=not precision.transformer_engine,
         bias_dropout_fusion=precision.transformer_engine,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,  # the core attention applies the rotary embedding

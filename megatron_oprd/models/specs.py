@@ -20,6 +20,7 @@ from megatron_oprd.models.attention import PackedAttention
 from megatron_oprd.models.layer import tapped_layer_spec
 from megatron_oprd.models.module_set import ModuleSet
 from megatron_oprd.models.norm import RMSNorm
+from megatron_oprd.models.swiglu import SwiGLU
 
 OWN = ModuleSet(
     RMSNorm,
@@ -27,7 +28,8 @@ OWN = ModuleSet(
     False,
     RowParallelLinear,
     PackedAttention,
-    ModuleSpec(SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)),
+    ModuleSpec(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, SwiGLU, RowParallelLinear)),
+    activation=SwiGLU,
 )
 
 
@@ -59,7 +61,7 @@ def _layer_spec(modules: ModuleSet, sparse: bool, qk_norm: bool) -> ModuleSpec:
             k_layernorm=modules.norm if qk_norm else None,
         ),
     )
-    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(linear_fc1=modules.column, linear_fc2=modules.row))
+    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(modules.column, modules.activation, modules.row))
     if sparse:
         mlp = ModuleSpec(MoELayer, submodules=MoESubmodules(experts=modules.experts))
     submodules = TransformerLayerSubmodules(

@@ -61,8 +61,8 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
 
     - 16 per hidden unit: input, norms, residuals
     - 8 per unit of the queries, 6 per unit of the keys, and 6 more per unit of both if they have norms
-    - 10 per unit of a dense MLP
-    - in a layer with experts: for each expert of a token 2 per hidden unit and 12 per unit of the expert; 9 per expert
+    - 6 per unit of a dense MLP
+    - in a layer with experts: for each expert of a token 2 per hidden unit and 8 per unit of the expert; 9 per expert
       for the router
 
     Tensor parallelism divides queries, keys and the dense MLP. Sequence parallelism divides the rest.
@@ -73,9 +73,9 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
     norms = 6 * (queries + keys) if spec.qk_norm else 0
     total = 16 * hidden + (8 * queries + 6 * keys + norms) / parallel.tensor
     if layer not in spec.sparse_layers:
-        return (total + 10 * spec.ffn_hidden_size / parallel.tensor) * bytes_per_number / 2
+        return (total + 6 * spec.ffn_hidden_size / parallel.tensor) * bytes_per_number / 2
     rows = 1 / (parallel.tensor if parallel.sequence else 1)
-    per_expert = 2 * spec.hidden_size + 12 * spec.moe_ffn_hidden_size
+    per_expert = 2 * spec.hidden_size + 8 * spec.moe_ffn_hidden_size
     return (total + rows * (spec.experts_per_token * per_expert + 9 * spec.num_experts)) * bytes_per_number / 2
 
 

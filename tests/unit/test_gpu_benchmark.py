@@ -11,7 +11,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu
+from benchmarks import fused_losses, gpu, profile_update
 from benchmarks.cost import PAPER
 from benchmarks.gpu_cases import Case, all_cases, held_bytes
 from benchmarks.gpu_flops import GPUS, block_weights, find_gpu, forward_flops, training_flops, utilization
@@ -189,3 +189,23 @@ def test_bytes_of_an_fp8_parameter_are_those_of_its_parts():
     model.weight.main_grad = torch.zeros(2, 4)
     assert held_bytes(model) == 8 + 4 + 2 * 4
     assert held_bytes(model, lambda name: name == "bias") == 8
+
+
+def test_a_profile_has_the_launches_of_every_part(tmp_path):
+    figures = tmp_path / "profile.json"
+    profile_update.main(["--tiny", "--method", "full KL", "--json", str(figures)])
+    parts = json.loads(figures.read_text())["parts"]
+    assert set(parts) == set(profile_update.PART_NAMES)
+    assert all(part["launches"] and part["milliseconds"] for part in parts.values())
+    # For each block: two forward in the teacher, two in the student, two in its recomputation, four backward.
+    assert parts["MLP activation"]["launches"] == gpu.TINY.layers * (3 * 2 + 4)
+
+
+def test_fused_losses_are_compared_or_skipped_with_a_reason(tmp_path):
+    figures = tmp_path / "losses.json"
+    sizes = ("--tokens", "16", "--hidden", "8", "--vocabulary", "64", "--repeats", "1")
+    fused_losses.main([*sizes, "--json", str(figures)])
+    rows = json.loads(figures.read_text())["rows"]
+    skipped = {row["case"] for row in rows if row["note"]}
+    assert all(row["seconds"] or row["note"] for row in rows)
+    assert skipped <= {"JSD 0.5, Liger", "full KL, Liger", "cross-entropy, cut-cross-entropy"}

@@ -143,7 +143,7 @@ def test_memory_of_one_process(specs):
         assert predicted["optimizer state"] == count * kept
         assert predicted["teacher weights"] == (count - 132 * 64) * size  # without its LM head
         heads = specs["dense"].head_dim
-        block = 16 * 64 + 14 * 8 * heads + 12 * 4 * heads + 10 * 112  # hidden, queries, keys, MLP
+        block = 16 * 64 + 14 * 8 * heads + 12 * 4 * heads + 6 * 112  # hidden, queries, keys, MLP
         assert predicted["activations"] == 64 * 5 * block * size / 2
     assert predict(specs, "dense", 1, "precision.dtype=fp32", "optimizer.name=sgd")["optimizer state"] == 0
 

@@ -1,4 +1,4 @@
-"""Norm and rotary embedding have the bits of transformers' modules, gradients too, and few operators."""
+"""Norm, rotary embedding and SwiGLU have the bits of transformers' modules, gradients too, and few operators."""
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, rotate_half
 
 from megatron_oprd.models.norm import RMSNorm
 from megatron_oprd.models.rotary import rotate, signed
+from megatron_oprd.models.swiglu import SwiGLU
 
 DTYPES = (torch.float32, torch.bfloat16)
 NO_KERNEL = ("view", "split", "slice", "detach", "expand", "alias", "promote_types", "unsqueeze", "empty")
@@ -73,3 +74,20 @@ def test_the_norm_has_the_bits_of_transformers(dtype):
     assert torch.equal(output, expected) and torch.equal(gradient, of_expected)
     assert torch.equal(own.weight.grad, theirs.weight.grad)
     assert operators <= more
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_has_the_bits_of_autograd_and_stores_its_input_alone(dtype):
+    states, upstream = draw(9, 1, 64, dtype=dtype), draw(9, 1, 32, dtype=dtype, seed=1)
+
+    def in_megatron(gate_and_up):
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * (up + 0.0)
+
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: stored.append(x.numel()) or x, lambda x: x):
+        output, gradient, operators = run(SwiGLU(None), states, upstream)
+    expected, of_expected, more = run(in_megatron, states, upstream)
+    assert torch.equal(output, expected) and torch.equal(gradient, of_expected)
+    assert operators < more
+    assert stored == [states.numel()]

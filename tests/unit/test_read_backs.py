@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_oprd.launch.step_data import make_global_batch
 from megatron_oprd.testing.models import random_hf_model, save
@@ -46,6 +47,24 @@ class ReadBacks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class WaitingOperators(TorchDispatchMode):
+    """Records each operator inside the block for which the CPU waits, also those that autograd calls in backward."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name.startswith("index") and isinstance(args[1], (list, tuple))
+        by_mask = by_mask and any(isinstance(one, torch.Tensor) and one.dtype == torch.bool for one in args[1])
+        if name in self.names or by_mask:
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -65,10 +84,10 @@ def test_a_forward_pass_reads_nothing_back_from_the_device(models, case):
     micro_batches = global_batch.micro_batches(run.topology)
     # Metrics are left out: those of top-k look for equal logits, whose number only the device knows.
     loss, output = global_batch.loss, run.output_loss(with_metrics=False)
-    read_backs = ReadBacks()
+    read_backs, operators = ReadBacks(), WaitingOperators()
 
     def run_and_record(*arguments):
-        with read_backs:
+        with read_backs, operators:
             schedule.run_schedule(*arguments)
 
     with (
@@ -82,7 +101,7 @@ def test_a_forward_pass_reads_nothing_back_from_the_device(models, case):
         )
         student_step.accumulate_gradients(run.student, micro_batches, taps)
     assert not len(targets)
-    assert read_backs.calls == []
+    assert read_backs.calls == operators.calls == []
 
 
 @pytest.mark.parametrize(
@@ -92,6 +111,16 @@ def test_a_read_back_is_recorded(read):
     with ReadBacks() as read_backs:
         read(torch.ones(1))
     assert len(read_backs.calls) == 1
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.item, torch.Tensor.nonzero, lambda x: x[x > 0]])
+def test_an_operator_in_backward_that_waits_is_recorded(read):
+    leaf = torch.ones(1, requires_grad=True)
+    output = leaf * 2
+    output.register_hook(lambda gradient: (read(gradient), None)[1])
+    with WaitingOperators() as operators:
+        output.backward()
+    assert operators.calls
 
 
 def test_a_selection_by_mask_is_recorded():
