@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write
+from megatron_oprd.checkpoint.stored_index import read_index
 from megatron_oprd.hf.companions import config_with_dtype, copy_companions
 from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
@@ -44,6 +45,7 @@ from megatron_oprd.runtime.files import (
 from megatron_oprd.types import ModelSpec, UserError
 
 FORMAT_VERSION = 1
+_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def sharded_weights(stage: torch.nn.ModuleList, topology: Topology) -> dict[str, Any]:
@@ -126,10 +128,11 @@ def is_megatron_checkpoint(folder: str | Path) -> bool:
 
 def checkpoint_dtype(folder: str | Path) -> torch.dtype:
     """Return the dtype of the weights in a Megatron checkpoint. Raises UserError for a manifest without a dtype."""
-    name = read_json(Path(folder) / MANIFEST).get("dtype")
-    dtype = getattr(torch, str(name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"{Path(folder) / MANIFEST}: dtype={name!r} is not a dtype")
+    path = Path(folder) / MANIFEST
+    name = read_json(path).get("dtype")
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise UserError(f"{path}: dtype={name!r} must be {', '.join(_DTYPES)}; set it to the dtype of the weights")
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
@@ -197,45 +200,71 @@ def check_model(folder: str | Path, spec: ModelSpec) -> None:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(f"{folder / MANIFEST}: format_version={manifest.get('format_version')!r}, not {FORMAT_VERSION}")
-    if read_json(folder / "metadata.json").get("sharded_backend") != "torch_dist":
-        raise UserError(f"{folder / 'metadata.json'}: sharded_backend is not torch_dist")
-    metadata = check_files(folder)
-    shapes = {
-        name: tuple(stored.size)
-        for name, stored in metadata.state_dict_metadata.items()
+    _check_manifest(folder, manifest, spec)
+    _check_format(folder)
+    stored = {
+        name: stored
+        for name, stored in check_files(folder).state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata)
     }
-    _check_shapes(folder, shapes, manifest, spec)
+    _check_shapes(folder, {name: tuple(tensor.size) for name, tensor in stored.items()}, manifest, spec)
+    dtypes = {tensor.properties.dtype for tensor in stored.values()}
+    if checkpoint_dtype(folder) not in dtypes:
+        raise UserError(
+            f"{folder / MANIFEST}: dtype={manifest['dtype']!r}, but the weights are stored as "
+            f"{', '.join(sorted(str(dtype).removeprefix('torch.') for dtype in dtypes))}; correct the dtype"
+        )
 
 
 def check_files(folder: Path) -> Metadata:
-    """Return the index of a folder that mcore wrote. Raises UserError for missing or truncated files."""
-    metadata = _read_index(folder)
-    sizes: dict[str, int] = {}
-    for stored in metadata.storage_data.values():
-        sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
-    for file, size in sorted(sizes.items()):
-        if not (folder / file).exists():
-            raise UserError(f"{folder / file} is missing")
-        if (folder / file).stat().st_size < size:
-            raise UserError(f"{folder / file} is truncated: {(folder / file).stat().st_size} of {size} bytes")
+    """Return the index of a folder that mcore wrote. Raises UserError for missing or truncated files.
+
+    No code that the index or common.pt may contain is run.
+    """
+    index = read_index(folder)
     # Newer versions of mcore store the common state among the tensors.
-    if not any(name.startswith("common_state") for name in metadata.state_dict_metadata):
+    needed = not any(name.startswith("common_state") for name in index.state_dict_metadata)
+    if needed or (folder / "common.pt").exists():
         try:
             torch.load(folder / "common.pt", weights_only=True)
         except FileNotFoundError:
-            raise UserError(f"{folder / 'common.pt'} is missing") from None
+            raise UserError(f"{folder / 'common.pt'} is missing; copy the whole folder again") from None
         except Exception:
-            raise UserError(f"{folder / 'common.pt'} is truncated or corrupt") from None
-    return metadata
+            raise UserError(f"{folder / 'common.pt'} is truncated or corrupt; copy the whole folder again") from None
+    return index
+
+
+def _check_manifest(folder: Path, manifest: dict[str, Any], spec: ModelSpec) -> None:
+    """Raise UserError for a manifest that config.json contradicts. The tensors themselves show the number of layers."""
+    for key, wanted in (("architecture", spec.architecture), ("vocabulary", spec.vocab_size)):
+        if manifest.get(key) != wanted:
+            raise UserError(
+                f"{folder}: {MANIFEST} has {key}={manifest.get(key)!r}, config.json asks for {wanted!r}; use the "
+                "config.json of this checkpoint"
+            )
+    padded = manifest.get("padded_vocabulary")
+    if type(padded) is not int or padded < spec.vocab_size:
+        raise UserError(
+            f"{folder / MANIFEST}: padded_vocabulary={padded!r} must be a whole number of at least {spec.vocab_size}, "
+            "the vocabulary"
+        )
+
+
+def _check_format(folder: Path) -> None:
+    """Raise UserError for a metadata.json that mcore cannot use."""
+    path = folder / "metadata.json"
+    values = read_json(path)
+    if values.get("sharded_backend") != "torch_dist":
+        raise UserError(f"{path}: sharded_backend is not torch_dist; convert the Hugging Face folder again")
+    try:
+        dist_checkpointing.validation.verify_checkpoint_and_load_strategy(str(folder))
+    except Exception as error:  # an unknown key, or a value of another type
+        raise UserError(f"{path} is corrupt: {describe_damage(error)}; copy the whole folder again") from None
 
 
 def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, Any], spec: ModelSpec) -> None:
     """Raise UserError for tensors that are missing, unknown, or of another shape than the model's."""
-    vocabulary = manifest.get("vocabulary")
-    if vocabulary != spec.vocab_size:
-        raise UserError(f"{folder}: its vocabulary is {vocabulary}, config.json asks for {spec.vocab_size}")
-    expected = _stored_shapes(spec, manifest.get("padded_vocabulary"))
+    expected = _stored_shapes(spec, manifest["padded_vocabulary"])
     for name, shape in expected.items():
         if name not in shapes:
             raise UserError(f"{folder} misses {name}, which config.json asks for")
@@ -246,9 +275,9 @@ def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, An
         raise UserError(f"{folder} holds {len(unknown)} unknown tensors, the first is {min(unknown)}")
 
 
-def _stored_shapes(spec: ModelSpec, padded_vocabulary: int | None) -> dict[str, tuple[int | None, ...]]:
+def _stored_shapes(spec: ModelSpec, padded_vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint. The experts of a layer are one stacked tensor."""
-    shapes: dict[str, tuple[int | None, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     unsharded = megatron_shapes(spec)
     for entry in entries(spec):
         shape = unsharded[entry.megatron]
@@ -260,13 +289,3 @@ def _stored_shapes(spec: ModelSpec, padded_vocabulary: int | None) -> dict[str, 
         else:
             shapes[entry.megatron] = shape
     return shapes
-
-
-def _read_index(folder: Path) -> Metadata:
-    try:
-        return FileSystemReader(folder).read_metadata()
-    except FileNotFoundError:
-        raise UserError(f"{folder / '.metadata'} is missing") from None
-    except Exception as error:
-        # The index is a pickle: a damaged one can raise any exception.
-        raise UserError(f"{folder / '.metadata'} is truncated or corrupt: {error}") from None

@@ -98,6 +98,10 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
     values = read_json(checkpoint / "state.json")
     with _explain_damage(checkpoint / "state.json"):
         state = TrainState(int(values["step"]), PromptState.from_dict(values["prompts"]))
+        if checkpoint.name != f"step_{state.step:07d}" or min(state.prompts.epoch, state.prompts.position) < 0:
+            raise ValueError(f"step {state.step} and {state.prompts} are no position of {checkpoint.name}")
+        start = values.get("student") or {}  # older checkpoints do not name their student
+        saved_student = {key: str(start[key]) for key in ("path", "hash")} if start else None
         if "best" in values:
             state = dataclasses.replace(state, best=BestEvaluation(**values["best"]))
         if "pending" in values:
@@ -108,7 +112,7 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
             )
             for name, one in values["teachers"].items()
         }
-    _check_student(checkpoint, values.get("student"), content)
+    _check_student(checkpoint, saved_student, content)
     _check_teachers(checkpoint, saved, content.teachers)
     _check_maps(checkpoint, student)
 
@@ -134,7 +138,7 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def _check_student(checkpoint: Path, saved: Mapping[str, str] | None, content: CheckpointContent) -> None:
-    """Raise UserError if the run of the checkpoint began with another student. Older checkpoints do not name theirs."""
+    """Raise UserError if the run of the checkpoint began with another student."""
     if saved and content.student_hash and saved["hash"] != content.student_hash:
         raise UserError(
             f"{checkpoint} was made with another student ({saved['path']}, {saved['hash'][:19]}) than "

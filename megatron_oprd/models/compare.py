@@ -143,11 +143,22 @@ def all_states(stage: Stage, spec: ModelSpec, topology: Topology, tokens: torch.
 
 
 def open_hf_model(folder: str | Path, stored: torch.dtype, compute: torch.dtype) -> torch.nn.Module:
-    """Load a transformers model on the CPU, with weights rounded to `stored` and then cast to `compute`."""
+    """Load a transformers model on the CPU, with weights rounded to `stored` and then cast to `compute`.
+
+    transformers opens FP8 weights only if accelerate is installed. Without it, transformers gets weights that HFReader
+    has dequantised. Raises UserError for a folder that needs another package.
+    """
     import transformers
 
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=stored, local_files_only=True)
-    except ImportError as error:  # transformers opens FP8 weights only with accelerate
-        raise UserError(f"transformers cannot open {folder}: {' '.join(str(error).split())}") from None
+    except ImportError as error:
+        reader = HFReader(folder)
+        if not reader.quantized:
+            raise UserError(f"transformers cannot open {folder}: {' '.join(str(error).split())}") from None
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        del config.quantization_config
+        weights = {name: reader.read(name).to(stored) for name in reader.names()}
+        model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=stored)
     return model.to(compute).eval()

@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -28,6 +27,7 @@ from megatron_oprd.types import UserError
 from tests.fuzz.budget import examples
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.commands import run_until_start
+from tests.helpers.damage import damages
 from tests.helpers.opened_folder import assert_as_transformers
 from tests.helpers.scene import Scene, assert_refused, make_scene
 from tests.helpers.tokenizer import CHAT_TEMPLATE, byte_tokenizer
@@ -89,47 +89,6 @@ READERS: dict[str, Callable[[Path], object]] = {
     "bridge.json": lambda path: read_bridge(path.parent),
     "bridge.safetensors": lambda path: read_bridge(path.parent),
 }
-STRANGE = st.sampled_from(
-    [None, True, -1, 0, 1.5, 10**30, float("nan"), float("inf"), "", "text", [], {}, [[]], ["a"], {"a": 1}, [None]]
-)
-
-
-def change_value(draw: st.DrawFn, value: Any) -> Any:
-    """Replace or remove a value at a random place of a JSON document."""
-    if isinstance(value, dict | list) and value and draw(st.booleans()):
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = draw(st.sampled_from(keys))
-        if isinstance(value, dict) and draw(st.integers(0, 4)) == 0:
-            return {other: item for other, item in value.items() if other != key}
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        changed = {other: change_value(draw, item) if other == key else item for other, item in pairs}
-        return changed if isinstance(value, dict) else list(changed.values())
-    return draw(STRANGE)
-
-
-@st.composite
-def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """Return a change of the content of a file: a cut, changed bytes, or another value in a line of JSON."""
-    kind = draw(st.sampled_from(["cut", "bytes", "json", "json", "json"]))
-    place = draw(st.floats(0, 1, exclude_max=True))
-    if kind == "cut":
-        return lambda data: data[: int(len(data) * place)]
-    if kind == "bytes":
-        new = draw(st.binary(min_size=1, max_size=8))
-        return lambda data: data[: int(len(data) * place)] + new + data[int(len(data) * place) + len(new) :]
-
-    def change(data: bytes) -> bytes:
-        try:
-            return json.dumps(change_value(draw, json.loads(data))).encode()
-        except ValueError:
-            pass
-        try:
-            first, *others = data.decode().splitlines()
-            return "\n".join([json.dumps(change_value(draw, json.loads(first))), *others]).encode()
-        except ValueError:  # no JSON at all
-            return data[: int(len(data) * place)]
-
-    return change
 
 
 @examples(300)

@@ -1,6 +1,8 @@
 """Hugging Face -> Megatron checkpoint -> Hugging Face is equal bit for bit, and a difference is found and named."""
 
 import json
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +257,85 @@ SPARSE_BREAKAGES = {
     "a sparse layer more": ({"mlp_only_layers": []}, r"misses decoder\.layers\.1\.mlp\.router"),
     "no experts": ({"num_local_experts": 0}, r"misses decoder\.layers\.0\.mlp\.linear_fc1"),
 }
+
+
+class Hostile:
+    """An object whose unpickling calls a function."""
+
+    def __reduce__(self):
+        return os.mkdir, ("called",)
+
+
+def _edit_index(folder, change):
+    """Change the index of a folder in place; `change` gets the index and its entry of the embedding."""
+    path = folder / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    change(index, index.state_dict_metadata["embedding.word_embeddings.weight"])
+    path.write_bytes(pickle.dumps(index))
+
+
+def _rename_files(index, _):
+    for stored in index.storage_data.values():
+        stored.relative_path = f"../megatron/{stored.relative_path}"
+
+
+def _forget_parts(index, _):
+    del index.storage_data[next(key for key in index.storage_data if "embedding" in key.fqn)]
+
+
+METADATA_BREAKAGES = {
+    "code in the index": (
+        lambda f: (f / ".metadata").write_bytes(pickle.dumps(Hostile())),
+        r"\.metadata is truncated or corrupt: it refers to posix.mkdir, which no index contains",
+    ),
+    "code in the common state": (
+        lambda f: torch.save({"a": Hostile()}, f / "common.pt"),
+        r"common\.pt is truncated or corrupt; copy",
+    ),
+    "another object": (lambda f: (f / ".metadata").write_bytes(pickle.dumps({"a": 1})), "corrupt: it holds a dict"),
+    "files outside of the folder": (lambda f: _edit_index(f, _rename_files), "not a file of the folder"),
+    "a part of a tensor missing": (
+        lambda f: _edit_index(f, lambda index, entry: entry.chunks.clear()),
+        "the parts of embedding.word_embeddings.weight are not the complete tensor; copy",
+    ),
+    "a part without a file": (
+        lambda f: _edit_index(f, _forget_parts),
+        "embedding.word_embeddings.weight is in no file",
+    ),
+    "another shape": (
+        lambda f: _edit_index(f, lambda index, entry: setattr(entry, "size", torch.Size([130, 64]))),
+        "a part of embedding.word_embeddings.weight lies outside",
+    ),
+    "another dtype": (lambda f: _edit_manifest(f, dtype="bfloat16"), "the weights are stored as float32; correct"),
+    "no dtype": (lambda f: _edit_manifest(f, dtype="int8"), "dtype='int8' must be bfloat16"),
+    "no padded vocabulary": (lambda f: _edit_manifest(f, padded_vocabulary=None), "padded_vocabulary=None must be a"),
+    "another padded vocabulary": (lambda f: _edit_manifest(f, padded_vocabulary=132), r"asks for \[132, 64\]"),
+    "another architecture": (lambda f: _edit_manifest(f, architecture="LlamaForCausalLM"), "architecture='LlamaFor"),
+    "unknown key of mcore": (
+        lambda f: (f / "metadata.json").write_text('{"sharded_backend": "torch_dist", "a": 1}'),
+        "metadata.json is corrupt: .*; copy the whole folder again",
+    ),
+    "unknown version of mcore": (
+        lambda f: (f / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": {}}'),
+        "metadata.json is corrupt: .*; copy the whole folder again",
+    ),
+}
+
+
+def _edit_manifest(folder, **change):
+    path = folder / "megatron_oprd.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+
+@pytest.mark.parametrize("name", METADATA_BREAKAGES)
+def test_wrong_metadata_of_a_megatron_checkpoint_is_refused_and_runs_no_code(name, topology, tmp_path, monkeypatch):
+    damage, message = METADATA_BREAKAGES[name]
+    monkeypatch.chdir(tmp_path)
+    megatron = to_megatron(hf_folder(tmp_path / "hf", num_hidden_layers=1), tmp_path / "megatron", topology)
+    damage(megatron)
+    with pytest.raises(UserError, match=message) as caught:
+        check_weights(megatron, read_model_spec(megatron))
+    assert "\n" not in str(caught.value) and not (tmp_path / "called").exists()
 
 
 def _edit(folder, **change):

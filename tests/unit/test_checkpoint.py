@@ -66,6 +66,18 @@ def test_pruning_removes_the_mark_before_the_files(tmp_path, monkeypatch):
     assert latest_checkpoint(tmp_path) == tmp_path / "step_0000004"
 
 
+WRONG_STATES = (
+    {"step": 5},
+    {"step": "1.5"},
+    {"step": None},
+    {"prompts": {"epoch": 0, "position": -1}},
+    {"prompts": 7},
+    {"student": [1]},
+    {"student": {"path": "/a"}},
+    {"teachers": {"": {"path": "/a"}}},
+)
+
+
 def load_and_refuse(rank, arguments):
     """Train a step, save, and load with other identities and after damage; return each result or error message."""
     run = build_run(read_inputs(load_config(None, arguments)))
@@ -85,6 +97,15 @@ def load_and_refuse(rank, arguments):
         "model": own,
         "state": own,
     }
+    state_file = found / "state.json"
+    content = state_file.read_text()
+    for change in WRONG_STATES:
+        state_file.write_text(json.dumps(json.loads(content) | change))
+        try:
+            results[str(change)] = load_checkpoint(found, run.checkpoint_content)
+        except UserError as error:
+            results[str(change)] = str(error)
+    state_file.write_text(content)
     damage = {"optimizer": "optimizer/__0_0.distcp", "model": "model/__0_0.distcp", "state": "state.json"}
     for name, identity in cases.items():
         if name in damage:
@@ -115,6 +136,9 @@ def test_other_teachers_other_layers_and_damage_are_refused_in_one_line(tmp_path
     assert results["optimizer"].endswith("remove this checkpoint to continue from the one before")
     assert "__0_0.distcp is truncated" in results["model"]
     assert "state.json" in results["state"]
+    for change in map(str, WRONG_STATES):
+        assert "state.json cannot be read (" in results[change], (change, results[change])
+        assert results[change].endswith("remove this checkpoint to continue from the one before")
     for text in (results[name] for name in ("teacher", "pairs", "optimizer", "model", "state")):
         assert "\n" not in text and "Traceback" not in text and len(text) < 500, text
 

@@ -15,6 +15,7 @@ from megatron_oprd.hf.experts import fuse_experts
 from megatron_oprd.hf.fp8 import dequantize, scale_shape
 from megatron_oprd.hf.names import entries, hf_shapes
 from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.models.compare import open_hf_model
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import UserError
 from tests.helpers.configs import assert_refused, edited
@@ -128,9 +129,13 @@ def test_fp8_weights_are_dequantised_as_transformers_does(name, tmp_path, monkey
     family, options = FP8_MODELS[name]
     folder = save(random_hf_model(family, num_hidden_layers=2).bfloat16(), tmp_path / "hf")
     quantise(folder, **options)
+    monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: False)
+    without_accelerate = open_hf_model(folder, torch.bfloat16, torch.bfloat16).state_dict()
     # transformers needs accelerate only to place weights on devices.
     monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert without_accelerate.keys() == model.state_dict().keys()
+    assert all(torch.equal(without_accelerate[name], tensor) for name, tensor in model.state_dict().items())
     expected = load_file(save(model, tmp_path / "expected") / "model.safetensors")
     reader, spec = HFReader(folder), read_model_spec(folder)
     reader.check(spec)
