@@ -14,7 +14,6 @@ from megatron_oprd.types import UserError
 
 FIXED_ARGUMENTS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
 _PROBE = [{"role": "user", "content": "question"}]
-_ABSENT = object()
 
 
 def render_text(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> str:
@@ -82,6 +81,8 @@ def check_arguments(setting: str, kwargs: dict[str, Any], tokenizer: PreTrainedT
     for name, value in kwargs.items():
         if isinstance(value, str) and value.lower() in ("true", "false", "none", "null"):
             raise UserError(f"{setting}.{name}={value!r} is text; write {value.lower()} without quotes")
+        if isinstance(value, str) and value.lower() in ("no", "off", "0") and _counts_as_true(name, kwargs, tokenizer):
+            raise UserError(f"{setting}.{name}={value!r} is text, which counts as true; write false without quotes")
         if not _has_effect(name, value, kwargs, tokenizer):
             known = sorted(_template_variables(tokenizer))
             near = difflib.get_close_matches(name, known, n=1)
@@ -122,23 +123,32 @@ def _has_effect(name: str, value: Any, kwargs: dict[str, Any], tokenizer: PreTra
     if not tokenizer.chat_template:
         return False
     others = {key: other for key, other in kwargs.items() if key != name}
+    candidates = (others | {name: candidate} for candidate in (value, True, False, "text"))
+    plain = _examples(others, tokenizer)
+    return any(_examples(given, tokenizer) != plain for given in candidates)
+
+
+def _counts_as_true(name: str, kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the chat template only asks whether the argument is true, which any text is."""
+    given, true, false = (_examples({**kwargs, **change}, tokenizer) for change in ({}, {name: True}, {name: False}))
+    return given == true != false
+
+
+def _examples(kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return three conversations as the chat template renders them with these arguments."""
     conversations: Sequence[list[Message]] = (
         _PROBE,
         [{"role": "system", "content": "rules"}, *_PROBE],
         [*_PROBE, {"role": "assistant", "content": "<think>thought</think>answer"}, *_PROBE],
     )
+    texts = []
     for messages in conversations:
-        rendered = set()
-        for candidate in (_ABSENT, value, True, False, "text"):
-            given = others if candidate is _ABSENT else others | {name: candidate}
-            try:
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **given)
-            except Exception as error:  # a template is a program and may raise any exception
-                text = f"error: {error}"
-            rendered.add(str(text))
-        if len(rendered) > 1:
-            return True
-    return False
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **kwargs)
+        except Exception as error:  # a template is a program and may raise any exception
+            text = f"error: {error}"
+        texts.append(str(text))
+    return texts
 
 
 def _template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:

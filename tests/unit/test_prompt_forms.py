@@ -161,11 +161,21 @@ def test_an_argument_that_the_template_reads_is_accepted_even_if_it_equals_the_d
         (None, {"mood": "calm"}, "the chat template does not read it; it reads no variable"),
         (THINKING, {"enable_thinking": "false"}, "enable_thinking='false' is text; write false without quotes"),
         (THINKING, {"enable_thinking": "True"}, "enable_thinking='True' is text; write true without quotes"),
+        (THINKING, {"enable_thinking": "no"}, "enable_thinking='no' is text, which counts as true; write false"),
+        (THINKING, {"enable_thinking": "Off"}, "enable_thinking='Off' is text, which counts as true; write false"),
     ],
 )
 def test_an_argument_without_effect_is_refused(tmp_path, chat, kwargs, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, [{"prompt": "a"}], byte_tokenizer(chat=chat), chat_template_kwargs=kwargs)
+
+
+def test_a_template_may_compare_its_argument_with_a_text(tmp_path):
+    chat = CHAT_TEMPLATE + "{% if mood == 'off' %}calm{% endif %}"
+    (prompt,) = load(
+        tmp_path, [{"prompt": "a"}], byte_tokenizer(chat=chat), chat_template_kwargs={"mood": "off"}
+    ).prompts
+    assert prompt.text.endswith("calm")
 
 
 def test_arguments_of_the_teacher_are_checked_against_the_teachers_template(tmp_path):
