@@ -43,11 +43,11 @@ def find_change(inputs: Inputs, memory: MemoryPlan) -> Change | None:
     most = cheap[-1] if cheap else {}
     lasting = max(map(lasting_bytes, memory.peaks.values())) + memory.device.process_bytes
     models_fit = lasting * memory.device.sharers <= memory.device.memory
-    if cheap and memory.phase == TRAINS and models_fit:
-        strongest = _planned(inputs, memory, most)
-        if strongest is not None and strongest.memory.fits:
-            changes = (_planned(inputs, memory, settings) for settings in cheap[:-1])
-            return next((change for change in changes if change is not None and change.memory.fits), strongest)
+    if memory.phase == TRAINS and models_fit:
+        changes = (_planned(inputs, memory, settings) for settings in cheap)
+        found = next((change for change in changes if change is not None and change.memory.fits), None)
+        if found is not None:
+            return found
     for extra in _further(inputs, memory) if models_fit or memory.device.kind == "gpu" else ():
         change = _planned(inputs, memory, {**most, **extra})
         if change is not None and change.memory.fits:

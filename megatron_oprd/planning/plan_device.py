@@ -110,6 +110,10 @@ def _measure_cpu(dtype: str, processes: int) -> Hardware:
         memory_bytes=bandwidth,
         nvlink_bytes=bandwidth,
         network_bytes=bandwidth,
+        matrix_share=0.7,  # of what was just measured
+        fp8_share=0.7,
+        expert_share=0.5,
+        memory_share=1.0,
         layer_seconds=5e-4,
     )
 

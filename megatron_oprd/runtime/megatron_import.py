@@ -22,6 +22,7 @@ IGNORED_WARNINGS = (
 IGNORED_ON_CPU = (
     (r".*Apex (is|are) not installed", r"megatron\.core"),
     (r".*CUDA_DEVICE_MAX_CONNECTIONS", r"megatron\.core"),
+    (r"If you are using transformer_engine .* core_attn", r"megatron\.core"),
 )
 
 

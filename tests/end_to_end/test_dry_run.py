@@ -29,6 +29,8 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
         "rates of this CPU",
     ):
         assert words in " ".join(outcome.stdout.split())
+    refused = run(tmp_path / "output", "train", *in_folder(arguments, tmp_path / "dry"), "--device", "h100")
+    assert refused.code == 2 and "--device and --details belong to a plan" in refused.stderr
     options = ("--dry-run", "--details", "--device", "h100")
     detailed = run(tmp_path / "output", "train", *in_folder(arguments, tmp_path / "dry"), *options)
     assert (detailed.code, detailed.stderr) == (0, "")
