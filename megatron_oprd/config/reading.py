@@ -38,6 +38,10 @@ def load_config(path: str | Path | None, overrides: list[str], *, for_evaluation
         if not equals or "" in re.split(r"\.(?![^\[]*\])", key):
             raise UserError(f"override {override!r} is not of the form key=value; write for example train.steps=100")
         try:
+            if re.fullmatch(
+                r"\s*(---|\.\.\.)(\s.*)?", value, re.DOTALL
+            ):  # a mark between documents, but text in a file
+                raise yaml.YAMLError("it begins with a mark between documents")
             OmegaConf.update(tree, key, load_yaml(value), merge=True, force_add=True)
         except yaml.YAMLError as error:
             hint = f"""if it is text, put it in quotes: {key}='"..."'"""

@@ -335,7 +335,7 @@ def test_a_value_that_yaml_takes_for_another_type_is_refused_with_advice(tmp_pat
         assert str(caught.value).removeprefix(f"the configuration {tmp_path / 'c.yaml'}: ").startswith(message)
 
 
-@pytest.mark.parametrize("value", ["*a", "'a", "%a", "!!python/object:a"])
+@pytest.mark.parametrize("value", ["*a", "'a", "%a", "!!python/object:a", "---", "... a"])
 def test_an_override_without_a_yaml_value_is_refused_with_advice(value):
     with pytest.raises(UserError, match=r"student\.path=.* has no YAML value .*put it in quotes"):
         load_config(None, [*REQUIRED, f"student.path={value}"])
