@@ -9,9 +9,8 @@ from megatron_oprd.config import load_config
 from megatron_oprd.runtime.cli import STOPPED, add_plan_options, check_command_line, command_parser, run_command
 
 PARSER = command_parser("train", "On-policy representation distillation (OPRD).", override="parallel.tensor=2")
-PARSER.add_argument(
-    "--dry-run", action="store_true", help="do what `plan` does: print what would run and what it needs"
-)
+PARSER.add_argument("--dry-run", action="store_true", help="do what `plan` does: print what would run and its needs")
+PARSER.add_argument("--profile-start", action="store_true", help="print where the time to the first step goes")
 add_plan_options(PARSER)
 PARSER.epilog = (
     f"Exit code: 0, also when a signal (SIGTERM, SIGUSR1, Ctrl-C) ended it and the same command continues, 1 for a "
@@ -35,7 +34,7 @@ from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.resilience.signals import handle_signals, received_by_any
 from megatron_oprd.rollout.horizon import horizon_metrics
-from megatron_oprd.runtime import progress
+from megatron_oprd.runtime import progress, start_profile
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.training.state import BestEvaluation, Stop, TrainState, due
 from megatron_oprd.training.step_metrics import StepMeter
@@ -52,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.device or options.details:
         raise UserError("--device and --details belong to a plan; use them with --dry-run or `megatron-oprd plan`")
+    start_profile.begin(options.profile_start)
     inputs = read_inputs(load_config(options.config, options.overrides))
     check_run_folder(inputs)
     with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):

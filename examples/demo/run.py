@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_oprd.config import Config, load_config
-from megatron_oprd.runtime.cli import start_loading
+from megatron_oprd.runtime.cli import end_loading, start_loading
 from megatron_oprd.types import UserError
 
 EXAMPLES = Path(__file__).resolve().parents[1]
@@ -55,6 +55,7 @@ def run_demo(arguments: list[str]) -> int:
         return 0
     from examples.demo.pipeline import run_pipeline
 
+    end_loading()
     run_pipeline(run)
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_oprd import __version__
 from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, Positions
 from megatron_oprd.bridge.store import read_bridge
-from megatron_oprd.checkpoint.weights import content_hash
+from megatron_oprd.checkpoint.weights import WeightHashes
 from megatron_oprd.config import MAKE_A_BRIDGE, Config
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.types import LayerPair, ModelSpec, UserError
@@ -40,10 +40,10 @@ def expected_origin(
     )
 
 
-def with_weight_hashes(origin: Origin) -> Origin:
-    """Return `origin` with the hash of each model's weights. Reads all weights: call it on one rank."""
+def with_weight_hashes(origin: Origin, hashes: WeightHashes) -> Origin:
+    """Return `origin` with the hash of each model's weights. Waits for `hashes`: call it on the rank that has them."""
     student, teacher = (
-        dataclasses.replace(model, hash=content_hash(str(model.path))) for model in (origin.student, origin.teacher)
+        dataclasses.replace(model, hash=hashes.of(str(model.path))) for model in (origin.student, origin.teacher)
     )
     return dataclasses.replace(origin, student=student, teacher=teacher)
 
@@ -67,10 +67,10 @@ def load_bridge(config: Config, pairs: Sequence[LayerPair], expected: Origin) ->
     return bridge
 
 
-def check_bridge_weights(bridge: Bridge, config: Config, expected: Origin) -> None:
-    """Raise UserError if the bridge was fitted on other weights. Reads all weights: call it on one rank."""
+def check_bridge_weights(bridge: Bridge, config: Config, expected: Origin, hashes: WeightHashes) -> None:
+    """Raise UserError if the bridge was fitted on other weights. Waits for `hashes`: call it on the rank with them."""
     path = config.loss.representation.bridge
-    check_bridge(bridge, str(path), tuple(bridge.maps), with_weight_hashes(expected))
+    check_bridge(bridge, str(path), tuple(bridge.maps), with_weight_hashes(expected, hashes))
 
 
 def check_bridge(bridge: Bridge, path: str, pairs: Sequence[LayerPair], expected: Origin) -> Bridge:

@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
 
 from megatron_oprd.checkpoint import megatron_format
-from megatron_oprd.hf.load import load_hf
+from megatron_oprd.hf.load import load_hf, reading_threads
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.parallel.topology import Topology
@@ -70,19 +73,51 @@ def weights_dtype(folder: str | Path) -> torch.dtype:
 def content_hash(folder: str | Path) -> str:
     """Return a hash of the weights in a folder: `sha256:` and 64 hexadecimal digits. No communication.
 
-    The hash is the SHA-256 over one line `name size digest` for each weight file, index and config.json, in the order
-    of their names; `digest` is the SHA-256 of the file. Any changed bit of a weight changes the hash. Moving the folder
-    or changing its tokenizer does not. The same weights in another format or another number of files have another hash.
     All files are read once (1-2 GB/s): let one rank compute the hash. Raises UserError for unreadable files.
     """
-    folder = Path(folder)
-    files = sorted({path for pattern in _HASHED for path in folder.glob(pattern) if path.is_file()})
-    total = hashlib.sha256()
-    for path in files:
+    return WeightHashes([folder]).of(folder)
+
+
+class WeightHashes:
+    """The hashes of the weights in model folders. Threads compute each hash once, while the models are built.
+
+    A hash is the SHA-256 over one line `name size digest` for each weight file, index and config.json, in the order
+    of their names; `digest` is the SHA-256 of the file. Any changed bit of a weight changes the hash. Moving the folder
+    or changing its tokenizer does not. The same weights in another format or another number of files have another hash.
+    No hash is kept for the next start: size and time of a file can be equal after its weights were exchanged
+    (`cp -p`, `rsync -t`), and reading the weights takes as long as hashing them.
+    """
+
+    def __init__(self, folders: Iterable[str | Path]) -> None:
+        """Start to hash the files of all folders. Give folders on one rank alone. No communication."""
+        self._lines: dict[Path, list[Future[str]]] = {}
+        tasks: list[tuple[Path, Future[str]]] = []
+        for folder in {Path(one) for one in folders}:
+            files = sorted({path for pattern in _HASHED for path in folder.glob(pattern) if path.is_file()})
+            self._lines[folder] = [Future() for _ in files]
+            tasks += zip(files, self._lines[folder], strict=True)
+        tasks.sort(key=lambda task: task[0].stat().st_size, reverse=True)
+        remaining = iter(tasks)
+        for _ in range(min(reading_threads(), len(tasks))):
+            # A daemon: a run that is refused meanwhile does not wait for the hashes.
+            threading.Thread(target=_hash_files, args=(remaining,), daemon=True).start()
+
+    def of(self, folder: str | Path) -> str:
+        """Wait for the hash of a folder and return it. Raises UserError for unreadable files."""
+        total = hashlib.sha256()
+        for line in self._lines[Path(folder)]:
+            total.update(line.result().encode())
+        return f"sha256:{total.hexdigest()}"
+
+
+def _hash_files(tasks: Iterator[tuple[Path, Future[str]]]) -> None:
+    """Hash files until none is left. Each future gets the line of its file, or the error."""
+    for path, line in tasks:
         try:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            total.update(f"{path.name} {path.stat().st_size} {digest}\n".encode())
+            line.set_result(f"{path.name} {path.stat().st_size} {digest}\n")
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-    return f"sha256:{total.hexdigest()}"
+            line.set_exception(UserError(f"cannot read {path}: {error.strerror}"))
+        except BaseException as error:
+            line.set_exception(error)

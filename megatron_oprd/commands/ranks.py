@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from megatron_oprd.runtime.cli import start_loading
+from megatron_oprd.runtime.cli import end_loading, start_loading
 
 if TYPE_CHECKING:
     from megatron_oprd.parallel.topology import Topology
@@ -41,6 +41,7 @@ def run_in_layout(
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _work_offline()
     start_loading()
+    end_loading()
     code = command(args)
     _leave()
     return code

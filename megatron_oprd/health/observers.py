@@ -21,7 +21,7 @@ from megatron_oprd.launch.assemble import Run
 from megatron_oprd.launch.measured import measured_models
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.resilience.straggler import measure_straggler
-from megatron_oprd.runtime import progress
+from megatron_oprd.runtime import progress, start_profile
 from megatron_oprd.runtime.cli import STOPPED
 from megatron_oprd.training.run_log import RunLog, make_run_log
 from megatron_oprd.training.state import Stop, TrainState, due
@@ -64,6 +64,7 @@ class Observers:
             if warning:
                 print(f"warning: {warning}", flush=True)
             self.report.update()
+            start_profile.finish(self.log.run_dir)
 
         on_rank_zero(write)
         if not is_evaluated:

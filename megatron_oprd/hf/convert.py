@@ -7,19 +7,56 @@ from collections.abc import Sequence
 import torch
 
 from megatron_oprd.hf.names import Entry
+from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.types import ModelSpec
 
 
-def to_megatron(entry: Entry, tensors: Sequence[torch.Tensor], spec: ModelSpec) -> torch.Tensor:
-    """Return the full Megatron parameter of an entry from its Hugging Face tensors, in the order of `entry.hf`."""
-    if entry.layout == "qkv":
-        # [groups, (queries of the group + key + value) * d, ...]: Megatron-Core splits the projection by query group.
-        if len(tensors) == 1:
-            keys = spec.num_query_groups * spec.head_dim
-            tensors = tensors[0].split((spec.num_attention_heads * spec.head_dim, keys, keys))
-        groups = [tensor.unflatten(0, (spec.num_query_groups, -1)) for tensor in tensors]
-        return torch.cat(groups, dim=1).flatten(0, 1)
-    return torch.cat(list(tensors), dim=0) if entry.layout == "gate_up" else tensors[0]
+def fill_shard(
+    shard: torch.Tensor, entry: Entry, reader: HFReader, spec: ModelSpec, rank: int = 0, size: int = 1
+) -> None:
+    """Fill the shard of an entry on tensor-parallel rank `rank` of `size`, cast to the dtype of the shard.
+
+    Only the rows of this rank are read, from the mapped file to their place in the shard.
+    """
+    if not entry.cut:
+        rank, size = 0, 1
+    if entry.layout in ("qkv", "gate_up"):
+        _fill_parts(_parts(shard, entry, spec, size), entry, reader, rank, size)
+        return
+    (name,), rows = entry.hf, len(shard)
+    if entry.layout == "columns":
+        width = shard.shape[1]
+        shard.copy_(reader.read(name)[:, rank * width : (rank + 1) * width])
+    elif entry.layout == "copy":
+        shard.copy_(reader.read(name))
+    else:
+        present = rows
+        if entry.layout == "vocabulary":  # the last ranks have padding
+            present = max(min(rows, spec.vocab_size - rank * rows), 0)
+            shard[present:].zero_()
+        if present:
+            shard[:present].copy_(reader.read_rows(name, rank * rows, rank * rows + present))
+
+
+def _parts(shard: torch.Tensor, entry: Entry, spec: ModelSpec, size: int) -> Sequence[torch.Tensor]:
+    """Return views [groups, rows of a group, ...] of a shard: query, key and value, or gate and up projection."""
+    if entry.layout == "gate_up":
+        return shard.unflatten(0, (1, -1)).chunk(2, dim=1)
+    # Megatron-Core splits the projection by query group: [groups, (queries of the group + key + value) * d, ...].
+    queries = spec.num_attention_heads // spec.num_query_groups * spec.head_dim
+    groups = shard.unflatten(0, (spec.num_query_groups // size, -1))
+    return groups.split([queries, spec.head_dim, spec.head_dim], dim=1)
+
+
+def _fill_parts(parts: Sequence[torch.Tensor], entry: Entry, reader: HFReader, rank: int, size: int) -> None:
+    first = 0  # row of the part in its tensor
+    for number, part in enumerate(parts):
+        rows = part.shape[0] * part.shape[1]
+        start = first + rank * rows
+        name = entry.hf[number] if len(entry.hf) > 1 else entry.hf[0]
+        part.copy_(reader.read_rows(name, start, start + rows).unflatten(0, (part.shape[0], -1)))
+        if len(entry.hf) == 1:  # one tensor with the parts concatenated
+            first += size * rows
 
 
 def from_megatron(entry: Entry, parameter: torch.Tensor, spec: ModelSpec) -> dict[str, torch.Tensor]:
@@ -37,20 +74,6 @@ def from_megatron(entry: Entry, parameter: torch.Tensor, spec: ModelSpec) -> dic
     else:
         tensors = [parameter]
     return {name: tensor.contiguous() for name, tensor in zip(entry.hf, tensors, strict=True)}
-
-
-def shard(entry: Entry, parameter: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """Return the shard of a full Megatron parameter on tensor-parallel rank `rank` of `size`."""
-    if not entry.cut:
-        return parameter
-    if entry.layout == "columns":
-        return parameter.chunk(size, dim=1)[rank]
-    if entry.layout == "gate_up":
-        return torch.cat([half.chunk(size, dim=0)[rank] for half in parameter.chunk(2, dim=0)])
-    if entry.layout == "vocabulary":
-        missing = -parameter.shape[0] % size
-        parameter = torch.cat([parameter, parameter.new_zeros(missing, parameter.shape[1])]) if missing else parameter
-    return parameter.chunk(size, dim=0)[rank]
 
 
 def unshard(entry: Entry, shards: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 
-from megatron_oprd.hf.convert import shard, to_megatron
+from megatron_oprd.hf.convert import fill_shard
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, Entry, entries, own_name
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.runtime import progress
@@ -42,7 +45,6 @@ def named_parameters(stage: torch.nn.ModuleList) -> dict[str, torch.nn.Parameter
     }
 
 
-@torch.no_grad()
 def load_hf(
     stage: torch.nn.ModuleList,
     reader: HFReader,
@@ -53,15 +55,30 @@ def load_hf(
 ) -> None:
     """Fill every parameter of a stage, cast to the dtype of the parameter. No communication.
 
-    Only the tensors of this rank's layers and experts are read. With tied embeddings, the LM head of the last stage is
-    filled from the embedding.
+    Only the rows of this rank, and of its layers and experts, are read; a few threads copy them from the mapped files
+    to the device. With tied embeddings, the LM head of the last stage is filled from the embedding.
 
     Raises:
         KeyError: a parameter is not in the table of the model family.
     """
-    table = parameter_table(spec)
-    for name, parameter in named_parameters(stage).items():
-        progress.beat()
-        entry = table[name]
-        full = to_megatron(entry, [reader.read(hf_name) for hf_name in entry.hf], spec)
-        parameter.copy_(shard(entry, full, tensor_rank, tensor_size))
+    table, named = parameter_table(spec), named_parameters(stage)
+    entry_of = {name: table[name] for name in named}
+    stored = torch.float32 if reader.quantized else reader.dtype()
+
+    def fill(name: str) -> None:
+        parameter = named[name].data  # without the graph of autograd
+        if not is_float8tensor(parameter):
+            fill_shard(parameter, entry_of[name], reader, spec, tensor_rank, tensor_size)
+            return
+        values = torch.empty(parameter.shape, dtype=stored)
+        fill_shard(values, entry_of[name], reader, spec, tensor_rank, tensor_size)
+        parameter.copy_(values)  # quantizes the complete shard
+
+    with ThreadPoolExecutor(reading_threads()) as pool:
+        for _ in pool.map(fill, named):
+            progress.beat()
+
+
+def reading_threads() -> int:
+    """Return the number of threads that read weights in this process: its share of the processors, at most 4."""
+    return max(min(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 4), 1)

@@ -7,7 +7,7 @@ from functools import partial
 
 from megatron_oprd.bridge.origin import check_bridge_weights
 from megatron_oprd.checkpoint.training_state import CheckpointContent
-from megatron_oprd.checkpoint.weights import content_hash
+from megatron_oprd.checkpoint.weights import WeightHashes
 from megatron_oprd.config import Config
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.models import (
@@ -34,6 +34,7 @@ from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import RolloutEngine, evaluation_sampling, rollout_sampling
 from megatron_oprd.rollout.horizon import HorizonEngine, longest_response, response_limit
 from megatron_oprd.rollout.replay import ReplayEngine
+from megatron_oprd.runtime import start_profile
 from megatron_oprd.training.ahead import RolloutSource
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student
@@ -49,8 +50,8 @@ class Models:
     stage: Stage  # the student's chunks on this rank
     teachers: tuple[Teacher, ...]  # in the order of the configuration
     engine: RolloutEngine
+    hashes: WeightHashes  # of the model folders, on rank 0
     teacher_answers: tuple[Rollout, ...] = ()  # to the evaluation prompts; empty: evaluations measure none
-    teacher_hash: str = ""  # of the teacher that answered
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,23 @@ def build_run(inputs: Inputs) -> Run:
     """Start the process group and build this rank's part of every model. Collective over the world."""
     config, setup, models = inputs.config, inputs.setup, build_models(inputs, evaluates=True)
     topology, stage = models.topology, models.stage
+    start_profile.enter("rollout engine")
     evaluator = None
     if inputs.evaluation_prompts is not None and config.evaluation.samples:
         evaluator = make_evaluator(config, stage, setup.student, topology)
+    start_profile.enter("optimizer")
+    student = build_trained_student(inputs.model_inputs, stage, topology)
+    start_profile.enter("read weights")
+    heads = load_heads(inputs.model_inputs, stage, topology) if setup.layer_plan.output else None
+    start_profile.enter("hash weights (the wait for it)")
     return Run(
         inputs,
         models,
-        build_trained_student(inputs.model_inputs, stage, topology),
-        load_heads(inputs.model_inputs, stage, topology) if setup.layer_plan.output else None,
+        student,
+        heads,
         evaluator,
-        {name: _identity(inputs, teacher, models.teacher_hash) for name, teacher in setup.teachers.items()},
-        on_rank_zero(lambda: content_hash(config.student.path)),
+        {name: _identity(inputs, teacher, models.hashes) for name, teacher in setup.teachers.items()},
+        on_rank_zero(lambda: models.hashes.of(config.student.path)),
     )
 
 
@@ -122,43 +129,49 @@ def build_models(inputs: Inputs, *, evaluates: bool = False) -> Models:
     `evaluates`: let the teacher answer the evaluation prompts first, if the inputs ask for that.
     """
     config, setup = inputs.config, inputs.setup
+    start_profile.enter("process groups")
     topologies = start_topologies(config, setup)
     topology = topologies.student
     if config.parallel.tp_comm_overlap:
         tokens = setup.precision.pad_tokens * topology.tensor_size
         start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=setup.student.hidden_size)
-    on_rank_zero(partial(_check_bridge, inputs))
+    folders = [config.student.path, *(teacher.config.path for teacher in setup.teachers.values())]
+    hashes = WeightHashes(folders if topology.rank == 0 else ())
+    start_profile.enter("hash weights (the wait for it)")
+    on_rank_zero(partial(_check_bridge, inputs, hashes))
     # The teacher answers before the models of the run take memory.
-    answers, digest = _teacher_answers(inputs, topologies) if evaluates and inputs.teacher_answers else ((), "")
+    start_profile.enter("teacher's answers")
+    answers = _teacher_answers(inputs, topologies, hashes) if evaluates and inputs.teacher_answers else ()
+    start_profile.enter("build modules")
     servers = start_servers(inputs)
     stage = build_student_stage(config, setup, topology)
     teachers = build_teachers(inputs.model_inputs, topologies)
+    start_profile.enter("rollout engine")
     if servers is None:
         engine = _engine(inputs, stage, topology)
     else:
         engine = build_vllm_engine(inputs, servers, stage, topology)
-    return Models(topology, stage, teachers, _with_horizon(inputs, engine), answers, digest)
+    return Models(topology, stage, teachers, _with_horizon(inputs, engine), hashes, answers)
 
 
-def _teacher_answers(inputs: Inputs, topologies: Topologies) -> tuple[tuple[Rollout, ...], str]:
-    """Return the answers of the single teacher, and the hash of its weights."""
+def _teacher_answers(inputs: Inputs, topologies: Topologies, hashes: WeightHashes) -> tuple[Rollout, ...]:
+    """Return the answers of the single teacher to the evaluation prompts."""
     # `inputs.teacher_answers` is True only with both.
     assert inputs.evaluation_prompts is not None and inputs.tokenizer is not None
     prompts, (teacher,) = inputs.evaluation_prompts.prompts, inputs.setup.teachers.values()
-    digest = on_rank_zero(lambda: content_hash(teacher.config.path))
+    digest = on_rank_zero(lambda: hashes.of(teacher.config.path))
     request = AnswerRequest(inputs.config, inputs.setup, inputs.tokenizer, prompts, inputs.vocab_size, digest)
-    return teacher_answers(request, topologies.teachers[0]), digest
+    return teacher_answers(request, topologies.teachers[0])
 
 
-def _check_bridge(inputs: Inputs) -> None:
-    """Raise UserError if the bridge was fitted on other weights. Reads all weights: call it on one rank."""
+def _check_bridge(inputs: Inputs, hashes: WeightHashes) -> None:
+    """Raise UserError if the bridge was fitted on other weights. Waits for `hashes`: call it on rank 0."""
     if inputs.bridge is not None and inputs.bridge_origin is not None:
-        check_bridge_weights(inputs.bridge, inputs.config, inputs.bridge_origin)
+        check_bridge_weights(inputs.bridge, inputs.config, inputs.bridge_origin, hashes)
 
 
-def _identity(inputs: Inputs, teacher: PlannedTeacher, known_hash: str) -> Identity:
-    """Return the identity of a teacher. `known_hash`: its hash if it is known already, else ""."""
-    digest = known_hash or on_rank_zero(lambda: content_hash(teacher.config.path))
+def _identity(inputs: Inputs, teacher: PlannedTeacher, hashes: WeightHashes) -> Identity:
+    digest = on_rank_zero(lambda: hashes.of(teacher.config.path))
     pairs = tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs)
     return Identity(teacher.config.path, digest, pairs, identify(inputs.bridge.maps) if inputs.bridge else None)
 

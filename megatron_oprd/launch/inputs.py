@@ -34,6 +34,7 @@ from megatron_oprd.launch.tokenizers import Tokenizers, read_tokenizers
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.rollout.replay import check_enough, load_replay
 from megatron_oprd.rollout.server_checks import check_student
+from megatron_oprd.runtime import start_profile
 from megatron_oprd.training.global_batch import max_num_tokens
 from megatron_oprd.training.wandb_curves import check_wandb
 from megatron_oprd.types import Prompt, Rollout, UserError
@@ -120,6 +121,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     Raises:
         UserError: The first mistake, in one line.
     """
+    start_profile.enter("models' configurations and headers")
     if not (fitting or dry_run):
         check_wandb(config.logging.wandb)
     config = with_dtype(config)
@@ -127,6 +129,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     missing = find_missing(config, setup.planned_device) if dry_run else MissingInputs()
     check_model_weights(config, setup, skipped=missing.weights)
     with_bridge = fitting or (config.loss.reads_layers and config.loss.representation.bridge is not None)
+    start_profile.enter("tokenizers and prompts")
     tokenizers = _read_tokenizers(config, setup, missing, with_bridge=with_bridge)
     end_tokens = None
     if tokenizers.student is not None:

@@ -19,7 +19,7 @@ from megatron_oprd.models.projection import student_maps, teacher_maps
 from megatron_oprd.models.scaled_linear import quantize_weights
 from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology, build_topology, collective_timeout, start_process
-from megatron_oprd.runtime import platform
+from megatron_oprd.runtime import platform, start_profile
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.teacher import Teacher, build_frozen
 from megatron_oprd.types import LayerPair, ModelSpec, PairBridge
@@ -50,7 +50,8 @@ class ModelFolders:
     """Weights from model folders."""
 
     def fill(self, stage: Stage, folder: str, spec: ModelSpec, topology: Topology) -> None:
-        load_weights(stage, folder, spec, topology)
+        with start_profile.phase("read weights"):
+            load_weights(stage, folder, spec, topology)
 
     def lm_head(self, folder: str, spec: ModelSpec, start: int, end: int) -> torch.Tensor:
         return load_lm_head(folder, spec, start, end)

@@ -18,6 +18,7 @@ from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.run_summary import run_summary
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime import start_profile
 from megatron_oprd.runtime.environment import describe_environment, one_line
 from megatron_oprd.runtime.files import explain_os_errors, write_json, write_text
 from megatron_oprd.training.state import TrainState
@@ -30,6 +31,7 @@ def open_run_folder(run: Run) -> TrainState:
     Returns: the position to train from. Collective over the world. Raises UserError on every rank if the run may not
     resume; the folder then stays unchanged.
     """
+    start_profile.enter("run folder and checkpoint")
     checkpoint = on_rank_zero(lambda: find_checkpoint(run.inputs))
     state = TrainState() if checkpoint is None else load_checkpoint(checkpoint, run.checkpoint_content)
     if state.best is not None and state.best.metric != run.inputs.config.evaluation.best:

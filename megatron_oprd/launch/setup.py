@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime import platform
 from megatron_oprd.runtime.environment import Machine, find_machine
 from megatron_oprd.runtime.files import check_writable
+from megatron_oprd.runtime.loaded_libraries import find_doubled_library
 from megatron_oprd.types import ModelSpec, UserError
 
 # The device that a dry run plans for on a machine without a GPU.
@@ -79,6 +81,8 @@ def read_setup(
     world_size = planned_world(config.parallel, dry_run=dry_run)
     check_layout(config.parallel, world_size)
     precision, planned_device = _plan_precision(config, trains=trains, dry_run=dry_run)
+    if not dry_run:
+        check_libraries(precision)
     student = read_model_spec(config.student.path)
     specs = {name: read_model_spec(teacher.path) for name, teacher in teachers.items()}
     planned = {name: plan_teacher(config, student, spec, name, world_size) for name, spec in specs.items()}
@@ -116,6 +120,21 @@ def check_model_weights(config: Config, setup: Setup, skipped: tuple[str, ...] =
     for path, spec in [(config.student.path, setup.student), *models]:
         if path not in skipped:
             check_weights(path, spec)
+
+
+def check_libraries(precision: Precision) -> None:
+    """Raise UserError if Transformer Engine would run with parts of two cuDNN installations, which ends in a crash.
+
+    Print a warning for any other CUDA library with two installations. No communication.
+    """
+    doubled = find_doubled_library()
+    if doubled is None:
+        return
+    uses_te = precision.student.transformer_engine or precision.teacher.transformer_engine
+    if doubled.library == "cuDNN" and uses_te:
+        raise UserError(str(doubled))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {doubled}", flush=True)
 
 
 def _plan_precision(config: Config, *, trains: bool, dry_run: bool) -> tuple[Precision, str | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import NoReturn
 
 from megatron_oprd.config import Config, load_config
 from megatron_oprd.config.hints import suggest_keys
+from megatron_oprd.runtime import start_profile
 from megatron_oprd.runtime.files import DISK_ERRORS, disk_advice
 from megatron_oprd.types import ServiceFailed, UserError
 
@@ -94,21 +96,37 @@ def check_command_line(parser: ArgumentParser, read: Callable[[argparse.Namespac
         read: the function that reads the configuration from the options.
     """
     with exit_on_mistake():
-        read(parser.parse_args())
+        options = parser.parse_args()
+        start_profile.begin(getattr(options, "profile_start", False))
+        read(options)
     start_loading()
 
 
 def start_loading() -> None:
-    """Print on rank 0 that the slow imports begin, then import torch and Megatron-Core."""
+    """Print on rank 0 that the slow imports begin, then import torch and Megatron-Core.
+
+    Python's garbage collector is off until `end_loading`: it would search the growing heap for seconds in vain.
+    """
+    gc.disable()
     if _is_rank_zero():
         print("loading PyTorch and Megatron-Core ...", flush=True)
+    start_profile.enter("import torch and Megatron-Core")
     from megatron_oprd.runtime.megatron_import import import_megatron
 
     import_megatron()
+    start_profile.enter("import the other packages")
+
+
+def end_loading() -> None:
+    """Switch the garbage collector on again, for the objects that are made from now on."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its return value (None is 0), or as `exit_on_mistake` does if it raises."""
+    end_loading()
     with exit_on_mistake():
         code = main() or 0
     sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,8 +32,24 @@ def import_megatron() -> None:
     """Import Megatron-Core quickly and quietly. Call this function before anything else imports `megatron.core`."""
     for message, module in IGNORED_WARNINGS if torch.cuda.is_available() else IGNORED_WARNINGS + IGNORED_ON_CPU:
         warnings.filterwarnings("ignore", message=message, module=module)
-    with _compile_on_first_call():
+    with _compile_on_first_call(), _without("wandb"):
         import megatron.core  # noqa: F401
+
+
+@contextlib.contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Make `import package` fail, as if the package were not installed.
+
+    Megatron-Core imports wandb, half a second, for its timers and inference engine alone. Nothing here uses them.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from megatron_oprd.runtime import start_profile
+
 
 @dataclass(frozen=True)
 class Place:
@@ -30,6 +32,7 @@ def enter(stage: str, step: int | None = None) -> None:
     """Start a stage, of a training step or of none."""
     global _place
     _place = Place(stage, step)
+    start_profile.enter(stage)
     beat()
 
 

@@ -29,7 +29,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     settings = ("evaluation.every=2", "evaluation.teacher_answers=true")
     arguments = prompt_run(folder, STEPS, *settings, num_hidden_layers=2)
-    return arguments, folder / "run", finish(arguments, folder / "log")
+    return arguments, folder / "run", finish([*arguments, "--profile-start"], folder / "log")
 
 
 def contents(folder):
@@ -45,6 +45,16 @@ def test_the_run_folder_records_configuration_environment_and_plan(run):
     assert [(pair["student"], pair["teacher"]) for pair in plan["pairs"]] == [(1, 1), (2, 2)]
     assert "5 rows: 5 kept" in log
     assert log.splitlines()[-1] == f"report: {run_dir / 'report.html'}"
+
+
+def test_the_profile_of_the_start_has_every_phase_and_is_printed_after_the_first_step(run):
+    _, run_dir, log = run
+    phases = [one["phase"] for one in json.loads((run_dir / "start.json").read_text())["phases"]]
+    launch = ["tokenizers and prompts", "process groups", "build modules", "read weights", "optimizer"]
+    steps = ["evaluation", "rollout", "teacher", "student", "log"]
+    assert [one for one in phases if one in launch + steps] == launch + steps
+    first, total, second = (log.index(text) for text in (f"1/{STEPS} ", "end of the first step ", f"2/{STEPS} "))
+    assert first < total < second
 
 
 def test_every_step_logs_every_metric(run):

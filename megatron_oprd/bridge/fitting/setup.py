@@ -134,7 +134,7 @@ def open_folder(run: FitRun) -> Origin:
     """
     folder, config = run.folder, run.config
     assert run.inputs.bridge_origin is not None  # read_inputs(fitting=True) sets it
-    origin = with_weight_hashes(run.inputs.bridge_origin)
+    origin = with_weight_hashes(run.inputs.bridge_origin, run.models.hashes)
     settings = {
         "student": [origin.student.hash, origin.student.tokenizer],
         "teacher": [origin.teacher.hash, origin.teacher.tokenizer],

@@ -1,0 +1,103 @@
+"""Find CUDA libraries of which this process has two installations. No communication.
+
+cuDNN consists of several files, which it loads at their first use from wherever the loader finds them. Parts of two
+installations fail in the middle of a step: `CUDNN_STATUS_SUBLIBRARY_LOADING_FAILED`, undefined symbols.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# Library -> the names of its files without `.so.<version>`. All files of a library must lie in one folder.
+LIBRARIES = {
+    "cuDNN": r"libcudnn(_\w+)?",
+    "NCCL": r"libnccl",
+    "CUDA runtime": r"libcudart",
+    "cuBLAS": r"libcublas(Lt)?",
+    "NVRTC": r"libnvrtc",
+}
+_FILE = re.compile(r"(?P<name>[\w-]+)\.so\.(?P<major>\d+)[\d.]*")
+SEARCHED = "LD_LIBRARY_PATH"
+
+
+@dataclass(frozen=True)
+class DoubledLibrary:
+    """A library with files of the same major version in two folders."""
+
+    library: str
+    loaded: Path
+    other: Path  # loaded too, or found first when the library loads its next part
+    is_loaded: bool  # True if both files are loaded already
+
+    def __str__(self) -> str:
+        both = "are both loaded" if self.is_loaded else f"would be mixed: {SEARCHED} names the folder of the second"
+        return f"two installations of {self.library}, {self.loaded} and {self.other}, {both}; {self._cure()}"
+
+    def _cure(self) -> str:
+        searched = {folder.resolve() for folder in _search_path()}
+        cures = []
+        if {self.loaded.parent, self.other.parent} & searched:
+            cures.append(f"unset {SEARCHED}")
+        # An installation by pip is nvidia/cudnn/lib/libcudnn.so.9; Transformer Engine looks at CUDNN_HOME first.
+        by_pip = next((path for path in (self.loaded, self.other) if "site-packages" in path.parts), None)
+        if self.library == "cuDNN" and by_pip is not None:
+            cures.append(f"set CUDNN_HOME={by_pip.parent.parent}")
+        return ", or ".join(cures) or "keep one of them in the environment"
+
+
+def find_doubled_library(mapped: Iterable[str] | None = None) -> DoubledLibrary | None:
+    """Return the first library of which this process has loaded, or is about to load, two installations.
+
+    Call it when torch and Transformer Engine are imported. Returns None where the system does not list loaded files.
+
+    Args:
+        mapped: the paths of the loaded files; None: those of this process.
+    """
+    loaded = sorted({Path(path).resolve() for path in (_mapped_files() if mapped is None else mapped)})
+    for library in LIBRARIES:
+        by_major: dict[str, list[Path]] = {}
+        for path in loaded:
+            if (major := _major(library, path.name)) is not None:
+                by_major.setdefault(major, []).append(path)
+        for major, paths in by_major.items():
+            for path in paths[1:]:
+                if path.parent != paths[0].parent or _name(path) in {_name(one) for one in paths if one != path}:
+                    return DoubledLibrary(library, paths[0], path, is_loaded=True)
+            if library == "cuDNN" and (other := _found_first(paths, major)) is not None:
+                return DoubledLibrary(library, paths[0], other, is_loaded=False)
+    return None
+
+
+def _found_first(loaded: Sequence[Path], major: str) -> Path | None:
+    """Return the file of another cuDNN that the loader finds before the parts of the loaded one, or None."""
+    for folder in _search_path():
+        parts = sorted(path.resolve() for path in folder.glob(f"libcudnn*.so.{major}"))
+        if parts:
+            return parts[0] if parts[0].parent != loaded[0].parent else None
+    return None
+
+
+def _search_path() -> list[Path]:
+    return [Path(folder) for folder in os.environ.get(SEARCHED, "").split(":") if folder]
+
+
+def _mapped_files() -> list[str]:
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    return [fields[5] for line in lines if len(fields := line.split(maxsplit=5)) == 6 and ".so" in fields[5]]
+
+
+def _name(path: Path) -> str:
+    return path.name.partition(".so")[0]
+
+
+def _major(library: str, file: str) -> str | None:
+    """Return the major version of a file of the library, or None for another file."""
+    found = _FILE.fullmatch(file)
+    return found["major"] if found and re.fullmatch(LIBRARIES[library], found["name"]) else None
