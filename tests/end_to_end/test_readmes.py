@@ -97,6 +97,8 @@ RUNS = {
     "bash ci/nightly.sh": "--collect-only -q tests/unit",
     "bash ci/lint.sh": "",
     "bash ci/gpu.sh": None,  # needs a GPU
+    "bash ci/gpu.sh --minutes 8": None,
+    "bash ci/gpu.sh --minutes 8 --list": None,  # test_gpu_suite.py
     "python benchmarks/rollout.py": "--batch 2 --repeats 1 --layers 1 --hidden 64 --vocabulary 64",
     "bash tools/rollout_server/install.sh models/vllm": None,  # downloads several GB
     f"{TRAIN} rollout.engine=vllm rollout.server.python=models/vllm/bin/python": None,  # needs that environment
@@ -106,6 +108,7 @@ RUNS = {
     "python benchmarks/parity.py": "--only 2-qwen3-tp2-sp",
     "python benchmarks/cost.py": "--methods 'OPRD, all tokens' --layers 1 --tokens 512 --sequences 1 --repeats 1 "
     f"--workload '{UPDATE}' --json {{out}}.json --markdown {{out}}.md",
+    "python benchmarks/start.py": "--sizes demo --repeats 1",
     "python benchmarks/gpu.py": "--tiny --repeats 1 --parts 'teacher pass'",
     "python benchmarks/objectives.py": OBJECTIVES,
     "python benchmarks/staleness.py": STALENESS,

@@ -43,7 +43,7 @@ def gpu() -> Gpu:
 def on_cuda(gpu: Gpu) -> None:
     """Skip a test that needs a real device."""
     if gpu.topology.device.type != "cuda":
-        pytest.skip("no CUDA device: memory is that of the allocator")
+        pytest.skip("no CUDA device: memory is that of the allocator, and a whole run that of CI")
 
 
 def machine() -> Machine:

@@ -75,7 +75,7 @@ class Command:
         ranks = [
             (module, list(arguments), str(log), rank, world_size, self._store.name, die) for rank in range(world_size)
         ]
-        self._processes = [forked_process(_main, rank) for rank in ranks]
+        self._processes = [forked_process(run_command_here, rank) for rank in ranks]
         for process in self._processes:
             process.daemon = True
             process.start()
@@ -111,7 +111,7 @@ def finish(arguments: Sequence[str], log: Path, **options: Any) -> str:
     return log.read_text()
 
 
-def _main(
+def run_command_here(
     module: str,
     arguments: list[str],
     log: str,
@@ -120,6 +120,7 @@ def _main(
     store: str,
     die: DieAfterStep | DieBefore | None,
 ) -> None:
+    """Run a command in this process, as one of `world_size` ranks that meet in the folder `store`."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
