@@ -65,10 +65,11 @@ def load_hf(
     entry_of = {name: table[name] for name in named}
     stored = torch.float32 if reader.quantized else reader.dtype()
 
+    @torch.no_grad()  # holds for one thread alone
     def fill(name: str) -> None:
-        parameter = named[name].data  # without the graph of autograd
+        parameter = named[name]
         if not is_float8tensor(parameter):
-            fill_shard(parameter, entry_of[name], reader, spec, tensor_rank, tensor_size)
+            fill_shard(parameter.data, entry_of[name], reader, spec, tensor_rank, tensor_size)
             return
         values = torch.empty(parameter.shape, dtype=stored)
         fill_shard(values, entry_of[name], reader, spec, tensor_rank, tensor_size)

@@ -181,13 +181,15 @@ def test_every_rank_raises_the_error_of_a_failed_export(full, tmp_path):
 
 def names_read(rank, folder, layout):
     names = []
-    read = HFReader.read
 
-    def recording(reader, name):
-        names.append(name)
-        return read(reader, name)
+    def recording(read):
+        def record(reader, name, *rows):
+            names.append(name)
+            return read(reader, name, *rows)
 
-    HFReader.read = recording
+        return record
+
+    HFReader.read, HFReader.read_rows = recording(HFReader.read), recording(HFReader.read_rows)
     open_model(folder, layout)
     return names
 
