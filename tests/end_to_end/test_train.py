@@ -49,10 +49,9 @@ def test_the_run_folder_records_configuration_environment_and_plan(run):
 
 def test_the_profile_of_the_start_has_every_phase_and_is_printed_after_the_first_step(run):
     _, run_dir, log = run
-    phases = [one["phase"] for one in json.loads((run_dir / "start.json").read_text())["phases"]]
-    launch = ["tokenizers and prompts", "process groups", "build modules", "read weights", "optimizer"]
-    steps = ["evaluation", "rollout", "teacher", "student", "log"]
-    assert [one for one in phases if one in launch + steps] == launch + steps
+    phases = {one["phase"] for one in json.loads((run_dir / "start.json").read_text())["phases"]}
+    assert phases >= {"tokenizers and prompts", "process groups", "build modules", "read weights", "optimizer"}
+    assert phases >= {"evaluation", "rollout", "teacher", "student", "log"}
     first, total, second = (log.index(text) for text in (f"1/{STEPS} ", "end of the first step ", f"2/{STEPS} "))
     assert first < total < second
 
