@@ -56,10 +56,10 @@ def test_the_script_lists_without_a_gpu_what_fits_into_its_time():
 def test_the_chosen_parts_fit_into_the_time_most_informative_first(minutes):
     chosen = choose(minutes)
     assert sum(part.most for part in chosen) <= minutes + 1e-9
-    whole = {part.name: part for part in PARTS}
-    assert [part.name for part in chosen] == [name for name in whole if name in {part.name for part in chosen}]
+    by_name = {part.name: part for part in PARTS}
+    assert [part.name for part in chosen] == [name for name in by_name if name in {part.name for part in chosen}]
     for part in chosen:
-        assert part.least <= part.most <= whole[part.name].most + 1e-9
+        assert part.least <= part.most <= by_name[part.name].most + 1e-9
         if part.takes_minutes:
             assert float(command_of(part)[-1]) == pytest.approx(part.most - STARTING, abs=0.051)
     if minutes >= PARTS[0].least:
