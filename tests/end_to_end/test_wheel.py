@@ -43,7 +43,7 @@ def test_every_command_of_an_installed_wheel_works_in_an_empty_folder(program, t
     run("convert", "--hf", "student", "--megatron", "mcore")
     assert run("verify", "--hf", "student", "--megatron", "mcore", "--tensor", "2").endswith("equal\n")
     assert "lr: 1e-05" in run("config", "optimizer.lr")
-    assert "Compared layers" in run("plan", *settings)
+    assert "\nfits " in run("plan", *settings)
     run("train", *settings, f"student.path={tmp_path / 'mcore'}")
     assert "2 of 2" in run("status", "run")
     assert "report.html" in run("report", "run")
