@@ -37,7 +37,7 @@ FENCED = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 PROGRAM = re.compile(r"(?:^ *|`)megatron-oprd ([a-z][^`\n#]*)", re.MULTILINE)
 # Lines with a placeholder, of which the options are checked, and the listing of docs/library.md, which
 # tests/distributed/test_library.py runs.
-FORM = re.compile(r" (?:FILE|DIR|RUN|NAME)\b|example\.py$")
+FORM = re.compile(r" (?:FILE|DIR|RUN|NAME|MODEL)\b|\[--|example\.py$")
 
 TINY = "train.steps=2 rollout.max_new_tokens=6 rollout.prompts_per_step=2 checkpoint.every=0 precision.dtype=fp32"
 PATHS = "student.path={models}/student teacher.path={models}/teacher data.prompts=[{models}/prompts.jsonl]"
@@ -88,10 +88,9 @@ RUNS = {
     "torchrun --nproc-per-node 8 -m megatron_oprd.fp8_error --config examples/qwen_same_family.yaml "
     "precision.teacher_fp8=weights": RECIPE,
     f"torchrun --nproc-per-node 2 {EXAMPLE} {MODELS}": RECIPE,
-    "megatron-oprd plan --config examples/qwen_same_family.yaml": PATHS,
+    "megatron-oprd plan --config examples/qwen_same_family.yaml --device h100": PATHS,
     TRAIN: RECIPE,
     "megatron-oprd plan --config examples/qwen3_32b_to_4b_64xh100.yaml": None,  # test_recipes.py
-    "megatron-oprd plan --config examples/qwen3_235b_a22b_to_30b_a3b_512xh100.yaml": None,
     "bash ci/run.sh": "--collect-only -q tests/unit",  # this very test is part of it
     "bash ci/run.sh tests/unit -k sharding": "--collect-only -q",
     "bash ci/nightly.sh": "--collect-only -q tests/unit",
