@@ -257,7 +257,27 @@ def loads_like_transformers(folder):
         torch.testing.assert_close(reader.read(name), expected[name].data, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("change", ["same twice", "stale index", "buffers", "a shard too many"])
+BUFFERS = {
+    "rotary frequencies": {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(12)},
+    "rotary frequencies of the model": {"model.rotary_emb.inv_freq": torch.ones(12)},
+    "masks": {
+        "model.layers.0.self_attn.masked_bias": torch.ones(1),
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+    },
+    "positions": {"model.position_ids": torch.arange(3)},
+}
+
+
+@pytest.mark.parametrize("buffers", BUFFERS.values(), ids=BUFFERS)
+def test_buffers_among_the_weights_are_ignored_as_transformers_does(buffers, tmp_path):
+    folder = save(random_hf_model("Llama", num_hidden_layers=1), tmp_path / "hf")
+    single = folder / "model.safetensors"
+    save_file(load_file(single) | buffers, single, metadata={"format": "pt"})
+    assert HFReader(folder).dtype() == torch.float32
+    loads_like_transformers(folder)
+
+
+@pytest.mark.parametrize("change", ["same twice", "stale index", "a shard too many"])
 def test_files_beside_the_weights_are_ignored_as_transformers_does(change, tmp_path):
     folder = save(random_hf_model("Llama", num_hidden_layers=1), tmp_path / "hf")
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -265,11 +285,6 @@ def test_files_beside_the_weights_are_ignored_as_transformers_does(change, tmp_p
         _second_set(folder, 0.0)
     elif change == "stale index":
         index.write_text('{"weight_map": {"lm_head.weight": "gone.safetensors"}}')
-    elif change == "buffers":
-        buffers = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(12)}
-        buffers |= {"model.layers.0.self_attn.masked_bias": torch.ones(1), "model.position_ids": torch.arange(3)}
-        save_file(load_file(single) | buffers, single, metadata={"format": "pt"})
-        assert HFReader(folder).dtype() == torch.float32
     else:
         _shard(folder, {}, complete=True)
         save_file({"lm_head.weight": torch.zeros(131, 64)}, folder / "model-00002-of-00002.safetensors")
