@@ -280,7 +280,7 @@ def test_buffers_among_the_weights_are_ignored_as_transformers_does(buffers, tmp
 @pytest.mark.parametrize("change", ["same twice", "stale index", "a shard too many"])
 def test_files_beside_the_weights_are_ignored_as_transformers_does(change, tmp_path):
     folder = save(random_hf_model("Llama", num_hidden_layers=1), tmp_path / "hf")
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    index = folder / "model.safetensors.index.json"
     if change == "same twice":
         _second_set(folder, 0.0)
     elif change == "stale index":
