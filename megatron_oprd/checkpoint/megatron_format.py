@@ -27,7 +27,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write
-from megatron_oprd.checkpoint.stored_index import read_index
+from megatron_oprd.checkpoint.stored_index import COPY_AGAIN, read_index
 from megatron_oprd.hf.companions import config_with_dtype, copy_companions
 from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
@@ -45,6 +45,7 @@ from megatron_oprd.runtime.files import (
 from megatron_oprd.types import ModelSpec, UserError
 
 FORMAT_VERSION = 1
+_USE_OWN_CONFIG = "use the config.json of this checkpoint"
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -153,9 +154,9 @@ def load_model(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, 
             return dist_checkpointing.load(sharded_weights(stage, topology), str(folder))
         except checkpoint.api.CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}") from None
+            raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}; {COPY_AGAIN}") from None
         except dist_checkpointing.core.CheckpointingException as error:
-            raise UserError(f"{folder} cannot be read: {error}") from None
+            raise UserError(f"{folder} cannot be read: {error}; {COPY_AGAIN}") from None
 
     loaded = on_every_rank(read)  # some versions of mcore raise an error only on the rank that found it
     with torch.no_grad():
@@ -178,7 +179,8 @@ def load_parameter(folder: str | Path, name: str) -> torch.Tensor:
     try:
         checkpoint.load({name: parameter}, storage_reader=FileSystemReader(folder), no_dist=True)
     except checkpoint.api.CheckpointException as error:
-        raise UserError(f"{folder} cannot be read: {describe_damage(next(iter(error.failures.values()))[0])}") from None
+        damage = describe_damage(next(iter(error.failures.values()))[0])
+        raise UserError(f"{folder} cannot be read: {damage}; {COPY_AGAIN}") from None
     return parameter
 
 
@@ -196,10 +198,16 @@ def check_model(folder: str | Path, spec: ModelSpec) -> None:
     """
     folder = Path(folder)
     if not is_megatron_checkpoint(folder):
-        raise UserError(f"{folder} is not a Megatron checkpoint: it holds no .distcp files")
+        raise UserError(
+            f"{folder} is not a Megatron checkpoint: it holds no .distcp files; name a folder that `megatron-oprd "
+            "convert` wrote, or `model` in a checkpoint of a run"
+        )
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder / MANIFEST}: format_version={manifest.get('format_version')!r}, not {FORMAT_VERSION}")
+        raise UserError(
+            f"{folder / MANIFEST}: format_version={manifest.get('format_version')!r}, not {FORMAT_VERSION}; convert "
+            "the Hugging Face folder again"
+        )
     _check_manifest(folder, manifest, spec)
     _check_format(folder)
     stored = {
@@ -228,9 +236,9 @@ def check_files(folder: Path) -> Metadata:
         try:
             torch.load(folder / "common.pt", weights_only=True)
         except FileNotFoundError:
-            raise UserError(f"{folder / 'common.pt'} is missing; copy the whole folder again") from None
+            raise UserError(f"{folder / 'common.pt'} is missing; {COPY_AGAIN}") from None
         except Exception:
-            raise UserError(f"{folder / 'common.pt'} is truncated or corrupt; copy the whole folder again") from None
+            raise UserError(f"{folder / 'common.pt'} is truncated or corrupt; {COPY_AGAIN}") from None
     return index
 
 
@@ -239,8 +247,8 @@ def _check_manifest(folder: Path, manifest: dict[str, Any], spec: ModelSpec) -> 
     for key, wanted in (("architecture", spec.architecture), ("vocabulary", spec.vocab_size)):
         if manifest.get(key) != wanted:
             raise UserError(
-                f"{folder}: {MANIFEST} has {key}={manifest.get(key)!r}, config.json asks for {wanted!r}; use the "
-                "config.json of this checkpoint"
+                f"{folder}: {MANIFEST} has {key}={manifest.get(key)!r}, config.json asks for {wanted!r}; "
+                f"{_USE_OWN_CONFIG}"
             )
     padded = manifest.get("padded_vocabulary")
     if type(padded) is not int or padded < spec.vocab_size:
@@ -259,7 +267,7 @@ def _check_format(folder: Path) -> None:
     try:
         dist_checkpointing.validation.verify_checkpoint_and_load_strategy(str(folder))
     except Exception as error:  # an unknown key, or a value of another type
-        raise UserError(f"{path} is corrupt: {describe_damage(error)}; copy the whole folder again") from None
+        raise UserError(f"{path} is corrupt: {describe_damage(error)}; {COPY_AGAIN}") from None
 
 
 def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, Any], spec: ModelSpec) -> None:
@@ -267,12 +275,17 @@ def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, An
     expected = _stored_shapes(spec, manifest["padded_vocabulary"])
     for name, shape in expected.items():
         if name not in shapes:
-            raise UserError(f"{folder} misses {name}, which config.json asks for")
+            raise UserError(f"{folder} misses {name}, which config.json asks for; {_USE_OWN_CONFIG}")
         if shapes[name] != shape:
-            raise UserError(f"{folder}: {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}")
+            raise UserError(
+                f"{folder}: {name} has shape {list(shapes[name])}, config.json asks for {list(shape)}; "
+                f"{_USE_OWN_CONFIG}"
+            )
     unknown = shapes.keys() - expected.keys()
     if unknown:
-        raise UserError(f"{folder} holds {len(unknown)} unknown tensors, the first is {min(unknown)}")
+        raise UserError(
+            f"{folder} holds {len(unknown)} unknown tensors, the first is {min(unknown)}; {_USE_OWN_CONFIG}"
+        )
 
 
 def _stored_shapes(spec: ModelSpec, padded_vocabulary: int) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_oprd.types import UserError
 
 INDEX = ".metadata"
+COPY_AGAIN = "copy the whole folder again"
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "_MEM_FORMAT_ENCODING",
@@ -62,11 +63,11 @@ def read_index(folder: Path) -> Metadata:
             index = _IndexUnpickler(file).load()
         problem = _find_problem(index)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; copy the whole folder again") from None
+        raise UserError(f"{path} is missing; {COPY_AGAIN}") from None
     except Exception as error:  # a damaged pickle can raise any exception
-        raise UserError(f"{path} is truncated or corrupt: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path} is truncated or corrupt: {' '.join(str(error).split())[:200]}; {COPY_AGAIN}") from None
     if problem:
-        raise UserError(f"{path} is corrupt: {problem}; copy the whole folder again")
+        raise UserError(f"{path} is corrupt: {problem}; {COPY_AGAIN}")
     _check_files(folder, index)
     return index
 
@@ -110,6 +111,8 @@ def _check_files(folder: Path, index: Metadata) -> None:
         sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
     for file, size in sorted(sizes.items()):
         if not (folder / file).is_file():
-            raise UserError(f"{folder / file} is missing; copy the whole folder again")
+            raise UserError(f"{folder / file} is missing; {COPY_AGAIN}")
         if (folder / file).stat().st_size < size:
-            raise UserError(f"{folder / file} is truncated: {(folder / file).stat().st_size} of {size} bytes")
+            raise UserError(
+                f"{folder / file} is truncated: {(folder / file).stat().st_size} of {size} bytes; {COPY_AGAIN}"
+            )

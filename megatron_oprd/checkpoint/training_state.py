@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_oprd.checkpoint.megatron_format import check_files, describe_damage, load_model
 from megatron_oprd.checkpoint.optimizer_state import load_optimizer
 from megatron_oprd.checkpoint.pending_rollouts import read_pending
+from megatron_oprd.checkpoint.stored_index import COPY_AGAIN
 from megatron_oprd.config import teacher_section
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.parallel.rank_zero import on_every_rank
@@ -37,6 +38,7 @@ from megatron_oprd.types import ModelSpec, UserError
 
 MARK = "complete"  # the file that makes a checkpoint count
 _NAME = re.compile(r"step_\d{7}")
+_REMOVE = "remove this checkpoint to continue from the one before"
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
 
     on_every_rank(read_optimizer)
     # Weights come last: mcore initialises an optimizer in CPU memory by a step on random gradients.
-    load_model(student.stage, checkpoint / "model", content.spec, topology)
+    with _advise_to_remove():
+        load_model(student.stage, checkpoint / "model", content.spec, topology)
     # The learning rate is a function of the step and the configuration alone.
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=state.step)
@@ -195,15 +198,23 @@ def _with(bridge: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _explain_damage(part: Path) -> Iterator[None]:
-    """Turn an exception of mcore or torch about a damaged part of a checkpoint into a UserError with its path."""
+def _advise_to_remove() -> Iterator[None]:
+    """Replace the advice of a UserError about files: nobody can copy a checkpoint that this run made."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}; remove this checkpoint to continue from the one before") from None
+        error.args = (f"{str(error).removesuffix(f'; {COPY_AGAIN}')}; {_REMOVE}",)
+        raise
+
+
+@contextlib.contextmanager
+def _explain_damage(part: Path) -> Iterator[None]:
+    """Turn an exception of mcore or torch about a damaged part of a checkpoint into a UserError with its path."""
+    try:
+        with _advise_to_remove():
+            yield
+    except UserError:
+        raise
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        raise UserError(
-            f"{part} cannot be read ({describe_damage(causes[0])}); remove this checkpoint to continue from the one "
-            "before"
-        ) from error
+        raise UserError(f"{part} cannot be read ({describe_damage(causes[0])}); {_REMOVE}") from error

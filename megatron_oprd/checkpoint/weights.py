@@ -118,6 +118,6 @@ def _hash_files(tasks: Iterator[tuple[Path, Future[str]]]) -> None:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             line.set_result(f"{path.name} {path.stat().st_size} {digest}\n")
         except OSError as error:
-            line.set_exception(UserError(f"cannot read {path}: {error.strerror}"))
+            line.set_exception(UserError(f"cannot read {path}: {error.strerror}; check its permissions and the disk"))
         except BaseException as error:
             line.set_exception(error)

@@ -39,7 +39,7 @@ def parse_blocks(text: str) -> list[int]:
         raise UserError(f"--blocks {text} must be whole numbers with commas, like 13,14,26")
     blocks = sorted(map(int, parts))
     if len(set(blocks)) != len(blocks):
-        raise UserError(f"--blocks {text} names a block twice")
+        raise UserError(f"--blocks {text} names a block twice; name each block once")
     return blocks
 
 
@@ -51,7 +51,7 @@ def number_to_drop(args: argparse.Namespace, depth: int) -> int:
         if missing is not None:
             raise UserError(f"--blocks {args.blocks}: block {missing} does not exist; blocks go from 1 to {depth}")
         if len(blocks) == depth:
-            raise UserError(f"--blocks {args.blocks} leaves no block")
+            raise UserError(f"--blocks {args.blocks} leaves no block; name fewer blocks")
         return len(blocks)
     if args.layers is not None:
         name, number = f"--layers {args.layers}", depth - args.layers

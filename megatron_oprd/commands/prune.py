@@ -124,9 +124,14 @@ def _read_tokens(args: argparse.Namespace, spec: ModelSpec) -> list[Rollout]:
         rollouts = [rollout for rollout in load_replay(args.rollouts, spec.vocab_size) if any(rollout.response_mask)]
         longest = max(map(num_tokens, rollouts), default=0)
         if longest > spec.max_position_embeddings:
-            raise UserError(f"{args.rollouts}: {longest} tokens exceed the model's {spec.max_position_embeddings}")
+            raise UserError(
+                f"{args.rollouts}: a rollout of {longest} tokens exceeds the model's {spec.max_position_embeddings} "
+                "positions; leave it out"
+            )
         if not rollouts:
-            raise UserError(f"{args.rollouts} has no response tokens to score on")
+            raise UserError(
+                f"{args.rollouts} has no response tokens to score on; name rollouts with a response_mask of ones"
+            )
         return rollouts[: args.max_prompts]
     if not args.prompts:
         return []
@@ -159,7 +164,10 @@ def _scores(folder: str, spec: ModelSpec, rollouts: Sequence[Rollout], topology:
     scores = score_blocks(stage, global_batch, topology)
     broken = next((block for block, score in enumerate(scores, start=1) if not math.isfinite(score)), None)
     if broken is not None:
-        raise UserError(f"{folder}: the hidden states of block {broken} are not finite, so it has no score")
+        raise UserError(
+            f"{folder}: the hidden states of block {broken} are not finite, so it has no score; copy the model again, "
+            "or name the blocks with --blocks"
+        )
     return scores
 
 

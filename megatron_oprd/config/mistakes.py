@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import yaml
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, KeyValidationError, OmegaConfBaseException
 from pydantic import ValidationError
 
 from megatron_oprd.config.hints import CLOSE, known_keys, suggest_keys
@@ -44,6 +44,17 @@ def explain_yaml(error: yaml.YAMLError) -> str:
     advice = next((cure for part, cure in _YAML_ADVICE.items() if part in str(error)), "check the brackets and quotes")
     line = "" if mark is None else f" in line {mark.line + 1}"
     return f"{problem}{line}; {advice}"
+
+
+def explain_tree(error: Exception) -> str:
+    """Return one line about values of which OmegaConf makes no tree: an empty key, a `${` without its end, a loop."""
+    if isinstance(error, GrammarParseError):
+        return f"a ${{...}} is not valid ({first_line(error)}); write ${{oc.env:NAME}} with its closing brace"
+    if isinstance(error, KeyValidationError):
+        return f"a key is null or not text ({first_line(error)}); write the name of a key before the colon"
+    if isinstance(error, RecursionError):
+        return "an alias (*) contains itself, or values are nested too deeply; write the values out"
+    return first_line(error)
 
 
 def explain_interpolation(error: OmegaConfBaseException) -> str:

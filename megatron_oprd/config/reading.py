@@ -13,7 +13,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from megatron_oprd.config.mistakes import explain_interpolation, explain_validation, explain_yaml, first_line
+from megatron_oprd.config.mistakes import (
+    explain_interpolation,
+    explain_tree,
+    explain_validation,
+    explain_yaml,
+    first_line,
+)
 from megatron_oprd.config.root import FOR_EVALUATION, Config
 from megatron_oprd.config.section import section_class
 from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
@@ -31,7 +37,7 @@ def load_config(path: str | Path | None, overrides: list[str], *, for_evaluation
         tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
     except (OmegaConfBaseException, RecursionError) as error:  # an anchor can make a loop
         key = getattr(error, "full_key", None)
-        raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {first_line(error)}") from None
+        raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {explain_tree(error)}") from None
     for override in overrides:
         key, equals, value = override.partition("=")
         key = re.sub(r"\[(['\"])(.*?)\1\]", r"[\2]", key.strip())  # teachers['a.b'] is teachers[a.b]
@@ -47,7 +53,7 @@ def load_config(path: str | Path | None, overrides: list[str], *, for_evaluation
             hint = f"""if it is text, put it in quotes: {key}='"..."'"""
             raise UserError(f"override {override!r} has no YAML value ({first_line(error)}); {hint}") from None
         except (OmegaConfBaseException, ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UserError(f"override {override!r}: {first_line(error)}") from None
+            raise UserError(f"override {override!r}: {explain_tree(error)}") from None
     try:
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:

@@ -73,7 +73,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder with a Hugging Face model")
+        raise UserError(f"{folder} is not a folder with a Hugging Face model; name one with a config.json")
     if (folder / ADAPTER).exists():  # transformers then loads the weights of another folder and the adapter
         raise UserError(
             f"{folder} holds an adapter ({ADAPTER}); merge it into its model (merge_and_unload, then save_pretrained) "
@@ -89,7 +89,10 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     heads = values["num_attention_heads"]
     groups = values.get("num_key_value_heads") or heads
     if heads % groups:
-        raise UserError(f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}")
+        raise UserError(
+            f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}; use the "
+            "config.json of these weights"
+        )
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
     spec = ModelSpec(
         architecture=architecture,
@@ -193,14 +196,19 @@ def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     key = "num_local_experts" if "num_local_experts" in values else "num_experts"
     check_integers(values, (key,), where, least=0)
     if values.get("num_experts", values[key]) != values[key]:
-        raise UserError(f"{where}: num_experts={values['num_experts']!r} contradicts {key}={values[key]}")
+        raise UserError(
+            f"{where}: num_experts={values['num_experts']!r} contradicts {key}={values[key]}; remove the wrong one"
+        )
     step, dense = values.get("decoder_sparse_step") or 1, values.get("mlp_only_layers") or ()
     sparse = tuple(n for n in range(values["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0)
     if not values[key] or not sparse:
         return {}
     check_integers(values, ("moe_intermediate_size", "num_experts_per_tok"), where)
     if values["num_experts_per_tok"] > values[key]:
-        raise UserError(f"{where}: num_experts_per_tok={values['num_experts_per_tok']} exceeds {key}={values[key]}")
+        raise UserError(
+            f"{where}: num_experts_per_tok={values['num_experts_per_tok']} exceeds {key}={values[key]}; use the "
+            "config.json of these weights"
+        )
     if values["num_experts_per_tok"] == 1 and values.get("norm_topk_prob"):
         # A single normalised probability is always 1, so the router has no effect. Megatron refuses it, too.
         raise UserError(f"{where}: norm_topk_prob=true with num_experts_per_tok=1 is not supported; use another model")

@@ -49,7 +49,7 @@ def check_one_form(names: Collection[str], folder: Path) -> None:
         layer = _FUSED.sub(r"\1", name)
         for other in (layer + part for part in _OF_PROJECTION.values()):
             if other not in names:
-                raise UserError(f"{folder} holds {name}, but not {other}")
+                raise UserError(f"{folder} holds {name}, but not {other}; copy the folder again")
 
 
 def single_experts(name: str, shape: tuple[int, ...], folder: Path) -> Iterator[tuple[str, int, tuple[int, int]]]:
@@ -70,7 +70,7 @@ def single_experts(name: str, shape: tuple[int, ...], folder: Path) -> Iterator[
     layer, projection = match.groups()
     parts = [part for part, fused in _OF_PROJECTION.items() if fused == projection]
     if len(shape) != 3 or shape[1] % len(parts):
-        raise UserError(f"{folder}: {name} has shape {list(shape)}, not [experts, rows, columns]")
+        raise UserError(f"{folder}: {name} has shape {list(shape)}, not [experts, rows, columns]; save the model anew")
     rows = shape[1] // len(parts)
     for expert in range(shape[0]):
         for number, part in enumerate(parts):

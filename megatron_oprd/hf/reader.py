@@ -121,7 +121,10 @@ class HFReader:
         dtype = self._slice(stored).get_dtype()
         if stored + SCALE in self._scales:
             if dtype != STORED_AS:
-                raise UserError(f"{self.folder}: {stored} has scales, but is stored as {dtype}, not as {STORED_AS}")
+                raise UserError(
+                    f"{self.folder}: {stored} has scales, but is stored as {dtype}, not as {STORED_AS}; use the model "
+                    "without quantisation"
+                )
             return None
         if dtype not in _DTYPES:
             without = " without scales" if self._block else ""
@@ -170,7 +173,10 @@ class HFReader:
         for problem, names in (("misses", missing), ("holds unknown", found - expected.keys())):
             if names:
                 stored = {fused_name(name) if self._fused else name for name in names}
-                raise UserError(f"{self.folder} {problem} {len(stored)} tensors, the first is {min(stored)}")
+                raise UserError(
+                    f"{self.folder} {problem} {len(stored)} tensors, the first is {min(stored)}; use the config.json "
+                    "of these weights, or copy the folder again"
+                )
         for name in sorted(expected.keys() & self._places.keys()):
             if (place := self._places[name]).expert is None:
                 self._check_shape(name, expected[name])
@@ -180,13 +186,16 @@ class HFReader:
 
     def _check_shape(self, stored: str, expected: tuple[int, ...]) -> None:
         if (shape := self._shape(stored)) != expected:
-            raise UserError(f"{self.folder}: {stored} has shape {list(shape)}, config.json asks for {list(expected)}")
+            raise UserError(
+                f"{self.folder}: {stored} has shape {list(shape)}, config.json asks for {list(expected)}; use the "
+                "config.json of these weights"
+            )
 
     def _check_scale(self, scale: str) -> None:
         assert self._block is not None
         weight = scale.removesuffix(SCALE)
         if weight not in self._located:
-            raise UserError(f"{self.folder} holds {scale}, but not {weight}")
+            raise UserError(f"{self.folder} holds {scale}, but not {weight}; copy the folder again")
         if (dtype := self._slice(scale).get_dtype()) not in _DTYPES:
-            raise UserError(f"{self.folder}: {scale} is stored as {dtype}; only {', '.join(_DTYPES)} are supported")
+            raise UserError(f"{self.folder}: {scale} is stored as {dtype}; save the scales as {' or '.join(_DTYPES)}")
         self._check_shape(scale, scale_shape(self._shape(weight), self._block))

@@ -78,10 +78,10 @@ def _files_by_tensor(folder: Path) -> dict[str, str]:
     if (folder / INDEX).exists():
         return _read_index(folder)
     if any(folder.glob("model-*-of-*.safetensors")):
-        raise UserError(f"{folder} holds shards but not their index {INDEX}")
+        raise UserError(f"{folder} holds shards but not their index {INDEX}; copy it, or save the model anew")
     if any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder} holds pytorch_model.bin; save it as safetensors first (save_pretrained does)")
-    raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+    raise UserError(f"{folder} holds neither {SINGLE} nor {INDEX}; copy the weights there, or name another folder")
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -91,9 +91,9 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(index.get("metadata"), dict):  # transformers needs it, even if it is empty
         raise UserError(f'{path} has no metadata; save the model anew, or add "metadata": {{}}')
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{path} has no weight_map")
+        raise UserError(f"{path} has no weight_map; copy the file again")
     if not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{path}: weight_map must give each tensor the name of a file")
+        raise UserError(f"{path}: weight_map must give each tensor the name of a file; copy the index again")
     outside = next((file for file in weight_map.values() if Path(file).name != file), None)
     if outside is not None:
         raise UserError(f"{path} names {outside!r}; name files in the folder itself, without a path")
@@ -107,7 +107,9 @@ def _read_index(folder: Path) -> dict[str, str]:
         named = {name for name, place in weight_map.items() if place == file and not _BUFFER.search(name)}
         missing = sorted(named - present)
         if missing:
-            raise UserError(f"{folder / file} does not hold {missing[0]}, which {INDEX} says it does")
+            raise UserError(
+                f"{folder / file} does not hold {missing[0]}, which {INDEX} says it does; copy the folder again"
+            )
     return weight_map
 
 
@@ -139,6 +141,6 @@ def _names_in(folder: Path, file: str) -> set[str]:
         with safe_open(path, framework="pt") as opened:
             return set(opened.keys())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing, but {INDEX} names it") from None
+        raise UserError(f"{path} is missing, but {INDEX} names it; copy the file there") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or corrupt: {error}") from None
+        raise UserError(f"{path} is truncated or corrupt: {error}; copy it again") from None

@@ -155,7 +155,8 @@ def open_hf_model(folder: str | Path, stored: torch.dtype, compute: torch.dtype)
     except ImportError as error:
         reader = HFReader(folder)
         if not reader.quantized:
-            raise UserError(f"transformers cannot open {folder}: {' '.join(str(error).split())}") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"transformers cannot open {folder}: {reason}; install what it names") from None
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         del config.quantization_config
         weights = {name: reader.read(name).to(stored) for name in reader.names()}

@@ -33,7 +33,10 @@ def select_layers(layers: str | Sequence[int], student_layers: int) -> list[int]
     }
     selected = modes[layers] if isinstance(layers, str) else sorted(layers)
     if not selected:
-        raise UserError(f"loss.representation.layers={layers} selects no layer of a student with {student_layers}")
+        raise UserError(
+            f"loss.representation.layers={layers} selects no layer of a student with {student_layers}; use all, last "
+            "or a list of layers"
+        )
     _check(selected, student_layers, "loss.representation.layers", "student")
     return selected
 
@@ -88,4 +91,4 @@ def _check(layers: Sequence[int], depth: int, key: str, model: str) -> None:
         if not 1 <= layer <= depth:
             raise UserError(f"{key}: {model} layer {layer} does not exist; layers go from 1 to {depth}")
     if len(set(layers)) != len(layers):
-        raise UserError(f"{key}: a {model} layer is named twice in {list(layers)}")
+        raise UserError(f"{key}: a {model} layer is named twice in {list(layers)}; name each layer once")

@@ -251,7 +251,8 @@ class ManagedServer:
                 return address
             time.sleep(POLL_SECONDS)
         raise UserError(
-            f"the rollout server does not answer after {self.settings.start_seconds:g} s; read {self.settings.log}"
+            f"the rollout server does not answer after {self.settings.start_seconds:g} s; read {self.settings.log}, "
+            "then run the same command again"
         )
 
     def _explain(self, code: int) -> UserError:

@@ -134,7 +134,8 @@ def test_other_teachers_other_layers_and_damage_are_refused_in_one_line(tmp_path
     )
     assert results["optimizer"].startswith(f"{step / 'optimizer' / '__0_0.distcp'} is truncated: 100 of ")
     assert results["optimizer"].endswith("remove this checkpoint to continue from the one before")
-    assert "__0_0.distcp is truncated" in results["model"]
+    assert "__0_0.distcp is truncated" in results["model"] and "copy the whole" not in results["model"]
+    assert results["model"].endswith("remove this checkpoint to continue from the one before")
     assert "state.json" in results["state"]
     for change in map(str, WRONG_STATES):
         assert "state.json cannot be read (" in results[change], (change, results[change])

@@ -341,6 +341,19 @@ def test_an_override_without_a_yaml_value_is_refused_with_advice(value):
         load_config(None, [*REQUIRED, f"student.path={value}"])
 
 
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ("optimizer={null: 1}", "write the name of a key before the colon"),
+        ("student.path=${oc.env:A", "write ${oc.env:NAME} with its closing brace"),
+    ],
+)
+def test_an_override_with_a_null_key_or_an_open_brace_is_refused_with_advice(override, advice):
+    with pytest.raises(UserError) as caught:
+        load_config(None, [*REQUIRED, override])
+    assert str(caught.value).startswith(f"override {override!r}: ") and str(caught.value).endswith(f"; {advice}")
+
+
 @pytest.mark.parametrize("override", ["train.steps", "=3", "train..steps=3", ".train.steps=3", "train.=3"])
 def test_an_override_of_another_form_is_answered_with_an_example(override):
     with pytest.raises(UserError, match=r"is not of the form key=value; write for example train\.steps=100$"):
@@ -351,6 +364,9 @@ def test_an_override_of_another_form_is_answered_with_an_example(override):
     ("text", "message"),
     [
         ("train.run_dir: r", "unknown key train.run_dir (write run_dir under the section train)"),
+        ("optimizer: {null: 1}", ", optimizer: a key is null or not text (Incompatible key type 'NoneType')"),
+        ("student: {path: '${oc.env:A'}", ", student.path: a ${...} is not valid (missing BRACE_CLOSE at '<EOF>')"),
+        ("optimizer: &a {lr: *a}", "an alias (*) contains itself, or values are nested too deeply; write the"),
         ("loss: {output.k: 3}", "unknown key loss.output.k (write k under the section loss.output)"),
         ("rollout:\n  server.tensor: 2", "unknown key rollout.server.tensor (write tensor under the section rollout.s"),
         ("optimizer: {lr:1e-3}", "unknown key optimizer.lr:1e-3 (write a space after the colon)"),

@@ -119,7 +119,10 @@ def test_an_unknown_demo_is_reported_before_the_slow_imports():
 
 def test_loading_is_announced_and_quiet_and_leaves_the_compiler_out():
     result = run("megatron_oprd.train", *REQUIRED)
-    assert (result.returncode, result.stderr) == (2, "error: s is not a folder with a Hugging Face model\n")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: s is not a folder with a Hugging Face model; name one with a config.json\n",
+    )
     announced, imported = result.stdout.splitlines()
     assert announced == "loading PyTorch and Megatron-Core ..."
     assert "torch" in imported and "megatron.core" in imported and "torch._inductor.compile_fx" not in imported

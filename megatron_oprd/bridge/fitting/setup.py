@@ -89,7 +89,9 @@ def fitting_config(config: Config) -> Config:
     if config.teachers:
         raise UserError("a bridge joins the student with one teacher; name it as teacher.path")
     if not config.loss.reads_layers:
-        raise UserError("loss.representation.weight=0 compares no hidden states; a bridge needs some to be compared")
+        raise UserError(
+            "loss.representation.weight=0 compares no hidden states, and a bridge maps hidden states; set it above 0"
+        )
     representation = config.loss.representation.model_copy(update={"bridge": BRIDGE_TO_FIT, "train_bridge": False})
     horizon = config.rollout.horizon if config.rollout.horizon == "auto" else None  # a fit has no training steps
     changes = {
@@ -113,7 +115,8 @@ def check_inputs(inputs: Inputs) -> None:
     if inputs.prompts is not None and len(inputs.prompts.prompts) < needed:
         raise UserError(
             f"bridge.prompts={config.bridge.prompts} in steps of rollout.prompts_per_step="
-            f"{config.rollout.prompts_per_step} needs {needed} prompts, data.prompts has {len(inputs.prompts.prompts)}"
+            f"{config.rollout.prompts_per_step} needs {needed} prompts, data.prompts has "
+            f"{len(inputs.prompts.prompts)}; lower bridge.prompts or name more files in data.prompts"
         )
     held_out = sum(is_held_out(number, config.bridge.held_out_fraction) for number in range(needed))
     if not 0 < held_out < needed:
