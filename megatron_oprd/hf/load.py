@@ -75,9 +75,16 @@ def load_hf(
         fill_shard(values, entry_of[name], reader, spec, tensor_rank, tensor_size)
         parameter.copy_(values)  # quantizes the complete shard
 
-    with ThreadPoolExecutor(reading_threads()) as pool:
+    device = next((parameter.device for parameter in named.values()), torch.device("cpu"))
+    with ThreadPoolExecutor(reading_threads(), initializer=_use_device, initargs=(device,)) as pool:
         for _ in pool.map(fill, named):
             progress.beat()
+
+
+def _use_device(device: torch.device) -> None:
+    """Make a CUDA device the current one of a new thread. Transformer Engine quantizes on it; the default is cuda:0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def reading_threads() -> int:

@@ -24,7 +24,7 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.batch_rows import rows_at_a_time
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
-from megatron_oprd.runtime import progress
+from megatron_oprd.runtime import platform, progress
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.types import Prompt, Rollout, UserError
 
@@ -92,6 +92,7 @@ def teacher_answers(request: AnswerRequest, topology: Topology) -> tuple[Rollout
     made = stored is None
     if made:
         answers = _generate(request, origin, topology)
+        platform.release_cached_memory(topology.device)  # of the teacher, which is gone
         on_rank_zero(lambda: write_answers(folder, origin, answers, request.tokenizer))
         stored = on_rank_zero(lambda: read_answers(folder, origin))  # what a later start reads, to the last detail
     assert stored is not None

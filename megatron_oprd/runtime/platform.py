@@ -50,6 +50,12 @@ def free_memory_bytes(device: torch.device) -> int:
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def release_cached_memory(device: torch.device) -> None:
+    """Give the freed memory that torch caches back to the CUDA device, so that `free_memory_bytes` counts it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Start the measurement that `peak_memory_bytes` ends."""
     if device.type == "cuda":
