@@ -124,15 +124,19 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
 
 
 def finish(run: Run, best: BestEvaluation | None = None) -> None:
-    """Export the student, also as it was at its best evaluation, and write the report. Collective over the world."""
+    """Export the student and write the report, then export the student of the best evaluation.
+
+    The best checkpoint may have been removed, so its export comes last. Collective over the world.
+    """
     run_dir, settings = run.inputs.run_dir, run.inputs.config.checkpoint
     progress.enter("export")
     if settings.export_hf:
         export_student(run.checkpoint_content, run_dir / "hf", settings.export_dtype)
-        if best is not None:
-            export_best(run.checkpoint_content, run_dir, best, settings.export_dtype)
     progress.enter("report")
     on_rank_zero(lambda: print(f"report: {write_report(run_dir)}", flush=True))
+    if settings.export_hf and best is not None:
+        progress.enter("export")
+        export_best(run.checkpoint_content, run_dir, best, settings.export_dtype)
 
 
 if __name__ == "__main__":

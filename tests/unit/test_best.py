@@ -2,13 +2,18 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from megatron_oprd.config import EvaluationConfig
+from megatron_oprd import train
+from megatron_oprd.config import CheckpointConfig, EvaluationConfig
 from megatron_oprd.evaluation.best import judge, reason_to_stop, write_best
 from megatron_oprd.evaluation.records import read_best
+from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.training.state import BestEvaluation
+from megatron_oprd.types import UserError
 
 
 def history(metric, values, source="all", **settings):
@@ -56,3 +61,13 @@ def test_the_file_names_the_checkpoint_and_vanishes_with_the_setting(tmp_path):
     assert read_best(tmp_path) == {} and not (tmp_path / "best.json").exists()
     (tmp_path / "best.json").write_text(json.dumps([1]) + "x")
     assert read_best(tmp_path) == {}
+
+
+def test_a_run_has_its_report_if_the_best_checkpoint_is_gone(tmp_path, monkeypatch):
+    start_process(torch.device("cpu"))
+    monkeypatch.setattr(train, "export_student", lambda *arguments: None)
+    config = SimpleNamespace(checkpoint=CheckpointConfig())
+    run = SimpleNamespace(inputs=SimpleNamespace(run_dir=tmp_path, config=config), checkpoint_content=None)
+    with pytest.raises(UserError, match="the best checkpoint by cosine, is gone"):
+        train.finish(run, BestEvaluation("cosine", 10, 0.5))
+    assert (tmp_path / "report.html").exists()
