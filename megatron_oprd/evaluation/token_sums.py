@@ -22,7 +22,7 @@ class TokenSums:
     """Computes the SUMS of the selected tokens of one micro-batch.
 
     The student's negative log-likelihood and entropy cover its vocabulary without padding. The other sums cover the
-    token ids that both models have. Log-softmax is computed in float32 at least.
+    token ids that both models have. Log-softmax is computed in float32.
 
     Args:
         head: the student's LM head on this rank, with padding.

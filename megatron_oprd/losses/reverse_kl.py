@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_oprd.losses.divergence import reverse_kl
 from megatron_oprd.losses.lm_head import (
+    HEAD_ROWS,
     HeadInput,
     Objective,
     add_head_gradient_,
@@ -139,9 +141,9 @@ class _WeightedReverseKL(torch.autograd.Function):
         return (values * weights.to(values.dtype)).sum(), values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scale = upstream[0]
-        return *(None if one is None else one * scale.to(one.dtype) for one in ctx.saved_tensors), None, None
+        return *(None if one is None else _multiply(one, upstream[0]) for one in ctx.saved_tensors), None, None
 
 
 class _ReverseKL(torch.autograd.Function):
@@ -154,9 +156,23 @@ class _ReverseKL(torch.autograd.Function):
         return task.run(HeadInput(student_states, student_head))[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         _, *gradients = ctx.task.run(HeadInput(*ctx.saved_tensors), upstream[0], ctx.needs_input_grad[:2])
         return *gradients, None
+
+
+def _multiply(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return gradient * factor in the dtype of the gradient, rounded once.
+
+    PyTorch would round the factor, a scalar in float32, to bf16 first, which changes it by up to 0.4 %.
+    """
+    if gradient.dtype == factor.dtype:
+        return gradient * factor
+    result = torch.empty_like(gradient)
+    for part in slices(len(gradient), HEAD_ROWS):  # not all in float32 at one time
+        torch.mul(gradient[part].to(factor.dtype), factor, out=result[part])
+    return result
 
 
 def _check_rows(student_head: Tensor, teacher_head: Tensor, name: str) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_oprd.config import OutputConfig, ParallelConfig
-from megatron_oprd.losses import lm_head
+from megatron_oprd.losses import lm_head, reverse_kl
 from megatron_oprd.losses.lm_head import HeadInput, auto_chunk_tokens
 from megatron_oprd.losses.reverse_kl import reverse_kl_from_hidden, weighted_reverse_kl
 from megatron_oprd.models.output_loss import Heads, OutputLoss
@@ -117,6 +117,28 @@ def test_a_weighted_sum_needs_no_product_in_backward(few_tokens_in_a_slice, size
 def test_without_autograd_only_the_logits_are_computed():
     with torch.no_grad():
         assert losses_from_hidden(7, weighted=True) == (STUDENT_PRODUCT + TEACHER_PRODUCT, 0)
+
+
+def gradients_of_weighted_sum(factor, *, create_graph=False):
+    """Return the gradients of `factor` times the sum for bf16 states and head."""
+    student, head, teacher, teacher_head = random_states_and_heads(torch.bfloat16)
+    student.requires_grad_(), head.requires_grad_()
+    total, _ = weighted_reverse_kl(HeadInput(student, head), HeadInput(teacher, teacher_head), torch.ones(TOKENS))
+    return torch.autograd.grad(total * factor, (student, head), create_graph=create_graph)
+
+
+def test_the_factor_of_a_weighted_sum_is_not_rounded_to_bf16(monkeypatch):
+    monkeypatch.setattr(reverse_kl, "HEAD_ROWS", 7)
+    factor = 0.3334  # 0.334 in bf16
+    for scaled, plain in zip(gradients_of_weighted_sum(factor), gradients_of_weighted_sum(1.0), strict=True):
+        assert torch.equal(scaled, (plain.float() * factor).bfloat16())
+
+
+def test_second_derivatives_are_refused():
+    factor = torch.ones((), requires_grad=True)  # otherwise PyTorch refuses them already
+    states, _ = gradients_of_weighted_sum(factor, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        states.sum().backward()
 
 
 @pytest.mark.parametrize(
