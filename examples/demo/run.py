@@ -49,12 +49,9 @@ def run_demo(arguments: list[str]) -> int:
     run = parse_arguments(arguments)
     start_loading()
     if run.kind == REAL_MODEL:
-        from examples.real_model.pipeline import run_real_model
-
-        run_real_model(run)
-        return 0
-    from examples.demo.pipeline import run_pipeline
-
+        from examples.real_model.pipeline import run_real_model as run_pipeline
+    else:
+        from examples.demo.pipeline import run_pipeline
     end_loading()
     run_pipeline(run)
     return 0

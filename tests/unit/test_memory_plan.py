@@ -8,10 +8,12 @@ from megatron_oprd.config import load_config
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.planning.advice import FULL, SELECTIVE, find_change
 from megatron_oprd.planning.dry_run import answer, gigabytes
+from megatron_oprd.planning.hardware import GPUS
 from megatron_oprd.planning.memory_plan import SAVES, TRAINS, MemoryPlan, plan_memory
 from megatron_oprd.planning.plan_device import PlanDevice
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint
+from megatron_oprd.runtime.cli import PLAN_DEVICES
 from megatron_oprd.runtime.host_memory import host_memory_bytes
 from tests.helpers.planning import replay_config
 from tests.helpers.runs import replay_run
@@ -19,6 +21,10 @@ from tests.helpers.runs import replay_run
 CPU = PlanDevice("cpu", "a CPU", 1000, 1, 10, 1000, None)
 FIRST, SECOND = Footprint(weights=100, gradients=40, activations=60), Footprint(weights=150, activations=20)
 CONFIG = replay_config(100, "checkpoint.every=0")
+
+
+def test_the_option_device_names_every_gpu_with_a_data_sheet():
+    assert set(PLAN_DEVICES) == set(GPUS)
 
 
 def test_processes_of_a_host_share_its_memory():

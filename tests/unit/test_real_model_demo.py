@@ -1,11 +1,14 @@
 """The demo with a real model: its instructions, what it says without a network, and a run with a tiny model."""
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks.real_model import run_demo, table
+from examples.demo.run import run_demo as run_example
+from examples.real_model import pipeline
 from examples.real_model.instructions import NUM_HELD_OUT, all_instructions, write_instructions
 from examples.real_model.make_smollm2 import download
 from megatron_oprd.testing.models import random_hf_model, save
@@ -42,6 +45,13 @@ def test_without_a_network_the_demo_says_what_to_do(tmp_path, monkeypatch):
 def test_the_table_of_the_page_is_that_of_the_measured_runs():
     runs = json.loads((ROOT / "docs" / "results" / "real_model.json").read_text())["runs"]
     assert "\n".join(table(runs)) in (ROOT / "docs" / "real_model.md").read_text()
+
+
+def test_the_demo_runs_with_the_garbage_collector(monkeypatch):
+    collects = []
+    monkeypatch.setattr(pipeline, "run_real_model", lambda run: collects.append(gc.isenabled()))
+    run_example(["demo=real_model"])
+    assert collects == [True]
 
 
 @pytest.mark.nightly
