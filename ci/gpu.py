@@ -94,11 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A part that was faster than its estimate leaves its time to the others.
         remaining = options.minutes - (time.monotonic() - begin) / 60
         rest = choose(remaining, [part for part in PARTS if part.name in waiting])
+        first = waiting.index(rest[0].name) if rest else len(waiting)
+        if first > 0:
+            print(f"left out, no time remains: {', '.join(waiting[:first])}", flush=True)
         if not rest:
-            print(f"left out, no time remains: {', '.join(waiting)}", flush=True)
             break
-        part = rest[0]
-        waiting = waiting[waiting.index(part.name) + 1 :]
+        part, waiting = rest[0], waiting[first + 1 :]
         command = [*command_of(part), *(others if part.name == "updates" else [])]
         print(f"\n== {part.name}: {' '.join(command[1:])}", flush=True)
         status = subprocess.run(command, cwd=ROOT, check=False).returncode or status

@@ -12,6 +12,7 @@ import yaml
 
 from megatron_oprd.config.yaml_core import load_yaml
 from megatron_oprd.evaluation.answers_section import answer_charts, best_line
+from megatron_oprd.evaluation.best import LOWER_IS_BETTER
 from megatron_oprd.evaluation.charts import escape
 from megatron_oprd.evaluation.health_section import health_section
 from megatron_oprd.evaluation.page import NO_VALUE, Raw, details, line_chart, number, page, table
@@ -52,7 +53,7 @@ EVALUATION_WORDS = {
     "mean_length": "mean_length: tokens of the student's samples; truncated: fraction cut by the length limit.",
 }
 RELOAD_SECONDS = 60
-_LOWER_IS_BETTER = {"unanswered", "truncated", "perplexity", "forward_kl", "reverse_kl"}
+_LOWER_IS_BETTER = LOWER_IS_BETTER | {"unanswered", "truncated"}
 _NO_DIRECTION = {"mean_length", "dist-4g", "teacher_perplexity"}
 
 
