@@ -237,7 +237,10 @@ def _check_fp8(config: PrecisionConfig, machine: Machine, *, te: bool) -> None:
         )
     version = tuple(int(part) for part in str(machine.transformer_engine).split(".")[:2])
     if version < _OLDEST_TE:
-        raise UserError(f"{setting} needs Transformer Engine 2.10 or newer, not {machine.transformer_engine}")
+        raise UserError(
+            f"{setting} needs Transformer Engine 2.10 or newer, not {machine.transformer_engine}; install that, or use "
+            f"{instead}"
+        )
     _check_device(setting, config.recipe, machine)
 
 

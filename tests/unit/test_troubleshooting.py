@@ -1,9 +1,18 @@
-"""Each message that docs/troubleshooting.md quotes is one that the program prints."""
+"""docs/troubleshooting.md quotes messages that the program prints, and each refusal says what to do next."""
 
+import ast
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+# Their callers add the advice: `read_bridge`, and the loader of training checkpoints.
+ADVISED_BY_CALLERS = {"bridge/store.py", "bridge/ps_bank.py", "checkpoint/pending_rollouts.py"}
+ADVICE = re.compile(r"; |: (set|use|name|save|copy|hide|pip) | must | needs [a-z_.]+=|correct it|see --help")
+# These parts of a message contain the advice.
+WITH_ADVICE = re.compile(
+    r"\{(cure|advice|several|explain_\w+\(error\)|disk_advice\(cause\))\}"
+    r"|\{(column|key!r)\} \{error\}|rollout\.server\.addresses: \{error\}"
+)
 
 
 def literals():
@@ -24,3 +33,20 @@ def test_each_quoted_message_is_in_the_source():
         pieces = (re.escape(piece) for piece in message.split("..."))
         pattern = r"[^\n]*?".join(pieces)
         assert re.search(pattern, source), message
+
+
+def refusals():
+    """Yield (place, text) of each UserError in the package that is written out; `{...}` stands as in the source."""
+    for path in sorted((ROOT / "megatron_oprd").rglob("*.py")):
+        name = str(path.relative_to(ROOT / "megatron_oprd"))
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if getattr(call.func, "id", "") != "UserError" or name in ADVISED_BY_CALLERS:
+                continue
+            if isinstance(call.args[0], ast.Constant | ast.JoinedStr):
+                yield f"{name}:{call.lineno}", ast.unparse(call.args[0])
+
+
+def test_each_refusal_says_what_to_do_next():
+    found = dict(refusals())
+    assert len(found) > 100
+    assert {place: text for place, text in found.items() if not (ADVICE.search(text) or WITH_ADVICE.search(text))} == {}
