@@ -668,9 +668,9 @@ BROKEN_MEGATRON: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
     "format": (lambda s: (s.megatron / "metadata.json").unlink(), ("metadata.json", "No such file")),
     "manifest missing": (lambda s: (s.megatron / "megatron_oprd.json").unlink(), ("megatron_oprd.json",)),
     "newer version": (manifest(format_version=9), ("format_version=9, not 1",)),
-    "no dtype": (manifest(dtype="float99"), ("dtype='float99' is not a dtype",)),
-    "padding": (manifest(padded_vocabulary="all"), ("has shape",)),
-    "another vocabulary": (lambda s: s.edit("megatron/config.json", vocab_size=300), ("vocabulary is 259", "300")),
+    "no dtype": (manifest(dtype="float99"), ("dtype='float99' must be bfloat16",)),
+    "padding": (manifest(padded_vocabulary="all"), ("padded_vocabulary='all' must be a whole number",)),
+    "another vocabulary": (lambda s: s.edit("megatron/config.json", vocab_size=300), ("vocabulary=259", "300")),
     "another depth": (
         lambda s: s.edit("megatron/config.json", num_hidden_layers=3, layer_types=["full_attention"] * 3),
         ("misses decoder.layers.2",),

@@ -273,7 +273,7 @@ def head_apart(scene: Scene) -> Path:
     for file in set(files.values()):
         part = {name: tensor for name, tensor in tensors.items() if files[name] == file}
         save_file(part, scene.deep / file, metadata={"format": "pt"})
-    (scene.deep / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (scene.deep / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return scene.deep / "head.safetensors"
 
 
