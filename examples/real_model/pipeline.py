@@ -128,4 +128,5 @@ def _metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # splitlines() would also divide an answer at characters such as U+2028, which JSON does not escape.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
