@@ -94,7 +94,12 @@ def _facts(inputs: Inputs) -> Iterator[str]:
     facts += [("unchecked", line) for line in inputs.missing.lines(inputs.config)]
     for heading, text in facts:
         yield from textwrap.wrap(
-            text, COLUMNS, initial_indent=f"{heading:<10} ", subsequent_indent=" " * 11, break_on_hyphens=False
+            text,
+            COLUMNS,
+            initial_indent=f"{heading:<10} ",
+            subsequent_indent=" " * 11,
+            break_on_hyphens=False,
+            break_long_words=False,  # a key or a path stays whole, to be copied
         )
 
 
