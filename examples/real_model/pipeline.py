@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +15,8 @@ from rich.table import Table
 from examples.demo.run import EXAMPLES, DemoRun, run_folder
 from examples.real_model.instructions import write_instructions
 from megatron_oprd import train
+from megatron_oprd.evaluation.records import read_jsonl
+from megatron_oprd.evaluation.scores import over_all_sources
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.runtime import platform
@@ -91,8 +90,8 @@ def print_results(folder: Path, teacher_answers: Path, seconds: float) -> None:
         teacher_answers: the folder of the teacher's answers.
         seconds: the time that the demo took.
     """
-    evaluations = _read_lines(folder / "evaluations.jsonl")
-    before, after = (_metrics(evaluation) for evaluation in (evaluations[0], evaluations[-1]))
+    evaluations = read_jsonl(folder / "evaluations.jsonl")
+    before, after = (over_all_sources(evaluation["data"]) for evaluation in (evaluations[0], evaluations[-1]))
     print_answers(folder, teacher_answers, evaluations[-1]["step"])
     table = Table("", "student before", "student after", "teacher", title="Held-out instructions")
     ideal = {"perplexity": before["teacher_perplexity"], "argmax_agreement": 1.0}
@@ -109,9 +108,9 @@ def print_results(folder: Path, teacher_answers: Path, seconds: float) -> None:
 
 def print_answers(folder: Path, teacher_answers: Path, last_step: int) -> None:
     """Print the answers to the first held-out prompts: by the teacher, and by the student before and after."""
-    teacher = {line["prompt"]: line for path in teacher_answers.glob("*.jsonl") for line in _read_lines(path)}
-    before, after = (_read_lines(folder / "evaluations" / f"step_{step:07d}.jsonl") for step in (0, last_step))
-    questions = [line["prompt"] for line in _read_lines(folder / "heldout.jsonl")]
+    teacher = {line["prompt"]: line for path in teacher_answers.glob("*.jsonl") for line in read_jsonl(path)}
+    before, after = (read_jsonl(folder / "evaluations" / f"step_{step:07d}.jsonl") for step in (0, last_step))
+    questions = [line["prompt"] for line in read_jsonl(folder / "heldout.jsonl")]
     for number in range(NUM_SHOWN):
         print(f"\n{questions[number]}")
         answers = {"before": before[number], "after": after[number], "teacher": teacher[before[number]["prompt"]]}
@@ -119,14 +118,3 @@ def print_answers(folder: Path, teacher_answers: Path, last_step: int) -> None:
             text = " ".join(answer["response"].split())
             print(textwrap.fill(text, 110, initial_indent=f"  {name:<9}", subsequent_indent=" " * 11))
     print(flush=True)
-
-
-def _metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of an evaluation, which has a single data source."""
-    (metrics,) = evaluation["data"].values()
-    return metrics
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    # splitlines() would also divide an answer at characters such as U+2028, which JSON does not escape.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]

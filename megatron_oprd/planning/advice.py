@@ -15,7 +15,7 @@ from megatron_oprd.config import with_settings
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.lengths import longest_prompt
 from megatron_oprd.launch.setup import read_setup
-from megatron_oprd.planning.memory_plan import SAVES, TRAINS, MemoryPlan, lasting_bytes, plan_memory
+from megatron_oprd.planning.memory_plan import SAVES, TRAINS, MemoryPlan, plan_memory
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.types import UserError
@@ -41,8 +41,7 @@ def find_change(inputs: Inputs, memory: MemoryPlan) -> Change | None:
     """
     cheap = _less_activations(inputs)
     most = cheap[-1] if cheap else {}
-    lasting = max(map(lasting_bytes, memory.peaks.values())) + memory.device.process_bytes
-    models_fit = lasting * memory.device.sharers <= memory.device.memory
+    models_fit = memory.lasting * memory.device.sharers <= memory.device.memory
     if memory.phase == TRAINS and models_fit:
         changes = (_planned(inputs, memory, settings) for settings in cheap)
         found = next((change for change in changes if change is not None and change.memory.fits), None)

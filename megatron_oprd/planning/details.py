@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 
 from megatron_oprd.config import dump_config, teacher_title
 from megatron_oprd.models.layer_plan import LayerPlan
-from megatron_oprd.planning.hardware import Hardware
 from megatron_oprd.planning.planned_run import PlannedRun
-from megatron_oprd.planning.step_time import Estimate, estimate_step
+from megatron_oprd.planning.step_time import Estimate
 
 
-def detail_lines(run: PlannedRun, hardware: Hardware | None) -> Iterator[str]:
-    """Yield the lines. `hardware`: the rates for the costs; None: they are unknown and left out."""
+def detail_lines(run: PlannedRun, estimate: Estimate | None) -> Iterator[str]:
+    """Yield the lines. `estimate`: the costs of a step; None: they are unknown and left out."""
     yield "configuration"
     yield dump_config(run.config)
     for name, teacher in run.setup.teachers.items():
@@ -20,8 +19,8 @@ def detail_lines(run: PlannedRun, hardware: Hardware | None) -> Iterator[str]:
             yield f"compared layers, {teacher_title(name)}"
             yield from _pairs(teacher.plan)
             yield ""
-    if hardware is not None:
-        yield from _costs(estimate_step(run, hardware))
+    if estimate is not None:
+        yield from _costs(estimate)
 
 
 def _pairs(plan: LayerPlan) -> Iterator[str]:

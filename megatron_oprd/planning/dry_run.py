@@ -13,7 +13,7 @@ from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.run_summary import plan_facts
 from megatron_oprd.planning.advice import find_change
 from megatron_oprd.planning.details import detail_lines
-from megatron_oprd.planning.memory_plan import GENERATES, SAVES, MemoryPlan, lasting_bytes, plan_memory
+from megatron_oprd.planning.memory_plan import GENERATES, SAVES, MemoryPlan, plan_memory
 from megatron_oprd.planning.plan_device import PlanDevice
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.rollout_report import rollout_lines
@@ -37,15 +37,16 @@ def describe_run(inputs: Inputs, device: PlanDevice, *, details: bool = False) -
     print()
     print(*_facts(inputs), sep="\n")
     print(*_memory_table(memory), sep="\n")
-    if device.hardware is None:
+    estimate = None if device.hardware is None else estimate_step(run, device.hardware)
+    if estimate is None:
         print(f"\ntime       not estimated: the rates of {device.name} are unknown")
     else:
-        print(*_time(estimate_step(run, device.hardware), device.kind), sep="\n")
+        print(*_time(estimate, device.kind), sep="\n")
     if not details:
         print("\n--details prints every key, pair of layers and cost; docs/scaling.md explains the figures.")
         return
     print()
-    for line in detail_lines(run, device.hardware):
+    for line in detail_lines(run, estimate):
         print(line)
     for line in rollout_lines(run, device.hardware) if device.hardware is not None else ():
         print(line)
@@ -69,10 +70,9 @@ def answer(inputs: Inputs, memory: MemoryPlan) -> Iterator[str]:
             yield f"change     {' '.join(_settings(change.settings))}"
             yield f"           then {gigabytes(change.memory.needed)} of {size} GB (planned again)"
         else:
-            lasting = max(lasting_bytes(footprint) for footprint in memory.peaks.values()) + device.process_bytes
             more = "a GPU (--device h100)" if device.kind == "cpu" else "more GPUs"
             yield f"change     no setting that was planned suffices; take smaller models or {more}"
-            yield f"           (without activations and rollouts a process has {gigabytes(lasting)} GB)"
+            yield f"           (without activations and rollouts a process has {gigabytes(memory.lasting)} GB)"
     if device.why:
         yield f"           planned for {device.name}: {device.why}"
 

@@ -52,6 +52,11 @@ class MemoryPlan:
         phases = self.phases(next(peak for ranks, peak in self.peaks.items() if self.fullest[0] in ranks))
         return max(phases, key=phases.__getitem__)
 
+    @property
+    def lasting(self) -> int:
+        """Return the bytes that the largest process needs without activations, targets and rollouts."""
+        return max(map(lasting_bytes, self.peaks.values())) + self.device.process_bytes
+
     def phases(self, footprint: Footprint) -> dict[str, int]:
         """Return the bytes of one process in each phase of the run."""
         lasting = lasting_bytes(footprint) + self.device.process_bytes
