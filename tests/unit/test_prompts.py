@@ -206,8 +206,8 @@ def test_jsonl_lines_end_at_newlines_alone(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}'), "is compressed; unpack it with gunzip"),
-        ("p.jsonl", gzip.compress(b'{"prompt": "a"}'), "is compressed; unpack it with gunzip"),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "a"}', mtime=0), "is compressed; unpack it with gunzip"),
+        ("p.jsonl", gzip.compress(b'{"prompt": "a"}', mtime=0), "is compressed; unpack it with gunzip"),
         ("p.zip", b"PK\x03\x04", "is a zip archive"),
         ("p.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS; get the file with"),
         ("p.jsonl", b"<!DOCTYPE html>", "is a page of the web"),
