@@ -175,6 +175,7 @@ class FakeServer:
 class _HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 2048  # connections that wait to be accepted, as in vLLM's server; Python's default is 5
 
     def handle_error(self, *arguments: object) -> None:
         """Ignore that a client closed its connection."""
