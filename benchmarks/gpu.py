@@ -138,7 +138,8 @@ def expected(case: Case, device: str) -> dict[str, Any]:
     """Return the predictions for a case: seconds from `gpu_flops.py`, the step peak from cost.json, and the
     bytes of a teacher from its parameter count."""
     gpu = find_gpu(device)
-    method = {"cost": case.name, "student update": OPRD}.get(case.part)
+    recomputed = case.part == "student update" and case.repeated  # as in cost.json
+    method = OPRD if recomputed else case.name if case.part == "cost" else None
     return {
         "predicted_seconds": expected_seconds(case, gpu) if gpu and case.passes else None,
         "predicted_peak": predicted_peak(case.workload, method) if method else None,

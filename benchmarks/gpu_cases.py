@@ -67,6 +67,7 @@ class Prepared:
     weights: int = 0  # bytes of the frozen model's weights
 
 
+NOT_RECOMPUTED = ", without recomputation"
 TE, OWN = "precision.attention=te", "precision.attention=sdpa"
 BLOCKWISE = "precision.recipe=blockwise"
 ALL_BLOCKS = ("precision.keep_bf16.first=0", "precision.keep_bf16.last=0")
@@ -91,7 +92,8 @@ def all_cases(model: Workload, blocks: Workload, lengths: Iterable[int]) -> list
     `blocks` of another size, and each method's cost on one sequence of each of `lengths` tokens."""
     trained = block_weights(model) + model.vocabulary * model.hidden
     cases = [
-        Case("student update", name, model, settings, modules, passes=3, repeated=1, trained=trained)
+        Case("student update", name + ending, model, settings, modules, passes=3, repeated=repeated, trained=trained)
+        for repeated, ending in ((1, ""), (0, NOT_RECOMPUTED))
         for name, (modules, settings) in STUDENTS.items()
     ]
     cases += [
