@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages import listed, spread, table_lines, with_section
-from megatron_oprd.evaluation.charts import curve_mark, line_mark, stroke, svg_file, text_mark
+from megatron_oprd.report.charts import curve_mark, line_mark, stroke, svg_file, text_mark
 
 HEADING = "## Measured on tiny pairs"
 TITLES = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.pages import listed, spread, table_lines
-from megatron_oprd.evaluation.charts import INK, curve_mark, dot_mark, line_mark, stroke, svg_file, text_mark
+from megatron_oprd.report.charts import INK, curve_mark, dot_mark, line_mark, stroke, svg_file, text_mark
 
 PARTS = ("step", "rollout", "teacher", "student")
 TIMED_STEPS, WARM_UP_STEPS = 12, 2

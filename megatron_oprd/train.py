@@ -23,7 +23,6 @@ import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to 
 from megatron_oprd.checkpoint.hf_export import export_best, export_student
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.commands.plan import print_plan
-from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.health.observers import start_observers
 from megatron_oprd.launch.assemble import Run, build_run
 from megatron_oprd.launch.earlier_run import check_run_folder
@@ -31,6 +30,7 @@ from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import open_run_folder
 from megatron_oprd.launch.step_data import align, make_global_batch
 from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.report.write import write_report
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.resilience.signals import handle_signals, received_by_any
 from megatron_oprd.rollout.horizon import horizon_metrics

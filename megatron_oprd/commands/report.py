@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_oprd.commands.status import is_running
-from megatron_oprd.evaluation.report import write_report
+from megatron_oprd.report.write import write_report
 from megatron_oprd.runtime.cli import ArgumentParser, run_command
 
 PARSER = ArgumentParser(prog="megatron-oprd report", description="Write report.html of a run again.")

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_oprd.evaluation.charts import Point
-
 Record = dict[str, Any]
+Point = tuple[float, float]
 
 
 def read_text(path: Path) -> str:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_oprd.evaluation.best import judge, reason_to_stop, write_best
-from megatron_oprd.evaluation.live_report import LiveReport
 from megatron_oprd.evaluation.measure import MeasuredModels, measure_by_source
 from megatron_oprd.evaluation.sampling import evaluate_over_ranks, write_samples
 from megatron_oprd.evaluation.scores import Scores, merge_scores, over_all_sources, score_by_source
@@ -20,6 +19,7 @@ from megatron_oprd.health.watch import HealthWatch, begin_watch, resume_watch
 from megatron_oprd.launch.assemble import Run
 from megatron_oprd.launch.measured import measured_models
 from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.report.live_report import LiveReport
 from megatron_oprd.resilience.straggler import measure_straggler
 from megatron_oprd.runtime import progress, start_profile
 from megatron_oprd.runtime.cli import STOPPED

@@ -9,13 +9,13 @@ import pytest
 from megatron_oprd.config import parse_config
 from megatron_oprd.data.prompts import PromptSet, PromptState, take
 from megatron_oprd.evaluation.measure import Measurement, has_teacher_distribution
-from megatron_oprd.evaluation.report import write_report
 from megatron_oprd.health import watch as watch_module
 from megatron_oprd.health.answers import AnswerCounts, choose_prompts, keep_answers, load_answers
 from megatron_oprd.health.rule import Check, HealthHistory, HealthWarning, new_warnings
 from megatron_oprd.health.watch import HealthWatch, read_history
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import make_plan
+from megatron_oprd.report.write import write_report
 from megatron_oprd.rollout.replay import load_replay
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.replayed_run import make_config, make_inputs

@@ -25,6 +25,7 @@ LEVELS = (
     "training",
     "checkpoint",
     "evaluation",
+    "report",
     "resilience",
     "bridge",
     "launch",

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from megatron_oprd.evaluation.live_report import LiveReport
-from megatron_oprd.evaluation.page import MAX_POINTS, line_chart, number, table
-from megatron_oprd.evaluation.report import write_report
+from megatron_oprd.report.live_report import LiveReport
+from megatron_oprd.report.page import MAX_POINTS, line_chart, number, table
+from megatron_oprd.report.write import write_report
 from megatron_oprd.types import UserError
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_oprd.evaluation.charts import escape
-from megatron_oprd.evaluation.page import line_chart, number
 from megatron_oprd.evaluation.records import by_step, curve, read_jsonl
+from megatron_oprd.report.charts import escape
+from megatron_oprd.report.page import line_chart, number
 
 TITLES = {
     "perplexity": "Perplexity of the start model's own answers",

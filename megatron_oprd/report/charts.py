@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-Point = tuple[float, float]
+from megatron_oprd.evaluation.records import Point
+
 INK, GRID = "#344054", "#d0d5dd"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_oprd.evaluation.report import write_report
+from megatron_oprd.report.write import write_report
 
 SECONDS = 30.0  # at least between two reports
 COST = 50.0  # a report that took t seconds is not written again within COST * t seconds: at most 2 % of the time

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_oprd.evaluation.charts import (
-    Point,
+from megatron_oprd.evaluation.records import Point
+from megatron_oprd.report.charts import (
     curve_mark,
     dot_mark,
     escape,

@@ -11,11 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_oprd.config.yaml_core import load_yaml
-from megatron_oprd.evaluation.answers_section import answer_charts, best_line
 from megatron_oprd.evaluation.best import LOWER_IS_BETTER
-from megatron_oprd.evaluation.charts import escape
-from megatron_oprd.evaluation.health_section import health_section
-from megatron_oprd.evaluation.page import NO_VALUE, Raw, details, line_chart, number, page, table
 from megatron_oprd.evaluation.records import (
     Record,
     as_float,
@@ -28,6 +24,10 @@ from megatron_oprd.evaluation.records import (
     read_jsonl,
     read_text,
 )
+from megatron_oprd.report.answers_section import answer_charts, best_line
+from megatron_oprd.report.charts import escape
+from megatron_oprd.report.health_section import health_section
+from megatron_oprd.report.page import NO_VALUE, Raw, details, line_chart, number, page, table
 from megatron_oprd.runtime.files import write_text
 from megatron_oprd.types import UserError
 

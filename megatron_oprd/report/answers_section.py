@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_oprd.evaluation.charts import Point, escape
-from megatron_oprd.evaluation.page import line_chart, number
-from megatron_oprd.evaluation.records import Record, as_float
+from megatron_oprd.evaluation.records import Point, Record, as_float
 from megatron_oprd.evaluation.scores import over_all_sources
+from megatron_oprd.report.charts import escape
+from megatron_oprd.report.page import line_chart, number
 
 CHARTS = {
     "Perplexity of the teacher's answers": {"student": "perplexity", "teacher": "teacher_perplexity"},
