@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pages import installed_versions, listed, table_lines
 from tests.helpers.defects import DEFECTS
-from tests.helpers.layouts import MATRIX, OBJECTIVE_CASES, Case, covering
+from tests.helpers.layouts import MATRIX, METHOD_CASES, OBJECTIVE_CASES, Case, covering
 from tests.helpers.run_layouts import Outcome, References, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,8 +43,12 @@ Objectives on next-token distributions, beside the loss on hidden states or (`he
 `jsd` over the whole vocabulary of 131; `chunkN` tokens at a time, `unchunked`; `warm` at other temperatures; `weighed`
 2.5 with the mean over sequences; `last3` tokens of each response.
 
+At the first step of a schedule of both losses: `scheduled` multiplies them by 0.75 and 0.25; `before-output` and
+`after-layers` leave one of them out.
+
 Between unlike models, through a bridge of rank 6: `bridge-wide` a teacher of width 96, `bridge-narrow` of 48, `bridge`
 of the student's 64. Teacher bytes are then six float32 numbers a token and layer.
+Through a trained map to the teacher's width: `linear-wide` a matrix to 96, `mlp-narrow` two matrices to 48.
 """
 COLUMNS = (
     *("layout", "model", "ranks", "loss", "worst gradient", "in", "smallest cosine"),
@@ -61,7 +65,7 @@ def main() -> int:
     options = parser.parse_args()
     json_file = options.json or (None if options.only else ROOT / "docs" / "results" / "parity.json")
     markdown_file = options.markdown or (None if options.only else ROOT / "docs" / "results" / "parity.md")
-    everything = covering() if options.defects else (*MATRIX, *OBJECTIVE_CASES)
+    everything = covering() if options.defects else (*MATRIX, *OBJECTIVE_CASES, *METHOD_CASES)
     cases = [case for case in everything if options.only in case.name]
     if not cases:
         parser.error(f"no case has {options.only!r} in its name")

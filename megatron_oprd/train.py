@@ -110,16 +110,16 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     with meter.stage("rollout"):
         local_rollouts, rollout_metrics, next_state = run.rollouts.next(state)
         local_rollouts = align(inputs, local_rollouts)
-    global_batch = make_global_batch(inputs, share_rollouts(local_rollouts, topology))
+    global_batch = make_global_batch(inputs, share_rollouts(local_rollouts, topology), state.step)
     micro_batches = global_batch.micro_batches(topology)
     with progress.stage("teacher"):
         targets, teacher_report = teacher_pass(run.teachers, global_batch, micro_batches, topology)
     with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps, first=1)
-    output = run.output_loss(with_metrics=with_metrics)
+    output = run.output_loss(state.step, with_metrics=with_metrics)
     with meter.stage("student"):
         report = student_step(run.student, global_batch, micro_batches, targets, output, with_metrics=with_metrics)
     metrics = meter.metrics(next_state.step, report, global_batch, targets, teacher_report) | rollout_metrics
-    metrics |= horizon_metrics(config, state.step, global_batch.rollouts)
+    metrics |= horizon_metrics(config, state.step, global_batch.rollouts) | config.loss.metrics(state.step)
     return next_state, metrics, list(global_batch.rollouts)
 
 

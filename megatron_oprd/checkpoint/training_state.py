@@ -178,7 +178,7 @@ def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], current: Ma
 
 
 def _check_maps(checkpoint: Path, student: Student) -> None:
-    """Raise UserError if only one of checkpoint and configuration trains the bridge."""
+    """Raise UserError if only one of checkpoint and configuration trains maps."""
     trained = (checkpoint / MAPS).exists()
     if trained != (student.map_optimizer is not None):
         then, now = (json.dumps(one) for one in (trained, not trained))

@@ -1,7 +1,8 @@
 """The configuration of a run: checked and frozen."""
 
 from megatron_oprd.config.bridge import BridgeConfig
-from megatron_oprd.config.losses import LossConfig, OutputConfig, RepresentationConfig
+from megatron_oprd.config.loss_schedule import ScheduleConfig
+from megatron_oprd.config.losses import LossConfig, OutputConfig, RepresentationConfig, StateMapConfig
 from megatron_oprd.config.models import (
     KeepBf16Config,
     ParallelConfig,
@@ -43,6 +44,8 @@ __all__ = [
     "RecomputeConfig",
     "RepresentationConfig",
     "RolloutConfig",
+    "ScheduleConfig",
+    "StateMapConfig",
     "StudentConfig",
     "TeacherConfig",
     "TeacherParallelConfig",

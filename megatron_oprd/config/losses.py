@@ -9,8 +9,19 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from megatron_oprd.config.loss_schedule import ScheduleConfig
 from megatron_oprd.config.section import STEPS, TOKENS, PathText, Section
 from megatron_oprd.config.yaml_core import load_yaml
+
+
+class StateMapConfig(Section):
+    """A trained map M from the student's hidden states to the teacher's width; the export does not contain it."""
+
+    kind: Literal["none", "linear", "mlp"] = Field(
+        "none", description="no map, a matrix, or two matrices with GELU between them; needs one teacher and no bridge"
+    )
+    hidden_multiple: int = Field(4, ge=1, description="mlp: its inner width, as a multiple of the student's width")
+    lr: float | None = Field(None, gt=0.0, description="peak learning rate of the map; null: optimizer.lr")
 
 
 class RepresentationConfig(Section):
@@ -28,7 +39,7 @@ class RepresentationConfig(Section):
     positions: Literal["all", "last", "last_k", "first_k"] = Field("last_k", description="response tokens to compare")
     k: int = Field(2000, ge=1, description="number of tokens for last_k and first_k", json_schema_extra=TOKENS)
     normalize: Literal["none", "l2"] = Field(
-        "none", description="scale each hidden state to length 1 first (l2). Default l2 with a bridge"
+        "none", description="scale each hidden state to length 1 first (l2). Default l2 with a bridge or a map"
     )
     aggregation: Literal["sequence_mean", "token_mean"] = Field(
         "sequence_mean", description="mean over the tokens of each response first, or over all tokens at once"
@@ -39,6 +50,7 @@ class RepresentationConfig(Section):
         None, description="folder that bridge.fit wrote (OPRD-Bridge); null: compare as they are (OPRD-Vanilla)"
     )
     train_bridge: bool = Field(False, description="also train the student's side of the bridge")
+    map: StateMapConfig = StateMapConfig()
 
     @field_validator("pairs", mode="before")
     @classmethod
@@ -53,10 +65,12 @@ class RepresentationConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _use_defaults_of_a_bridge(cls, values: Any) -> Any:
-        """Use other defaults with a bridge; the resolved configuration contains them."""
+    def _use_defaults_of_a_map(cls, values: Any) -> Any:
+        """Use other defaults with a bridge or a map; the resolved configuration contains them."""
         if isinstance(values, dict) and values.get("bridge") is not None:
             return {"weight": 10.0, "normalize": "l2", **values}
+        if isinstance(values, dict) and isinstance(values.get("map"), dict) and values["map"].get("kind") != "none":
+            return {"normalize": "l2", **values}
         return values
 
     @model_validator(mode="after")
@@ -66,6 +80,25 @@ class RepresentationConfig(Section):
                 "loss.representation.train_bridge=true needs loss.representation.bridge; name one or use false"
             )
         return self
+
+    @model_validator(mode="after")
+    def _maps_or_a_bridge(self) -> RepresentationConfig:
+        if self.map.kind != "none" and self.bridge is not None:
+            raise ValueError(
+                f"loss.representation.map.kind={self.map.kind} and loss.representation.bridge both map the student's "
+                "hidden states; use kind none, or bridge null"
+            )
+        return self
+
+    @property
+    def has_map(self) -> bool:
+        """Return True if a trained map leads to the teacher's width."""
+        return self.map.kind != "none"
+
+    @property
+    def trains_maps(self) -> bool:
+        """Return True if the optimizer updates maps beside the student."""
+        return self.train_bridge or self.has_map
 
 
 def _pairs_of(path: Path) -> Any:
@@ -118,6 +151,33 @@ class LossConfig(Section):
 
     representation: RepresentationConfig = RepresentationConfig()
     output: OutputConfig = OutputConfig()
+    schedule: ScheduleConfig | None = Field(
+        None, description="change the weights of both parts from step to step; null: they are constant"
+    )
+
+    def at(self, step: int) -> LossConfig:
+        """Return the loss of the update after `step` updates: weights times multipliers, and no schedule.
+
+        A part whose multiplier is 0 is turned off.
+        """
+        if self.schedule is None:
+            return self
+        of_layers, of_output = self.schedule.multipliers(step)
+        representation, output = self.representation, self.output
+        output_changes = {"weight": output.weight * of_output} if of_output else {"objective": "none"}
+        return self.model_copy(
+            update={
+                "representation": representation.model_copy(update={"weight": representation.weight * of_layers}),
+                "output": output.model_copy(update=output_changes),
+                "schedule": None,
+            }
+        )
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return the multipliers of the update after `step` updates under their names in metrics.jsonl, if any."""
+        if self.schedule is None:
+            return {}
+        return dict(zip(("rep/multiplier", "output/multiplier"), self.schedule.multipliers(step), strict=True))
 
     @property
     def reads_layers(self) -> bool:
@@ -143,4 +203,16 @@ class LossConfig(Section):
             raise ValueError(
                 "loss.representation.weight=0 and loss.output.objective=none leave nothing to learn; set one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_leaves_one_part_at_every_step(self) -> LossConfig:
+        # Between two points a multiplier is 0 only if it is 0 at both, so that the points speak for all steps.
+        for step in self.schedule.steps if self.schedule else ():
+            now = self.at(step)
+            if not (now.reads_layers or now.reads_output):
+                raise ValueError(
+                    f"loss.schedule leaves nothing to learn at step {step}, where the multiplier of every part that is "
+                    "in use is 0; let one of them be above 0"
+                )
         return self

@@ -25,6 +25,9 @@ class DataConfig(Section):
     )
     max_prompt_tokens: int = Field(2048, ge=1, description="longer prompts are left out", json_schema_extra=TOKENS)
     shuffle: bool = Field(True, description="shuffle the prompts in each epoch")
+    group_by_teacher: bool = Field(
+        False, description="with several teachers: all prompts of a step belong to one teacher; the teachers take turns"
+    )
     append_instruction: Literal["auto"] | bool = Field(
         "auto", description="ask for a boxed answer; auto: only in prompts that are graded as mathematics"
     )

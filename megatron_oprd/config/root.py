@@ -80,6 +80,26 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_map_has_one_teacher(self) -> Config:
+        if self.teachers and self.loss.representation.has_map:
+            raise ValueError(
+                f"loss.representation.map.kind={self.loss.representation.map.kind} leads to one teacher; name it as "
+                "teacher.path, or use kind none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _groups_need_several_teachers(self) -> Config:
+        if self.data.group_by_teacher and len(self.teachers) < 2:
+            raise ValueError("data.group_by_teacher=true needs several teachers; name them in teachers or use false")
+        if self.data.group_by_teacher and not self.rollout.generates:
+            raise ValueError(
+                "data.group_by_teacher=true has no effect with rollout.engine=replay, which takes the rollouts of "
+                "rollout.path in their order; group the lines of the file, or use false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _automatic_horizon_needs_first_tokens(self) -> Config:
         if self.rollout.horizon == "auto" and self.loss.first_tokens is None:
             representation, output = self.loss.representation.positions, self.loss.output.positions

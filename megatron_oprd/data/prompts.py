@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -56,15 +57,19 @@ class PromptState:
 
     epoch: int = 0
     position: int = 0  # prompts of the epoch that have been taken
+    # data.group_by_teacher: prompts taken of each data_source, over all epochs; otherwise empty
+    of_source: Mapping[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, int]:
-        """Return the state as plain numbers, for a checkpoint."""
-        return asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as plain values, for a checkpoint."""
+        by_source = {"of_source": dict(self.of_source)} if self.of_source else {}
+        return {"epoch": self.epoch, "position": self.position, **by_source}
 
     @classmethod
-    def from_dict(cls, values: dict[str, int]) -> PromptState:
-        """Build the state from the numbers of `to_dict`."""
-        return cls(epoch=int(values["epoch"]), position=int(values["position"]))
+    def from_dict(cls, values: dict[str, Any]) -> PromptState:
+        """Build the state from the values of `to_dict`."""
+        of_source = {str(source): int(taken) for source, taken in values.get("of_source", {}).items()}
+        return cls(int(values["epoch"]), int(values["position"]), of_source)
 
 
 def load_prompts(
@@ -157,6 +162,36 @@ def take(
         if position == len(prompts):
             epoch, position = epoch + 1, 0
     return taken, PromptState(epoch, position)
+
+
+def take_of_one_source(
+    prompts: Sequence[Prompt], state: PromptState, count: int, *, seed: int, shuffle: bool
+) -> tuple[list[Prompt], PromptState]:
+    """Return the next `count` prompts, all of one data_source, and the state after them.
+
+    Sources take turns. A source with twice the prompts has twice the turns, so that each prompt is used as often as
+    without groups. The prompts of a source have an order and epochs of their own. No communication.
+
+    Raises UserError if the state does not fit the prompts.
+    """
+    sources: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        sources.setdefault(prompt.data_source, []).append(prompt)
+    if not state.of_source.keys() <= sources.keys():
+        raise UserError(
+            f"cannot continue with the prompts of {', '.join(state.of_source.keys() - sources.keys())}: the prompt "
+            "files have changed; put the earlier files back or name a new train.run_dir"
+        )
+    taken = {source: state.of_source.get(source, 0) for source in sources}
+
+    def share_after_half_of_a_turn(source: str) -> Fraction:
+        return Fraction(2 * taken[source] + count, len(sources[source]))
+
+    source = min(sources, key=share_after_half_of_a_turn)
+    position = PromptState(*divmod(taken[source], len(sources[source])))
+    chosen, _ = take(sources[source], position, count, seed=seed, shuffle=shuffle)
+    taken[source] += count
+    return chosen, PromptState(*divmod(sum(taken.values()), len(prompts)), taken)
 
 
 def _order(count: int, epoch: int, seed: int, shuffle: bool) -> list[int]:

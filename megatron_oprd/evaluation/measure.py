@@ -21,7 +21,7 @@ from megatron_oprd.evaluation.token_sums import SUMS, TokenSums
 from megatron_oprd.losses.representation import token_statistics
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads
-from megatron_oprd.models.projection import StudentMap
+from megatron_oprd.models.state_map import StateMap
 from megatron_oprd.models.taps import selected_rows
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.collectives import sum_over
@@ -54,7 +54,7 @@ class MeasuredModels:
     # The selection of hidden states of the loss, whose `positions` are replaced by all tokens; None: no layer is
     # compared.
     layers: RepresentationConfig | None = None
-    maps: Mapping[int, StudentMap] = field(default_factory=dict)  # of a bridge, by student layer, those on this rank
+    maps: Mapping[int, StateMap] = field(default_factory=dict)  # of a bridge, by student layer, those on this rank
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class _Tap:
     token_sums: TokenSums | None  # None: this rank has no last stage
     sums: torch.Tensor
     cosines: Mapping[int, torch.Tensor]
-    maps: Mapping[int, StudentMap]
+    maps: Mapping[int, StateMap]
     targets: MicroBatchTargets | None
 
     def __call__(self, key: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:

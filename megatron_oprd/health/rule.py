@@ -98,6 +98,7 @@ def new_warnings(history: HealthHistory, step: int, config: Config) -> list[Heal
     """Return the signs of a collapse after `step` of which the run has not warned yet.
 
     There are none unless the objective improved: its mean before the last check is below its mean before the first.
+    With `loss.schedule` the objective is another one at each step and cannot improve, so that the signs alone decide.
     While the student is recovering, only a falling accuracy is a sign: a damaged student unlearns its own answers.
     """
     start, *intervals = history.checks or (None,)
@@ -105,15 +106,17 @@ def new_warnings(history: HealthHistory, step: int, config: Config) -> list[Heal
         return []
     first, last = intervals[0], intervals[-1]
     assert first.objective is not None and last.objective is not None  # only the check at step 0 has no objective
-    if not last.objective < first.objective:
-        return []
-    improved = f"step {step}: the objective fell from {first.objective:.4g} to {last.objective:.4g} while"
+    improved = f"step {step}: "
+    if config.loss.schedule is None:
+        if not last.objective < first.objective:
+            return []
+        improved += f"the objective fell from {first.objective:.4g} to {last.objective:.4g} while "
     known = {warning.kind for warning in history.warnings}
     signs = dict(_accuracy_signs(history))
     if not _recovering(start, last):
         signs |= {**dict(_model_signs(start, last, config)), **dict(_length_signs(first, last))}
     return [
-        HealthWarning(step, kind, f"{improved} {sign}: the student may be collapsing; {_advice(config)}")
+        HealthWarning(step, kind, f"{improved}{sign}: the student may be collapsing; {_advice(config)}")
         for kind, sign in signs.items()
         if kind not in known
     ]

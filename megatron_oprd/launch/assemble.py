@@ -94,9 +94,17 @@ class Run:
         spec, source = self.inputs.setup.student, self.inputs.config.student.path
         return CheckpointContent(self.student, spec, self.topology, self.identities, source, self.student_hash)
 
-    def output_loss(self, *, with_metrics: bool) -> OutputLoss | None:
-        """Return the output-space objective of one step on the student's last stage; otherwise None."""
-        return output_loss(self.inputs.config, self.heads, self.topology, with_metrics=with_metrics)
+    def output_loss(self, step: int, *, with_metrics: bool) -> OutputLoss | None:
+        """Return the output-space objective of the update after `step` updates on the student's last stage.
+
+        Returns None on other stages, and if the step has no such objective.
+        """
+        config = self.inputs.config
+        loss = config.loss.at(step)
+        heads = self.heads if loss.reads_output else None
+        return output_loss(
+            loss.output, heads, self.topology, temperature=config.rollout.temperature, with_metrics=with_metrics
+        )
 
 
 def build_run(inputs: Inputs) -> Run:

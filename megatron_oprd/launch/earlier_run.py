@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from megatron_oprd.checkpoint.training_state import latest_checkpoint
-from megatron_oprd.config import Config, leaves
+from megatron_oprd.config import Config, ScheduleConfig, leaves
 from megatron_oprd.config.yaml_core import load_yaml
 from megatron_oprd.evaluation.records import by_step, read_jsonl
 from megatron_oprd.launch.inputs import Inputs
@@ -31,6 +31,8 @@ def check_run_folder(inputs: Inputs) -> None:
             "or more, name a new train.run_dir, or export an earlier checkpoint with "
             "`megatron-oprd export --megatron RUN/checkpoints/STEP/model --hf DIR`"
         )
+    if found is not None:
+        check_schedule(run_dir / "config.yaml", config, done)
     if found is None and logged:
         changes = find_changes(run_dir / "config.yaml", config)
         if changes:
@@ -42,6 +44,25 @@ def check_run_folder(inputs: Inputs) -> None:
             raise UserError(
                 f"{run_dir} holds a complete run of {logged} steps and no checkpoint to continue from; name a new "
                 "train.run_dir"
+            )
+
+
+def check_schedule(path: Path, config: Config, done: int) -> None:
+    """Raise UserError if the loss of one of the `done` updates of an earlier run had other multipliers.
+
+    `path` is the run's `config.yaml`. A file that cannot be read has no schedule.
+    """
+    loss = _read(path).get("loss")
+    earlier = loss.get("schedule") if isinstance(loss, dict) else None
+    before = ScheduleConfig() if earlier is None else ScheduleConfig.model_validate(earlier)
+    now = config.loss.schedule or ScheduleConfig()
+    for step in range(done):
+        if before.multipliers(step) != now.multipliers(step):
+            then, of_config = (json.dumps(one.multipliers(step)) for one in (before, now))
+            raise UserError(
+                f"{path.parent} holds a run of {done} steps, which was trained with the multipliers {then} after "
+                f"{step} updates; loss.schedule has {of_config}; use a schedule that agrees up to step {done}, or name "
+                "a new train.run_dir"
             )
 
 
@@ -62,11 +83,7 @@ def find_changes(path: Path, config: Config) -> Changes:
     The run folder may have moved, so `train.run_dir` does not count. Neither do keys that the file lacks, because an
     older version wrote it. An unreadable file has no changes.
     """
-    try:
-        earlier = load_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    before = dict(leaves(earlier)) if isinstance(earlier, dict) else {}
+    before = dict(leaves(_read(path)))
     now = dict(leaves(config.model_dump(mode="json")))
     keys = [key for key in now if key in before and key != "train.run_dir"]
     return {key: (before[key], now[key]) for key in keys if before[key] != now[key]}
@@ -75,3 +92,12 @@ def find_changes(path: Path, config: Config) -> Changes:
 def in_words(changes: Changes) -> list[str]:
     """Return one text for each changed key, like `optimizer.lr 0.003 -> 0.0001`."""
     return [f"{key} {json.dumps(before)} -> {json.dumps(now)}" for key, (before, now) in changes.items()]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the values of a YAML file of an earlier run; none if the file cannot be read."""
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}

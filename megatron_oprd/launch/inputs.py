@@ -130,7 +130,8 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     check_model_weights(config, setup, skipped=missing.weights)
     with_bridge = fitting or (config.loss.reads_layers and config.loss.representation.bridge is not None)
     start_profile.enter("tokenizers and prompts")
-    tokenizers = _read_tokenizers(config, setup, missing, with_bridge=with_bridge)
+    with_map = config.loss.reads_layers and config.loss.representation.has_map
+    tokenizers = _read_tokenizers(config, setup, missing, with_bridge=with_bridge or with_map)
     end_tokens = None
     if tokenizers.student is not None:
         end_tokens = find_end_tokens(setup.student, tokenizers.student, config.data.chat_template_kwargs)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
 from megatron_oprd.models.build import check_divisible, check_recompute
-from megatron_oprd.models.layer_plan import PlannedTeacher, even_stages, make_plan
+from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher, even_stages, make_plan
 from megatron_oprd.models.precision import ModelLayout, Precision, check_dimensions, check_head_exchange
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime.environment import Machine
@@ -48,6 +48,7 @@ def plan_teacher(
         own_layout,
         section,
     )
+    _check_scheduled_overlap(config, plan)
     check_student_layout(config.parallel, student, None if own_layout else teacher, name)
     if own_layout:
         key = f"{section}.parallel"
@@ -56,6 +57,27 @@ def plan_teacher(
         check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=teacher_title(name))
     check_recompute(config.recompute, plan.student_stages)
     return PlannedTeacher(config.named_teachers[name], teacher, own_layout, plan)
+
+
+def _check_scheduled_overlap(config: Config, plan: LayerPlan) -> None:
+    """Raise UserError if gradients are reduced during backward, and some steps train fewer parts of the student.
+
+    A bucket of gradients is reduced once backward has reached all of its parameters.
+    """
+    schedule = config.loss.schedule
+    if schedule is None or not config.parallel.overlap_grad_reduce:
+        return
+    for step in schedule.steps:
+        of_step = plan.for_loss(config.loss.at(step))
+        if (of_step.student_last_layer, of_step.student_final_norm) != (
+            plan.student_last_layer,
+            plan.student_final_norm,
+        ):
+            raise UserError(
+                f"parallel.overlap_grad_reduce=true needs steps that all train the same layers, and loss.schedule "
+                f"trains up to layer {of_step.student_last_layer} of {plan.student_last_layer} after {step} updates; "
+                "use loss.representation.layers=last or all, or parallel.overlap_grad_reduce=false"
+            )
 
 
 def plan_student(config: Config, student: ModelSpec) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from megatron_oprd.checkpoint.weights import load_lm_head, load_weights
-from megatron_oprd.config import Config, ParallelConfig
+from megatron_oprd.config import Config, OutputConfig, ParallelConfig
 from megatron_oprd.launch.setup import Setup
 from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
@@ -17,6 +17,7 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
 from megatron_oprd.models.projection import student_maps, teacher_maps
 from megatron_oprd.models.scaled_linear import quantize_weights
+from megatron_oprd.models.state_map import StateMap, make_maps
 from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology, build_topology, collective_timeout, start_process
 from megatron_oprd.runtime import platform, start_profile
@@ -118,13 +119,18 @@ def build_student_stage(
 
 
 def build_trained_student(inputs: ModelInputs, stage: Stage, topology: Topology) -> Student:
-    """Wrap the student's chunks for training: optimizer, schedule, and the student's maps of a bridge.
+    """Wrap the student's chunks for training: optimizer, schedule, and the maps of its hidden states.
 
     Collective over the world.
     """
-    trained = inputs.config.loss.representation.train_bridge
-    maps = student_maps(inputs.bridge, topology.device, trained=trained)
-    return build_student(stage, inputs.config, inputs.setup.layer_plan, topology, maps)
+    config, plan = inputs.config, inputs.setup.layer_plan
+    representation = config.loss.representation
+    maps: Mapping[int, StateMap] = student_maps(inputs.bridge, topology.device, trained=representation.train_bridge)
+    if representation.has_map:
+        layers = [layer for layer in plan.student_layers if plan.student_stage(layer) in topology.stages]
+        widths = inputs.setup.student.hidden_size, inputs.setup.widest_teacher
+        maps = make_maps(representation.map, layers, widths, config.train.seed, topology.device)
+    return build_student(stage, config, plan, topology, maps)
 
 
 def build_teachers(
@@ -204,9 +210,10 @@ def load_heads(
     return on_every_rank(load)
 
 
-def output_loss(config: Config, heads: Heads | None, topology: Topology, *, with_metrics: bool) -> OutputLoss | None:
+def output_loss(
+    config: OutputConfig, heads: Heads | None, topology: Topology, *, temperature: float, with_metrics: bool
+) -> OutputLoss | None:
     """Return the output-space objective of one step if this rank has `heads`, otherwise None."""
     if heads is None:
         return None
-    temperature = config.rollout.temperature
-    return OutputLoss(config.loss.output, heads, topology, temperature=temperature, with_metrics=with_metrics)
+    return OutputLoss(config, heads, topology, temperature=temperature, with_metrics=with_metrics)

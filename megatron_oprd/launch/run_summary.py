@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megatron_oprd.config import Config, OutputConfig, RepresentationConfig, teacher_title
+from megatron_oprd.config import Config, OutputConfig, RepresentationConfig, ScheduleConfig, teacher_title
 from megatron_oprd.hf.names import count_parameters
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
@@ -51,6 +51,8 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
         yield "loss", _representation(config.loss.representation)
     if config.loss.reads_output:
         yield "loss", _output(config.loss.output)
+    if config.loss.schedule is not None:
+        yield "schedule", _schedule(config.loss.schedule)
     if inputs.prompts is not None:
         yield "prompts", inputs.prompts.summary()
     if inputs.evaluation_prompts is not None:
@@ -103,6 +105,15 @@ def _output(loss: OutputConfig) -> str:
     objective = OBJECTIVES[loss.objective].format(k=loss.k)
     where = _positions(loss.positions, loss.positions_k)
     return f"{objective} (loss.output.objective={loss.objective}{direction}), at {where}, weight {loss.weight:g}"
+
+
+def _schedule(schedule: ScheduleConfig) -> str:
+    """Return the multipliers at the points like `hidden states 1 after 0 updates, 0 after 10; distributions 1`."""
+    terms = {"hidden states": schedule.representation, "distributions": schedule.output}
+    points = {
+        name: ", ".join(f"{value:g} after {step} updates" for step, value in term) for name, term in terms.items()
+    }
+    return "weights are multiplied: " + "; ".join(f"{name} by {text}" for name, text in points.items())
 
 
 def _positions(positions: str, k: int) -> str:

@@ -60,6 +60,17 @@ class LayerPlan:
         """True if the teacher is built with its final norm."""
         return self.output or self.teacher_normed_layer is not None
 
+    @property
+    def teacher_last_layer(self) -> int:
+        """The highest teacher layer that is compared, and so the highest that has to run."""
+        return self.teacher_depth if self.output else max(pair.teacher for pair in self.pairs)
+
+    def for_loss(self, loss: LossConfig) -> LayerPlan:
+        """Return the plan of a step whose loss lacks a term that the run has; stages stay as they are built."""
+        return dataclasses.replace(
+            self, pairs=self.pairs if loss.reads_layers else (), output=self.output and loss.reads_output
+        )
+
     def student_stage(self, layer: StateKey) -> int:
         """Return the stage that computes a student layer; layer L after the final norm is on the last stage."""
         return _owner(layer, self.student_stages, self.student_normed_layer)
@@ -162,11 +173,13 @@ def make_plan(
     """
     layout = layout or ParallelConfig()
     config = loss.representation
-    if loss.reads_layers and config.bridge is None and student.hidden_size != teacher.hidden_size:
+    is_mapped = config.bridge is not None or config.has_map
+    if loss.reads_layers and not is_mapped and student.hidden_size != teacher.hidden_size:
         raise UserError(
             f"student hidden_size {student.hidden_size} differs from {section} hidden_size {teacher.hidden_size}: "
             f"hidden states of another width cannot be compared directly; {MAKE_A_BRIDGE} and name it in "
-            "loss.representation.bridge, use a teacher of the student's width, or an output-space objective alone "
+            "loss.representation.bridge, set loss.representation.map.kind, use a teacher of the student's width, or an "
+            "output-space objective alone "
             "(loss.representation.weight=0)"
         )
     try:
@@ -185,7 +198,6 @@ def make_plan(
         layout.pipeline,
         output=loss.reads_output,
     )
-    highest = teacher.num_layers if plan.output else max(pair.teacher for pair in pairs)
     if teacher_layout is None:
         plan = dataclasses.replace(plan, teacher_stages=_align(plan))
         if all(plan.student_stage(pair.student) == plan.teacher_stage(pair.teacher) for pair in pairs):
@@ -193,7 +205,7 @@ def make_plan(
     else:
         even_stages(teacher.num_layers, teacher_layout.pipeline, key=f"{section}.parallel")
     # Divided evenly up to the highest compared layer; a stage may have no layer.
-    stages = _evenly(highest, teacher_layout.pipeline if teacher_layout else len(student_stages))
+    stages = _evenly(plan.teacher_last_layer, teacher_layout.pipeline if teacher_layout else len(student_stages))
     return dataclasses.replace(plan, teacher_stages=stages, aligned=False)
 
 

@@ -37,6 +37,16 @@ class StudentMap:
         self.weight = weight  # P_S [r, d_S]
         self.gradient = torch.zeros_like(weight) if trained else None
 
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Return the matrices of the map by name."""
+        return {"map": self.weight}
+
+    @property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradients by the names of `parameters`; none if the map is not trained."""
+        return {} if self.gradient is None else {"map": self.gradient}
+
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Project states [tokens, d_S] to [tokens, r]."""
         return _wide(states) @ self.weight.t()

@@ -15,7 +15,7 @@ import torch
 from megatron_oprd.losses.reduction import layer_sums
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
 from megatron_oprd.models.output_loss import OutputLoss
-from megatron_oprd.models.projection import StudentMap
+from megatron_oprd.models.state_map import StateMap
 from megatron_oprd.types import FINAL_STATES, DeviceSelection, StateKey
 
 
@@ -66,7 +66,7 @@ class StageLoss:
             compute; other layers have no loss.
         normalize: f, "none" (the identity) or "l2" (each state is divided by its norm).
         metric_weights: [N], weights of the errors in `sums` where they differ from `weights`.
-        maps: {layer: P_S}, projections of the student's states before they are compared (OPRD eq. (14)).
+        maps: {layer: map}, maps of the student's states before they are compared, such as P_S of OPRD eq. (14).
         release: a function that is called with a layer once its target is no longer needed.
     """
 
@@ -78,7 +78,7 @@ class StageLoss:
         *,
         normalize: str = "none",
         metric_weights: torch.Tensor | None = None,
-        maps: Mapping[int, StudentMap] | None = None,
+        maps: Mapping[int, StateMap] | None = None,
         release: Callable[[StateKey], object] | None = None,
     ) -> None:
         self.selected = selected

@@ -91,7 +91,8 @@ def build_traced_models(
         for teacher, batch in zip(built, micro_batches.teachers, strict=True)
     )
     with_metrics = config.loss.output.metrics_every > 0
-    output = output_loss(config, heads, topology, with_metrics=with_metrics)
+    temperature = config.rollout.temperature
+    output = output_loss(config.loss.output, heads, topology, temperature=temperature, with_metrics=with_metrics)
     return TracedModels(inputs, student, teachers, output, fp8_copies)
 
 

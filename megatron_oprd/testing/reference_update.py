@@ -15,6 +15,7 @@ from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.config import Config
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
+from megatron_oprd.models.state_map import make_maps
 from megatron_oprd.testing.output_reference import token_loss, token_metrics
 from megatron_oprd.testing.reference import aggregate, oprd_loss, selected_indices
 from megatron_oprd.testing.replayed_run import Teachers, make_config, some_rollouts
@@ -38,6 +39,7 @@ def reference_update(
         dtype: of the models. Another dtype than float64 shows the effect of rounding.
     """
     config = make_config(student, teacher, *overrides)
+    config = config.model_copy(update={"loss": config.loss.at(0)})
     student_model = _open_model(student, dtype)
     for matrix in config.student.freeze:
         of_model = student_model.get_input_embeddings if matrix == "embedding" else student_model.get_output_embeddings
@@ -69,17 +71,49 @@ def reference_metrics(
 
 def reference_map_gradients(
     student: Path, teacher: Path, *overrides: str, rollouts: Sequence[Rollout] | None = None
-) -> dict[int, torch.Tensor]:
-    """Return the gradient of the loss on hidden states by the bridge's student map P_S, by student layer."""
-    config = make_config(student, teacher, *overrides)
-    bridge = read_bridge(config.loss.representation.bridge)
-    maps = {
-        pair: dataclasses.replace(one, student_map=one.student_map.double().requires_grad_())
-        for pair, one in bridge.maps.items()
-    }
-    plan, sequences, _ = _run_models(_open_model(student), config, rollouts, dataclasses.replace(bridge, maps=maps))
+) -> dict[tuple[int, str], torch.Tensor]:
+    """Return the gradient of the loss on hidden states by each trained matrix: {(student layer, name): gradient}.
+
+    The matrices are the bridge's student maps P_S, with the name `map`, or those of a map of full width.
+    """
+    config, bridge, state_maps = make_config(student, teacher, *overrides), None, None
+    if config.loss.representation.has_map:
+        state_maps = _state_maps(config)
+        matrices = {(layer, name): one for layer, of_layer in state_maps.items() for name, one in of_layer.items()}
+    else:
+        bridge = read_bridge(config.loss.representation.bridge)
+        maps = {
+            pair: dataclasses.replace(one, student_map=one.student_map.double().requires_grad_())
+            for pair, one in bridge.maps.items()
+        }
+        bridge = dataclasses.replace(bridge, maps=maps)
+        matrices = {(pair.student, "map"): one.student_map for pair, one in maps.items()}
+    plan, sequences, _ = _run_models(_open_model(student), config, rollouts, bridge, state_maps)
     _representation_loss(config, plan.student_layers, sequences).backward()
-    return {pair.student: maps[pair].student_map.grad for pair in plan.pairs}
+    return {key: matrix.grad for key, matrix in matrices.items() if matrix.grad is not None}
+
+
+StateMaps = dict[int, dict[str, torch.Tensor]]  # by student layer, the matrices of a map of full width by name
+
+
+def _state_maps(config: Config) -> StateMaps:
+    """Return the initial matrices of the maps of full width in float64, with gradients."""
+    student, teacher = (read_model_spec(folder) for folder in (config.student.path, config.teacher.path))
+    layers = make_plan(config.loss, student, teacher).student_layers
+    widths = student.hidden_size, teacher.hidden_size
+    maps = make_maps(config.loss.representation.map, layers, widths, config.train.seed, torch.device("cpu"))
+    return {
+        layer: {name: matrix.double().requires_grad_() for name, matrix in one.parameters.items()}
+        for layer, one in maps.items()
+    }
+
+
+def _mapped(states: torch.Tensor, matrices: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return M(states): one matrix, or two with the exact GELU between them."""
+    if "map" in matrices:
+        return states @ matrices["map"].to(states.dtype).T
+    first, second = (matrices[name].to(states.dtype) for name in ("first", "second"))
+    return torch.nn.functional.gelu(states @ first.T) @ second.T
 
 
 def _run_models(
@@ -87,12 +121,16 @@ def _run_models(
     config: Config,
     rollouts: Sequence[Rollout] | None,
     bridge: Bridge | None = None,
+    state_maps: StateMaps | None = None,
 ) -> tuple[LayerPlan, list, list]:
     """Run student and teachers on each rollout.
 
     Returns the layer plan, the arguments of `oprd_loss` for each rollout, and for each rollout the logits of student
-    and teacher at the response tokens, cut to the smallest vocabulary. `bridge` replaces that of the configuration.
+    and teacher at the response tokens, cut to the smallest vocabulary. `bridge` and `state_maps` replace those of the
+    configuration.
     """
+    if state_maps is None and config.loss.representation.has_map:
+        state_maps = _state_maps(config)
     if bridge is None and config.loss.representation.bridge:
         bridge = read_bridge(config.loss.representation.bridge)
     named = config.named_teachers
@@ -113,6 +151,8 @@ def _run_models(
         targets = {pair.student: targets[pair.teacher] for pair in plan.pairs}
         if bridge is not None:
             states, targets = _bridged(states, targets, plan, bridge)
+        if state_maps is not None:
+            states = {layer: _mapped(states[layer], state_maps[layer]) for layer in plan.student_layers}
         mask = rollout.response_mask
         if rollout.alignment is not None:
             states, targets, mask = _paired_states(rollout, states, targets, config)

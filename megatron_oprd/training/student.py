@@ -17,7 +17,7 @@ from megatron_oprd.config import Config, OptimizerConfig
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
-from megatron_oprd.models.projection import StudentMap
+from megatron_oprd.models.state_map import StateMap
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.map_optimizer import MapOptimizer
@@ -27,7 +27,7 @@ from megatron_oprd.training.overlap import wrap
 
 @dataclass(frozen=True)
 class Student:
-    """This rank's chunks of the student, its layout and its optimizer; with a bridge, the student's maps."""
+    """This rank's chunks of the student, its layout and its optimizer; with a bridge or maps, those of this rank."""
 
     stage: Stage
     plan: LayerPlan
@@ -35,7 +35,7 @@ class Student:
     ddp: list[DistributedDataParallel]  # one around each chunk
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    maps: Mapping[int, StudentMap] = field(default_factory=dict)  # by student layer, those on this rank
+    maps: Mapping[int, StateMap] = field(default_factory=dict)  # by student layer, those on this rank
     map_optimizer: MapOptimizer | None = None
 
 
@@ -44,11 +44,11 @@ def build_student(
     config: Config,
     plan: LayerPlan,
     topology: Topology,
-    maps: Mapping[int, StudentMap] | None = None,
+    maps: Mapping[int, StateMap] | None = None,
 ) -> Student:
     """Wrap loaded chunks for training.
 
-    `maps`: the student maps of a bridge for all layers; the student keeps those of this rank.
+    `maps`: the maps of the compared layers; the student keeps those of this rank.
     Communicates over: the world (mcore aligns parameter groups).
     """
     freeze_unreached(stage, config, plan)
@@ -62,7 +62,7 @@ def build_student(
         optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**arguments), ddp)
     stage.config.finalize_model_grads_func = _finalize_without_division
     own_maps = {layer: one for layer, one in (maps or {}).items() if plan.student_stage(layer) in topology.stages}
-    trained = config.loss.representation.train_bridge
+    representation = config.loss.representation
     return Student(
         stage,
         plan,
@@ -71,7 +71,9 @@ def build_student(
         optimizer,
         _scheduler(optimizer, config.optimizer, config.train.steps),
         own_maps,
-        MapOptimizer(own_maps, config.optimizer, topology) if trained else None,
+        MapOptimizer(own_maps, config.optimizer, topology, representation.map.lr)
+        if representation.trains_maps
+        else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -49,7 +50,9 @@ def student_step(
     Communicates over: all groups.
     Raises: RuntimeError if targets are left over.
     """
-    plan, topology, loss = student.plan, student.topology, global_batch.loss
+    loss = global_batch.loss
+    student = dataclasses.replace(student, plan=student.plan.for_loss(loss))
+    plan, topology = student.plan, student.topology
     taps: list[StudentTap] = []
 
     def next_taps() -> Iterator[StudentTap]:
@@ -64,7 +67,7 @@ def student_step(
     with cpu_stand_ins.cpu_devices():
         _, grad_norm, _ = student.optimizer.step()  # the norm before clipping
     start_gather(student.ddp)
-    if student.map_optimizer is not None:
+    if student.map_optimizer is not None and plan.pairs:
         student.map_optimizer.step(learning_rate)
     student.scheduler.step(increment=1)
     total, metrics = 0.0, {}

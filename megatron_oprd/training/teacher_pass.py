@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
@@ -54,13 +54,21 @@ def teacher_pass(
     plus the states of this rank's teacher layers while rows are exchanged.
     Communicates over: the groups of each teacher; the world, point to point, if hidden states move between ranks.
     """
+    teachers = [replace(teacher, plan=teacher.plan.for_loss(global_batch.loss)) for teacher in teachers]
     of_teachers = [
         micro_batches
         if len(teachers) == 1 and teacher.shares_micro_batches(topology)
-        else global_batch.micro_batches(teacher.topology, teacher=number)
+        else _own_micro_batches(global_batch, teacher, number)
         for number, teacher in enumerate(teachers)
     ]
     return run_teachers(teachers, of_teachers, micro_batches, topology)
+
+
+def _own_micro_batches(global_batch: GlobalBatch, teacher: Teacher, number: int) -> list[DeviceBatch]:
+    """Return the micro-batches of a teacher on this rank: none on all ranks if no rollout belongs to the teacher."""
+    if number not in global_batch.teachers:
+        return []
+    return global_batch.micro_batches(teacher.topology, teacher=number)
 
 
 def run_teachers(
@@ -70,7 +78,10 @@ def run_teachers(
     topology: Topology,
     transport: RowTransport = exchange_rows,
 ) -> tuple[TeacherTargets, PassReport]:
-    """Do what `teacher_pass` does, from given micro-batches of each teacher and with a given transport of rows."""
+    """Do what `teacher_pass` does, from given micro-batches of each teacher and with a given transport of rows.
+
+    A teacher without micro-batches does not run.
+    """
     first = teachers[0]
     keys = first.plan.readers(topology.stages)
     report = PassReport(streamed=len(teachers) == 1 and first.can_stream(topology))
@@ -94,6 +105,8 @@ def run_teachers(
     else:
         states = [{} for _ in micro_batches]
         for number, (teacher, own_batches) in enumerate(zip(teachers, teacher_micro_batches, strict=True)):
+            if not own_batches:
+                continue
             captured = _run_teacher(teacher, number, own_batches)
             states, sent_bytes = add_targets(states, captured, micro_batches, topology, transport)
             report.moved_bytes += sent_bytes
@@ -114,7 +127,8 @@ def _capture(stage: Stage, teacher: Teacher, micro_batches: Sequence[DeviceBatch
     keys = teacher.plan.teacher_layers(teacher.topology.stages)
     taps = [CaptureTap({key: batch.selection(key).selected for key in keys}, teacher.maps) for batch in micro_batches]
     with teacher.topology.active():
-        settings = PassSettings(normed_layer=teacher.plan.teacher_normed_layer)
+        plan = teacher.plan
+        settings = PassSettings(plan.teacher_last_layer, plan.teacher_normed_layer)
         run_schedule(list(stage), teacher.topology, micro_batches, taps, settings)
     return [tap.states for tap in taps]
 

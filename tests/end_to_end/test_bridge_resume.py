@@ -150,12 +150,16 @@ def bridged_run(tmp_path_factory):
     return [*arguments, f"teacher.path={teacher}"], *(f"loss.representation.bridge={path}" for path in bridges)
 
 
+FADING_MAP = (
+    *("loss.representation.bridge=null", "loss.representation.map.kind=mlp"),
+    *("loss.output.objective=full_kl", "loss.schedule={representation: [[0, 1], [4, 0]], output: [[1, 0], [4, 1]]}"),
+)
 TRAINED = {
     "frozen": (1, ()),
     "trained by AdamW": (1, ("loss.representation.train_bridge=true",)),
     "trained by SGD": (1, ("loss.representation.train_bridge=true", "optimizer.name=sgd")),
     "trained on two stages": (2, ("loss.representation.train_bridge=true", "parallel.pipeline=2")),
-    "trained on two parts of the data": (2, ("loss.representation.train_bridge=true",)),
+    "a map of full width that fades out, on two parts of the data": (2, FADING_MAP),
 }
 
 

@@ -48,6 +48,10 @@ SETTINGS = {
     "weighed": ("loss.output.weight=2.5", "loss.output.aggregation=sequence_mean"),
     "last3": ("loss.output.positions=last_k", "loss.output.positions_k=3"),
     "headless": ("loss.representation.weight=0",),
+    # Multipliers at step 0: of both terms, and of the loss on hidden states alone.
+    "scheduled": ("loss.schedule={representation: [[0, 0.75], [9, 0]], output: [[0, 0.25], [9, 1]]}",),
+    "before-output": ("loss.schedule.output=[[0, 0], [9, 1]]",),
+    "after-layers": ("loss.schedule.representation=[[0, 0], [9, 1]]",),
 }
 # Objectives on next-token distributions, with every option of theirs in some.
 OBJECTIVES = {
@@ -69,6 +73,9 @@ OBJECTIVES = {
 # A bridge to a teacher that is as wide as the student, wider or narrower.
 WIDTHS = {"bridge": 64, "bridge-wide": 96, "bridge-narrow": 48}
 SETTINGS |= {word: ("loss.representation.bridge=unused",) for word in WIDTHS}
+# A trained map to the width of the teacher.
+MAP_WIDTHS = {"linear-wide": 96, "mlp-narrow": 48}
+SETTINGS |= {word: (f"loss.representation.map.kind={word.partition('-')[0]}",) for word in MAP_WIDTHS}
 SETTINGS |= {word: tuple(f"loss.output.{key}" for key in keys) for word, keys in OBJECTIVES.items()}
 # One process and each way to cut the tokens or the layers of a dense model over two, for tests of other things:
 # processes and settings.
@@ -157,7 +164,8 @@ def parse(line: str) -> Case:
     for word in words:
         if word in SETTINGS:
             overrides += SETTINGS[word]
-            models |= {"teacher_width": WIDTHS[word]} if word in WIDTHS else {}
+            widths = WIDTHS | MAP_WIDTHS
+            models |= {"teacher_width": widths[word]} if word in widths else {}
         elif word in ROLLOUTS:
             models["rollouts"] = word
         elif word == "tied":
@@ -303,6 +311,15 @@ OVERLAPS = (
     *("4 qwen2 pp2 overlap tied many", "4 qwen2 pp2 vp2 gather 4of4 many topk"),
 )
 OVERLAP_CASES = tuple(map(parse, OVERLAPS))
+# A schedule that weighs both terms, schedules that leave one of them out at step 0, and trained maps.
+METHODS = (
+    "4 qwen3 pp2 cp2 vp2 uniform1 unpacked teacher-tp4 linear-wide",
+    "4 qwen3 tp2 sp pp2 crossing mlp-narrow reverse scheduled",
+    "4 qwen3 tp2 sp pp2 tied reverse scheduled",
+    "4 qwen2 pp2 vp2 distopt uniform1 unpacked teacher-tp2 middle tied few forward before-output",
+    "4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied reverse after-layers",
+)
+METHOD_CASES = tuple(map(parse, METHODS))
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
 FEATURES = tuple(_features(MATRIX[0]))
 

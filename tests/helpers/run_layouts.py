@@ -187,7 +187,7 @@ def _fewest_bytes(run: Run) -> int:
 
     Computed from the micro-batches of both layouts. Collective over the world.
     """
-    plan, (teacher,) = run.inputs.setup.layer_plan, run.teachers
+    plan, (teacher,) = run.inputs.setup.layer_plan.for_loss(run.inputs.config.loss.at(0)), run.teachers
     readers = plan.readers(run.topology.stages)
     (planned,) = run.inputs.setup.teachers.values()
     width, total = planned.spec.hidden_size, 0
@@ -208,5 +208,5 @@ def _fewest_bytes(run: Run) -> int:
 def _selected_rows(run: Run, topology: Topology, term: str) -> torch.Tensor:
     config, rollouts = run.inputs.config, run.inputs.replayed
     teachers = (0,) * len(rollouts)
-    global_batch = GlobalBatch(tuple(rollouts), teachers, config.loss, config.batch, run.inputs.setup.student)
+    global_batch = GlobalBatch(tuple(rollouts), teachers, config.loss.at(0), config.batch, run.inputs.setup.student)
     return torch.cat([getattr(batch.host, term).token_numbers for batch in global_batch.micro_batches(topology)])

@@ -110,31 +110,46 @@ LAYOUTS = {
 }
 
 
+def _matrices(run):
+    return {(layer, name): one for layer, of in run.student.maps.items() for name, one in of.parameters.items()}
+
+
 def _map_gradients(rank, *given):
-    """Return the gradient of P_S of each layer, from the change in a plain SGD step. All ranks must have equal P_S."""
+    """Return the gradient of each matrix, from the change in a plain SGD step. All ranks must have equal matrices."""
     run = make_run(*given)
-    before = {layer: one.weight.clone() for layer, one in run.student.maps.items()}
+    before = {key: matrix.clone() for key, matrix in _matrices(run).items()}
     one_step(run, TrainState())
-    after = {layer: one.weight for layer, one in run.student.maps.items()}
+    after = _matrices(run)
     gathered = {}
     for of_rank in gather_objects(after, torch.distributed.group.WORLD):
-        for layer, weight in of_rank.items():
-            assert torch.equal(weight, gathered.setdefault(layer, weight)), layer
-    gradients = {layer: (before[layer] - after[layer]).double() / LEARNING_RATE for layer in after}
+        for key, matrix in of_rank.items():
+            assert torch.equal(matrix, gathered.setdefault(key, matrix)), key
+    gradients = {key: (before[key] - after[key]).double() / LEARNING_RATE for key in after}
     parts = gather_objects(gradients, torch.distributed.group.WORLD)
-    return {layer: gradient for part in parts for layer, gradient in part.items()}
+    return {key: gradient for part in parts for key, gradient in part.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("options", [(), ("normalize=none", "shift=-1", "aggregation=token_mean", "weight=3.0")])
 def test_a_trained_map_moves_by_its_gradient_on_every_rank(folder, layout, options):
-    world, overrides = LAYOUTS[layout]
     given = settings(folder, "unlike", TRAINED, *options)
+    _assert_map_gradients(layout, given, {(layer, "map") for layer in (1, 2, 3, 4)})
+
+
+def test_a_map_of_full_width_moves_by_its_gradient_on_every_rank(folder):
+    student, teacher, *_ = settings(folder, "unlike")
+    overrides = ("map.kind=mlp", "map.hidden_multiple=2", "layers=[2,4]")
+    given = (student, teacher, *(f"loss.representation.{one}" for one in overrides))
+    _assert_map_gradients("all at once", given, {(layer, name) for layer in (2, 4) for name in ("first", "second")})
+
+
+def _assert_map_gradients(layout, given, keys):
+    world, overrides = LAYOUTS[layout]
     found = run_distributed(world, _map_gradients, *given, *overrides)[0]
     expected = reference_map_gradients(*given)
-    assert found.keys() == expected.keys() == {1, 2, 3, 4}
-    for layer, gradient in expected.items():
-        assert ((found[layer] - gradient).norm() / gradient.norm()).item() < 1e-5, layer
+    assert found.keys() == expected.keys() == keys
+    for key, gradient in expected.items():
+        assert ((found[key] - gradient).norm() / gradient.norm()).item() < 1e-5, key
 
 
 def test_a_frozen_map_stays_as_it_is(folder):

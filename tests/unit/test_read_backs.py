@@ -83,7 +83,7 @@ def test_a_forward_pass_reads_nothing_back_from_the_device(models, case):
     global_batch = make_global_batch(run.inputs, rollouts)
     micro_batches = global_batch.micro_batches(run.topology)
     # Metrics are left out: those of top-k look for equal logits, whose number only the device knows.
-    loss, output = global_batch.loss, run.output_loss(with_metrics=False)
+    loss, output = global_batch.loss, run.output_loss(0, with_metrics=False)
     read_backs, operators = ReadBacks(), WaitingOperators()
 
     def run_and_record(*arguments):

@@ -1,0 +1,89 @@
+"""Methods beyond the paper: each moves the weights by its gradient in float64, and its limits are the plain method."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from megatron_oprd.rollout.engine import FinishedRollouts
+from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.reference_update import reference_update
+from megatron_oprd.testing.replayed_run import some_rollouts
+from megatron_oprd.testing.update import assert_same_update, measure_update
+from megatron_oprd.train import one_step
+from megatron_oprd.training.state import PendingStep, TrainState
+from tests.helpers.training import make_run
+
+BOTH = ("loss.output.objective=full_kl", "loss.output.metrics_every=0")
+CROSSFADE = "loss.schedule={representation: [[0, 1], [10, 0]], output: [[0, 0], [10, 1]]}"
+VARYING = {"rollout/staleness", "memory/peak_bytes", "step", "grad_norm", "rep/multiplier", "output/multiplier"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"num_hidden_layers": 3}
+    return tuple(save(random_hf_model("Qwen3", seed, **sizes), folder / str(seed)) for seed in (0, 1))
+
+
+def update_at(step, models, *overrides):
+    """Return the update after `step` updates that did not happen: the weights are those of the start."""
+
+    def one(run, state):
+        rollouts = FinishedRollouts(list(run.inputs.replayed))  # a replay file has none for a later step
+        return one_step(run, TrainState(step, state.prompts, PendingStep(step, state.prompts, rollouts)))
+
+    return measure_update(make_run(*models, *overrides), one)
+
+
+def assert_same_bits(actual, expected):
+    """Assert equal bits, but for the gradient norm: its partial sums depend on which parameters have a gradient."""
+    assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
+    kept = {name for name in expected.metrics if not name.startswith("time/")} - VARYING
+    assert {name: actual.metrics[name] for name in kept} == {name: expected.metrics[name] for name in kept}
+    assert actual.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert torch.equal(actual.gradients[name], gradient), name
+
+
+def test_multipliers_of_one_are_no_schedule(models):
+    ones = "loss.schedule={representation: [[0, 1], [9, 1]], output: [[4, 1]]}"
+    assert_same_bits(update_at(3, models, *BOTH, ones), update_at(3, models, *BOTH))
+
+
+def test_weights_follow_the_schedule(models):
+    layers, output = "loss.representation.weight=0.7", "loss.output.weight=0.3"
+    expected = reference_update(*models, *BOTH, layers, output)
+    actual = update_at(3, models, *BOTH, CROSSFADE)
+    assert_same_update(actual, expected)
+    assert (actual.metrics["rep/multiplier"], actual.metrics["output/multiplier"]) == (0.7, 0.3)
+
+
+LAYERS, OUTPUT = ("loss.representation.layers=[1,2]",), ("loss.representation.weight=0", *BOTH)
+FADE_OUT = "loss.schedule={output: [[0, 1], [10, 0]]}"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "alone"),
+    [(CROSSFADE, 0, LAYERS), (CROSSFADE, 10, OUTPUT), (FADE_OUT, 11, LAYERS)],
+)
+def test_a_part_with_multiplier_zero_does_no_work(models, schedule, step, alone):
+    both = update_at(step, models, *BOTH, schedule, *LAYERS)
+    assert_same_bits(both, update_at(step, models, *alone))
+    assert ("rep/mse" in both.metrics, "output/loss" in both.metrics) == (alone == LAYERS, alone == OUTPUT)
+
+
+def test_a_teacher_without_rollouts_in_a_step_is_not_loaded(models):
+    student, teacher = models
+    teachers = {"math": teacher, "code": student}
+    rollouts = [dataclasses.replace(rollout, data_source="math") for rollout in some_rollouts(131)]
+    run, loaded = make_run(student, teachers, rollouts=rollouts), []
+
+    def counted(name, of_run):
+        return dataclasses.replace(of_run, load=lambda: loaded.append(name) or of_run.load())
+
+    watched = tuple(counted(name, of_run) for name, of_run in zip(teachers, run.teachers, strict=True))
+    run = dataclasses.replace(run, models=dataclasses.replace(run.models, teachers=watched))
+    expected = reference_update(student, teachers, rollouts=rollouts)
+    assert_same_update(measure_update(run, one_step), expected)
+    assert loaded == ["math"]
