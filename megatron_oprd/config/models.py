@@ -129,13 +129,55 @@ class PrecisionConfig(Section):
         return "off" if value is False else value
 
 
+Part = Literal["layernorm", "activation", "core_attn", "mlp"]
+
+
+class StageRecomputeConfig(Section):
+    """Recomputation of one pipeline rank."""
+
+    parts: list[Part] = Field([], description="parts that are recomputed in the other blocks")
+    blocks: int = Field(
+        0, ge=0, description="first blocks of each chunk that are recomputed completely", json_schema_extra=LAYERS
+    )
+
+
 class RecomputeConfig(Section):
     """Recomputation of activations (activation checkpointing) in the student's backward pass."""
 
-    granularity: Literal["none", "selective", "full"] = Field("none", description="what is recomputed")
+    granularity: Literal["auto", "none", "selective", "full"] = Field(
+        "none",
+        description="what is recomputed: nothing, parts of each block, or blocks; auto: the least with which an update "
+        "fits into memory. `recompute: auto` is short for it",
+    )
     method: Literal["uniform", "block"] = Field(
         "uniform", description="full recomputation of all layers in groups, or of the first layers of each stage"
     )
     num_layers: int = Field(
         1, ge=1, description="layers of a group (uniform) or of a stage (block)", json_schema_extra=LAYERS
     )
+    parts: list[Part] | None = Field(
+        None,
+        description="parts of a block that are recomputed with granularity=selective, or with method=block in the "
+        "other blocks; null: core_attn with granularity=selective, otherwise none",
+    )
+    stages: list[StageRecomputeConfig] | None = Field(
+        None, description="recomputation of each pipeline rank, lowest first, in place of the keys above"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_bare_auto(cls, value: Any) -> Any:
+        return {"granularity": "auto"} if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _parts_belong_to_blocks_that_are_not_recomputed(self) -> RecomputeConfig:
+        if self.stages is not None and (self.granularity != "none" or self.parts):
+            raise ValueError("recompute.stages says all that is recomputed; leave out granularity and parts")
+        if self.parts and (
+            self.granularity in ("auto", "none") or (self.granularity, self.method) == ("full", "uniform")
+        ):
+            raise ValueError(
+                f"recompute.parts has no effect with recompute.granularity={self.granularity}; use "
+                "granularity=selective, or granularity=full with method=block"
+            )
+        return self

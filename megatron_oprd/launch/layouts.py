@@ -9,6 +9,7 @@ from megatron_oprd.config import Config, ParallelConfig, teacher_section, teache
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher, even_stages, make_plan
 from megatron_oprd.models.precision import ModelLayout, Precision, check_dimensions, check_head_exchange
+from megatron_oprd.models.recompute import available_parts, check_parts
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime.environment import Machine
 from megatron_oprd.types import ModelSpec, UserError
@@ -55,7 +56,7 @@ def plan_teacher(
         check_layout(own_layout, world or world_size(), key=key)
         check_experts(own_layout.expert, [teacher], key=key)
         check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=teacher_title(name))
-    check_recompute(config.recompute, plan.student_stages)
+    check_recompute(config.recompute, plan.student_stages, config.parallel.pipeline)
     return PlannedTeacher(config.named_teachers[name], teacher, own_layout, plan)
 
 
@@ -88,7 +89,7 @@ def plan_student(config: Config, student: ModelSpec) -> tuple[int, ...]:
     parallel = config.parallel
     stages = even_stages(student.num_layers, parallel.pipeline, parallel.virtual_pipeline or 1)
     check_student_layout(parallel, student)
-    check_recompute(config.recompute, stages)
+    check_recompute(config.recompute, stages, parallel.pipeline)
     return stages
 
 
@@ -204,6 +205,8 @@ def check_precision(
 ) -> None:
     """Raise UserError if the precision does not support the sizes of a model in its layout."""
     recipe, parallel = config.precision.recipe, config.parallel
+    te, fp8 = precision.student.transformer_engine, config.precision.fp8 is not None
+    check_parts(config.recompute, available_parts(student, transformer_engine=te, fp8=fp8))
     layout = ModelLayout(parallel, student_stages, "student", "parallel")
     check_dimensions(precision.student, recipe, student, layout)
     check_head_exchange(precision.student, student, layout)

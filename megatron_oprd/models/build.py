@@ -18,6 +18,7 @@ from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.model import HiddenStateModel, Stage
 from megatron_oprd.models.precision import PLAIN, ModelPrecision
+from megatron_oprd.models.recompute import recomputation_of, set_recomputation
 from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.models.specs import block_spec
 from megatron_oprd.parallel.topology import Topology
@@ -128,8 +129,9 @@ def build_model(
         UserError: The layout does not divide the model.
     """
     stages = part.stages or even_stages(spec.num_layers, topology.pipeline_size, topology.virtual_size)
-    check_recompute(recompute, stages)
-    config = transformer_config(spec, topology, dtype, stages, recompute or RecomputeConfig(), precision)
+    recompute = recompute or RecomputeConfig()
+    check_recompute(recompute, stages, topology.pipeline_size)
+    config = transformer_config(spec, topology, dtype, stages, recompute, precision)
     chunks = []
     for chunk, number in enumerate(topology.stages):
         first_layer = sum(stages[:number])
@@ -153,6 +155,9 @@ def build_model(
         model.model_type = ModelType.encoder_or_decoder  # required by the interleaved schedule
         chunks.append(model)
     stage = Stage(chunks)
+    chosen = recomputation_of(recompute, topology.pipeline_rank)
+    if chosen is not None:
+        set_recomputation(stage, chosen)
     _mark_parameters(stage, spec)
     return stage.to(topology.device)
 
@@ -178,9 +183,18 @@ def check_divisible(spec: ModelSpec, tensor: int, expert: int = 1, key: str = "p
             raise UserError(f"{key}.tensor={tensor} does not divide the {model}'s {name} ({count}); use one of {works}")
 
 
-def check_recompute(recompute: RecomputeConfig | None, stages: Sequence[int]) -> None:
-    """Raise UserError if recomputed chunks do not divide a stage: Megatron-Core would index past its last layer."""
-    if recompute is None or recompute.granularity != "full" or recompute.method != "uniform":
+def check_recompute(recompute: RecomputeConfig | None, stages: Sequence[int], pipeline: int = 1) -> None:
+    """Raise UserError if what is recomputed does not suit the blocks of each stage or the number of pipeline ranks.
+
+    Recomputed chunks must divide a stage: Megatron-Core would index past its last layer.
+    """
+    if recompute is None:
+        return
+    if recompute.stages is not None and len(recompute.stages) != pipeline:
+        raise UserError(
+            f"recompute.stages has {len(recompute.stages)} entries for {pipeline} pipeline ranks; write one for each"
+        )
+    if recompute.granularity != "full" or recompute.method != "uniform":
         return
     if any(blocks % recompute.num_layers for blocks in stages):
         common = math.gcd(*stages)
@@ -199,6 +213,8 @@ def _pipeline_layout(stages: Sequence[int]) -> list[list[str]]:
 
 
 def _recompute_arguments(recompute: RecomputeConfig) -> dict[str, Any]:
+    if recompute.parts:  # `set_recomputation` sets these
+        return {}
     if recompute.granularity == "full":
         return {
             "recompute_granularity": "full",

@@ -21,5 +21,9 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.weight * self.normalize(hidden_states)
+
+    def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the norm's output before its multiplication by the weight."""
         # One kernel on a GPU. With the weight inside of it, bf16 results would be rounded once instead of twice.
-        return self.weight * torch.nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], None, self.eps)
+        return torch.nn.functional.rms_norm(hidden_states, hidden_states.shape[-1:], None, self.eps)
