@@ -269,6 +269,8 @@ class ModelSpec:
     num_experts: int = 0  # of each sparse layer; 0: a dense model
     experts_per_token: int = 0
     moe_ffn_hidden_size: int = 0  # of one expert
+    # Width of the gated MLP that processes every token beside the experts of each sparse layer; 0: no such MLP.
+    shared_ffn_hidden_size: int = 0
     norm_topk_prob: bool = False  # whether the probabilities of a token's experts are made to sum to one
     sparse_layers: tuple[int, ...] = ()  # 0-based blocks with experts in place of the dense MLP
     eos_token_ids: tuple[int, ...] = ()

@@ -12,7 +12,8 @@ def sequence_cost(tokens: int, spec: ModelSpec) -> float:
     heads = spec.num_attention_heads * spec.head_dim
     attention = spec.hidden_size * (2 * heads + 2 * spec.num_query_groups * spec.head_dim)
     sparse = len(spec.sparse_layers) / spec.num_layers
-    ffn = sparse * spec.experts_per_token * spec.moe_ffn_hidden_size + (1 - sparse) * spec.ffn_hidden_size
+    experts = spec.experts_per_token * spec.moe_ffn_hidden_size + spec.shared_ffn_hidden_size
+    ffn = sparse * experts + (1 - sparse) * spec.ffn_hidden_size
     return tokens * (attention + 3 * spec.hidden_size * ffn) + tokens**2 * heads
 
 

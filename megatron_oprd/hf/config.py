@@ -23,6 +23,7 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     experts: bool = False  # True for a mixture of experts
+    shared_expert: bool = False  # True if layers with experts also have a gated expert that processes every token
     rope_types: tuple[str, ...] = ()  # supported types of rope scaling
     partial_rotary: bool = False  # True if partial_rotary_factor below 1 is supported
     always_slides: bool = False  # True if `sliding_window` applies without `use_sliding_window`
@@ -32,6 +33,7 @@ FAMILIES = {
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, experts=True),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", qkv_bias=True, experts=True, shared_expert=True),
     "LlamaForCausalLM": Family("llama", rope_types=("llama3",)),
     "Phi3ForCausalLM": Family("phi3", rope_types=("longrope",), partial_rotary=True, always_slides=True),
 }
@@ -57,11 +59,13 @@ DEFAULTED = (
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "norm_topk_prob",
     "mlp_only_layers",
 )
 ADAPTER = "adapter_config.json"
-SHARED_EXPERTS = ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts")
+SHARED_EXPERT = "shared_expert_intermediate_size"
+SHARED_EXPERTS = (SHARED_EXPERT, "n_shared_experts", "num_shared_experts")
 
 
 def read_model_spec(path: str | Path) -> ModelSpec:
@@ -109,7 +113,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         tied_embeddings=values.get("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        **(_expert_fields(values, where) if family.experts else {}),
+        **(_expert_fields(values, family, where) if family.experts else {}),
         fused_experts=family.experts and stores_fused_experts(folder),
         eos_token_ids=_eos_token_ids(folder, values),
         hf_config={
@@ -190,7 +194,7 @@ def _config_class(architecture: str) -> Any:
     return getattr(transformers, architecture.replace("ForCausalLM", "Config"))
 
 
-def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
+def _expert_fields(values: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Return the ModelSpec fields of a mixture of experts; an empty dictionary if every layer is dense."""
     # transformers 5 writes num_local_experts and accepts both names.
     key = "num_local_experts" if "num_local_experts" in values else "num_experts"
@@ -203,7 +207,8 @@ def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
     sparse = tuple(n for n in range(values["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0)
     if not values[key] or not sparse:
         return {}
-    check_integers(values, ("moe_intermediate_size", "num_experts_per_tok"), where)
+    shared = (SHARED_EXPERT,) if family.shared_expert else ()
+    check_integers(values, ("moe_intermediate_size", "num_experts_per_tok", *shared), where)
     if values["num_experts_per_tok"] > values[key]:
         raise UserError(
             f"{where}: num_experts_per_tok={values['num_experts_per_tok']} exceeds {key}={values[key]}; use the "
@@ -216,6 +221,7 @@ def _expert_fields(values: dict[str, Any], where: str) -> dict[str, Any]:
         "num_experts": values[key],
         "experts_per_token": values["num_experts_per_tok"],
         "moe_ffn_hidden_size": values["moe_intermediate_size"],
+        "shared_ffn_hidden_size": values[SHARED_EXPERT] if family.shared_expert else 0,
         "norm_topk_prob": values.get("norm_topk_prob") or False,
         "sparse_layers": sparse,
     }
@@ -254,7 +260,8 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
         "attention_bias": not family.qkv_bias and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
-        **{key: bool(values.get(key)) for key in SHARED_EXPERTS},
+        "qkv_bias false": family.qkv_bias and values.get("qkv_bias") is False,
+        **{key: bool(values.get(key)) for key in SHARED_EXPERTS if not (family.shared_expert and key == SHARED_EXPERT)},
         **{f"{key} {values.get(key)}": bool(values.get(key)) for key in DROPOUTS},
     }
     for name, present in unsupported.items():

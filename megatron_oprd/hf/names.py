@@ -61,6 +61,7 @@ BLOCK_TABLES = {
     "Qwen2ForCausalLM": (*_BLOCK, *_QKV, *_QKV_BIAS),
     "Qwen3ForCausalLM": (*_BLOCK, *_QKV, *_QK_NORM),
     "Qwen3MoeForCausalLM": (*_BLOCK, *_QKV, *_QK_NORM),
+    "Qwen2MoeForCausalLM": (*_BLOCK, *_QKV, *_QKV_BIAS),
     "LlamaForCausalLM": (*_BLOCK, *_QKV),
     "Phi3ForCausalLM": (*_BLOCK, *_FUSED_QKV),
 }
@@ -80,6 +81,16 @@ EXPERT = (
         ("mlp.experts.{expert}.down_proj.weight",),
         "columns",
     ),
+)
+# The expert that processes every token, and its gate.
+SHARED_EXPERT = (
+    Entry("mlp.shared_experts.gate_weight", ("mlp.shared_expert_gate.weight",), "copy"),
+    Entry(
+        "mlp.shared_experts.linear_fc1.weight",
+        ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
+        "gate_up",
+    ),
+    Entry("mlp.shared_experts.linear_fc2.weight", ("mlp.shared_expert.down_proj.weight",), "columns"),
 )
 EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocabulary")
 # Names in Transformer Engine's fused modules, and the names of the same norms in our own layer spec.
@@ -113,19 +124,22 @@ def _layer_entries(spec: ModelSpec, layer: int) -> tuple[Entry, ...]:
     if layer not in spec.sparse_layers:
         return (*block, *(entry.inside(layer) for entry in DENSE_MLP_TABLES[spec.architecture]))
     experts = (entry.inside(layer, expert) for expert in range(spec.num_experts) for entry in EXPERT)
-    return (*block, ROUTER.inside(layer), *experts)
+    shared = (entry.inside(layer) for entry in SHARED_EXPERT) if spec.shared_ffn_hidden_size else ()
+    return (*block, ROUTER.inside(layer), *shared, *experts)
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a Hugging Face checkpoint of this model, by name."""
-    dense, expert = _shapes_by_suffix(spec, spec.ffn_hidden_size), _shapes_by_suffix(spec, spec.moe_ffn_hidden_size)
-    return {
-        name: next(
-            shape for suffix, shape in (dense if entry.expert is None else expert).items() if name.endswith(suffix)
-        )
-        for entry in entries(spec)
-        for name in entry.hf
-    }
+    dense, expert, shared = (
+        _shapes_by_suffix(spec, ffn)
+        for ffn in (spec.ffn_hidden_size, spec.moe_ffn_hidden_size, spec.shared_ffn_hidden_size)
+    )
+    shapes = {}
+    for entry in entries(spec):
+        for name in entry.hf:
+            table = shared if ".shared_expert." in name else dense if entry.expert is None else expert
+            shapes[name] = next(shape for suffix, shape in table.items() if name.endswith(suffix))
+    return shapes
 
 
 def _shapes_by_suffix(spec: ModelSpec, ffn: int) -> dict[str, tuple[int, ...]]:
@@ -150,6 +164,7 @@ def _shapes_by_suffix(spec: ModelSpec, ffn: int) -> dict[str, tuple[int, ...]]:
         "up_proj.weight": (ffn, hidden),
         "down_proj.weight": (hidden, ffn),
         "mlp.gate.weight": (spec.num_experts, hidden),
+        "mlp.shared_expert_gate.weight": (1, hidden),
         "layernorm.weight": (hidden,),
         "model.norm.weight": (hidden,),
     }

@@ -172,13 +172,15 @@ def check_divisible(spec: ModelSpec, tensor: int, expert: int = 1, key: str = "p
         raise UserError(
             f"{key}.expert={expert} does not divide the {model}'s {spec.num_experts} experts; use one of {works}"
         )
-    for name, count in (
-        ("attention heads", spec.num_attention_heads),
-        ("key-value heads", spec.num_query_groups),
-        ("intermediate size", spec.ffn_hidden_size),
-    ):
+    divided = {
+        "attention heads": spec.num_attention_heads,
+        "key-value heads": spec.num_query_groups,
+        "intermediate size": spec.ffn_hidden_size,
+        "shared expert's intermediate size": spec.shared_ffn_hidden_size,
+    }
+    for name, count in divided.items():
         if count % tensor:
-            common = math.gcd(spec.num_attention_heads, spec.num_query_groups, spec.ffn_hidden_size)
+            common = math.gcd(*divided.values())
             works = ", ".join(str(d) for d in range(1, common + 1) if common % d == 0)
             raise UserError(f"{key}.tensor={tensor} does not divide the {model}'s {name} ({count}); use one of {works}")
 
@@ -231,6 +233,8 @@ def _expert_arguments(spec: ModelSpec, topology: Topology, num_layers: int, *, g
         "num_moe_experts": spec.num_experts,
         "moe_router_topk": spec.experts_per_token,
         "moe_ffn_hidden_size": spec.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": spec.shared_ffn_hidden_size or None,
+        "moe_shared_expert_gate": spec.shared_ffn_hidden_size > 0,
         # The softmax is over all experts, or over the chosen experts, whose weights then sum to one.
         "moe_router_pre_softmax": not spec.norm_topk_prob,
         "moe_router_load_balancing_type": "none",  # the student learns the teacher's hidden states, not a balanced load

@@ -15,6 +15,7 @@ class ModuleSet:
     norm: type
     column: type  # column-parallel linear layer (QKV, first of the MLP)
     fused_norm: bool  # True if the column-parallel linear layer contains the preceding norm (Transformer Engine)
+    column_without_norm: type  # column-parallel linear layer that contains no norm (first of the shared expert)
     row: type  # row-parallel linear layer (attention output, second of the MLP)
     core_attention: type
     experts: ModuleSpec

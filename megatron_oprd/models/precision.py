@@ -161,6 +161,8 @@ def _product_sizes(spec: ModelSpec, tensor: int) -> dict[str, int]:
         sizes["intermediate size"] = spec.ffn_hidden_size // tensor
     if spec.num_experts:
         sizes["experts' intermediate size"] = spec.moe_ffn_hidden_size  # tensor parallelism does not divide experts
+    if spec.shared_ffn_hidden_size:
+        sizes["shared expert's intermediate size"] = spec.shared_ffn_hidden_size // tensor
     return sizes
 
 

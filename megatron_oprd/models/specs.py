@@ -12,6 +12,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -26,6 +27,7 @@ OWN = ModuleSet(
     RMSNorm,
     ColumnParallelLinear,
     False,
+    ColumnParallelLinear,
     RowParallelLinear,
     PackedAttention,
     ModuleSpec(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, SwiGLU, RowParallelLinear)),
@@ -63,7 +65,10 @@ def _layer_spec(modules: ModuleSet, sparse: bool, qk_norm: bool) -> ModuleSpec:
     )
     mlp = ModuleSpec(MLP, submodules=MLPSubmodules(modules.column, modules.activation, modules.row))
     if sparse:
-        mlp = ModuleSpec(MoELayer, submodules=MoESubmodules(experts=modules.experts))
+        # Megatron-Core builds the shared expert only if its configuration has a width for it.
+        shared = MLPSubmodules(modules.column_without_norm, modules.activation, modules.row)
+        experts = MoESubmodules(experts=modules.experts, shared_experts=ModuleSpec(SharedExpertMLP, submodules=shared))
+        mlp = ModuleSpec(MoELayer, submodules=experts)
     submodules = TransformerLayerSubmodules(
         input_layernorm=outer_norm,
         self_attention=attention,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.extensions.transformer_engine import (
     TEColumnParallelGroupedLinear,
+    TEColumnParallelLinear,
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
     TENorm,
@@ -82,6 +83,7 @@ MODULES = ModuleSet(
     norm=TENorm,
     column=TELayerNormColumnParallelLinear,
     fused_norm=True,
+    column_without_norm=TEColumnParallelLinear,
     row=TERowParallelLinear,
     core_attention=FusedAttention,
     experts=ModuleSpec(

@@ -14,13 +14,14 @@ from megatron_oprd.types import ModelSpec
 def linear_flops(spec: ModelSpec, layer: int) -> int:
     """Return the operations of the matrix products of one layer (0-based) in the forward pass, per token.
 
-    In a layer with experts, only the experts that process the token count.
+    In a layer with experts, only the experts that process the token and the shared expert count.
     """
     query_width, key_width = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
     attention = spec.hidden_size * (query_width + 2 * key_width) + query_width * spec.hidden_size
     if layer in spec.sparse_layers:
         experts = spec.experts_per_token * 3 * spec.hidden_size * spec.moe_ffn_hidden_size
-        return 2 * (attention + spec.hidden_size * spec.num_experts + experts)
+        shared = spec.hidden_size * (3 * spec.shared_ffn_hidden_size + (spec.shared_ffn_hidden_size > 0))  # its gate
+        return 2 * (attention + spec.hidden_size * spec.num_experts + experts + shared)
     return 2 * (attention + 3 * spec.hidden_size * spec.ffn_hidden_size)
 
 

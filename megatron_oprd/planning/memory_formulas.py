@@ -63,9 +63,10 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
     - 8 per unit of the queries, 6 per unit of the keys, and 6 more per unit of both if they have norms
     - 6 per unit of a dense MLP
     - in a layer with experts: for each expert of a token 2 per hidden unit and 8 per unit of the expert; 9 per expert
-      for the router
+      for the router; with a shared expert 2 per hidden unit and 6 per unit of that expert
 
-    Tensor parallelism divides queries, keys and the dense MLP. Sequence parallelism divides the rest.
+    Tensor parallelism divides queries, keys, the dense MLP and the shared expert. Sequence parallelism divides the
+    rest.
     `tests/unit/test_memory_formulas.py` compares this formula with traced updates.
     """
     hidden = spec.hidden_size / (parallel.tensor if parallel.sequence else 1)
@@ -76,6 +77,8 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
         return (total + 6 * spec.ffn_hidden_size / parallel.tensor) * bytes_per_number / 2
     rows = 1 / (parallel.tensor if parallel.sequence else 1)
     per_expert = 2 * spec.hidden_size + 8 * spec.moe_ffn_hidden_size
+    if spec.shared_ffn_hidden_size:
+        total += 2 * hidden + 6 * spec.shared_ffn_hidden_size / parallel.tensor
     return (total + rows * (spec.experts_per_token * per_expert + 9 * spec.num_experts)) * bytes_per_number / 2
 
 

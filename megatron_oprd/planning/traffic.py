@@ -33,7 +33,8 @@ def forward_traffic(
 ) -> Traffic:
     """Return the bytes that an average pipeline rank sends in a forward pass.
 
-    - tensor: two exchanges around attention and two around a dense MLP. Each gathers or scatters all rows.
+    - tensor: two exchanges around attention and two around a dense MLP or a shared expert. Each gathers or scatters
+      all rows.
     - context: keys and values of all rows.
     - expert: the row of a token to each of its experts, and back.
     - pipeline: the rows at each boundary between stages.
@@ -47,12 +48,13 @@ def forward_traffic(
     """
     layers_per_rank = layers / layout.pipeline
     sparse = sum(layer < layers for layer in spec.sparse_layers) / layout.pipeline
+    divided_mlps = layers_per_rank - (0 if spec.shared_ffn_hidden_size else sparse)
     all_rows = tokens / layout.context * spec.hidden_size * bytes_per_number
     own_rows = all_rows / layout.tensor if layout.sequence else all_rows
     keys_and_values = 2 * tokens * spec.num_query_groups * spec.head_dim * bytes_per_number / layout.tensor
     boundaries = (layout.pipeline * (layout.virtual_pipeline or 1) - 1) / layout.pipeline
     return Traffic(
-        tensor=(4 * layers_per_rank - 2 * sparse + 1 / layout.pipeline) * all_rows * _sent_share(layout.tensor),
+        tensor=(2 * layers_per_rank + 2 * divided_mlps + 1 / layout.pipeline) * all_rows * _sent_share(layout.tensor),
         context=layers_per_rank * keys_and_values * _sent_share(layout.context),
         expert=2 * sparse * own_rows * spec.experts_per_token * _sent_share(layout.expert),
         pipeline=boundaries * own_rows,
@@ -73,8 +75,9 @@ def backward_traffic(
         return forward
     layers_per_rank = layers / layout.pipeline
     sparse = sum(layer < layers for layer in spec.sparse_layers) / layout.pipeline
+    divided_mlps = layers_per_rank - (0 if spec.shared_ffn_hidden_size else sparse)
     all_rows = tokens / layout.context * spec.hidden_size * bytes_per_number
-    gathered_again = (2 * layers_per_rank - sparse) * all_rows * _sent_share(layout.tensor)
+    gathered_again = (layers_per_rank + divided_mlps) * all_rows * _sent_share(layout.tensor)
     return dataclasses.replace(forward, tensor=forward.tensor + gathered_again)
 
 

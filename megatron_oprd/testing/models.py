@@ -70,6 +70,7 @@ FAMILIES = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 24},
     "Qwen3Moe": {"head_dim": 24, **EXPERTS},
+    "Qwen2Moe": {**EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 48},
     "Llama": {"head_dim": 24, "rope_parameters": LLAMA3_SCALING},
     "Phi3": {**longrope(6), "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
 }

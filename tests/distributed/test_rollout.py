@@ -57,7 +57,7 @@ def folders(tmp_path_factory):
             random_hf_model(family, num_hidden_layers=4, tie_word_embeddings=True),
             tmp_path_factory.mktemp("rollout") / family,
         )
-        for family in ("Qwen3", "Qwen3Moe", "Phi3")
+        for family in ("Qwen3", "Qwen3Moe", "Qwen2Moe", "Phi3")
     }
 
 
@@ -89,6 +89,7 @@ CASES = [
     *(("Qwen3", *layout) for layout in LAYOUTS),
     *(("Phi3", *LAYOUTS[number]) for number in (0, 2)),
     *(("Qwen3Moe", *layout) for layout in [LAYOUTS[1], LAYOUTS[3], *EXPERT_LAYOUTS]),
+    ("Qwen2Moe", *EXPERT_LAYOUTS[1]),
 ]
 
 

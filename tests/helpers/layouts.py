@@ -14,10 +14,13 @@ from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.testing.replayed_run import FEW, MANY, SOME, make_config
 from tests.helpers.training import ADAMW
 
-FAMILIES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "moe": "Qwen3Moe", "llama": "Llama", "phi3": "Phi3"}
-# Those that differ from another in the names of their weights and the angles of their positions alone, and the features
-# in which that could show: what cuts weights or positions, and the tied head.
-LIKE_ANOTHER = ("Llama", "Phi3")
+FAMILIES = {
+    **{"qwen2": "Qwen2", "qwen3": "Qwen3", "moe": "Qwen3Moe", "llama": "Llama", "phi3": "Phi3"},
+    "shared": "Qwen2Moe",  # a shared expert with its gate
+}
+# Those that differ from another in the names of their weights, the angles of their positions and a shared expert alone,
+# and the features in which that could show: what cuts weights or positions, and the tied head.
+LIKE_ANOTHER = ("Llama", "Phi3", "Qwen2Moe")
 OF_NAMES_AND_ANGLES = {"tensor", "sequence", "pipeline", "context", "data", "tied", "output"}
 ROLLOUTS = {"few": FEW, "some": SOME, "many": MANY}
 SETTINGS = {
@@ -277,6 +280,8 @@ MIXED = """
     4 qwen3 tp2 sp pp2 crossing bridge-wide sampled tied
     4 llama tp2 sp bridge-wide
     4 phi3 pp2 cp2 bridge
+    4 shared tp2 sp pp2 ep2 tied reverse
+    4 shared cp2 ep2 uniform1
 """
 EIGHT_RANKS = """
     8 qwen3 many

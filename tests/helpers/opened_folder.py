@@ -65,6 +65,8 @@ def assert_same_spec(spec: ModelSpec, model: torch.nn.Module) -> None:
     assert spec.sparse_layers == tuple(sparse)
     for mlp in sparse.values():
         assert (spec.num_experts, 2 * spec.moe_ffn_hidden_size) == mlp.experts.gate_up_proj.shape[:2]
+        shared = getattr(mlp, "shared_expert", None)
+        assert spec.shared_ffn_hidden_size == (0 if shared is None else len(shared.up_proj.weight))
         assert (spec.experts_per_token, spec.norm_topk_prob) == (mlp.gate.top_k, mlp.gate.norm_topk_prob)
 
 

@@ -39,12 +39,19 @@ def dense_spec(*, layers: int, hidden: int, vocabulary: int, **changes: object) 
     return ModelSpec(**{**sizes, **changes})
 
 
-def expert_spec(*, layers: int, hidden: int, vocabulary: int) -> ModelSpec:
+def expert_spec(*, layers: int, hidden: int, vocabulary: int, **changes: object) -> ModelSpec:
     """Return a model with 8 experts in every layer, 2 per token."""
     experts = dict(num_experts=8, experts_per_token=2, moe_ffn_hidden_size=hidden, norm_topk_prob=True)
     family = dict(architecture="Qwen3MoeForCausalLM", qkv_bias=False, qk_norm=True, tied_embeddings=False)
     sparse = tuple(range(layers))
-    return dense_spec(layers=layers, hidden=hidden, vocabulary=vocabulary, **family, **experts, sparse_layers=sparse)
+    changes = {**family, **experts, "sparse_layers": sparse, **changes}
+    return dense_spec(layers=layers, hidden=hidden, vocabulary=vocabulary, **changes)
+
+
+def shared_expert_spec(*, layers: int, hidden: int, vocabulary: int) -> ModelSpec:
+    """Return a model with a shared expert beside 8 experts in every layer."""
+    family = dict(architecture="Qwen2MoeForCausalLM", qkv_bias=True, qk_norm=False, shared_ffn_hidden_size=2 * hidden)
+    return expert_spec(layers=layers, hidden=hidden, vocabulary=vocabulary, **family)
 
 
 def replay_config(tokens: int, *overrides: str) -> Config:

@@ -39,6 +39,7 @@ MODELS = {
         {"tie_word_embeddings": True, "vocab_size": 151936, "hidden_size": 32, "num_hidden_layers": 1},
     ),
     "qwen3_moe_one_dense_layer": ("Qwen3Moe", {}),
+    "qwen2_moe_shared_expert": ("Qwen2Moe", {}),
     "qwen3_moe_every_second_layer_tied": (
         "Qwen3Moe",
         {"decoder_sparse_step": 2, "mlp_only_layers": [], "tie_word_embeddings": True},

@@ -83,6 +83,27 @@ def test_mixture_of_experts_states_equal_hugging_face(name, topology, tmp_path):
     assert_same_states("Qwen3Moe", SPARSE_MODELS[name], torch.float32, 1e-5, topology, tmp_path)
 
 
+SHARED_EXPERTS = {
+    "one_dense_layer": {},
+    "normalised_probabilities_every_second_layer": {
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": [],
+        "tie_word_embeddings": True,
+    },
+    "wider_than_the_dense_layer": {"shared_expert_intermediate_size": 144, "num_experts_per_tok": 1},
+}
+
+
+@pytest.mark.parametrize("name", SHARED_EXPERTS)
+def test_states_with_a_shared_expert_equal_hugging_face(name, topology, tmp_path):
+    assert_same_states("Qwen2Moe", SHARED_EXPERTS[name], torch.float32, 1e-5, topology, tmp_path)
+
+
+def test_states_with_a_shared_expert_equal_hugging_face_in_bfloat16(topology, tmp_path):
+    assert_same_states("Qwen2Moe", SPARSE_MODELS["every_expert"], torch.bfloat16, 2e-2, topology, tmp_path)
+
+
 def test_mixture_of_experts_states_equal_hugging_face_in_bfloat16(topology, tmp_path):
     # Where there is no choice to make: otherwise rounding gives some token to another expert, and its states differ.
     assert_same_states("Qwen3Moe", SPARSE_MODELS["every_expert"], torch.bfloat16, 2e-2, topology, tmp_path)

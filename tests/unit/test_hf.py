@@ -26,6 +26,7 @@ MODELS = {
     "qwen3_head_dim": ("Qwen3", {}),
     "qwen3_tied": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3_moe_one_dense_layer": ("Qwen3Moe", {}),
+    "qwen2_moe_shared_expert": ("Qwen2Moe", {}),
     "qwen3_moe_every_second_layer": ("Qwen3Moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "phi3_fused": ("Phi3", {}),
@@ -140,6 +141,18 @@ def test_an_unsupported_feature_is_refused_by_name(change, message, tmp_path):
 )
 def test_an_invalid_mixture_of_experts_is_refused(change, message, tmp_path):
     assert_refused(edited("Qwen3Moe", change, tmp_path), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size=0 must be a positive whole number"),
+        ({"n_shared_experts": 2}, "n_shared_experts"),
+        ({"qkv_bias": False}, "qkv_bias false"),
+    ],
+)
+def test_an_invalid_shared_expert_is_refused(change, message, tmp_path):
+    assert_refused(edited("Qwen2Moe", change, tmp_path), message)
 
 
 @pytest.mark.parametrize(
@@ -325,6 +338,7 @@ def test_a_model_without_its_head_is_refused(tmp_path):
         ("max_position_embeddings", "rope_theta", "rope_parameters", "rope_scaling"),
         ("eos_token_id", "bos_token_id"),
         ("num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "mlp_only_layers"),
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step"),
     ],
 )
 def test_fields_left_out_of_a_config_have_the_defaults_of_transformers(family, left_out, tmp_path):
@@ -342,7 +356,9 @@ def test_fields_left_out_of_a_config_have_the_defaults_of_transformers(family, l
     assert spec.max_position_embeddings == config.max_position_embeddings
     assert spec.rope_theta == config.rope_parameters["rope_theta"]
     assert spec.eos_token_ids == (() if config.eos_token_id is None else (config.eos_token_id,))
-    if family == "Qwen3Moe":
+    if family in ("Qwen3Moe", "Qwen2Moe"):
+        assert spec.shared_ffn_hidden_size == getattr(config, "shared_expert_intermediate_size", 0)
+        assert spec.moe_ffn_hidden_size == config.moe_intermediate_size
         assert (spec.num_experts, spec.experts_per_token) == (config.num_experts, config.num_experts_per_tok)
         assert spec.norm_topk_prob == config.norm_topk_prob
 

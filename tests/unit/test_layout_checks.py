@@ -140,6 +140,11 @@ DIVISIONS = {
         {"tensor": 4},
         "{key}.tensor=4 does not divide the {model}'s intermediate size (110); use one of 1, 2",
     ),
+    "width of the shared expert": (
+        {"shared_ffn_hidden_size": 90},
+        {"tensor": 4},
+        "{key}.tensor=4 does not divide the {model}'s shared expert's intermediate size (90); use one of 1, 2",
+    ),
     "experts": (
         {"num_experts": 6},
         {"tensor": 1, "expert": 4},

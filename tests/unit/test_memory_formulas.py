@@ -22,14 +22,16 @@ from tests.helpers.planning import (
     filling_rollouts,
     planned_run,
     replay_config,
+    shared_expert_spec,
     trace_in_process,
 )
 
+SHARED_EXPERT = "tied, with a shared expert beside experts"
 MODELS = {
     "dense": ("Qwen3", {}),
     "tied": ("Qwen2", {"tie_word_embeddings": True}),
     "experts": ("Qwen3Moe", {}),
-    "tied experts": ("Qwen3Moe", {"tie_word_embeddings": True}),
+    SHARED_EXPERT: ("Qwen2Moe", {"tie_word_embeddings": True}),
     "llama": ("Llama", {}),
     "fused": ("Phi3", {"tie_word_embeddings": True}),
 }
@@ -115,7 +117,7 @@ def test_parameter_counts_of_a_rank_agree_with_real_modules(layout, specs):
     The distributed optimizer divides its state over Megatron-Core's own groups.
     """
     world, sizes = LAYOUTS[layout]
-    spec = dataclasses.replace(specs["tied experts" if layout in ("all", "expert") else "experts"], vocab_size=131)
+    spec = dataclasses.replace(specs[SHARED_EXPERT if layout in ("all", "expert") else "experts"], vocab_size=131)
     if "tensor" in sizes and not sizes.get("sequence"):
         spec = dataclasses.replace(specs["tied"], vocab_size=131)
     division = division_of(spec, sizes)
@@ -241,7 +243,11 @@ ACTIVATIONS = {
     "dense": (dense_spec, 1, ()),
     "experts": (expert_spec, 1, ()),
     "tensor": (dense_spec, 2, ("parallel.tensor=2",)),
-    "experts, sequence": (expert_spec, 2, ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2")),
+    "a shared expert, sequence": (
+        shared_expert_spec,
+        2,
+        ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"),
+    ),
 }
 
 

@@ -23,10 +23,17 @@ from megatron_oprd.planning.step_time import bubble, estimate_step
 from megatron_oprd.planning.traffic import Traffic, backward_traffic, forward_traffic, group_spans, update_traffic
 from megatron_oprd.testing.distributed import result_of
 from megatron_oprd.testing.models import random_hf_model, save
-from tests.helpers.planning import dense_spec, expert_spec, filling_rollouts, planned_run, replay_config
+from tests.helpers.planning import (
+    dense_spec,
+    expert_spec,
+    filling_rollouts,
+    planned_run,
+    replay_config,
+    shared_expert_spec,
+)
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Qwen3Moe", "Llama"])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Qwen2Moe", "Llama"])
 def test_operations_agree_with_torchs_counter(family, tmp_path):
     """Forward and backward of a Hugging Face model, which also computes the masked half of the scores."""
     model = random_hf_model(family, attn_implementation="eager", max_position_embeddings=256)
@@ -84,7 +91,12 @@ CASES = {
     "sequence": (dense_spec, ("parallel.tensor=2", "parallel.sequence=true"), (), 0),
     "sequence, recomputed": (dense_spec, ("parallel.tensor=2", "parallel.sequence=true"), FULL, 0),
     "context": (dense_spec, ("parallel.context=2",), (), 0),
-    "experts": (expert_spec, ("parallel.expert=2",), (), 1),
+    "a shared expert": (
+        shared_expert_spec,
+        ("parallel.tensor=2", "parallel.sequence=true", "parallel.expert=2"),
+        (),
+        1,
+    ),
     "experts, recomputed": (expert_spec, ("parallel.expert=2",), FULL, 0),
     "data": (dense_spec, (), (), 0),
     "data, undivided optimizer": (dense_spec, ("parallel.distributed_optimizer=false",), (), 1),
