@@ -16,7 +16,7 @@ COMMANDS = {
     "train": ("train", "Distil a teacher into a student."),
     "plan": ("commands.plan", "Print what `train` would run and the memory and time that it needs."),
     "status": ("commands.status", "Print where a run stands."),
-    "report": ("commands.report", "Write report.html of a run again."),
+    "report": ("commands.report", "Write report.html of a run again, or compare several runs on one page."),
     "evaluate": ("evaluate", "Measure a model: on its own answers and on those of a teacher."),
     "fit-bridge": ("bridge.fit", "Fit the bridge to a teacher of another width, depth or tokenizer."),
     "fp8-error": ("fp8_error", "Measure what FP8 does to a teacher's hidden states."),

@@ -15,6 +15,7 @@ from megatron_oprd.config.models import (
 from megatron_oprd.config.monitoring import HealthConfig, LoggingConfig, WandbConfig, WatchdogConfig
 from megatron_oprd.config.reading import (
     changed_keys,
+    default_text,
     dump_config,
     leaves,
     load_config,
@@ -53,6 +54,7 @@ __all__ = [
     "WandbConfig",
     "WatchdogConfig",
     "changed_keys",
+    "default_text",
     "dump_config",
     "leaves",
     "load_config",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from megatron_oprd.config.mistakes import (
     first_line,
 )
 from megatron_oprd.config.root import FOR_EVALUATION, Config
-from megatron_oprd.config.section import section_class
+from megatron_oprd.config.section import Section, section_class
 from megatron_oprd.config.yaml_core import dump_yaml, load_yaml
 from megatron_oprd.types import UserError
 
@@ -84,6 +85,22 @@ def dump_config(config: Config) -> str:
 def changed_keys(config: Config) -> dict[str, Any]:
     """Return the values that differ from the defaults, by dotted key. Keys without a default are included."""
     return dict(leaves(config.model_dump(mode="json", exclude_defaults=True)))
+
+
+def default_text(key: str) -> str:
+    """Return the default of a dotted key as a command line has it; `required` for a key without one."""
+    section: type[Section] | None = Config
+    *sections, name = key.split(".")
+    for one in sections:
+        field = section.model_fields.get(one) if section is not None else None
+        section = None if field is None else section_class(field.annotation)
+    field = section.model_fields.get(name) if section is not None else None
+    if field is None:
+        return ""  # a key of a mapping
+    if field.is_required():
+        return "required"
+    default = field.get_default(call_default_factory=True)
+    return default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:

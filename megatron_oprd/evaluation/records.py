@@ -32,13 +32,18 @@ def read_jsonl(path: Path) -> list[Record]:
     return records
 
 
-def read_best(run_dir: Path) -> Record:
-    """Return the content of `best.json` in a run folder; an empty record if the file is missing or cannot be read."""
+def read_json(path: Path) -> Record:
+    """Return the object of a JSON file; an empty record if the file is missing or cannot be read."""
     try:
-        values = json.loads(read_text(run_dir / "best.json"))
-    except ValueError:
+        values = json.loads(read_text(path))
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def read_best(run_dir: Path) -> Record:
+    """Return the content of `best.json` in a run folder; an empty record if the file is missing or cannot be read."""
+    return read_json(run_dir / "best.json")
 
 
 def by_step(records: Sequence[Record]) -> list[Record]:

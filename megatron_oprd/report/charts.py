@@ -65,7 +65,7 @@ def ticks(low: float, high: float, count: int, *, integers: bool = False) -> lis
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * 0.999)
     step = max(1.0, step) if integers else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)  # 1.00000001 is 1
     return [i * step for i in range(first, last + 1)]
 
 

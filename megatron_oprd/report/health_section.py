@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_oprd.evaluation.records import by_step, curve, read_jsonl
 from megatron_oprd.report.charts import escape
-from megatron_oprd.report.page import line_chart, number
+from megatron_oprd.report.line_chart import line_chart
+from megatron_oprd.report.page import number, section
 
 TITLES = {
     "perplexity": "Perplexity of the start model's own answers",
@@ -21,12 +22,11 @@ def health_section(run_dir: Path) -> str:
     checks = by_step(read_jsonl(run_dir / "health" / "checks.jsonl"))
     if not checks:
         return ""
-    warnings = [item.get("message") for item in read_jsonl(run_dir / "health" / "warnings.jsonl")]
-    messages = "".join(f'<p class="bad">warning: {escape(message)}</p>' for message in warnings)
-    charts = "".join(line_chart(title, {"": curve(checks, name)}) for name, title in TITLES.items())
-    return (
-        f'<h2>Health</h2>{_scored_answers(checks[0])}{messages or "<p>No warning.</p>"}<div class="grid">{charts}</div>'
-    )
+    warnings = len(read_jsonl(run_dir / "health" / "warnings.jsonl"))
+    found = f"{warnings} warning{'s' * (warnings > 1)}: see the top of this page." if warnings else "No warning."
+    charts = "".join(line_chart(title, {name: curve(checks, name)}) for name, title in TITLES.items())
+    content = f'{_scored_answers(checks[0])}<p>{found}</p><div class="grid">{charts}</div>'
+    return section("Health", content)
 
 
 def _scored_answers(start: dict[str, object]) -> str:

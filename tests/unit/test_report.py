@@ -1,5 +1,7 @@
 """The report says what the run folder holds, for any part of it, and no text of a model becomes markup."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -7,12 +9,17 @@ from html.parser import HTMLParser
 
 import pytest
 
+from megatron_oprd.commands import report as report_command
+from megatron_oprd.report.differences import marked
+from megatron_oprd.report.heat_map import MOST_COLUMNS, Cells, heat_map
+from megatron_oprd.report.line_chart import MOST_POINTS, line_chart, thin_keeping_extremes
 from megatron_oprd.report.live_report import LiveReport
-from megatron_oprd.report.page import MAX_POINTS, line_chart, number, table
+from megatron_oprd.report.page import number, table
+from megatron_oprd.report.plain_text import answer, question
 from megatron_oprd.report.write import write_report
 from megatron_oprd.types import UserError
 
-VOID = {"meta", "br", "hr", "img", "input", "link"}
+VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 
 
 class Balance(HTMLParser):
@@ -20,10 +27,16 @@ class Balance(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.text, self.tags = [], [], set()
+        self.open, self.text, self.tags, self.scripts, self.policy = [], [], set(), [], ""
+        self.data = {"data-lines": [], "data-cells": []}
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
+        found = dict(attrs)
+        for name in self.data.keys() & found.keys():
+            self.data[name].append(json.loads(found[name], parse_constant=pytest.fail))
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self.policy = found["content"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -34,7 +47,9 @@ class Balance(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self.open[-1:] != ["style"]:
             self.text.append(data)
 
 
@@ -44,8 +59,13 @@ def read(path) -> tuple[str, Balance]:
     parser.feed(page)
     parser.close()
     assert parser.open == []
-    assert not parser.tags & {"script", "link", "img", "iframe"}
-    assert "http://" not in page and "https://" not in page and "url(" not in page
+    assert not parser.tags & {"link", "img", "iframe"}
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "") and "https://" not in page
+    assert "url(" not in page
+    # One script, and the browser runs no other and opens no address.
+    assert len(parser.scripts) == 1
+    digest = base64.b64encode(hashlib.sha256(parser.scripts[0].encode()).digest()).decode()
+    assert parser.policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return page, parser
 
 
@@ -59,7 +79,7 @@ def metrics(step: int) -> dict[str, float]:
     row |= {f"rep/cosine/layer_{layer}": 1 - layer / 100 / step for layer in range(1, 13)}
     row |= {"rep/student_norm": 3, "rep/teacher_norm": 4, "rollout/length_mean": 70, "rollout/length_max": 90}
     row |= {"time/rollout": 6.0, "time/teacher": 1.0, "time/student": 2.0, "time/step": 10.0}
-    return row | {"rollout/truncated_fraction": 0.1, "memory/peak_bytes": 3 * 2**30}
+    return row | {"rollout/truncated_fraction": 0.1, "memory/peak_bytes": 3e9}
 
 
 @pytest.fixture
@@ -90,7 +110,7 @@ def test_a_complete_run_shows_every_part(run_dir):
         assert words in text
     for title in ("Loss", "Accuracy, avg@16", "Cosine per layer", "Gradient norm", "Learning rate", "Response length"):
         assert title in text
-    for words in ("2+2?", "four", "it is 4", "ended by eos", "Peak memory: 3 GiB", '{"pairs": [[1, 1]]}', "steps: 7"):
+    for words in ("2+2?", "four", "it is 4", "Peak memory: 3 GB", '{"pairs": [[1, 1]]}', "steps: 7"):
         assert words in text
     assert '<td class="good">+0.25</td>' in page  # more correct is better
     assert '<td class="bad">+0.125</td>' in page  # more unanswered is worse
@@ -132,20 +152,107 @@ def test_the_student_on_the_teachers_answers_is_shown_without_right_answers(run_
         "Cosine per layer on the teacher's answers, first and last evaluation",
         "Best by reverse_kl: step 4 with 5",
         "Not graded: no prompt has a right answer.",
-        "finished early: 5 steps of 7",
+        "finished: 5 steps of 7",
+        "stopped early by evaluation.patience",
     ):
         assert words in text, words
     assert '<td class="good">-4</td>' in page  # a lower perplexity is better
     assert "cosine/layer_1" not in text and "avg@" not in text
 
 
-def test_the_main_metrics_are_shown_at_the_start_and_now(run_dir):
+def test_the_headline_shows_what_changed_in_how_long_and_what_is_wrong(run_dir):
+    rows = [metrics(step) | {"rollout/truncated_fraction": 0.75} for step in range(1, 6)]
+    rows[1]["loss"] = math.nan
+    lines(run_dir / "metrics.jsonl", rows)
+    (run_dir / "config.yaml").write_text(
+        "student: {path: m/small}\nteacher: {path: m/large}\ntrain: {steps: 7}\n"
+        "rollout: {prompts_per_step: 2, samples_per_prompt: 3, max_new_tokens: 90}\n"
+    )
+    text = " ".join(read(write_report(run_dir))[1].text)
+    for words in (
+        "large distilled into small",
+        "50 s of training; 6 answers per step; 42 response tokens/s; 3 GB of memory at most",
+        "right answers, avg@16 0.25 →  0.5",
+        "loss 1 →  0.2 step 1 and step 5",
+        "warning: the loss of 1 steps is not finite, first of step 2",
+        "warning: 75% of the answers of the last 5 steps were cut at rollout.max_new_tokens=90",
+    ):
+        assert words in text, words
+
+
+def test_the_gap_to_the_teacher_is_said(run_dir):
+    scores = [{"s": {"perplexity": value, "teacher_perplexity": 2.0}} for value in (6.0, 3.0)]
+    found = [{"step": step, "name": f"step {step}", "data": data} for step, data in zip((0, 5), scores, strict=True)]
+    lines(run_dir / "evaluations.jsonl", found)
+    text = " ".join(read(write_report(run_dir))[1].text)
+    assert "perplexity of the teacher's answers 6 →  3 teacher 2, 75% of the gap closed" in text
+
+
+def test_a_failed_run_says_why(run_dir):
+    (run_dir / "failures").mkdir()
+    (run_dir / "failures" / "rank_0.json").write_text(json.dumps({"time": 1.0, "line": "rank 0 failed: no more"}))
+    text = " ".join(read(write_report(run_dir))[1].text)
+    assert "failed: 5 steps of 7" in text and "rank 0 failed: no more" in text
+
+
+def test_the_same_prompts_are_answered_before_after_and_by_the_teacher(run_dir):
+    prompt = "<|im_start|>system\nBe good<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
+
+    def sample(response, **more):
+        return {"prompt": prompt, "response": response, "finish_reason": "eos", **more}
+
+    lines(run_dir / "evaluations" / "step_0000000.jsonl", [sample("a dog", step=0), sample("second sample", step=0)])
+    lines(run_dir / "evaluations" / "step_0000005.jsonl", [sample("it is 5<|im_end|>", step=5)])
+    for name, teacher in (("a", "/models/other"), ("b", "/models/large")):
+        lines(run_dir / "teacher_answers" / f"{name}.jsonl", [sample(f"it is 4 {teacher}")])
+        (run_dir / "teacher_answers" / f"{name}.json").write_text(json.dumps({"teacher": {"path": teacher}}, indent=2))
     page, parser = read(write_report(run_dir))
-    assert "Start and now" in parser.text
-    assert "<tr><td>loss</td><td>1</td><td>0.2</td></tr>" in page
-    lines(run_dir / "metrics.jsonl", [metrics(1)])
-    _, parser = read(write_report(run_dir))
-    assert "Start and now" not in parser.text
+    text = " ".join(parser.text)
+    assert '<div class="question">What is 2+2?</div>' in page and "im_end" not in text and "Be good" not in text
+    assert '<div class="answer"><mark>a dog</mark></div>' in page and "second sample" not in page
+    assert '<div class="answer">it is <mark>5</mark></div>' in page and "step 5 · 57% in common" in text
+    assert "it is 4 /models/large" in text and "/models/other" not in text
+
+
+def test_the_settings_that_differ_from_the_defaults_are_shown_with_these(run_dir):
+    (run_dir / "config.yaml").write_text(
+        "student: {path: s}\nteacher: {path: t}\ntrain: {steps: 7, run_dir: r}\ndata: {prompts: [p.jsonl]}\n"
+        "optimizer: {lr: 0.5}\nrollout: {temperature: 1.0}\n"
+    )
+    text = "".join(read(write_report(run_dir))[1].text)
+    assert "optimizer.lr0.51e-05" in text and "rollout.temperature" not in text.split("Complete configuration")[0]
+    assert "train.run_dirrrequired" in text
+
+
+def test_several_runs_are_compared_on_one_page(run_dir, tmp_path_factory, capsys):
+    other = tmp_path_factory.mktemp("other")
+    (other / "config.yaml").write_text("train: {steps: 9}\n")
+    lines(other / "metrics.jsonl", [metrics(step) for step in range(1, 4)])
+    scores = {"AIME24": {"avg@16": 0.75, "unanswered": 0.5}}
+    lines(other / "evaluations.jsonl", [{"step": step, "name": "x", "data": scores} for step in (0, 3)])
+    to = other / "page.html"
+    assert report_command.main([str(run_dir), str(other), str(run_dir), "--to", str(to)]) == 0
+    page, parser = read(to)
+    assert "Comparison of 2 runs" in parser.text
+    assert "<td>steps</td><td>5</td><td>3</td>" in page
+    assert '<td>avg@16</td><td>0.5</td><td class="good">0.75</td>' in page
+    assert '<td>unanswered</td><td>0.625</td><td class="good">0.5</td>' in page
+    loss, by_time = (
+        chart for chart in parser.data["data-lines"] if chart["lines"][0]["y"] == [1, 0.5, 0.33333, 0.25, 0.2]
+    )
+    assert loss["lines"][1] == {"name": other.name, "x": [1, 2, 3], "y": [1, 0.5, 0.33333]}
+    assert by_time["lines"][0]["x"] == [10, 20, 30, 40, 50] and by_time["x_label"] == "s"
+
+
+def test_a_long_and_deep_run_makes_a_small_page(run_dir):
+    layers = {f"rep/cosine/layer_{layer}": 0.123456789 * layer / 48 for layer in range(1, 49)}
+    scalars = {key: value for key, value in metrics(3).items() if "/layer_" not in key}
+    lines(run_dir / "metrics.jsonl", [scalars | layers | {"step": step} for step in range(1, 2001)])
+    page, parser = read(write_report(run_dir))
+    assert len(page) < 2_000_000
+    (cells,) = parser.data["data-cells"]
+    assert (len(cells["rows"]), len(cells["columns"])) == (48, MOST_COLUMNS)
+    assert any(len(chart["lines"][0]["y"]) == 2000 for chart in parser.data["data-lines"])
 
 
 def test_a_live_report_is_written_at_most_every_30_seconds_and_its_failure_ends_no_run(run_dir, capsys):
@@ -222,20 +329,22 @@ def test_text_of_a_model_never_becomes_markup(run_dir):
     (run_dir / "config.yaml").write_text(json.dumps({"student": {"path": attack}}))
     _, parser = read(write_report(run_dir))
     assert attack in " ".join(parser.text)
+    lines(run_dir / "evaluations" / "step_0000001.jsonl", [{**sample, "correct": False, "ground_truth": attack}])
+    _, parser = read(write_report(run_dir))
+    assert "onerror=alert(1)" in " ".join(parser.text)
 
 
 def test_a_step_that_ran_again_after_a_resume_counts_once(run_dir):
     lines(run_dir / "metrics.jsonl", [metrics(1), metrics(2), {**metrics(2), "loss": 77.5}])
-    page, _ = read(write_report(run_dir))
-    assert page.count("<title>step 2: 77.5</title>") == 1
-    assert "<title>step 2: 0.5</title>" not in page
+    _, parser = read(write_report(run_dir))
+    assert [1, 77.5] in [chart["lines"][0]["y"] for chart in parser.data["data-lines"]]
 
 
 def test_a_long_response_is_shortened_and_says_so(run_dir):
     lines(run_dir / "rollouts" / "step_1.jsonl", [{"step": 1, "prompt": "p", "response": "x" * 100_000 + "the end"}])
     page, _ = read(write_report(run_dir))
-    assert "94,007 characters left out" in page and "the end" in page
-    assert len(page) < 200_000
+    assert "97,007 characters left out" in page and "the end" in page
+    assert len(page) < 60_000 + len(read(write_report(run_dir))[1].scripts[0])
 
 
 def test_a_missing_run_folder_is_named(tmp_path):
@@ -268,8 +377,65 @@ def test_degenerate_series_are_drawn_inside_the_picture(points):
 def test_a_chart_without_points_is_not_drawn_and_a_long_one_keeps_its_ends():
     assert line_chart("t", {}) == line_chart("t", {"a": [(1, math.nan)]}) == ""
     chart = line_chart("t", {"a": [(i, float(i)) for i in range(10_000)]})
-    assert len(points_of(chart)) == MAX_POINTS
-    assert "step 0: 0<" in chart and "step 9999: 9,999<" in chart
+    assert len(points_of(chart)) == MOST_POINTS
+    values = Balance()
+    values.feed(chart)
+    (line,) = values.data["data-lines"][0]["lines"]
+    assert (line["x"][0], line["y"][0], line["x"][-1], line["y"][-1]) == (0, 0, 9999, 9999)
+
+
+def test_a_thinned_line_keeps_every_peak():
+    points = [(float(i), 1.0) for i in range(5000)]
+    points[1234], points[4321] = (1234.0, 50.0), (4321.0, -50.0)
+    thinned = thin_keeping_extremes(points, 100)
+    assert len(thinned) <= 100 and points[1234] in thinned and points[4321] in thinned
+    assert thinned == sorted(thinned)
+
+
+def test_a_heat_map_shares_a_cell_by_its_mean_and_leaves_out_what_was_not_measured():
+    values = [[float(step) for step in range(2 * MOST_COLUMNS)], [math.nan] * (2 * MOST_COLUMNS)]
+    drawn = Balance()
+    drawn.feed(heat_map("t", Cells([1, 2], list(range(2 * MOST_COLUMNS)), values, "layer", "step")))
+    (cells,) = drawn.data["data-cells"]
+    assert cells["columns"][:3] == [0, 2, 4] and cells["values"][0][:3] == [0.5, 2.5, 4.5]
+    assert cells["values"][1] == [None] * MOST_COLUMNS
+    assert heat_map("t", Cells([1], [1, 2], [[math.nan, math.nan]], "layer", "step")) == ""
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nold<|im_end|>\n<|im_start|>assistant\nA<|im_end|>\n"
+        "<|im_start|>user\nHow\nmany?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHow\nmany?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|system|>S<|end|><|user|>How\nmany?<|end|><|assistant|>",
+        "<\uff5cbegin\u2581of\u2581sentence\uff5c><\uff5cUser\uff5c>How\nmany?<\uff5cAssistant\uff5c>",
+        "<bos><start_of_turn>user\nHow\nmany?<end_of_turn>\n<start_of_turn>model\n",
+        "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nHow\nmany? [/INST]",
+        "How\nmany?",
+    ],
+)
+def test_a_question_is_shown_without_its_template(prompt):
+    assert question(prompt) == "How\nmany?"
+
+
+def test_an_answer_keeps_everything_but_special_tokens():
+    assert answer("<think>a < b</think> c|d <x><|im_end|>") == "<think>a < b</think> c|d <x>"
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "html", "share"),
+    [
+        ("one two  three", "one three", "one <mark>two</mark>  three", 4 / 5),
+        ("a b", "", "<mark>a b</mark>", 0.0),
+        ("a\n<b>", "a <b>", "a\n&lt;b&gt;", 1.0),
+        ("", "a", "", 0.0),
+        ("", "", "", 1.0),
+    ],
+)
+def test_words_that_the_reference_lacks_are_marked(text, reference, html, share):
+    assert marked(text, reference) == (html, pytest.approx(share))
 
 
 @pytest.mark.parametrize(
