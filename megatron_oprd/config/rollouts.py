@@ -201,7 +201,9 @@ class EvaluationConfig(Section):
     samples: int = Field(16, ge=0, description="answers of the student to each prompt; 0: none")
     temperature: float = Field(0.7, ge=0.0, description="sampling temperature; 0: greedy")
     top_p: float = Field(0.95, gt=0.0, le=1.0, description="nucleus sampling; 1: off")
-    max_new_tokens: int = Field(31744, ge=1, description="longest answer", json_schema_extra=TOKENS)
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="longest answer; null: as rollout.max_new_tokens", json_schema_extra=TOKENS
+    )
     teacher_answers: Literal["auto"] | bool = Field(
         "auto",
         description="let the teacher answer each prompt once, and measure the student on these answers; auto: if no "

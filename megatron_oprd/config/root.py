@@ -135,6 +135,11 @@ class Config(Section):
         """Return the teachers by data_source. A single teacher, for all prompts, has the empty name."""
         return self.teachers if self.teacher is None else {"": self.teacher}
 
+    @property
+    def evaluation_tokens(self) -> int:
+        """Return the most tokens of an answer in an evaluation."""
+        return self.evaluation.max_new_tokens or self.rollout.max_new_tokens
+
 
 def teacher_section(name: str) -> str:
     """Return the key of the section of one of `named_teachers`."""

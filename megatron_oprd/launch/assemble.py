@@ -186,7 +186,7 @@ def _identity(inputs: Inputs, teacher: PlannedTeacher, hashes: WeightHashes) -> 
 
 def make_evaluator(config: Config, stage: Stage, spec: ModelSpec, topology: Topology) -> EmbeddedEngine:
     """Return the engine that samples evaluation answers from the student."""
-    seed, sampling = config.train.seed + EVALUATION_SEED, evaluation_sampling(config.evaluation)
+    seed, sampling = config.train.seed + EVALUATION_SEED, evaluation_sampling(config)
     rows = rows_at_a_time(spec, topology, stage, config.data.max_prompt_tokens + sampling.max_new_tokens)
     return EmbeddedEngine(stage, spec, topology, sampling, seed=seed, max_batch=rows)
 

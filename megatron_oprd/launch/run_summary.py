@@ -57,7 +57,7 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
         yield "prompts", inputs.prompts.summary()
     if inputs.evaluation_prompts is not None:
         summary = inputs.evaluation_prompts.evaluation_summary()
-        yield "evaluation", f"every {config.evaluation.every} steps{_measured(inputs)}: {summary}"
+        yield "evaluation", f"every {config.evaluation.every} steps{_measured(inputs)}; {summary}"
     if inputs.end_tokens is not None:
         yield "answers", f"end with {inputs.end_tokens.summary()}"
     yield "step", _step(config)
@@ -127,7 +127,10 @@ def _positions(positions: str, k: int) -> str:
 
 def _measured(inputs: Inputs) -> str:
     evaluation = inputs.config.evaluation
-    text = " on the teacher's answers" if inputs.teacher_answers else ""
+    count = evaluation.samples
+    answers = [f"{count} answer{'s' * (count != 1)} of the student to each prompt"] if count else []
+    answers += ["the teacher's answers"] if inputs.teacher_answers else []
+    text = f": {' and '.join(answers)}, up to {inputs.config.evaluation_tokens:,} new tokens"
     text += f", best checkpoint by {evaluation.best}" if evaluation.best else ""
     return text + (f", end after {evaluation.patience} without a better one" if evaluation.patience else "")
 

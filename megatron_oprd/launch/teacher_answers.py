@@ -60,7 +60,7 @@ class AnswerRequest:
         Raises UserError if no prompt leaves room for an answer.
         """
         evaluation, path = self.config.evaluation, self.teacher.config.path
-        limits = answer_limits(self.config, self.setup, self.prompts, evaluation.max_new_tokens)
+        limits = answer_limits(self.config, self.setup, self.prompts, self.config.evaluation_tokens)
         with_room = [(prompt, limit) for prompt, limit in zip(self.prompts, limits, strict=True) if limit > 0]
         if not with_room:
             raise UserError(
@@ -72,7 +72,7 @@ class AnswerRequest:
         return AnswerOrigin(
             teacher=path,
             teacher_hash=self.teacher_hash,
-            sampling=Sampling(evaluation.temperature, evaluation.top_p, 0, evaluation.max_new_tokens),
+            sampling=Sampling(evaluation.temperature, evaluation.top_p, 0, self.config.evaluation_tokens),
             seed=self.config.train.seed + EVALUATION_SEED,
             end_tokens=tuple(sorted(ends)),
             vocab_size=self.vocab_size,

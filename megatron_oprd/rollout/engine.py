@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_oprd.config import EvaluationConfig, RolloutConfig
+from megatron_oprd.config import Config, RolloutConfig
 from megatron_oprd.types import Prompt, Rollout
 
 
@@ -27,9 +27,10 @@ def rollout_sampling(config: RolloutConfig) -> Sampling:
     return Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens, config.samples_per_prompt)
 
 
-def evaluation_sampling(config: EvaluationConfig) -> Sampling:
+def evaluation_sampling(config: Config) -> Sampling:
     """Return how an evaluation samples its answers."""
-    return Sampling(config.temperature, config.top_p, 0, config.max_new_tokens, config.samples)
+    evaluation = config.evaluation
+    return Sampling(evaluation.temperature, evaluation.top_p, 0, config.evaluation_tokens, evaluation.samples)
 
 
 class PendingRollouts(Protocol):

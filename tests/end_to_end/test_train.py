@@ -43,7 +43,8 @@ def test_the_run_folder_records_configuration_environment_and_plan(run):
     assert environment["packages"]["torch"] == importlib.metadata.version("torch")
     plan = json.loads((run_dir / "plan.json").read_text())
     assert [(pair["student"], pair["teacher"]) for pair in plan["pairs"]] == [(1, 1), (2, 2)]
-    assert "5 rows: 5 kept" in log
+    answers = "2 answers of the student to each prompt and the teacher's answers, up to 6 new tokens"
+    assert f"evaluation every 2 steps: {answers}; 5 rows: 5 kept" in log
     assert log.splitlines()[-1] == f"report: {run_dir / 'report.html'}"
 
 
@@ -294,7 +295,8 @@ def test_the_best_checkpoint_is_kept_and_exported_and_a_run_that_no_longer_impro
     status = "\n".join(status_lines(run_dir))
     assert "finished: stopped early by evaluation.patience" in status
     assert f"perplexity {significant(values[best])} at step {best}, checkpoints/step_{best:07d}; 3 evalua" in status
-    assert f"finished early: {best + 3} steps of 30" in (run_dir / "report.html").read_text()
+    page = (run_dir / "report.html").read_text()
+    assert f"finished: {best + 3} steps of 30" in page and "stopped early by evaluation.patience" in page
     # The same command does not train on; with more patience it does.
     assert "tok/s" not in finish(arguments, tmp_path / "again.log")
     finish([*arguments, "evaluation.patience=4"], tmp_path / "log")

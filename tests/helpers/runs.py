@@ -76,7 +76,6 @@ def prompt_run(folder: Path, steps: int, *settings: str, **options: Any) -> list
         f"data.prompts=[{path}]",
         f"evaluation.data=[{path}]",
         "evaluation.samples=2",
-        "evaluation.max_new_tokens=6",
         "rollout.prompts_per_step=2",
         "rollout.samples_per_prompt=2",
         "rollout.max_new_tokens=6",
