@@ -42,10 +42,9 @@ class DoubledLibrary:
         cures = []
         if {self.loaded.parent, self.other.parent} & searched:
             cures.append(f"unset {SEARCHED}")
-        # An installation by pip is nvidia/cudnn/lib/libcudnn.so.9; Transformer Engine looks at CUDNN_HOME first.
-        by_pip = next((path for path in (self.loaded, self.other) if "site-packages" in path.parts), None)
-        if self.library == "cuDNN" and by_pip is not None:
-            cures.append(f"set CUDNN_HOME={by_pip.parent.parent}")
+        home = pip_cudnn([str(self.loaded), str(self.other)])
+        if home is not None:
+            cures.append(f"set CUDNN_HOME={home}")
         return ", or ".join(cures) or "keep one of them in the environment"
 
 
@@ -69,6 +68,20 @@ def find_doubled_library(mapped: Iterable[str] | None = None) -> DoubledLibrary 
                     return DoubledLibrary(library, paths[0], path, is_loaded=True)
             if library == "cuDNN" and (other := _found_first(paths, major)) is not None:
                 return DoubledLibrary(library, paths[0], other, is_loaded=False)
+    return None
+
+
+def pip_cudnn(mapped: Iterable[str] | None = None) -> Path | None:
+    """Return the folder nvidia/cudnn of site-packages if this process has loaded cuDNN from it, else None.
+
+    Transformer Engine loads the cuDNN of the folder CUDNN_HOME, and without this variable that of the system.
+
+    Args:
+        mapped: the paths of the loaded files; None: those of this process.
+    """
+    for path in map(Path, _mapped_files() if mapped is None else mapped):
+        if _major("cuDNN", path.name) is not None and "site-packages" in path.parts:
+            return path.parent.parent  # of nvidia/cudnn/lib/libcudnn.so.9
     return None
 
 

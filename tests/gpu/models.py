@@ -13,6 +13,7 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf, named_parameters
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.launch.layouts import plan_teacher
+from megatron_oprd.launch.setup import with_dtype
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
@@ -44,7 +45,7 @@ class Gpu:
 
     def config(self, *settings: str) -> Config:
         paths = [f"{key}=unused" for key in ("student.path", "teacher.path", "train.run_dir", "rollout.path")]
-        return load_config(None, [*paths, "rollout.engine=replay", *settings])
+        return with_dtype(load_config(None, [*paths, "rollout.engine=replay", *settings]))
 
     def precision(self, *settings: str) -> Precision:
         """Return the planned precision of `precision.*` settings, as `train` plans it."""

@@ -12,7 +12,8 @@ import pytest
 from megatron_oprd.launch import setup
 from megatron_oprd.launch.setup import check_libraries
 from megatron_oprd.models.precision import PLAIN, Precision
-from megatron_oprd.runtime.loaded_libraries import DoubledLibrary, find_doubled_library
+from megatron_oprd.runtime import megatron_import
+from megatron_oprd.runtime.loaded_libraries import DoubledLibrary, find_doubled_library, pip_cudnn
 from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -100,3 +101,16 @@ def test_a_mixed_cudnn_is_refused_with_transformer_engine_and_a_warning_without(
     monkeypatch.setattr(setup, "find_doubled_library", lambda: dataclasses.replace(doubled, library="NCCL"))
     check_libraries(Precision(te, te))
     assert "warning: two installations of NCCL" in capsys.readouterr().out
+
+
+def test_transformer_engine_gets_the_cudnn_that_pip_installed_for_torch(monkeypatch, tmp_path):
+    pip, system = tmp_path / PIP / "libcudnn.so.9", tmp_path / "lib" / "libcudnn.so.9"
+    assert pip_cudnn([str(system)]) is None, "nothing to change in a container with one installation"
+    assert pip_cudnn([str(system), str(pip)]) == tmp_path / "lib/python3.12/site-packages/nvidia/cudnn"
+    monkeypatch.setattr(megatron_import, "pip_cudnn", lambda: tmp_path)
+    monkeypatch.delenv("CUDNN_HOME", raising=False)
+    megatron_import.import_megatron.__wrapped__()
+    assert os.environ["CUDNN_HOME"] == str(tmp_path)
+    monkeypatch.setenv("CUDNN_HOME", "chosen")
+    megatron_import.import_megatron.__wrapped__()
+    assert os.environ["CUDNN_HOME"] == "chosen"
