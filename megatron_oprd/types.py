@@ -216,6 +216,8 @@ class StepReport:
     grad_norm: float  # before clipping
     learning_rate: float
     metrics: dict[str, float] = field(default_factory=dict)  # by name
+    # Mean square of the teacher's states of this step, by student layer; empty if no weight depends on it.
+    layer_squares: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,8 @@ class Saving:
             values["student"] = {"path": content.source, "hash": content.student_hash}
         if state.best is not None:
             values["best"] = dataclasses.asdict(state.best)
+        if state.squares.steps:
+            values["layer_squares"] = state.squares.to_dict()
         if state.pending is not None:
             values["pending"] = write_pending(self.partial, state.pending, rollouts)
         write_json(self.partial / "state.json", values)

@@ -32,7 +32,7 @@ from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import explain_os_errors, prepare_partial, read_json
 from megatron_oprd.training.map_optimizer import FILE as MAPS
-from megatron_oprd.training.state import BestEvaluation, Identity, TrainState
+from megatron_oprd.training.state import BestEvaluation, Identity, LayerSquares, TrainState
 from megatron_oprd.training.student import Student
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -106,6 +106,8 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
         saved_student = {key: str(start[key]) for key in ("path", "hash")} if start else None
         if "best" in values:
             state = dataclasses.replace(state, best=BestEvaluation(**values["best"]))
+        if "layer_squares" in values:
+            state = dataclasses.replace(state, squares=LayerSquares.from_dict(values["layer_squares"]))
         if "pending" in values:
             state = dataclasses.replace(state, pending=read_pending(checkpoint, values["pending"], topology))
         saved = {

@@ -10,7 +10,7 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from megatron_oprd.config.loss_schedule import ScheduleConfig
-from megatron_oprd.config.section import STEPS, TOKENS, PathText, Section
+from megatron_oprd.config.section import NATS, STEPS, TOKENS, PathText, Section
 from megatron_oprd.config.yaml_core import load_yaml
 
 
@@ -40,6 +40,11 @@ class RepresentationConfig(Section):
     k: int = Field(2000, ge=1, description="number of tokens for last_k and first_k", json_schema_extra=TOKENS)
     normalize: Literal["none", "l2"] = Field(
         "none", description="scale each hidden state to length 1 first (l2). Default l2 with a bridge or a map"
+    )
+    layer_weights: Literal["equal", "inverse_square"] | list[Annotated[float, Field(gt=0.0)]] = Field(
+        "equal",
+        description="factors of the layers' losses: 1 (equal), one over the teacher's mean square at the layer "
+        "(inverse_square), or a list in the order of the compared layers",
     )
     aggregation: Literal["sequence_mean", "token_mean"] = Field(
         "sequence_mean", description="mean over the tokens of each response first, or over all tokens at once"
@@ -90,6 +95,15 @@ class RepresentationConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _inverse_square_needs_lengths(self) -> RepresentationConfig:
+        if self.layer_weights == "inverse_square" and self.normalize == "l2":
+            raise ValueError(
+                "loss.representation.layer_weights=inverse_square has no effect on states of length 1; use equal, or "
+                "loss.representation.normalize=none"
+            )
+        return self
+
     @property
     def has_map(self) -> bool:
         """Return True if a trained map leads to the teacher's width."""
@@ -122,10 +136,21 @@ class OutputConfig(Section):
     k: int = Field(16, ge=1, description="number of tokens of the top-k objectives", json_schema_extra=TOKENS)
     support: Literal["student", "teacher", "union"] = Field("student", description="whose top-k tokens are compared")
     tail_bucket: bool = Field(False, description="topk_kl: treat all other tokens as one more outcome")
-    direction: Literal["reverse", "forward", "jsd"] = Field(
-        "reverse", description="KL of student to teacher, of teacher to student, or Jensen-Shannon divergence"
+    direction: Literal["reverse", "forward", "jsd", "skew_reverse", "skew_forward"] = Field(
+        "reverse",
+        description="KL of student to teacher, of teacher to student, Jensen-Shannon divergence, or KL to a mixture of "
+        "both",
     )
     beta: float = Field(0.5, ge=0.0, le=1.0, description="mixture of jsd: forward at 0, reverse at 1")
+    skew: float = Field(
+        0.1, ge=0.0, lt=1.0, description="share of the first distribution in the mixture of skew_reverse, skew_forward"
+    )
+    forward_above_entropy: float | None = Field(
+        None,
+        ge=0.0,
+        description="sampled: add the forward KL on the teacher's top k where its entropy is above this; null: nowhere",
+        json_schema_extra=NATS,
+    )
     teacher_temperature: float = Field(1.0, gt=0.0, description="temperature of the teacher's distribution")
     positions: Literal["all", "last", "last_k", "first_k"] = Field("all", description="response tokens to compare")
     positions_k: int = Field(
@@ -144,6 +169,20 @@ class OutputConfig(Section):
         10, ge=0, description="log the metrics output/... at step 1, every so many steps and at the end; 0: never",
         json_schema_extra=STEPS,
     )  # fmt: skip
+
+    @property
+    def mixture(self) -> float:
+        """Return the share that the mixture of `direction` depends on: `beta`, or `skew` of a skew divergence."""
+        return self.skew if self.direction.startswith("skew") else self.beta
+
+    @model_validator(mode="after")
+    def _entropy_belongs_to_sampled(self) -> OutputConfig:
+        if self.forward_above_entropy is not None and self.objective != "sampled":
+            raise ValueError(
+                f"loss.output.forward_above_entropy={self.forward_above_entropy:g} adds to the objective sampled, and "
+                f"loss.output.objective={self.objective}; use sampled or null"
+            )
+        return self
 
 
 class LossConfig(Section):

@@ -45,6 +45,7 @@ PathText = Annotated[str, AfterValidator(_expand_path)]  # a file, a folder or t
 # Values for `json_schema_extra`: the unit of a field, which docs/configuration.md prints.
 TOKENS: JsonDict = {"unit": "tokens"}
 BYTES: JsonDict = {"unit": "bytes"}
+NATS: JsonDict = {"unit": "nats"}
 STEPS: JsonDict = {"unit": "steps"}
 MINUTES: JsonDict = {"unit": "minutes"}
 SECONDS: JsonDict = {"unit": "seconds"}

@@ -19,18 +19,24 @@ from megatron_oprd.losses.vocabulary import VocabularyShard
 def divergence(
     log_p: Tensor, log_q: Tensor, shard: VocabularyShard, direction: str, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Return KL(p || q) (`reverse`), KL(q || p) (`forward`) or the generalised JSD(beta) (`jsd`, arXiv 2306.13649).
+    """Return KL(p || q) (`reverse`), KL(q || p) (`forward`), the generalised JSD(beta) (`jsd`, arXiv 2306.13649), or
+    the skew divergence KL(p || beta p + (1 - beta) q) (`skew_reverse`) or KL(q || beta q + (1 - beta) p)
+    (`skew_forward`) of DistiLLM (arXiv 2402.03898), which is the KL divergence for beta 0.
 
     JSD(beta) = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p. It vanishes for beta 0 and 1. As
     in TRL, beta 0 means the limit of JSD(beta) / beta, which is the forward KL, and beta 1 the limit of
     JSD(beta) / (1 - beta), which is the reverse KL.
     """
-    if direction == "reverse" or (direction == "jsd" and beta == 1.0):
+    if direction == "reverse" or (direction, beta) in (("jsd", 1.0), ("skew_reverse", 0.0)):
         return reverse_kl(log_p, log_q, shard)
-    if direction == "forward" or (direction == "jsd" and beta == 0.0):
+    if direction == "forward" or (direction, beta) in (("jsd", 0.0), ("skew_forward", 0.0)):
         return forward_kl(log_p, log_q, shard)
     if direction == "jsd":
         return jensen_shannon(log_p, log_q, shard, beta)
+    if direction == "skew_reverse":
+        return skew_reverse_kl(log_p, log_q, shard, beta)
+    if direction == "skew_forward":
+        return skew_forward_kl(log_p, log_q, shard, beta)
     raise ValueError(f"unknown direction {direction!r}")
 
 
@@ -60,6 +66,33 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, shard: VocabularyShard, beta: f
     teacher_part, student_part = shard.sum(torch.stack([teacher_part, student_part]))
     value = beta * teacher_part - (1 - beta) * student_part
     return value, p.mul_(mixture_ratio.sub_(student_part[:, None])).mul_(beta - 1)
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard, skew: float) -> tuple[Tensor, Tensor]:
+    """Return KL(p || m) with m = skew p + (1 - skew) q, 0 < skew < 1; g = -r - skew e^-r with r = log(m / p).
+
+    Allocates three temporaries [n, width].
+    """
+    ratio = _log_mixture_over_student(torch.sub(log_q, log_p, out=log_q), 1 - skew)
+    p = log_p.exp_()
+    part = torch.add(ratio, ratio.neg().expm1_(), alpha=skew).neg_()  # g plus a constant, exactly 0 if p = q
+    value, mean = shard.sum(torch.stack([-(p * ratio).sum(-1), (p * part).sum(-1)]))
+    return value, p.mul_(part.sub_(mean[:, None]))
+
+
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard, skew: float) -> tuple[Tensor, Tensor]:
+    """Return KL(q || m) with m = skew q + (1 - skew) p, 0 < skew < 1; g = -(1 - skew) q / m.
+
+    Allocates three temporaries [n, width].
+    """
+    teacher_ratio = log_q - log_p
+    ratio = _log_mixture_over_student(teacher_ratio, skew)  # log m - log p
+    p, q = log_p.exp_(), log_q.exp_()
+    of_mixture = teacher_ratio.sub_(ratio)  # log q - log m
+    value = (q * of_mixture).sum(-1)
+    part = of_mixture.expm1_().neg_()  # 1 - q / m, exactly 0 if p = q
+    value, mean = shard.sum(torch.stack([value, (p * part).sum(-1)]))
+    return value, p.mul_(part.sub_(mean[:, None])).mul_(1 - skew)
 
 
 def _log_mixture_over_student(teacher_ratio: Tensor, beta: float) -> Tensor:

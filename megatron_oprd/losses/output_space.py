@@ -64,20 +64,23 @@ def token_objective(
     Communicates over `shard.group`: 3 all_reduces; one all_gather for each ranking of a top-k objective; 2 more
     all_reduces with the tail bucket, and 2 more with metrics.
     """
-    is_topk = config.objective in ("topk_surrogate", "topk_kl")
+    is_gated = config.forward_above_entropy is not None
+    is_topk = is_gated or config.objective in ("topk_surrogate", "topk_kl")
     # Rank before subtracting the log-sum-exp: its rounding depends on the number of ranks and can make logits equal.
     top = _rankings(student_logits, teacher_logits, shard, config, with_metrics) if is_topk or with_metrics else {}
     shard.normalize_(student_logits, teacher_logits)
     log_p, log_q = student_logits, teacher_logits
     metrics = _metrics(log_p, log_q, token_ids, top, shard, config) if with_metrics else None
-    if config.objective == "sampled":
+    if is_gated:
+        value, gradient = _sampled_and_forward(log_p, log_q, token_ids, top["teacher"], shard, config)
+    elif config.objective == "sampled":
         value, gradient = _sampled(log_p, log_q, token_ids, shard)
     elif config.objective == "topk_surrogate":
         value, gradient = _topk_surrogate(log_p, log_q, _support(top, config), shard)
     elif config.objective == "topk_kl":
         value, gradient = _topk_kl(log_p, log_q, _support(top, config), shard, config)
     elif config.objective == "full_kl":
-        value, gradient = divergence(log_p, log_q, shard, config.direction, config.beta)
+        value, gradient = divergence(log_p, log_q, shard, config.direction, config.mixture)
     else:
         raise ValueError(f"no objective {config.objective!r}")
     return TokenObjective(value, gradient, metrics)
@@ -90,6 +93,25 @@ def _sampled(log_p: Tensor, log_q: Tensor, token_ids: Tensor, shard: VocabularyS
     advantage = teacher - student
     gradient = log_p.exp_().mul_(advantage)
     return (-advantage * student).squeeze(1), shard.add_(gradient, ids, -advantage)
+
+
+def _sampled_and_forward(
+    log_p: Tensor, log_q: Tensor, token_ids: Tensor, top_ids: Tensor, shard: VocabularyShard, config: OutputConfig
+) -> tuple[Tensor, Tensor]:
+    """Return `_sampled`, plus the sum over the teacher's top k of q (log q - log p), not renormalised, at tokens where
+    the teacher's entropy is above `config.forward_above_entropy` (EOPD, arXiv 2603.07079).
+
+    The gradient of the sum is p times its mass of q, minus q at the top k. Two more all_reduces and one temporary.
+    """
+    q = log_q.exp()
+    entropy = -shard.sum(q.mul_(log_q).sum(-1))
+    is_open = (entropy > config.forward_above_entropy).to(log_p.dtype)[:, None]
+    student, teacher = _gather_both(log_p, log_q, top_ids, shard)
+    weights = teacher.exp().mul_(is_open)
+    mass = torch.exp(log_p, out=q).mul_(weights.sum(-1, keepdim=True))
+    value, gradient = _sampled(log_p, log_q, token_ids, shard)
+    gradient = shard.add_(gradient.add_(mass), top_ids, -weights)
+    return value + (weights * (teacher - student)).sum(-1), gradient
 
 
 def _topk_surrogate(log_p: Tensor, log_q: Tensor, support: _Support, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
@@ -118,7 +140,7 @@ def _topk_kl(
     else:
         log_probs = log_probs.log_softmax(-1)
     # Every rank has all outcomes here, so that the sums need no communication.
-    value, outcomes = divergence(log_probs[0], log_probs[1], VocabularyShard(), config.direction, config.beta)
+    value, outcomes = divergence(log_probs[0], log_probs[1], VocabularyShard(), config.direction, config.mixture)
     if config.tail_bucket:
         gradient, outcomes = log_p.exp_().mul_(outcomes[:, -1:]), outcomes[:, :-1]
     else:
@@ -165,7 +187,8 @@ def _rankings(
 ) -> dict[str, Tensor]:
     """Return the top k ids [n, k] of both models (`both`), or of the models that `config.support` names."""
     logits = {"student": student_logits, "teacher": teacher_logits}
-    return {model: shard.top(logits[model], config.k) for model in logits if both or config.support in (model, "union")}
+    support = "teacher" if config.forward_above_entropy is not None else config.support
+    return {model: shard.top(logits[model], config.k) for model in logits if both or support in (model, "union")}
 
 
 def _support(top: Mapping[str, Tensor], config: OutputConfig) -> _Support:

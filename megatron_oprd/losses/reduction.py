@@ -50,6 +50,11 @@ def layer_weights(weights: torch.Tensor, num_layers: int) -> torch.Tensor:
     return weights / num_layers
 
 
+def square_sum(norms: torch.Tensor, width: int) -> torch.Tensor:
+    """Return the sum over tokens of the mean square of a state [width] in float64, from the norms [tokens]."""
+    return norms.double().square().sum() / width
+
+
 def layer_sums(statistics: TokenStatistics, weights: torch.Tensor) -> torch.Tensor:
     """Return the partial sums [4] in float64 of one layer on one micro-batch, to be added over micro-batches and ranks:
     the weighted sum of e, then the plain sums of cosine, student norm and teacher norm."""

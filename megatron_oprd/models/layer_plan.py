@@ -187,6 +187,11 @@ def make_plan(
         pairs = layer_pairs(*depths, config.layers, config.pairs) if loss.reads_layers else ()
     except UserError as error:
         raise UserError(str(error) if section == "teacher" else f"with {section}: {error}") from None
+    if pairs and isinstance(config.layer_weights, list) and len(config.layer_weights) != len(pairs):
+        raise UserError(
+            f"loss.representation.layer_weights has {len(config.layer_weights)} factors for {len(pairs)} compared "
+            "layers; give one for each, in the order of the student's layers"
+        )
     student_stages = even_stages(student.num_layers, layout.pipeline, layout.virtual_pipeline or 1)
     plan = LayerPlan(
         pairs,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_oprd.losses.reduction import layer_sums
+from megatron_oprd.losses.reduction import layer_sums, square_sum
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.state_map import StateMap
@@ -66,6 +66,8 @@ class StageLoss:
             compute; other layers have no loss.
         normalize: f, "none" (the identity) or "l2" (each state is divided by its norm).
         metric_weights: [N], weights of the errors in `sums` where they differ from `weights`.
+        layer_factors: {layer: factor}, by which the weights of a layer are multiplied; 1 for other layers.
+        measure_squares: fill `squares`, {layer: sum over tokens of the mean square of the teacher's state}.
         maps: {layer: map}, maps of the student's states before they are compared, such as P_S of OPRD eq. (14).
         release: a function that is called with a layer once its target is no longer needed.
     """
@@ -78,6 +80,8 @@ class StageLoss:
         *,
         normalize: str = "none",
         metric_weights: torch.Tensor | None = None,
+        layer_factors: Mapping[int, float] | None = None,
+        measure_squares: bool = False,
         maps: Mapping[int, StateMap] | None = None,
         release: Callable[[StateKey], object] | None = None,
     ) -> None:
@@ -86,6 +90,9 @@ class StageLoss:
         self.targets = targets
         self.normalize = normalize
         self.metric_weights = weights if metric_weights is None else metric_weights
+        self.layer_factors = layer_factors or {}
+        self.measure_squares = measure_squares
+        self.squares: dict[StateKey, torch.Tensor] = {}
         self.maps = maps or {}
         self.release = release
         self.sums: dict[StateKey, torch.Tensor] = {}
@@ -153,6 +160,8 @@ class _WithStageLoss(torch.autograd.Function):
         compared = loss.maps[layer](states) if layer in loss.maps else states
         statistics = token_statistics(compared, loss.targets[layer], loss.normalize)
         loss.sums[layer] = layer_sums(statistics, loss.metric_weights)
+        if loss.measure_squares:
+            loss.squares[layer] = square_sum(statistics.teacher_norm, compared.shape[-1])
         ctx.save_for_backward(hidden_states)
         ctx.loss, ctx.layer = loss, layer
         return _same_values(hidden_states)
@@ -166,7 +175,9 @@ class _WithStageLoss(torch.autograd.Function):
             loss.release(ctx.layer)
         layer_map = loss.maps.get(ctx.layer)
         compared = states if layer_map is None else layer_map(states)
-        own = weighted_gradient(compared, target, loss.normalize, loss.weights)
+        factor = loss.layer_factors.get(ctx.layer)
+        weights = loss.weights if factor is None else factor * loss.weights
+        own = weighted_gradient(compared, target, loss.normalize, weights)
         if layer_map is not None:
             own = layer_map.pull_back(own, states)
         return _add_rows(gradients[0], loss.selected, own), None, None

@@ -21,7 +21,10 @@ def token_loss(student_logits, teacher_logits, token_id, config):
     log_q = torch.log_softmax(teacher_logits.double().detach(), dim=-1)
     if config.objective == "sampled":
         advantage = -(log_p[token_id] - log_q[token_id]).detach()
-        return -advantage * log_p[token_id]
+        loss = -advantage * log_p[token_id]
+        if config.forward_above_entropy is not None and -(log_q.exp() * log_q).sum() > config.forward_above_entropy:
+            loss = loss + sum(log_q[v].exp() * (log_q[v] - log_p[v]) for v in top_ids(teacher_logits, config.k))
+        return loss
     if config.objective == "full_kl":
         return divergence(list(log_p), list(log_q), config)
     support = support_ids(student_logits, teacher_logits, config)
@@ -43,6 +46,11 @@ def divergence(log_p, log_q, config):
 
     The Jensen-Shannon divergence is beta KL(q || m) + (1 - beta) KL(p || m) with m = (1 - beta) p + beta q.
     """
+    if config.direction.startswith("skew"):
+        first, second = (log_p, log_q) if config.direction == "skew_reverse" else (log_q, log_p)
+        shares = math.log(config.skew), math.log(1 - config.skew)
+        mixture = [torch.logaddexp(shares[0] + a, shares[1] + b) for a, b in zip(first, second, strict=True)]
+        return kl(first, mixture)
     beta = config.beta
     if config.direction == "reverse" or (config.direction == "jsd" and beta == 1):
         return kl(log_p, log_q)

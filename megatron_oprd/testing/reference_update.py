@@ -12,7 +12,7 @@ import transformers
 
 from megatron_oprd.bridge.record import Bridge
 from megatron_oprd.bridge.store import read_bridge
-from megatron_oprd.config import Config
+from megatron_oprd.config import Config, RepresentationConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
 from megatron_oprd.models.state_map import make_maps
@@ -188,7 +188,23 @@ def _representation_loss(config: Config, layers: Sequence[int], sequences: list)
     term = config.loss.representation
     # The states of `sequences` are those at the shifted positions already.
     unshifted = term.model_copy(update={"shift": 0})
-    return term.weight * oprd_loss([(layer, layer) for layer in layers], sequences, unshifted)
+    if term.layer_weights == "equal":
+        return term.weight * oprd_loss([(layer, layer) for layer in layers], sequences, unshifted)
+    factors = term.layer_weights
+    if factors == "inverse_square":
+        factors = [1 / _mean_square(layer, sequences, unshifted) for layer in layers]
+    losses = [f * oprd_loss([(layer, layer)], sequences, unshifted) for f, layer in zip(factors, layers, strict=True)]
+    return term.weight * sum(losses) / len(layers)
+
+
+def _mean_square(layer: int, sequences: list, term: RepresentationConfig) -> float:
+    """Return the mean square of the teacher's states at the selected tokens of all sequences."""
+    squares = [
+        teacher[layer][prompt_length + t].double().square().mean().item()
+        for _, teacher, prompt_length, mask in sequences
+        for t in selected_indices(mask, term.positions, term.k)
+    ]
+    return sum(squares) / len(squares)
 
 
 def _output_loss(config: Config, of_tokens: list[list[torch.Tensor]]) -> torch.Tensor:

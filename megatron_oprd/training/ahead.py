@@ -58,7 +58,7 @@ class RolloutSource:
                 metrics = self.engine.sync_weights(state.step)
             following = self._submit(state.step + 1, pending.prompts, version=state.step)
         metrics = {**metrics, "rollout/staleness": state.step - pending.version}
-        return rollouts, metrics, TrainState(state.step + 1, pending.prompts, following, state.best)
+        return rollouts, metrics, TrainState(state.step + 1, pending.prompts, following, state.best, state.squares)
 
     def _wait_for_all_replicas(self) -> None:
         """Return when every replica has its rollouts: replicas share servers, whose weights are replaced next."""

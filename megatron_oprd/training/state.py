@@ -6,12 +6,14 @@ order of prompts of (seed, epoch). No state of a random-number generator has to 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.rollout.engine import PendingRollouts
-from megatron_oprd.types import Rollout
+from megatron_oprd.types import Rollout, StepReport
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,33 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class LayerSquares:
+    """Running means over the steps of the mean square of the teacher's states, by student layer."""
+
+    steps: int = 0
+    means: Mapping[int, float] = field(default_factory=dict)
+
+    def after(self, squares: Mapping[int, float]) -> LayerSquares:
+        """Return the means after one more step. A step that measured nothing does not count."""
+        if not squares:
+            return self
+        steps = self.steps + 1
+        before = self.means or squares
+        return LayerSquares(
+            steps, {layer: before[layer] + (squares[layer] - before[layer]) / steps for layer in squares}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the means as plain values, for a checkpoint."""
+        return {"steps": self.steps, "means": {str(layer): mean for layer, mean in self.means.items()}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerSquares:
+        """Build the means from the values of `to_dict`."""
+        return cls(int(values["steps"]), {int(layer): float(mean) for layer, mean in values["means"].items()})
+
+
+@dataclass(frozen=True)
 class TrainState:
     """The position of a run between two steps."""
 
@@ -60,6 +89,13 @@ class TrainState:
     prompts: PromptState = field(default_factory=PromptState)  # prompts that the student has trained on
     pending: PendingStep | None = None  # rollouts submitted before the last update (rollout.ahead)
     best: BestEvaluation | None = None  # None: evaluation.best is not set, or no evaluation was made yet
+
+    # Of the teacher's layers so far (loss.representation.layer_weights=inverse_square)
+    squares: LayerSquares = field(default_factory=LayerSquares)
+
+    def after_update(self, report: StepReport) -> TrainState:
+        """Return the state with what the last update measured."""
+        return replace(self, squares=self.squares.after(report.layer_squares))
 
     @property
     def is_best(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.global_batch import GlobalBatch
+from megatron_oprd.training.layer_squares import mean_squares
 from megatron_oprd.training.overlap import start_gather
 from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.student import Student
@@ -35,6 +36,7 @@ def student_step(
     output: OutputLoss | None = None,
     *,
     with_metrics: bool = False,
+    layer_factors: Mapping[int, float] | None = None,
 ) -> StepReport:
     """Update the student once on the whole global batch.
 
@@ -45,6 +47,7 @@ def student_step(
         targets: the teacher states for the student's layers on this rank. All of them are used up.
         output: the output-space objective, on the ranks of the student's last stage.
         with_metrics: True on every rank if `output` measures its metrics.
+        layer_factors: the factor of each layer's loss on hidden states; without them 1 for all.
 
     Returns: the report, the same on every rank.
     Communicates over: all groups.
@@ -57,7 +60,7 @@ def student_step(
 
     def next_taps() -> Iterator[StudentTap]:
         for number, batch in enumerate(micro_batches):
-            taps.append(stage_loss(student, loss, batch, targets.of(number), output))
+            taps.append(stage_loss(student, loss, batch, targets.of(number), output, layer_factors))
             yield taps[-1]
 
     accumulate_gradients(student, micro_batches, next_taps())
@@ -70,14 +73,18 @@ def student_step(
     if student.map_optimizer is not None and plan.pairs:
         student.map_optimizer.step(learning_rate)
     student.scheduler.step(increment=1)
-    total, metrics = 0.0, {}
+    total, metrics, squares = 0.0, {}, {}
     if plan.pairs:
-        metrics |= layer_metrics(_layer_sums(taps, topology, plan), global_batch.representation.counts)
-        total += loss.representation.weight * metrics["rep/mse"]
+        counts = global_batch.representation.counts
+        metrics |= layer_metrics(_layer_sums(taps, topology, plan), counts)
+        total += loss.representation.weight * _weighted_mean(metrics, layer_factors)
+        if loss.representation.layer_weights == "inverse_square":
+            squares = mean_squares(_layer_squares(taps, plan), counts, topology)
+            metrics |= {f"rep/factor/layer_{layer}": factor for layer, factor in (layer_factors or {}).items()}
     if plan.output:
         metrics |= output_metrics(_output_sums(taps, topology), global_batch.output.counts, with_metrics=with_metrics)
         total += loss.output.weight * metrics["output/loss"]
-    return StepReport(total, float(grad_norm), learning_rate, metrics)
+    return StepReport(total, float(grad_norm), learning_rate, metrics, squares)
 
 
 def stage_loss(
@@ -86,8 +93,9 @@ def stage_loss(
     batch: DeviceBatch,
     targets: MicroBatchTargets,
     output: OutputLoss | None = None,
+    layer_factors: Mapping[int, float] | None = None,
 ) -> StudentTap:
-    """Build the tap that computes the losses of one micro-batch on this rank."""
+    """Build the tap that computes the losses of one micro-batch on this rank. Arguments as in `student_step`."""
     config, weights = loss.representation, batch.representation.weights
     layers = StageLoss(
         batch.representation.selected,
@@ -95,6 +103,8 @@ def stage_loss(
         targets,
         normalize=config.normalize,
         metric_weights=weights,
+        layer_factors=layer_factors,
+        measure_squares=config.layer_weights == "inverse_square",
         maps=student.maps,
         release=targets.release,
     )
@@ -126,6 +136,23 @@ def _layer_sums(taps: Sequence[StudentTap], topology: Topology, plan: LayerPlan)
             local[layers.index(layer)] += sums
     values = _sum_over_all(local, [*topology.token_groups, topology.groups.pp], topology)
     return {layer: values[4 * i : 4 * i + 4] for i, layer in enumerate(layers)}
+
+
+def _weighted_mean(metrics: Mapping[str, float], layer_factors: Mapping[int, float] | None) -> float:
+    """Return the mean over layers of factor times error, from the metrics of the layers."""
+    if not layer_factors:
+        return metrics["rep/mse"]
+    errors = (factor * metrics[f"rep/mse/layer_{layer}"] for layer, factor in layer_factors.items())
+    return sum(errors) / len(layer_factors)
+
+
+def _layer_squares(taps: Sequence[StudentTap], plan: LayerPlan) -> dict[int, float]:
+    """Return the sums of `StageLoss.squares` over micro-batches on this rank; 0 for layers of other stages."""
+    sums = dict.fromkeys(plan.student_layers, 0.0)
+    for tap in taps:
+        for layer, square in tap.layers.squares.items():
+            sums[layer] += square.item()
+    return sums
 
 
 def _output_sums(taps: Sequence[StudentTap], topology: Topology) -> list[float]:

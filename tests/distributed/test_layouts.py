@@ -1,21 +1,21 @@
 """Loss, gradient norm and every gradient equal the reference in one process, whatever the layout.
 
 The cases are the covering part of the matrix, every objective in two of the six ways to cut vocabulary or tokens,
-layouts whose communication overlaps with computation, and methods beyond the paper. ci/nightly.sh runs each objective
-in all six ways, and benchmarks/parity.py the whole matrix.
+layouts whose communication overlaps with computation, and some methods beyond the paper. ci/nightly.sh runs each
+objective in all six ways and the other methods, and benchmarks/parity.py the whole matrix.
 """
 
 import functools
 
 import pytest
 
-from tests.helpers.layouts import METHOD_CASES, OBJECTIVE_CASES, OVERLAP_CASES, covering, two_cuts_each
+from tests.helpers.layouts import METHOD_CASES, METHODS_IN_CI, OBJECTIVE_CASES, OVERLAP_CASES, covering, two_cuts_each
 from tests.helpers.run_layouts import References, run_cases
 
-IN_CI = (*covering(), *two_cuts_each(), *OVERLAP_CASES, *METHOD_CASES)
+IN_CI = (*covering(), *two_cuts_each(), *OVERLAP_CASES, *METHOD_CASES[:METHODS_IN_CI])
 CASES = [
     *IN_CI,
-    *(pytest.param(case, marks=pytest.mark.nightly) for case in OBJECTIVE_CASES if case not in IN_CI),
+    *(pytest.param(case, marks=pytest.mark.nightly) for case in (*OBJECTIVE_CASES, *METHOD_CASES) if case not in IN_CI),
 ]
 
 

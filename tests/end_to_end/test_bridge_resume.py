@@ -152,6 +152,7 @@ def bridged_run(tmp_path_factory):
 
 FADING_MAP = (
     *("loss.representation.bridge=null", "loss.representation.map.kind=mlp"),
+    *("loss.representation.normalize=none", "loss.representation.layer_weights=inverse_square"),
     *("loss.output.objective=full_kl", "loss.schedule={representation: [[0, 1], [4, 0]], output: [[1, 0], [4, 1]]}"),
 )
 TRAINED = {

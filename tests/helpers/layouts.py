@@ -51,6 +51,7 @@ SETTINGS = {
     "weighed": ("loss.output.weight=2.5", "loss.output.aggregation=sequence_mean"),
     "last3": ("loss.output.positions=last_k", "loss.output.positions_k=3"),
     "headless": ("loss.representation.weight=0",),
+    "inverse-square": ("loss.representation.layer_weights=inverse_square",),
     # Multipliers at step 0: of both terms, and of the loss on hidden states alone.
     "scheduled": ("loss.schedule={representation: [[0, 0.75], [9, 0]], output: [[0, 0.25], [9, 1]]}",),
     "before-output": ("loss.schedule.output=[[0, 0], [9, 1]]",),
@@ -73,13 +74,18 @@ OBJECTIVES = {
     "forward": ("objective=full_kl", "direction=forward"),
     "jsd": ("objective=full_kl", "direction=jsd", "beta=0.3"),
 }
+MORE_OBJECTIVES = {
+    "skew": ("objective=full_kl", "direction=skew_reverse", "skew=0.3"),
+    "topk-skew": ("objective=topk_kl", "k=5", "tail_bucket=true", "direction=skew_forward"),
+    "gated": ("objective=sampled", "forward_above_entropy=4.5", "k=5"),
+}
 # A bridge to a teacher that is as wide as the student, wider or narrower.
 WIDTHS = {"bridge": 64, "bridge-wide": 96, "bridge-narrow": 48}
 SETTINGS |= {word: ("loss.representation.bridge=unused",) for word in WIDTHS}
 # A trained map to the width of the teacher.
 MAP_WIDTHS = {"linear-wide": 96, "mlp-narrow": 48}
 SETTINGS |= {word: (f"loss.representation.map.kind={word.partition('-')[0]}",) for word in MAP_WIDTHS}
-SETTINGS |= {word: tuple(f"loss.output.{key}" for key in keys) for word, keys in OBJECTIVES.items()}
+SETTINGS |= {word: tuple(f"loss.output.{key}" for key in keys) for word, keys in (OBJECTIVES | MORE_OBJECTIVES).items()}
 # One process and each way to cut the tokens or the layers of a dense model over two, for tests of other things:
 # processes and settings.
 FEW_LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -316,14 +322,21 @@ OVERLAPS = (
     *("4 qwen2 pp2 overlap tied many", "4 qwen2 pp2 vp2 gather 4of4 many topk"),
 )
 OVERLAP_CASES = tuple(map(parse, OVERLAPS))
-# A schedule that weighs both terms, schedules that leave one of them out at step 0, and trained maps.
+# Methods beyond the paper: schedules that weigh both losses or leave one out at step 0, trained maps, layers that count
+# alike, and more divergences. The first ones run in CI.
 METHODS = (
-    "4 qwen3 pp2 cp2 vp2 uniform1 unpacked teacher-tp4 linear-wide",
     "4 qwen3 tp2 sp pp2 crossing mlp-narrow reverse scheduled",
-    "4 qwen3 tp2 sp pp2 tied reverse scheduled",
     "4 qwen2 pp2 vp2 distopt uniform1 unpacked teacher-tp2 middle tied few forward before-output",
+    "4 moe tp2 cp2 sp ep2 middle inverse-square",
+    "4 qwen3 tp2 sp pp2 tied reverse scheduled",
     "4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied reverse after-layers",
+    "4 qwen3 pp2 cp2 vp2 uniform1 unpacked teacher-tp4 linear-wide",
+    "4 qwen2 pp2 vp2 uniform1 unpacked teacher-dp 4of6 tied inverse-square many",
+    "2 qwen2 tp2 warm chunk1 skew",
+    "2 qwen3 tp2 sp headless chunk7 gated",
+    "2 qwen3 cp2 headless topk-skew",
 )
+METHODS_IN_CI = 3
 METHOD_CASES = tuple(map(parse, METHODS))
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
 FEATURES = tuple(_features(MATRIX[0]))

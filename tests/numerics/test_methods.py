@@ -1,17 +1,20 @@
 """Methods beyond the paper: each moves the weights by its gradient in float64, and its limits are the plain method."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
+from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.rollout.engine import FinishedRollouts
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.reference_update import reference_update
 from megatron_oprd.testing.replayed_run import some_rollouts
 from megatron_oprd.testing.update import assert_same_update, measure_update
 from megatron_oprd.train import one_step
-from megatron_oprd.training.state import PendingStep, TrainState
+from megatron_oprd.training.state import LayerSquares, PendingStep, TrainState
+from megatron_oprd.types import UserError
 from tests.helpers.training import make_run
 
 BOTH = ("loss.output.objective=full_kl", "loss.output.metrics_every=0")
@@ -87,3 +90,43 @@ def test_a_teacher_without_rollouts_in_a_step_is_not_loaded(models):
     expected = reference_update(student, teachers, rollouts=rollouts)
     assert_same_update(measure_update(run, one_step), expected)
     assert loaded == ["math"]
+
+
+@pytest.mark.parametrize("weights", ["[0.5,2.0,3.0]", "inverse_square"])
+def test_layer_weights_multiply_the_gradients_of_the_layers(models, weights):
+    setting = f"loss.representation.layer_weights={weights}"
+    assert_same_update(update_at(0, models, setting), reference_update(*models, setting))
+
+
+def test_layer_weights_of_one_are_equal(models):
+    ones = "loss.representation.layer_weights=[1,1,1]"
+    assert_same_bits(update_at(0, models, ones), update_at(0, models))
+
+
+def test_layers_are_divided_by_the_running_mean_of_earlier_steps(models):
+    run = make_run(*models, "loss.representation.layer_weights=inverse_square")
+    rollouts = FinishedRollouts(list(run.inputs.replayed))
+    known = LayerSquares(3, {1: 0.5, 2: 4.0, 3: 0.25})
+    state = TrainState(3, pending=PendingStep(3, PromptState(), rollouts), squares=known)
+    state, metrics, _ = one_step(run, state)
+    assert [metrics[f"rep/factor/layer_{layer}"] for layer in (1, 2, 3)] == [2.0, 0.25, 4.0]
+    by_layer = [metrics[f"rep/mse/layer_{layer}"] for layer in (1, 2, 3)]
+    assert metrics["loss"] == pytest.approx((2 * by_layer[0] + by_layer[1] / 4 + 4 * by_layer[2]) / 3, rel=1e-12)
+    first, _, _ = one_step(make_run(*models, "loss.representation.layer_weights=inverse_square"), TrainState())
+    assert state.squares.steps == 4 and first.squares.steps == 1
+    for layer, mean in known.means.items():
+        assert state.squares.means[layer] == pytest.approx((3 * mean + first.squares.means[layer]) / 4, rel=1e-6)
+    assert LayerSquares.from_dict(json.loads(json.dumps(state.squares.to_dict()))) == state.squares
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("layer_weights=[1.0,2.0]",), "2 factors for 3 compared layers"),
+        (("layer_weights=inverse_square", "normalize=l2"), "no effect on states of length 1"),
+        (("layer_weights=[1.0,-1.0,1.0]",), "greater than 0"),
+    ],
+)
+def test_layer_weights_that_cannot_be_meant_are_refused(models, settings, message):
+    with pytest.raises(UserError, match=message):
+        make_run(*models, *(f"loss.representation.{one}" for one in settings))

@@ -82,7 +82,10 @@ def test_the_last_override_wins_over_the_file(tmp_path):
         ("loss.output.k=0", "loss.output.k=0: Input should be greater than or equal to 1"),
         ("loss.output.support=both", "loss.output.support='both': Input should be 'student', 'teacher' or 'union'"),
         ("loss.output.tail_bucket=2", "loss.output.tail_bucket=2: Input should be a valid boolean"),
-        ("loss.output.direction=up", "loss.output.direction='up': Input should be 'reverse', 'forward' or 'jsd'"),
+        (
+            "loss.output.direction=up",
+            "loss.output.direction='up': Input should be 'reverse', 'forward', 'jsd', 'skew_reverse' or 'skew_forward'",
+        ),
         ("loss.output.beta=2", "loss.output.beta=2: Input should be less than or equal to 1"),
         ("loss.output.beta=-0.1", "loss.output.beta=-0.1: Input should be greater than or equal to 0"),
         ("loss.output.teacher_temperature=0", "loss.output.teacher_temperature=0: Input should be greater than 0"),

@@ -16,7 +16,7 @@ EXACT = [config for config in EXTREME_CONFIGS if config.objective in ("topk_kl",
 
 
 def name(config):
-    options = [config.objective]
+    options = [config.objective] + ["gated"] * (config.forward_above_entropy is not None)
     if config.objective.startswith("topk"):
         options += [config.support, f"k{config.k}"] + ["tail"] * config.tail_bucket
     if config.objective.endswith("kl"):
@@ -139,7 +139,34 @@ def test_a_beta_that_float32_rounds_to_an_end_gives_finite_numbers(beta):
     assert result.value.isfinite().all() and result.gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("config", EXTREME_CONFIGS, ids=name)
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_a_skew_of_zero_is_the_plain_divergence(direction):
+    for options in ({"objective": "full_kl"}, {"objective": "topk_kl", "k": 5}):
+        plain = compute(*random_logits(), OutputConfig(**options, direction=direction))
+        skewed = compute(*random_logits(), OutputConfig(**options, direction=f"skew_{direction}", skew=0.0))
+        assert torch.equal(plain.value, skewed.value) and torch.equal(plain.gradient, skewed.gradient)
+
+
+def test_an_entropy_that_no_token_exceeds_is_the_sampled_objective():
+    plain = compute(*random_logits(), OutputConfig(objective="sampled"))
+    gated = compute(*random_logits(), OutputConfig(objective="sampled", forward_above_entropy=4.0, k=5))
+    assert torch.equal(plain.value, gated.value) and torch.equal(plain.gradient, gated.gradient)
+
+
+def test_the_forward_term_exists_only_above_the_entropy():
+    logits = random_logits(tokens=40)
+    plain = compute(*logits, OutputConfig(objective="sampled"))
+    gated = compute(*logits, OutputConfig(objective="sampled", forward_above_entropy=2.0, k=5))
+    log_q = logits[1].log_softmax(-1)
+    is_open = -(log_q.exp() * log_q).sum(-1) > 2.0
+    assert 5 < is_open.sum() < 35 and torch.equal((gated.value != plain.value), is_open)
+
+
+# The forward term of the gated objective is not renormalised: for equal models it has a gradient.
+ZERO_FOR_EQUAL = [config for config in EXTREME_CONFIGS if config.forward_above_entropy is None]
+
+
+@pytest.mark.parametrize("config", ZERO_FOR_EQUAL, ids=name)
 def test_equal_logits_give_exactly_zero(config):
     for dtype in (torch.float64, torch.float32):
         for logits in (random_logits(dtype)[0], extreme_logits(dtype)[0]):
