@@ -36,7 +36,7 @@ from megatron_oprd.resilience.signals import handle_signals, received_by_any
 from megatron_oprd.rollout.horizon import horizon_metrics
 from megatron_oprd.runtime import progress, start_profile
 from megatron_oprd.training.global_batch import share_rollouts
-from megatron_oprd.training.layer_squares import layer_factors
+from megatron_oprd.training.layer_squares import weigh_layers
 from megatron_oprd.training.state import BestEvaluation, Stop, TrainState, due
 from megatron_oprd.training.step_metrics import StepMeter
 from megatron_oprd.training.student_step import student_step
@@ -114,14 +114,12 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     global_batch = make_global_batch(inputs, share_rollouts(local_rollouts, topology), state.step)
     micro_batches = global_batch.micro_batches(topology)
     with progress.stage("teacher"):
-        factors = layer_factors(run.teachers, global_batch, micro_batches, topology, state.squares)
+        global_batch = weigh_layers(run.teachers, global_batch, micro_batches, topology, state.squares)
         targets, teacher_report = teacher_pass(run.teachers, global_batch, micro_batches, topology)
     with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps, first=1)
     output = run.output_loss(state.step, with_metrics=with_metrics)
     with meter.stage("student"):
-        report = student_step(
-            run.student, global_batch, micro_batches, targets, output, with_metrics=with_metrics, layer_factors=factors
-        )
+        report = student_step(run.student, global_batch, micro_batches, targets, output, with_metrics=with_metrics)
     metrics = meter.metrics(next_state.step, report, global_batch, targets, teacher_report) | rollout_metrics
     metrics |= horizon_metrics(config, state.step, global_batch.rollouts) | config.loss.metrics(state.step)
     return next_state.after_update(report), metrics, list(global_batch.rollouts)

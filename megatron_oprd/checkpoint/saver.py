@@ -158,7 +158,7 @@ class Saving:
 
     def _describe(self, content: CheckpointContent, state: TrainState, rollouts: Sequence[Rollout]) -> None:
         describe_model(content.student.stage, self.partial / "model", content.spec, self.topology, content.source)
-        teachers = {name: dataclasses.asdict(identity) for name, identity in content.teachers.items()}
+        teachers = {name: identity.to_dict() for name, identity in content.teachers.items()}
         values = {"step": state.step, "prompts": state.prompts.to_dict(), "teachers": teachers}
         if content.student_hash:
             values["student"] = {"path": content.source, "hash": content.student_hash}

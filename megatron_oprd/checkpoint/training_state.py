@@ -112,7 +112,11 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
             state = dataclasses.replace(state, pending=read_pending(checkpoint, values["pending"], topology))
         saved = {
             str(name): Identity(
-                str(one["path"]), str(one["hash"]), tuple((s, t) for s, t in one["pairs"]), one.get("bridge")
+                str(one["path"]),
+                str(one["hash"]),
+                tuple((s, t) for s, t in one["pairs"]),
+                one.get("bridge"),
+                one.get("base"),
             )
             for name, one in values["teachers"].items()
         }
@@ -177,6 +181,11 @@ def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], current: Ma
                 f"{checkpoint} was made {_with(saved[name].bridge)}, loss.representation.bridge asks for a run "
                 f"{_with(teacher.bridge)}; continue as it was or name a new train.run_dir"
             )
+        if saved[name].base != teacher.base:
+            raise UserError(
+                f"{checkpoint} was made {_from_base(saved[name].base)}, {teacher_section(name)}.base asks for a run "
+                f"{_from_base(teacher.base)}; continue as it was or name a new train.run_dir"
+            )
 
 
 def _check_maps(checkpoint: Path, student: Student) -> None:
@@ -197,6 +206,13 @@ def _short(pairs: tuple[tuple[int, int], ...]) -> str:
 
 def _with(bridge: str | None) -> str:
     return f"with the bridge {bridge[:19]}" if bridge else "without a bridge"
+
+
+def _from_base(base: str | None) -> str:
+    if not base:
+        return "without a base"
+    extrapolate, digest = base.split(" ")
+    return f"with the base {digest[:19]} and extrapolate {extrapolate}"
 
 
 @contextlib.contextmanager

@@ -24,6 +24,17 @@ class TeacherParallelConfig(Section):
     expert: int = Field(1, ge=1, description="expert-parallel size", json_schema_extra=RANKS)
 
 
+class TeacherBaseConfig(Section):
+    """The model that the teacher was trained from; the student learns beyond the teacher, along their difference."""
+
+    path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the teacher's start")
+    extrapolate: float = Field(
+        1.25,
+        gt=0.0,
+        description="lambda: targets are base + lambda (teacher - base). 1 is the teacher, and the base is not opened",
+    )
+
+
 class TeacherConfig(Section):
     """The frozen model that the student learns from."""
 
@@ -32,6 +43,14 @@ class TeacherConfig(Section):
         None, description="layout of the teacher on the same processes; null: the student's layout"
     )
     offload_targets: bool = Field(False, description="keep the teacher's hidden states in CPU memory")
+    base: TeacherBaseConfig | None = Field(
+        None, description="extrapolate the hidden states beyond the teacher; null: learn from the teacher's own"
+    )
+
+    @property
+    def extrapolates(self) -> bool:
+        """Return True if the hidden states of a base are needed."""
+        return self.base is not None and self.base.extrapolate != 1.0
 
 
 class ParallelConfig(Section):

@@ -80,6 +80,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_base_needs_hidden_states(self) -> Config:
+        for name, teacher in self.named_teachers.items():
+            if teacher.extrapolates and not self.loss.reads_layers:
+                raise ValueError(
+                    f"{teacher_section(name)}.base extrapolates hidden states, and loss.representation.weight=0 "
+                    "compares none; leave the base out, or set a weight"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _a_map_has_one_teacher(self) -> Config:
         if self.teachers and self.loss.representation.has_map:
             raise ValueError(

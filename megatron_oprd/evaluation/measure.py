@@ -187,7 +187,7 @@ def _sum(models: MeasuredModels, answers: Sequence[Rollout], heads: Heads | None
     if teacher is not None:
         pairs = teacher.plan.pairs if models.layers is not None else ()
         plan = dataclasses.replace(teacher.plan, pairs=pairs, output=models.load_heads is not None)
-        teacher, layers = dataclasses.replace(teacher, plan=plan), plan.student_layers
+        teacher, layers = dataclasses.replace(teacher, plan=plan, base=None), plan.student_layers
         targets, _ = teacher_pass([teacher], global_batch, micro_batches, topology)
         settings = PassSettings(normed_layer=plan.student_normed_layer)
     stage.wait_for_parameters()  # the LM head is used outside its module

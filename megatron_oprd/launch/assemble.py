@@ -143,7 +143,7 @@ def build_models(inputs: Inputs, *, evaluates: bool = False) -> Models:
     if config.parallel.tp_comm_overlap:
         tokens = setup.precision.pad_tokens * topology.tensor_size
         start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=setup.student.hidden_size)
-    folders = [config.student.path, *(teacher.config.path for teacher in setup.teachers.values())]
+    folders = [config.student.path, *setup.teacher_folders]
     hashes = WeightHashes(folders if topology.rank == 0 else ())
     start_profile.enter("hash weights (the wait for it)")
     on_rank_zero(partial(_check_bridge, inputs, hashes))
@@ -181,7 +181,12 @@ def _check_bridge(inputs: Inputs, hashes: WeightHashes) -> None:
 def _identity(inputs: Inputs, teacher: PlannedTeacher, hashes: WeightHashes) -> Identity:
     digest = on_rank_zero(lambda: hashes.of(teacher.config.path))
     pairs = tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs)
-    return Identity(teacher.config.path, digest, pairs, identify(inputs.bridge.maps) if inputs.bridge else None)
+    bridge = identify(inputs.bridge.maps) if inputs.bridge else None
+    base = teacher.config.base
+    if base is None or not teacher.config.extrapolates:
+        return Identity(teacher.config.path, digest, pairs, bridge)
+    of_base = on_rank_zero(lambda: hashes.of(base.path))
+    return Identity(teacher.config.path, digest, pairs, bridge, f"{base.extrapolate} {of_base}")
 
 
 def make_evaluator(config: Config, stage: Stage, spec: ModelSpec, topology: Topology) -> EmbeddedEngine:

@@ -49,13 +49,14 @@ def find_missing(config: Config, planned_for: str | None = None) -> MissingInput
     needs.
     """
     folders = list(dict.fromkeys([config.student.path, *(one.path for one in config.named_teachers.values())]))
+    bases = [one.base.path for one in config.named_teachers.values() if one.base is not None and one.extrapolates]
     bridge = config.loss.representation.bridge if config.loss.reads_layers else None
     generates = config.rollout.generates
     evaluated = config.evaluation.data if config.evaluation.every else []
     prompts = [*(config.data.prompts if generates else []), *evaluated]
     readers = folders if bridge else folders[:1]  # teachers without a tokenizer of their own read the student's ids
     return MissingInputs(
-        weights=tuple(folder for folder in folders if not _has_weights(folder)),
+        weights=tuple(folder for folder in dict.fromkeys([*folders, *bases]) if not _has_weights(folder)),
         tokenizers=tuple(one for one in readers if not has_tokenizer(one)) if generates or evaluated else (),
         prompts=tuple(path for path in dict.fromkeys(prompts) if not Path(path).exists()),
         bridge=bridge if bridge and not Path(bridge).exists() else None,

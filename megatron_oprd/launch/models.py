@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology, build_topology, collective_timeout, start_process
 from megatron_oprd.runtime import platform, start_profile
 from megatron_oprd.training.student import Student, build_student
-from megatron_oprd.training.teacher import Teacher, build_frozen
+from megatron_oprd.training.teacher import Base, Teacher, build_frozen
 from megatron_oprd.types import LayerPair, ModelSpec, PairBridge
 
 
@@ -149,27 +149,32 @@ def build_teacher(
 ) -> Teacher:
     """Return a frozen teacher up to its highest compared layer. Collective over the world.
 
-    With `teachers_in_memory: one`, the model is built anew for each pass.
+    With `teachers_in_memory: one`, the model and its base are built anew for each pass.
     """
     config, precision = inputs.config, inputs.setup.precision.teacher
 
-    def load() -> Stage:
-        stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype], precision)
-        with topology.active():
-            weights.fill(stage, teacher.config.path, teacher.spec, topology)
-            if precision.scaled_weights:
-                quantize_weights(stage, precision.keep_bf16)
-        stage.eval().requires_grad_(False)
-        return stage
+    def loader(folder: str) -> Callable[[], Stage]:
+        def load() -> Stage:
+            stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype], precision)
+            with topology.active():
+                weights.fill(stage, folder, teacher.spec, topology)
+                if precision.scaled_weights:
+                    quantize_weights(stage, precision.keep_bf16)
+            stage.eval().requires_grad_(False)
+            return stage
 
-    loaded = load() if config.teachers_in_memory == "all" else None
+        loaded = load() if config.teachers_in_memory == "all" else None
+        return load if loaded is None else lambda: loaded
+
+    base = teacher.config.base if teacher.config.extrapolates else None
     return Teacher(
-        load if loaded is None else lambda: loaded,
+        loader(teacher.config.path),
         topology,
         teacher.plan,
         inputs.setup.widest_teacher,
         own_prompts=inputs.own_teacher_prompts,
         offload=teacher.config.offload_targets,
+        base=None if base is None else Base(loader(base.path), base.extrapolate),
         maps=teacher_maps(inputs.bridge, topology.device),
     )
 

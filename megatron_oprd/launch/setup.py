@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_oprd.checkpoint.weights import check_weights
-from megatron_oprd.config import Config, TeacherConfig
+from megatron_oprd.config import Config, TeacherConfig, teacher_section
 from megatron_oprd.data.end_tokens import EndTokens
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.layouts import (
@@ -50,6 +50,11 @@ class Setup:
         return next(iter(self.teachers.values())).plan
 
     @property
+    def teacher_folders(self) -> list[str]:
+        """Return the folders of the teachers and of the bases from which their states are extrapolated."""
+        return [folder for teacher in self.teachers.values() for folder in teacher.folders]
+
+    @property
     def widest_teacher(self) -> int:
         """Return the largest hidden size of the teachers."""
         return max(teacher.spec.hidden_size for teacher in self.teachers.values())
@@ -85,10 +90,32 @@ def read_setup(
         check_libraries(precision)
     student = read_model_spec(config.student.path)
     specs = {name: read_model_spec(teacher.path) for name, teacher in teachers.items()}
+    for name, teacher in teachers.items():
+        _check_base(teacher, specs[name], teacher_section(name))
     planned = {name: plan_teacher(config, student, spec, name, world_size) for name, spec in specs.items()}
     stages = next((teacher.plan.student_stages for teacher in planned.values()), None) or plan_student(config, student)
     check_precision(config, precision, student, stages, planned)
     return Setup(student, stages, planned, precision, world_size, planned_device)
+
+
+def _check_base(teacher: TeacherConfig, spec: ModelSpec, section: str) -> None:
+    """Raise UserError if the base of a teacher is a model of another shape. The teacher's spec builds both."""
+    if teacher.base is None or not teacher.extrapolates:
+        return
+    # The base may stop at other tokens and have been made for fewer positions.
+    ignored = {"eos_token_ids": (), "max_position_embeddings": 0}
+    of_teacher, base = (dataclasses.replace(one, **ignored) for one in (spec, read_model_spec(teacher.base.path)))
+    names = [field.name for field in dataclasses.fields(ModelSpec) if field.compare]
+    differences = [
+        f"{name} {getattr(base, name)} instead of {getattr(of_teacher, name)}"
+        for name in names
+        if getattr(base, name) != getattr(of_teacher, name)
+    ]
+    if differences:
+        raise UserError(
+            f"{section}.base.path={teacher.base.path} has {', '.join(differences)}; a base is the model that the "
+            "teacher was trained from, of the same shape"
+        )
 
 
 def with_dtype(config: Config) -> Config:
@@ -116,7 +143,7 @@ def check_model_weights(config: Config, setup: Setup, skipped: tuple[str, ...] =
 
     Reads no weights. Folders in `skipped` are not checked.
     """
-    models = [(teacher.config.path, teacher.spec) for teacher in setup.teachers.values()]
+    models = [(path, teacher.spec) for teacher in setup.teachers.values() for path in teacher.folders]
     for path, spec in [(config.student.path, setup.student), *models]:
         if path not in skipped:
             check_weights(path, spec)

@@ -64,15 +64,15 @@ def token_objective(
     Communicates over `shard.group`: 3 all_reduces; one all_gather for each ranking of a top-k objective; 2 more
     all_reduces with the tail bucket, and 2 more with metrics.
     """
-    is_gated = config.forward_above_entropy is not None
-    is_topk = is_gated or config.objective in ("topk_surrogate", "topk_kl")
+    is_topk = config.forward_above_entropy is not None or config.objective in ("topk_surrogate", "topk_kl")
     # Rank before subtracting the log-sum-exp: its rounding depends on the number of ranks and can make logits equal.
     top = _rankings(student_logits, teacher_logits, shard, config, with_metrics) if is_topk or with_metrics else {}
     shard.normalize_(student_logits, teacher_logits)
     log_p, log_q = student_logits, teacher_logits
     metrics = _metrics(log_p, log_q, token_ids, top, shard, config) if with_metrics else None
-    if is_gated:
-        value, gradient = _sampled_and_forward(log_p, log_q, token_ids, top["teacher"], shard, config)
+    if config.forward_above_entropy is not None:
+        entropy = config.forward_above_entropy
+        value, gradient = _sampled_and_forward(log_p, log_q, token_ids, top["teacher"], shard, entropy)
     elif config.objective == "sampled":
         value, gradient = _sampled(log_p, log_q, token_ids, shard)
     elif config.objective == "topk_surrogate":
@@ -96,16 +96,16 @@ def _sampled(log_p: Tensor, log_q: Tensor, token_ids: Tensor, shard: VocabularyS
 
 
 def _sampled_and_forward(
-    log_p: Tensor, log_q: Tensor, token_ids: Tensor, top_ids: Tensor, shard: VocabularyShard, config: OutputConfig
+    log_p: Tensor, log_q: Tensor, token_ids: Tensor, top_ids: Tensor, shard: VocabularyShard, least_entropy: float
 ) -> tuple[Tensor, Tensor]:
     """Return `_sampled`, plus the sum over the teacher's top k of q (log q - log p), not renormalised, at tokens where
-    the teacher's entropy is above `config.forward_above_entropy` (EOPD, arXiv 2603.07079).
+    the teacher's entropy is above `least_entropy` (EOPD, arXiv 2603.07079).
 
     The gradient of the sum is p times its mass of q, minus q at the top k. Two more all_reduces and one temporary.
     """
     q = log_q.exp()
     entropy = -shard.sum(q.mul_(log_q).sum(-1))
-    is_open = (entropy > config.forward_above_entropy).to(log_p.dtype)[:, None]
+    is_open = (entropy > least_entropy).to(log_p.dtype)[:, None]
     student, teacher = _gather_both(log_p, log_q, top_ids, shard)
     weights = teacher.exp().mul_(is_open)
     mass = torch.exp(log_p, out=q).mul_(weights.sum(-1, keepdim=True))

@@ -124,6 +124,12 @@ class PlannedTeacher:
     layout: ParallelConfig | None  # None: the student's layout
     plan: LayerPlan
 
+    @property
+    def folders(self) -> list[str]:
+        """Return the folders of the teacher and of the base that its hidden states are extrapolated from."""
+        base = self.config.base
+        return [self.config.path] if base is None or not self.config.extrapolates else [self.config.path, base.path]
+
 
 def even_stages(num_layers: int, pipeline_size: int, virtual_size: int = 1, key: str = "parallel") -> tuple[int, ...]:
     """Return the number of layers on each stage. The counts differ by at most one; earlier stages have more.

@@ -37,7 +37,9 @@ def predict_memory(run: PlannedRun) -> dict[str, int]:
         _linear_parameters(config, student, division, rank) for rank in pipeline_ranks
     )
     teachers = list(run.setup.teachers.values())
-    teacher_bytes = [_teacher_bytes(config, teacher, teacher.layout or parallel) for teacher in teachers]
+    teacher_bytes = [
+        len(teacher.folders) * _teacher_bytes(config, teacher, teacher.layout or parallel) for teacher in teachers
+    ]
     head_rows = padded_vocab_size(student, parallel.tensor) // parallel.tensor
     heads = sum(head_rows * teacher.spec.hidden_size for teacher in teachers) if plan.output else 0
     if parallel.distributed_optimizer and config.optimizer.name == "adamw":

@@ -112,7 +112,7 @@ def _teacher_pass(run: PlannedRun, teacher: PlannedTeacher, rollouts: int, links
     config, layout, layers = run.config, teacher.layout or run.config.parallel, sum(teacher.plan.teacher_stages)
     sequences = [run.lengths.sequence] * rollouts
     replicas = run.setup.world_size // (layout.tensor * layout.pipeline * layout.context)
-    flops = forward_flops(teacher.spec, layers, sequences)
+    flops = len(teacher.folders) * forward_flops(teacher.spec, layers, sequences)
     size = BYTES[config.precision.dtype]
     traffic = forward_traffic(teacher.spec, layout, layers, sum(sequences) / replicas, size)
     rate = links.hardware.flops_rate(teacher.spec, in_fp8=config.precision.teacher_fp8 != "off")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -110,19 +111,28 @@ def _model_inputs(run: PlannedRun, live: LiveBytes) -> ModelInputs:
 
 
 def _count_weights(teacher: Teacher, config: Config, micro_batch: DeviceBatch, live: LiveBytes) -> Teacher:
-    """Return the teacher with its weights counted whenever it is loaded, FP8 weights at their size on a GPU."""
+    """Return the teacher with its weights, and those of its base, counted whenever they are loaded.
 
-    def load() -> Stage:
-        with live.making("teacher_weights"):
-            stage = teacher.load()
-        for weight in fp8_candidates(stage, config, sum(teacher.plan.teacher_stages)):
-            live.resize(weight, weight.numel() * linear_bytes(config, teacher=True))
-        announce_rows(stage, _rows_per_stage(micro_batch, teacher.topology))
-        return stage
+    FP8 weights have their size on a GPU.
+    """
 
-    if config.teachers_in_memory == "all":
-        load()
-    return dataclasses.replace(teacher, load=load)
+    def counted(load_weights: Callable[[], Stage]) -> Callable[[], Stage]:
+        def load() -> Stage:
+            with live.making("teacher_weights"):
+                stage = load_weights()
+            for weight in fp8_candidates(stage, config, sum(teacher.plan.teacher_stages)):
+                live.resize(weight, weight.numel() * linear_bytes(config, teacher=True))
+            announce_rows(stage, _rows_per_stage(micro_batch, teacher.topology))
+            return stage
+
+        if config.teachers_in_memory == "all":
+            load()
+        return load
+
+    base = teacher.base
+    if base is not None:
+        base = dataclasses.replace(base, load=counted(base.load))
+    return dataclasses.replace(teacher, load=counted(teacher.load), base=base)
 
 
 def _rows_per_stage(micro_batch: DeviceBatch, topology: Topology) -> int:

@@ -135,6 +135,11 @@ def _run_models(
         bridge = read_bridge(config.loss.representation.bridge)
     named = config.named_teachers
     teachers = {name: _open_model(of.path, student.dtype) for name, of in named.items()}
+    bases = {
+        name: _open_model(of.base.path, student.dtype)
+        for name, of in named.items()
+        if of.base is not None and of.extrapolates
+    }
     vocab_size = min(model.config.vocab_size for model in (student, *teachers.values()))
     spec = read_model_spec(config.student.path)
     plans = {name: make_plan(config.loss, spec, read_model_spec(of.path)) for name, of in named.items()}
@@ -147,6 +152,10 @@ def _run_models(
             prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
             read = rollout.response_ids if rollout.alignment is None else rollout.alignment.teacher_ids
             targets, of_teacher = _states(teachers[name], prompt_ids + read, len(prompt_ids), config)
+            if name in bases:
+                of_base, _ = _states(bases[name], prompt_ids + read, len(prompt_ids), config)
+                share = named[name].base.extrapolate
+                targets = {layer: share * state + (1 - share) * of_base[layer] for layer, state in targets.items()}
         plan = plans[name]
         targets = {pair.student: targets[pair.teacher] for pair in plan.pairs}
         if bridge is not None:

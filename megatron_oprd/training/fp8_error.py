@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ def _hidden_states(
     teachers: Sequence[Teacher], global_batch: GlobalBatch, micro_batches: Sequence[DeviceBatch], topology: Topology
 ) -> list[dict[int, torch.Tensor]]:
     """Return the teachers' hidden states by student layer, one dict for each micro-batch."""
+    teachers = [dataclasses.replace(teacher, base=None) for teacher in teachers]
     targets, _ = teacher_pass(teachers, global_batch, micro_batches, topology)
     states = []
     for number in range(len(micro_batches)):

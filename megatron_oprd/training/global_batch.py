@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_oprd.config import BatchConfig, LossConfig
@@ -45,6 +45,7 @@ class GlobalBatch:
     batch: BatchConfig
     student: ModelSpec  # the cost of its layers is what is balanced
     pad_tokens: int = 1  # the tokens of a rank in a micro-batch are padded to a multiple of it, as FP8 requires
+    layer_factors: Mapping[int, float] = field(default_factory=dict)  # of each student layer's loss; empty: 1 for all
 
     @cached_property
     def representation(self) -> Term:

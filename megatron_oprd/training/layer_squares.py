@@ -17,25 +17,27 @@ from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import DeviceBatch, GlobalCounts
 
 
-def layer_factors(
+def weigh_layers(
     teachers: Sequence[Teacher],
     global_batch: GlobalBatch,
     micro_batches: Sequence[DeviceBatch],
     topology: Topology,
     known: LayerSquares,
-) -> dict[int, float]:
-    """Return the factor of each compared layer's loss in a step; an empty dictionary means 1 for all.
+) -> GlobalBatch:
+    """Return the global batch with the factor of each compared layer's loss (`loss.representation.layer_weights`).
 
     `known` has the mean squares of earlier steps. Without earlier steps the teachers run once more to measure those of
     this step. The other arguments are as in `teacher_pass`. Then collective over the world, otherwise no communication.
     """
     config, layers = global_batch.loss.representation, teachers[0].plan.student_layers
     if config.layer_weights == "equal" or not global_batch.loss.reads_layers:
-        return {}
+        return global_batch
     if config.layer_weights == "inverse_square":
         squares = known.means or measure_squares(teachers, global_batch, micro_batches, topology)
-        return {layer: 1.0 / square for layer, square in squares.items()}
-    return dict(zip(layers, config.layer_weights, strict=True))
+        factors = {layer: 1.0 / square for layer, square in squares.items()}
+    else:
+        factors = dict(zip(layers, config.layer_weights, strict=True))
+    return dataclasses.replace(global_batch, layer_factors=factors)
 
 
 def measure_squares(

@@ -7,7 +7,7 @@ order of prompts of (seed, epoch). No state of a random-number generator has to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -111,6 +111,12 @@ class Identity:
     hash: str  # of the teacher's weights
     pairs: tuple[tuple[int, int], ...]  # compared layers (student, teacher)
     bridge: str | None = None  # hash of the bridge between student and teacher
+    base: str | None = None  # lambda and the hash of the base from which the teacher's states are extrapolated
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the identity as plain values, for a checkpoint. A teacher without a base has no key for it."""
+        values = asdict(self)
+        return values if self.base is not None else {key: value for key, value in values.items() if key != "base"}
 
 
 def due(step: int, every: int, steps: int, first: int | None = None) -> bool:

@@ -36,7 +36,6 @@ def student_step(
     output: OutputLoss | None = None,
     *,
     with_metrics: bool = False,
-    layer_factors: Mapping[int, float] | None = None,
 ) -> StepReport:
     """Update the student once on the whole global batch.
 
@@ -47,7 +46,6 @@ def student_step(
         targets: the teacher states for the student's layers on this rank. All of them are used up.
         output: the output-space objective, on the ranks of the student's last stage.
         with_metrics: True on every rank if `output` measures its metrics.
-        layer_factors: the factor of each layer's loss on hidden states; without them 1 for all.
 
     Returns: the report, the same on every rank.
     Communicates over: all groups.
@@ -60,7 +58,7 @@ def student_step(
 
     def next_taps() -> Iterator[StudentTap]:
         for number, batch in enumerate(micro_batches):
-            taps.append(stage_loss(student, loss, batch, targets.of(number), output, layer_factors))
+            taps.append(stage_loss(student, loss, batch, targets.of(number), output, global_batch.layer_factors))
             yield taps[-1]
 
     accumulate_gradients(student, micro_batches, next_taps())
@@ -77,10 +75,10 @@ def student_step(
     if plan.pairs:
         counts = global_batch.representation.counts
         metrics |= layer_metrics(_layer_sums(taps, topology, plan), counts)
-        total += loss.representation.weight * _weighted_mean(metrics, layer_factors)
+        total += loss.representation.weight * _weighted_mean(metrics, global_batch.layer_factors)
         if loss.representation.layer_weights == "inverse_square":
             squares = mean_squares(_layer_squares(taps, plan), counts, topology)
-            metrics |= {f"rep/factor/layer_{layer}": factor for layer, factor in (layer_factors or {}).items()}
+            metrics |= {f"rep/factor/layer_{layer}": factor for layer, factor in global_batch.layer_factors.items()}
     if plan.output:
         metrics |= output_metrics(_output_sums(taps, topology), global_batch.output.counts, with_metrics=with_metrics)
         total += loss.output.weight * metrics["output/loss"]
@@ -95,7 +93,10 @@ def stage_loss(
     output: OutputLoss | None = None,
     layer_factors: Mapping[int, float] | None = None,
 ) -> StudentTap:
-    """Build the tap that computes the losses of one micro-batch on this rank. Arguments as in `student_step`."""
+    """Build the tap that computes the losses of one micro-batch on this rank. Arguments as in `student_step`.
+
+    `layer_factors`: those of the global batch.
+    """
     config, weights = loss.representation, batch.representation.weights
     layers = StageLoss(
         batch.representation.selected,
@@ -138,7 +139,7 @@ def _layer_sums(taps: Sequence[StudentTap], topology: Topology, plan: LayerPlan)
     return {layer: values[4 * i : 4 * i + 4] for i, layer in enumerate(layers)}
 
 
-def _weighted_mean(metrics: Mapping[str, float], layer_factors: Mapping[int, float] | None) -> float:
+def _weighted_mean(metrics: Mapping[str, float], layer_factors: Mapping[int, float]) -> float:
     """Return the mean over layers of factor times error, from the metrics of the layers."""
     if not layer_factors:
         return metrics["rep/mse"]

@@ -16,6 +16,23 @@ from megatron_oprd.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
+class Base:
+    """The frozen model that the teacher was trained from, built like the teacher."""
+
+    load: Callable[[], Stage]
+    extrapolate: float  # lambda: targets are base + lambda (teacher - base)
+
+    def target(self, teacher: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Return the extrapolated states, computed in float32 at least, in the dtype of `teacher`.
+
+        The form h_T + (lambda - 1) (h_T - h_B) gives exactly h_T if both models are equal.
+        """
+        wide = torch.promote_types(teacher.dtype, torch.float32)
+        of_teacher = teacher.to(wide)
+        return torch.add(of_teacher, of_teacher - base.to(wide), alpha=self.extrapolate - 1).to(teacher.dtype)
+
+
+@dataclass(frozen=True)
 class Teacher:
     """This rank's chunks of a frozen teacher, in the student's layout or in a layout of its own."""
 
@@ -25,6 +42,7 @@ class Teacher:
     row_width: int  # width of a row of targets: the hidden size of the widest teacher
     own_prompts: bool = False  # True if a rollout may have other tokens for the teacher (own prompt or own tokenizer)
     offload: bool = False  # True if targets wait in CPU memory
+    base: Base | None = None  # None: the targets are the teacher's own hidden states
     maps: Mapping[int, TeacherMap] = field(
         default_factory=dict
     )  # of a bridge, by teacher layer: targets have r columns

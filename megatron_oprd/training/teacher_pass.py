@@ -87,11 +87,12 @@ def run_teachers(
     report = PassReport(streamed=len(teachers) == 1 and first.can_stream(topology))
     if report.streamed:
         (own_batches,), stage = teacher_micro_batches, first.load()
+        base = _load_base(first)
 
         def produce(number: int) -> States:
             begin = time.perf_counter()
             with progress.stage("teacher"):
-                (states,) = _capture(stage, first, own_batches[number : number + 1])
+                (states,) = _targets(first, stage, base, own_batches[number : number + 1])
             report.seconds += time.perf_counter() - begin
             return _by_student_layer(first.plan, topology, states)
 
@@ -119,7 +120,29 @@ def run_teachers(
 def _run_teacher(teacher: Teacher, number: int, micro_batches: Sequence[DeviceBatch]) -> TeacherStates:
     """Load the teacher and run it. A model that is loaded for each pass is gone when this returns."""
     stage = teacher.load()
-    return TeacherStates.of(teacher, number, micro_batches, _capture(stage, teacher, micro_batches), stage)
+    states = _targets(teacher, stage, _load_base(teacher), micro_batches)
+    return TeacherStates.of(teacher, number, micro_batches, states, stage)
+
+
+def _load_base(teacher: Teacher) -> Stage | None:
+    """Return the base that the pass needs, if any."""
+    return teacher.base.load() if teacher.base is not None and teacher.plan.pairs else None
+
+
+def _targets(teacher: Teacher, stage: Stage, base: Stage | None, micro_batches: Sequence[DeviceBatch]) -> list[States]:
+    """Return the targets of the compared layers, for each micro-batch: the teacher's states, extrapolated from a base.
+
+    The teacher's final states stay as they are: distributions are not extrapolated.
+    """
+    states = _capture(stage, teacher, micro_batches)
+    if base is None:
+        return states
+    assert teacher.base is not None
+    of_layers = replace(teacher, plan=replace(teacher.plan, output=False))
+    for of_teacher, of_base in zip(states, _capture(base, of_layers, micro_batches), strict=True):
+        for layer in [*of_base]:
+            of_teacher[layer] = teacher.base.target(of_teacher[layer], of_base.pop(layer))
+    return states
 
 
 def _capture(stage: Stage, teacher: Teacher, micro_batches: Sequence[DeviceBatch]) -> list[States]:

@@ -51,6 +51,7 @@ SETTINGS = {
     "weighed": ("loss.output.weight=2.5", "loss.output.aggregation=sequence_mean"),
     "last3": ("loss.output.positions=last_k", "loss.output.positions_k=3"),
     "headless": ("loss.representation.weight=0",),
+    "extrapolated": ("teacher.base={path: unused, extrapolate: 1.5}",),
     "inverse-square": ("loss.representation.layer_weights=inverse_square",),
     # Multipliers at step 0: of both terms, and of the loss on hidden states alone.
     "scheduled": ("loss.schedule={representation: [[0, 0.75], [9, 0]], output: [[0, 0.25], [9, 1]]}",),
@@ -323,12 +324,14 @@ OVERLAPS = (
 )
 OVERLAP_CASES = tuple(map(parse, OVERLAPS))
 # Methods beyond the paper: schedules that weigh both losses or leave one out at step 0, trained maps, layers that count
-# alike, and more divergences. The first ones run in CI.
+# alike, extrapolated targets, and more divergences. The first ones run in CI.
 METHODS = (
     "4 qwen3 tp2 sp pp2 crossing mlp-narrow reverse scheduled",
     "4 qwen2 pp2 vp2 distopt uniform1 unpacked teacher-tp2 middle tied few forward before-output",
     "4 moe tp2 cp2 sp ep2 middle inverse-square",
+    "4 qwen2 pp2 cp2 vp2 uniform1 teacher-tp2 4of6 tied extrapolated",
     "4 qwen3 tp2 sp pp2 tied reverse scheduled",
+    "2 qwen3 tp2 sp crossing extrapolated bridge-wide reverse",
     "4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied reverse after-layers",
     "4 qwen3 pp2 cp2 vp2 uniform1 unpacked teacher-tp4 linear-wide",
     "4 qwen2 pp2 vp2 uniform1 unpacked teacher-dp 4of6 tied inverse-square many",
@@ -336,7 +339,7 @@ METHODS = (
     "2 qwen3 tp2 sp headless chunk7 gated",
     "2 qwen3 cp2 headless topk-skew",
 )
-METHODS_IN_CI = 3
+METHODS_IN_CI = 4
 METHOD_CASES = tuple(map(parse, METHODS))
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
 FEATURES = tuple(_features(MATRIX[0]))

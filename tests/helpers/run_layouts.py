@@ -77,16 +77,22 @@ class References:
         )
 
     def overrides(self, case: Case) -> tuple[str, ...]:
-        """Return the settings of the case, with a bridge between its models if it has one."""
+        """Return the settings of the case, with the bridge between its models and the base of its teacher, if any."""
         bridged = case.config.loss.representation.bridge is not None
         return (
             *case.overrides,
             *([f"loss.representation.bridge={self.bridge(*self.models(case))}"] if bridged else []),
+            *([f"teacher.base.path={self._base(case)}"] if case.config.named_teachers[""].base else []),
         )
+
+    def _base(self, case: Case) -> Path:
+        return self.model(case.family, case.layers[1], case.tied, 2, case.teacher_width)
 
     def update(self, case: Case) -> Update:
         exact = [one for one in self.overrides(case) if not one.startswith("loss.output.chunk_tokens")]
-        loss = tuple(override for override in exact if override.startswith(("loss.", "rollout.temperature")))
+        loss = tuple(
+            override for override in exact if override.startswith(("loss.", "rollout.temperature", "teacher.base"))
+        )
         return self._update(*self.models(case), case.rollouts, loss)
 
     def _model(self, family: str, layers: int, tied: bool, seed: int, width: int) -> Path:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from megatron_oprd.data.prompts import PromptState
+from megatron_oprd.launch.setup import read_setup
 from megatron_oprd.rollout.engine import FinishedRollouts
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.reference_update import reference_update
-from megatron_oprd.testing.replayed_run import some_rollouts
+from megatron_oprd.testing.replayed_run import make_config, some_rollouts
 from megatron_oprd.testing.update import assert_same_update, measure_update
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import LayerSquares, PendingStep, TrainState
@@ -130,3 +131,28 @@ def test_layers_are_divided_by_the_running_mean_of_earlier_steps(models):
 def test_layer_weights_that_cannot_be_meant_are_refused(models, settings, message):
     with pytest.raises(UserError, match=message):
         make_run(*models, *(f"loss.representation.{one}" for one in settings))
+
+
+def test_a_factor_of_one_never_opens_the_base(models, tmp_path):
+    base = f"teacher.base={{path: {tmp_path / 'nowhere'}, extrapolate: 1.0}}"
+    assert_same_bits(update_at(0, models, base), update_at(0, models))
+
+
+def test_a_base_that_is_the_teacher_changes_no_bit(models):
+    base = f"teacher.base={{path: {models[1]}, extrapolate: 1.7}}"
+    assert_same_bits(update_at(0, models, base), update_at(0, models))
+
+
+def test_a_student_that_is_the_base_begins_with_the_square_of_the_factor_times_the_loss(models):
+    plain = update_at(0, models)
+    update = update_at(0, models, f"teacher.base={{path: {models[0]}, extrapolate: 1.25}}")
+    assert update.loss == pytest.approx(1.25**2 * plain.loss, rel=1e-6)
+
+
+def test_a_base_of_another_shape_and_a_base_without_hidden_states_are_refused(models, tmp_path):
+    narrow = save(random_hf_model("Qwen3", 3, num_hidden_layers=2), tmp_path / "narrow")
+    config = make_config(*models, f"teacher.base.path={narrow}")
+    with pytest.raises(UserError, match="has num_layers 2 instead of 3; a base is the model that the teacher"):
+        read_setup(config, config.named_teachers)
+    with pytest.raises(UserError, match=r"teacher.base extrapolates hidden states, and loss.representation.weight=0"):
+        make_config(*models, *OUTPUT, f"teacher.base.path={models[0]}")

@@ -25,11 +25,12 @@ def test_a_dumped_configuration_of_objectives_and_teachers_loads_equal():
         "objective": "topk_kl", "weight": 0.5, "k": 8, "support": "union", "tail_bucket": True, "direction": "jsd",
         "beta": 0.1, "teacher_temperature": 0.7, "positions": "last_k", "positions_k": 9,
         "aggregation": "sequence_mean", "chunk_tokens": None, "metrics_every": 0,
+        "skew": 0.2, "forward_above_entropy": None,
     }  # fmt: skip
     output = [f"loss.output.{key}={'null' if value is None else value}" for key, value in chosen.items()]
     teachers = "teachers={math: {path: m, parallel: {tensor: 2}}, 'big code.v1': {path: c, offload_targets: true}}"
     others = ["loss.representation.weight=0", "teachers_in_memory=one", "data.teacher_prompt_key=solved"]
-    others += ["data.teacher_chat_template_kwargs={enable_thinking: true}"]
+    others += ["data.teacher_chat_template_kwargs={enable_thinking: true}", "loss.schedule.output=[[0, 0.5], [4, 1]]"]
     config = load_config(None, [*TEACHERLESS, *output, teachers, *others])
     assert parse_config(load_yaml(dump_config(config))) == config
     assert config.loss.output.model_dump() == chosen
@@ -135,7 +136,8 @@ def test_a_value_of_several_types_has_one_message(override, message):
         (["teachers=m"], "teachers='m': Input should be a valid dictionary"),
         (
             ["teachers.math=m"],
-            "teachers.math='m' must be a section with path, parallel, offload_targets; write teachers.math.path=m",
+            "teachers.math='m' must be a section with path, parallel, offload_targets, base; "
+            "write teachers.math.path=m",
         ),
         (["teachers.math.parallel.tensor=2"], "teachers.math.path is required"),
         (
