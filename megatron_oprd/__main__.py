@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": ("commands.convert", "Convert a Hugging Face folder to a Megatron checkpoint."),
     "export": ("commands.export", "Convert a Megatron checkpoint to a Hugging Face folder."),
     "verify": ("commands.verify", "Compare a Megatron checkpoint with its Hugging Face folder."),
+    "analyse": ("commands.analyse", "Compare student and teacher on the same rollouts: states, directions, gradients."),
     "prune": ("commands.prune", "Drop the blocks of a model that matter least, to make a student of it."),
     "config": ("commands.config", "Print the configuration: defaults with comments, one key, or a resolved file."),
 }

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_oprd.report.analysis_section import analysis_section
 from megatron_oprd.report.answers_section import answers_section, training_answers
 from megatron_oprd.report.comparison import comparison_page
 from megatron_oprd.report.cost_section import cost_section
@@ -46,6 +47,7 @@ def write_report(run_dir: str | Path, *, is_running: bool = False) -> Path:
         "Health": health_section(run.run_dir),
         "Curves": curves_section(run),
         "Layers": layers_section(run),
+        "Analysis": analysis_section(run.run_dir),
         "Time and memory": cost_section(run),
         "Answers during training": training_answers(run, is_open=not answers),
         "Settings": settings_section(run),

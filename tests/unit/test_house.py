@@ -32,6 +32,7 @@ LEVELS = (
     "planning",
     "health",
     "bridge.fitting",
+    "analysis",
     "testing",
     "commands",
 )

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.real_model import run_demo, table
+from benchmarks.real_model import METHODS, Trial, run_trial
+from benchmarks.real_model_page import NAMES, plot_over_seconds, plot_over_steps, table
 from examples.demo.run import run_demo as run_example
 from examples.real_model import pipeline
 from examples.real_model.instructions import NUM_HELD_OUT, all_instructions, write_instructions
@@ -42,9 +43,13 @@ def test_without_a_network_the_demo_says_what_to_do(tmp_path, monkeypatch):
         download(tmp_path)
 
 
-def test_the_table_of_the_page_is_that_of_the_measured_runs():
-    runs = json.loads((ROOT / "docs" / "results" / "real_model.json").read_text())["runs"]
+def test_the_table_and_the_plots_of_the_page_are_those_of_the_measured_runs():
+    results = ROOT / "docs" / "results"
+    runs = json.loads((results / "real_model.json").read_text())["runs"]
     assert "\n".join(table(runs)) in (ROOT / "docs" / "real_model.md").read_text()
+    assert plot_over_steps(runs) == (results / "real_model-steps.svg").read_text()
+    assert plot_over_seconds(runs) == (results / "real_model-seconds.svg").read_text()
+    assert set(NAMES) == set(METHODS)
 
 
 def test_the_demo_runs_with_the_garbage_collector(monkeypatch):
@@ -65,6 +70,11 @@ def test_the_demo_prunes_distils_and_compares(tmp_path):
     assert outcome.code == 0, outcome.stderr
     assert "3 of 7 blocks" in outcome.stdout and "gap to the teacher's perplexity" in outcome.stdout
     assert (tmp_path / "both-0" / "hf" / "config.json").exists()
-    figures = run_demo(tmp_path, "both", 0)  # which finds the finished run
-    assert figures["steps"] == 1 and figures["after"]["perplexity"] != figures["before"]["perplexity"]
-    assert [line.split(" | ")[0] for line in table([figures])[2:]] == ["| nothing: the pruned model", "| both"]
+    # A trial of the benchmark, on the demo's models.
+    (tmp_path / "both-0" / pipeline.TEACHER).symlink_to(teacher)
+    figures = run_trial(tmp_path / "both-0", Trial("hidden_off_policy", 0, steps=1))
+    assert figures["after"]["perplexity"] != figures["before"]["perplexity"]
+    assert [line.split(" | ")[0] for line in table([figures])[2:]] == [
+        "| nothing: the pruned model",
+        f"| {NAMES['hidden_off_policy']}",
+    ]

@@ -12,7 +12,7 @@ from megatron_oprd.runtime.cli import command_parser
 from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("train", "evaluate", "fp8_error", "bridge.fit", "commands.plan")
+MODULES = ("train", "evaluate", "fp8_error", "bridge.fit", "commands.analyse", "commands.plan")
 TOOLS = ("hf_to_megatron.py", "megatron_to_hf.py", "verify.py")
 EXAMPLE = ROOT / "examples" / "run_oprd_qwen.sh"
 PARSER = command_parser("test", "A command.", override="a.b=1")
