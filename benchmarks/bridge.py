@@ -40,6 +40,13 @@ NO_BRIDGE = ("loss.representation.bridge=null", "loss.representation.weight=0")
 FULL_KL = "loss.output.objective=full_kl"
 TOP_16 = ("loss.output.objective=topk_surrogate", "loss.output.k=16")
 TRAINED = "loss.representation.train_bridge=true"
+FADE = "loss.schedule={representation: [[0, 1.0], [10, 0.0]], output: [[0, 0.0], [10, 1.0]]}"
+SWITCH = "loss.schedule={representation: [[9, 1.0], [10, 0.0]], output: [[9, 0.0], [10, 1.0]]}"
+# LastOPD: the last layer, by a map of full width in place of a bridge.
+LAST_BY_MAP = (
+    *("loss.representation.bridge=null", "loss.representation.map.kind=mlp", "loss.representation.layers=last"),
+    *("loss.representation.weight=1000", "loss.representation.aggregation=token_mean"),
+)
 # Training methods. Output-space objectives need one vocabulary.
 METHODS: dict[str, tuple[str, ...]] = {
     "bridge_mu1": ("loss.representation.weight=1",),
@@ -51,6 +58,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "both_mu01": (FULL_KL, "loss.representation.weight=0.1"),
     "both_mu1": (FULL_KL, "loss.representation.weight=1"),
     "both": (FULL_KL, "loss.representation.weight=10"),
+    "fade": (FULL_KL, FADE),
+    "switch": (FULL_KL, SWITCH),
+    "fade_map": (FULL_KL, *LAST_BY_MAP, FADE),
 }
 # Additional learning rates: a bridge alone may need a smaller one, both together may allow a larger one.
 MORE_RATES = {

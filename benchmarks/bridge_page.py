@@ -25,6 +25,9 @@ NAMES = {
     "both_mu01": "full KL + bridge, weight 0.1",
     "both_mu1": "full KL + bridge, weight 1",
     "both": "full KL + bridge, weight 10",
+    "fade": "bridge, faded into full KL in 10 steps",
+    "switch": "bridge for 10 steps, then full KL",
+    "fade_map": "last layer by a trained map, faded into full KL in 10 steps",
 }
 COLORS = ("#2563eb", "#ea7317", "#16a34a", "#9333ea", "#dc2626", "#0891b2")
 

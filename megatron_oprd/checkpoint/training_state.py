@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -192,10 +191,10 @@ def _check_maps(checkpoint: Path, student: Student) -> None:
     """Raise UserError if only one of checkpoint and configuration trains maps."""
     trained = (checkpoint / MAPS).exists()
     if trained != (student.map_optimizer is not None):
-        then, now = (json.dumps(one) for one in (trained, not trained))
+        then, now = ("with", "has none") if trained else ("without", "has one")
         raise UserError(
-            f"{checkpoint} was made with loss.representation.train_bridge={then}, the configuration has {now}; "
-            "continue as it was or name a new train.run_dir"
+            f"{checkpoint} was made {then} a trained map of hidden states, the configuration {now} "
+            "(loss.representation.train_bridge or map.kind); continue as it was or name a new train.run_dir"
         )
 
 

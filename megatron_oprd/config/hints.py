@@ -112,7 +112,7 @@ def suggest_keys(name: str) -> list[str]:
         return list(synonym)
     same = [key for key in keys if key.rpartition(".")[2] == name.lower()]
     if same:
-        return same[:MOST]
+        return sorted(same, key=lambda key: key.count("."))[:MOST]
     leaves = {key.rpartition(".")[2]: key for key in reversed(keys)} | {old: new[0] for old, new in SYNONYMS.items()}
     near = difflib.get_close_matches(name, leaves, n=1, cutoff=CLOSE)
     return [leaves[near[0]]] if near else []

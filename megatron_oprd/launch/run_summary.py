@@ -42,6 +42,9 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
     yield "student", f"{config.student.path} ({_model(setup.student)})"
     for name, teacher in setup.teachers.items():
         yield teacher_title(name), f"{teacher.config.path} ({_model(teacher.spec)}{_own_layout(teacher)})"
+        if teacher.config.base is not None and teacher.config.extrapolates:
+            base = teacher.config.base
+            yield "base", f"{base.path}; targets are base + {base.extrapolate:g} x (teacher - base)"
     if inputs.tokenizer is not None:
         other = "the teacher's is another one" if inputs.aligner else "all models read its token ids"
         yield "tokenizer", f"{len(inputs.tokenizer):,} tokens, of the student; {other}"
@@ -96,8 +99,14 @@ def _own_layout(teacher: PlannedTeacher) -> str:
 
 def _representation(loss: RepresentationConfig) -> str:
     error = "squared error of hidden states" + (" scaled to length 1" if loss.normalize == "l2" else "")
-    bridge = f", mapped by {loss.bridge}" if loss.bridge else ""
-    return f"{error}{bridge}, at {_positions(loss.positions, loss.k)}, weight {loss.weight:g}"
+    maps = f", mapped by {loss.bridge}" if loss.bridge else ""
+    if loss.has_map:
+        maps = f", mapped to the teacher's width by a trained {loss.map.kind} map"
+    if loss.layer_weights == "inverse_square":
+        maps += ", each layer divided by the teacher's mean square"
+    elif loss.layer_weights != "equal":
+        maps += f", layers times {', '.join(f'{factor:g}' for factor in loss.layer_weights)}"
+    return f"{error}{maps}, at {_positions(loss.positions, loss.k)}, weight {loss.weight:g}"
 
 
 def _output(loss: OutputConfig) -> str:

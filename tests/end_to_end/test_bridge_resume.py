@@ -188,8 +188,16 @@ def test_a_run_resumes_only_with_its_own_bridge(bridged_run, tmp_path):
     arguments, bridge, other = bridged_run
     train, frozen = (f"loss.representation.train_bridge={value}" for value in ("true", "false"))
     for name, first, refused in (
-        ("another", (bridge,), {(other,): "was made with the bridge sha256:", (bridge, train): "train_bridge=false"}),
-        ("trained", (bridge, train), {(bridge, frozen): "train_bridge=true, the configuration has false"}),
+        (
+            "another",
+            (bridge,),
+            {(other,): "was made with the bridge sha256:", (bridge, train): "made without a trained map"},
+        ),
+        (
+            "trained",
+            (bridge, train),
+            {(bridge, frozen): "made with a trained map of hidden states, the configuration has none"},
+        ),
     ):
         here = in_folder(arguments, tmp_path / name)
         finish([*here, *first, "train.steps=2", "checkpoint.export_hf=false"], tmp_path / f"{name}.log")

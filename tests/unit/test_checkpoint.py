@@ -90,6 +90,7 @@ def load_and_refuse(rank, arguments):
     cases = {
         "teacher": Identity("/other", "sha256:" + "0" * 64, own.pairs),
         "pairs": Identity(own.path, own.hash, own.pairs[1:]),
+        "base": Identity(own.path, own.hash, own.pairs, base="1.25 sha256:" + "1" * 64),
         "moved teacher": Identity("/moved", own.hash, own.pairs),
         "several": own,
         "own": own,
@@ -131,6 +132,10 @@ def test_other_teachers_other_layers_and_damage_are_refused_in_one_line(tmp_path
     assert results["pairs"] == (
         f"{step} was made with the layer pairs [1-1, 2-2], the configuration asks for [2-2]; continue with those or "
         "name a new train.run_dir"
+    )
+    assert results["base"] == (
+        f"{step} was made without a base, teacher.base asks for a run with the base sha256:{'1' * 12} and extrapolate "
+        "1.25; continue as it was or name a new train.run_dir"
     )
     assert results["optimizer"].startswith(f"{step / 'optimizer' / '__0_0.distcp'} is truncated: 100 of ")
     assert results["optimizer"].endswith("remove this checkpoint to continue from the one before")

@@ -495,7 +495,7 @@ def test_one_value_without_brackets_is_taken_for_a_list_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("lr=1", "optimizer.lr or bridge.lr"),
+        ("lr=1", "optimizer.lr or bridge.lr or loss.representation.map.lr"),
         ("train.learning_rate=1", "optimizer.lr"),
         ("optimizer.learning_rate=1", "optimizer.lr"),
         ("batch_size=4", "rollout.prompts_per_step or batch.max_tokens_per_micro_batch"),
