@@ -232,6 +232,30 @@ class Llama3Scaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """Rotary frequencies that are all divided by `factor`."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Rotary frequencies of YaRN (arXiv 2309.00071), as Qwen2.5 and Qwen3 set them for long contexts.
+
+    Frequencies with more than `beta_fast` rotations in `original_positions` are kept, those with fewer than `beta_slow`
+    are divided by `factor`, and a ramp over the dimensions lies between. Cosine and sine are multiplied by
+    `attention_factor`. Nothing depends on the length of a sequence.
+    """
+
+    factor: float
+    original_positions: int
+    attention_factor: float
+    beta_fast: float
+    beta_slow: float
+    truncate: bool  # whether the ramp starts and ends at whole dimensions
+
+
+@dataclass(frozen=True)
 class LongRope:
     """Rotary frequencies of Phi-3 and Phi-4-mini (LongRoPE, arXiv 2402.13753): each is divided by its short factor in
     sequences of up to `original_positions` tokens and by its long factor, at every position, in longer ones. Cosine and
@@ -246,6 +270,9 @@ class LongRope:
     long_factor: tuple[float, ...]
     original_positions: int
     attention_factor: float
+
+
+RopeScaling = Llama3Scaling | LinearScaling | LongRope | YarnScaling
 
 
 @dataclass(frozen=True)
@@ -263,11 +290,11 @@ class ModelSpec:
     norm_epsilon: float
     rope_theta: float
     rotary_dim: int  # dimensions of a head that are rotated, the first ones
-    max_position_embeddings: int
+    max_position_embeddings: int  # of config.json, or those that YaRN reaches if these are more
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
-    rope_scaling: Llama3Scaling | LongRope | None = None
+    rope_scaling: RopeScaling | None = None
     num_experts: int = 0  # of each sparse layer; 0: a dense model
     experts_per_token: int = 0
     moe_ffn_hidden_size: int = 0  # of one expert

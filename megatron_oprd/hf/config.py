@@ -29,12 +29,13 @@ class Family:
     always_slides: bool = False  # True if `sliding_window` applies without `use_sliding_window`
 
 
+_SCALED = ("linear", "yarn")
 FAMILIES = {
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, experts=True),
-    "Qwen2MoeForCausalLM": Family("qwen2_moe", qkv_bias=True, experts=True, shared_expert=True),
-    "LlamaForCausalLM": Family("llama", rope_types=("llama3",)),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, rope_types=_SCALED),
+    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, rope_types=_SCALED),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, experts=True, rope_types=_SCALED),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", qkv_bias=True, experts=True, shared_expert=True, rope_types=_SCALED),
+    "LlamaForCausalLM": Family("llama", rope_types=("llama3", *_SCALED)),
     "Phi3ForCausalLM": Family("phi3", rope_types=("longrope",), partial_rotary=True, always_slides=True),
 }
 INTEGERS = (
@@ -109,7 +110,6 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         vocab_size=values["vocab_size"],
         norm_epsilon=values["rms_norm_eps"],
         **rope_fields(values, head_dim, family.rope_types, family.partial_rotary, where),
-        max_position_embeddings=values["max_position_embeddings"],
         tied_embeddings=values.get("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,

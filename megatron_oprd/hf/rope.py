@@ -6,16 +6,19 @@ import math
 from typing import Any
 
 from megatron_oprd.hf.checks import check_integers, check_positive, is_positive
-from megatron_oprd.types import Llama3Scaling, LongRope, UserError
+from megatron_oprd.types import LinearScaling, Llama3Scaling, LongRope, RopeScaling, UserError, YarnScaling
 
 _NAMES = {"su": "longrope"}  # "su" is the name in the first Phi-3 configs
 _ORIGINAL = "original_max_position_embeddings"
+_REASONS = {
+    "dynamic": "its angles change while a sequence grows, and transformers and vLLM compute them differently",
+}
 
 
 def rope_fields(
     values: dict[str, Any], head_dim: int, rope_types: tuple[str, ...], partial: bool, where: str
 ) -> dict[str, Any]:
-    """Return the ModelSpec fields of the rotary embedding: rope_theta, rotary_dim and rope_scaling.
+    """Return the ModelSpec fields of the rotary embedding and of the positions that it reaches.
 
     Args:
         rope_types: types of rope scaling that the family supports, besides "default".
@@ -31,8 +34,9 @@ def rope_fields(
     kind = rope.get("rope_type", rope.get("type", "default"))
     kind = _NAMES.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ("default", *rope_types):
+        reason = f" ({_REASONS[kind]})" if isinstance(kind, str) and kind in _REASONS else ""
         raise UserError(
-            f"{where} asks for rope scaling of type {kind}, which is not supported; use a model with "
+            f"{where} asks for rope scaling of type {kind}, which is not supported{reason}; use a model with "
             f"{' or '.join(('default', *rope_types))}"
         )
     rotary = {
@@ -51,12 +55,25 @@ def rope_fields(
             f"{where}: partial_rotary_factor={factor} rotates {rotary_dim} of the {head_dim} dimensions of a head; "
             f"that must be an even number from 2 to {head_dim}"
         )
-    scaling: Llama3Scaling | LongRope | None = None
+    scaling: RopeScaling | None = None
+    positions = values["max_position_embeddings"]
     if kind == "llama3":
         scaling = _llama3(values, rope, where)
     elif kind == "longrope":
         scaling = _longrope(values, rope, rotary_dim // 2, where)
-    return {"rope_theta": rotary["rope_theta"], "rotary_dim": rotary_dim, "rope_scaling": scaling}
+    elif kind == "linear":
+        check_positive(rope, ("factor",), where)
+        scaling = LinearScaling(rope["factor"])
+    elif kind == "yarn":
+        scaling = _yarn(values, rope, rotary["rope_theta"], where)
+        # Configs of Qwen keep the positions of pretraining in max_position_embeddings.
+        positions = max(positions, int(scaling.original_positions * scaling.factor))
+    return {
+        "rope_theta": rotary["rope_theta"],
+        "rotary_dim": rotary_dim,
+        "rope_scaling": scaling,
+        "max_position_embeddings": positions,
+    }
 
 
 def _llama3(values: dict[str, Any], rope: dict[str, Any], where: str) -> Llama3Scaling:
@@ -67,6 +84,37 @@ def _llama3(values: dict[str, Any], rope: dict[str, Any], where: str) -> Llama3S
     if high <= low:
         raise UserError(f"{where}: high_freq_factor={high} must be larger than low_freq_factor={low}")
     return Llama3Scaling(rope["factor"], low, high, rope[_ORIGINAL])
+
+
+def _yarn(values: dict[str, Any], rope: dict[str, Any], rope_theta: float, where: str) -> YarnScaling:
+    if rope_theta <= 1:
+        raise UserError(f"{where}: rope_theta={rope_theta} must be larger than 1 for rope scaling of type yarn")
+    original = values.get(_ORIGINAL) or rope.get(_ORIGINAL) or values["max_position_embeddings"]
+    check_integers({_ORIGINAL: original}, (_ORIGINAL,), where)
+    if "factor" in rope and rope["factor"] is None:
+        rope = {**rope, "factor": values["max_position_embeddings"] / original}
+    # transformers treats 0 like a missing value.
+    options = {"beta_fast": rope.get("beta_fast") or 32, "beta_slow": rope.get("beta_slow") or 1}
+    options |= {key: rope[key] for key in ("mscale", "mscale_all_dim") if rope.get(key)}
+    check_positive(rope, ("factor",), where)
+    check_positive(options, options, where)
+    fast, slow, factor = options["beta_fast"], options["beta_slow"], rope["factor"]
+    if fast <= slow:
+        raise UserError(f"{where}: beta_fast={fast} must be larger than beta_slow={slow}")
+    if type(truncate := rope.get("truncate", True)) is not bool:
+        raise UserError(f"{where}: truncate={truncate!r} must be true or false")
+    attention = rope.get("attention_factor")
+    if attention is None:
+        attention = _attention_factor(factor)
+        if "mscale" in options and "mscale_all_dim" in options:
+            scales = (_attention_factor(factor, options[key]) for key in ("mscale", "mscale_all_dim"))
+            attention = next(scales) / next(scales)
+    check_positive({"attention_factor": attention}, ("attention_factor",), where)
+    return YarnScaling(factor, original, attention, fast, slow, truncate)
+
+
+def _attention_factor(factor: float, scale: float = 1) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _longrope(values: dict[str, Any], rope: dict[str, Any], frequencies: int, where: str) -> LongRope:

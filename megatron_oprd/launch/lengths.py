@@ -11,7 +11,7 @@ from megatron_oprd.launch.setup import Setup
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.training.global_batch import teacher_view
-from megatron_oprd.types import LongRope, ModelSpec, Prompt, Rollout, UserError
+from megatron_oprd.types import LongRope, ModelSpec, Prompt, Rollout, UserError, YarnScaling
 
 
 @dataclass(frozen=True)
@@ -180,4 +180,5 @@ def _reads(config: Config, teacher: PlannedTeacher) -> str:
 
 
 def _positions(spec: ModelSpec) -> str:
-    return f"{spec.max_position_embeddings} positions (max_position_embeddings)"
+    scaled = isinstance(spec.rope_scaling, YarnScaling)
+    return f"{spec.max_position_embeddings} positions (max_position_embeddings{' under YaRN' if scaled else ''})"

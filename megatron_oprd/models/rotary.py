@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_oprd.runtime.fused import fused
-from megatron_oprd.types import Llama3Scaling, LongRope, ModelSpec
+from megatron_oprd.types import LinearScaling, Llama3Scaling, LongRope, ModelSpec, YarnScaling
 
 
 class Rotary:
@@ -28,6 +28,10 @@ class Rotary:
             self.long_above, self.factor = scaling.original_positions, scaling.attention_factor
         elif isinstance(scaling, Llama3Scaling):
             frequencies = _stretched(frequencies, scaling)
+        elif isinstance(scaling, LinearScaling):
+            frequencies = frequencies / scaling.factor
+        elif isinstance(scaling, YarnScaling):
+            frequencies, self.factor = _yarn_frequencies(spec, scaling), scaling.attention_factor
         # [1 or 2, rotary_dim / 2]. Not a buffer, which a bf16 model would round.
         self.inverse_frequencies = frequencies.view(-1, len(exponents))
 
@@ -85,6 +89,28 @@ def _stretched(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tenso
     between = (1 - kept) * frequencies / scaling.factor + kept * frequencies
     result = torch.where(waves > positions / low, frequencies / scaling.factor, between)
     return torch.where(waves < positions / high, frequencies, result)
+
+
+def _yarn_frequencies(spec: ModelSpec, scaling: YarnScaling) -> torch.Tensor:
+    """Return the inverse frequencies under `YarnScaling`, [rotary_dim / 2], by the operations of transformers."""
+    width = spec.rotary_dim
+    wavelengths = spec.rope_theta ** (torch.arange(0, width, 2).float() / width)
+
+    def dimension(rotations: float) -> float:
+        """Return the dimension whose frequency makes this many rotations in the original positions."""
+        turns = math.log(scaling.original_positions / (rotations * 2 * math.pi))
+        return (width * turns) / (2 * math.log(spec.rope_theta))
+
+    first, last = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, width - 1)
+    if first == last:
+        last += 0.001
+    ramp = torch.clamp((torch.arange(width // 2, dtype=torch.float32) - first) / (last - first), 0, 1)
+    kept = 1 - ramp
+    stretched: torch.Tensor = 1.0 / (scaling.factor * wavelengths) * (1 - kept)
+    return stretched + 1.0 / wavelengths * kept
 
 
 def signed(sin: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,17 @@ LLAMA3_SCALING = {
 }
 
 
+# YaRN that keeps one of the four frequencies of a head, interpolates one and stretches two.
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 24,
+    "beta_fast": 8.0,
+    "beta_slow": 0.1,
+}
+
+
 def longrope(rotary_dim: int, original: int = 10, partial: float = 0.75, **rope) -> dict:
     """Return the arguments of a Phi3Config with LongRoPE.
 
@@ -70,7 +81,12 @@ FAMILIES = {
     "Qwen2": {},
     "Qwen3": {"head_dim": 24},
     "Qwen3Moe": {"head_dim": 24, **EXPERTS},
-    "Qwen2Moe": {**EXPERTS, "norm_topk_prob": False, "shared_expert_intermediate_size": 48},
+    "Qwen2Moe": {
+        **EXPERTS,
+        "norm_topk_prob": False,
+        "shared_expert_intermediate_size": 48,
+        "rope_parameters": YARN,
+    },
     "Llama": {"head_dim": 24, "rope_parameters": LLAMA3_SCALING},
     "Phi3": {**longrope(6), "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
 }

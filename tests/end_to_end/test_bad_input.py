@@ -384,7 +384,10 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
     ),
     "architecture": (config(architectures=["GemmaForCausalLM"]), ("GemmaForCausalLM", "use one of Qwen2ForCausalLM")),
     "architectures no list": (config(architectures=7), ("config.json", "architecture")),
-    "rope scaling": (config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), ("rope scaling of type yarn",)),
+    "rope scaling": (
+        config(rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
+        ("rope scaling of type dynamic",),
+    ),
     "rope no mapping": (config(rope_parameters=3), ("config.json", "rope")),
     "sliding window": (config(use_sliding_window=True), ("use_sliding_window", "not supported")),
     "quantised": (config(quantization_config={"bits": 4}), ("quantization_config", "not supported")),

@@ -8,7 +8,7 @@ from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
-from megatron_oprd.testing.models import TIED_ONE_LAYER_7_TO_1, longrope, random_hf_model, save
+from megatron_oprd.testing.models import TIED_ONE_LAYER_7_TO_1, YARN, longrope, random_hf_model, save
 from megatron_oprd.types import FINAL_STATES
 
 LENGTHS = (1, 7, 16, 17, 30)
@@ -58,6 +58,8 @@ MODELS = {
     # 30 tokens are beyond the 24 positions before the scaling, and heads are wider than their share.
     "llama3_scaling_head_dim_8_to_2": ("Llama", {}),
     "llama3_scaling_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": None}),
+    "qwen3_yarn_attention_factor": ("Qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.4, "truncate": False}}),
+    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama2_shaped": ("Llama", {"rope_parameters": PLAIN, "num_key_value_heads": 8, "head_dim": None}),
     "phi3_4k_shaped": ("Phi3", {"rope_parameters": PLAIN, "num_key_value_heads": 8}),
     "phi4_shaped": ("Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 250000.0}}),
@@ -115,7 +117,9 @@ def test_logits_and_every_hidden_state_equal_hugging_face(name, dtype, tolerance
     assert_same_states(*MODELS[name], dtype, tolerance, topology, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qwen3_head_dim_8_to_2", "llama3_scaling_tied", "phi4_mini_shaped", "phi3_factor"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_yarn_attention_factor", "llama3_scaling_tied", "phi4_mini_shaped", "phi3_factor"]
+)
 @pytest.mark.parametrize("length", [16, 100_000])
 def test_rotary_angles_of_distant_positions_equal_transformers_in_bfloat16(name, length, topology, tmp_path):
     family, overrides = MODELS[name]

@@ -98,9 +98,9 @@ def test_the_table_has_exactly_the_tensors_of_transformers(family, tmp_path):
     [
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM .* use one of .* Phi3ForCausalLM"),
         ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
-        ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, "linear"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),  # transformers prefers it to rope_parameters
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "proportional"}, "rope_parameters": None}, "proportional"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),  # transformers prefers it to rope_parameters
         ({"rope_scaling": LLAMA3_SCALING}, "rope scaling of type llama3"),
         ({"rope_scaling": {"type": "longrope"}}, "rope scaling of type longrope"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

@@ -4,18 +4,26 @@ import json
 import math
 
 import pytest
+import torch
+import transformers
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.names import hf_shapes
-from megatron_oprd.testing.models import LLAMA3_SCALING, random_hf_model, save
-from megatron_oprd.types import Llama3Scaling, LongRope
+from megatron_oprd.models.rotary import Rotary
+from megatron_oprd.testing.models import LLAMA3_SCALING, YARN, random_hf_model, save
+from megatron_oprd.types import Llama3Scaling, LongRope, YarnScaling
 from tests.helpers.configs import assert_refused, edited
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling of type yarn"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "type dynamic, which is not supported .its angles change",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "factor=None must be a positive number"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling of type longrope"),
         ({"rope_scaling": {"rope_type": None}}, "rope scaling of type None"),
         ({"rope_scaling": {**LLAMA3_SCALING, "factor": None}}, "factor=None must be a positive number"),
@@ -32,6 +40,25 @@ from tests.helpers.configs import assert_refused, edited
 )
 def test_invalid_rope_scaling_of_llama_is_refused(change, message, tmp_path):
     assert_refused(edited("Llama", change, tmp_path, num_hidden_layers=1), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"factor": ...}, "factor=None must be a positive number"),
+        ({"factor": "4"}, "factor='4' must be a positive number"),
+        ({"original_max_position_embeddings": "24"}, "original_max_position_embeddings='24' must be a positive whole"),
+        ({"beta_fast": 0.05}, "beta_fast=0.05 must be larger than beta_slow=0.1"),
+        ({"beta_slow": "1"}, "beta_slow='1' must be a positive number"),
+        ({"mscale": -1}, "mscale=-1 must be a positive number"),
+        ({"truncate": "no"}, "truncate='no' must be true or false"),
+        ({"attention_factor": 0}, "attention_factor=0 must be a positive number"),
+        ({"rope_theta": 1.0}, "rope_theta=1.0 must be larger than 1 for rope scaling of type yarn"),
+    ],
+)
+def test_invalid_yarn_is_refused(change, message, tmp_path):
+    rope = {key: value for key, value in {**YARN, **change}.items() if value is not ...}
+    assert_refused(edited("Qwen3", {"rope_parameters": rope}, tmp_path, num_hidden_layers=1), message)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +140,58 @@ def test_configs_from_the_hub_are_read(tmp_path):
     assert (phi.head_dim, phi.rotary_dim, phi.rope_theta, phi.tied_embeddings) == (128, 96, 10000.0, True)
     assert phi.rope_scaling == LongRope((1.0,) * 48, (1.5,) * 48, 4096, math.sqrt(1 + math.log(32) / math.log(4096)))
     assert sum(map(math.prod, hf_shapes(phi).values())) == 3_836_021_760
+
+
+# As the model cards of Qwen2.5 and Qwen3 tell users to write it for contexts of 131072 tokens.
+QWEN_LONG = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    **{"num_hidden_layers": 36, "hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 151936},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960},
+    **{"rms_norm_eps": 1e-6, "rope_theta": 1000000, "max_window_layers": 36, "sliding_window": None},
+    "use_sliding_window": False,
+}
+YARN_OPTIONS = {
+    "of the model card": {},
+    "type": {"type": "yarn", "rope_type": ...},
+    "factor of the positions": {"factor": None},
+    "below one": {"factor": 0.5},
+    "no original positions": {"original_max_position_embeddings": ...},
+    "betas": {"beta_fast": 5, "beta_slow": 0.5},
+    "betas of zero": {"beta_fast": 0, "beta_slow": None},
+    "one dimension": {"beta_fast": 1.0001, "beta_slow": 1, "truncate": False},
+    "untruncated": {"truncate": False},
+    "attention factor": {"attention_factor": 1.25},
+    "both scales": {"mscale": 0.7, "mscale_all_dim": 1.3},
+    "one scale": {"mscale": 0.7},
+    "a scale of zero": {"mscale": 0, "mscale_all_dim": 1.3},
+    "few original positions": {"original_max_position_embeddings": 5},
+    "linear": {"rope_type": "linear", "original_max_position_embeddings": ...},
+}
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", YARN_OPTIONS)
+def test_scaled_frequencies_equal_transformers_bit_for_bit(name, version, tmp_path):
+    rope = {key: value for key, value in {**QWEN_LONG, **YARN_OPTIONS[name]}.items() if value is not ...}
+    values = {**QWEN3_8B, "rope_scaling": rope}
+    if version == 5:
+        values = {**values, "rope_scaling": None, "rope_parameters": {**rope, "rope_theta": values.pop("rope_theta")}}
+    spec = read_config(values, tmp_path)
+    expected = Qwen3RotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
+    rotary = Rotary(spec)
+    assert torch.equal(rotary.inverse_frequencies[0], expected.inv_freq)
+    assert rotary.factor == expected.attention_scaling
+
+
+def test_yarn_reaches_its_factor_times_the_original_positions(tmp_path):
+    plain = read_config(QWEN3_8B, tmp_path)
+    scaled = read_config({**QWEN3_8B, "rope_scaling": QWEN_LONG}, tmp_path)
+    assert scaled.rope_scaling == YarnScaling(4.0, 32768, 0.1 * math.log(4) + 1, 32, 1, True)
+    assert (plain.max_position_embeddings, scaled.max_position_embeddings) == (40960, 131072)
+    shorter = {**QWEN_LONG, "factor": 1.1}
+    assert read_config({**QWEN3_8B, "rope_scaling": shorter}, tmp_path).max_position_embeddings == 40960
 
 
 def test_both_config_formats_give_the_same_rotary_embedding(tmp_path):
