@@ -15,9 +15,21 @@ FinishReason = Literal["eos", "length", "horizon", "replay"]
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us. Commands print its one line and exit with code 2."""
+    """A mistake in what the user gave us. Commands print its one line and exit with code 2.
+
+    Args:
+        message: what is wrong and where. It may contain the advice.
+        advice: what to do next, if a caller may replace it by better advice.
+    """
 
     everywhere = False  # whether all ranks are known to raise it
+
+    def __init__(self, message: str, advice: str = "") -> None:
+        super().__init__(message, advice)  # both in `args`, so that pickling keeps them
+        self.message, self.advice = message, advice
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.advice}" if self.advice else self.message
 
 
 class ServiceFailed(Exception):

@@ -76,9 +76,9 @@ def read_bridge(path: str | Path) -> Bridge:
     try:
         return _read(Path(path))
     except UserError as error:
-        if MAKE_A_BRIDGE in str(error):
+        if error.advice:
             raise
-        raise UserError(f"{error}; copy the bridge again or {MAKE_A_BRIDGE}") from None
+        raise UserError(error.message, f"copy the bridge again or {MAKE_A_BRIDGE}") from None
 
 
 def _read(path: Path) -> Bridge:
@@ -111,13 +111,13 @@ def _read_document(folder: Path) -> _Document:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"no bridge at {folder}: {DOCUMENT} is missing; {MAKE_A_BRIDGE}") from None
+        raise UserError(f"no bridge at {folder}: {DOCUMENT} is missing", MAKE_A_BRIDGE) from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is not of format {FORMAT}, the one that this version reads; {MAKE_A_BRIDGE}")
+        raise UserError(f"{path} is not of format {FORMAT}, the one that this version reads", MAKE_A_BRIDGE)
     try:
         document = pydantic.TypeAdapter(_Document).validate_json(json.dumps(values))
     except pydantic.ValidationError as error:

@@ -154,9 +154,9 @@ def load_model(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, 
             return dist_checkpointing.load(sharded_weights(stage, topology), str(folder))
         except checkpoint.api.CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
-            raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}; {COPY_AGAIN}") from None
+            raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}", COPY_AGAIN) from None
         except dist_checkpointing.core.CheckpointingException as error:
-            raise UserError(f"{folder} cannot be read: {error}; {COPY_AGAIN}") from None
+            raise UserError(f"{folder} cannot be read: {error}", COPY_AGAIN) from None
 
     loaded = on_every_rank(read)  # some versions of mcore raise an error only on the rank that found it
     with torch.no_grad():
@@ -180,7 +180,7 @@ def load_parameter(folder: str | Path, name: str) -> torch.Tensor:
         checkpoint.load({name: parameter}, storage_reader=FileSystemReader(folder), no_dist=True)
     except checkpoint.api.CheckpointException as error:
         damage = describe_damage(next(iter(error.failures.values()))[0])
-        raise UserError(f"{folder} cannot be read: {damage}; {COPY_AGAIN}") from None
+        raise UserError(f"{folder} cannot be read: {damage}", COPY_AGAIN) from None
     return parameter
 
 
@@ -236,9 +236,9 @@ def check_files(folder: Path) -> Metadata:
         try:
             torch.load(folder / "common.pt", weights_only=True)
         except FileNotFoundError:
-            raise UserError(f"{folder / 'common.pt'} is missing; {COPY_AGAIN}") from None
+            raise UserError(f"{folder / 'common.pt'} is missing", COPY_AGAIN) from None
         except Exception:
-            raise UserError(f"{folder / 'common.pt'} is truncated or corrupt; {COPY_AGAIN}") from None
+            raise UserError(f"{folder / 'common.pt'} is truncated or corrupt", COPY_AGAIN) from None
     return index
 
 
@@ -267,7 +267,7 @@ def _check_format(folder: Path) -> None:
     try:
         dist_checkpointing.validation.verify_checkpoint_and_load_strategy(str(folder))
     except Exception as error:  # an unknown key, or a value of another type
-        raise UserError(f"{path} is corrupt: {describe_damage(error)}; {COPY_AGAIN}") from None
+        raise UserError(f"{path} is corrupt: {describe_damage(error)}", COPY_AGAIN) from None
 
 
 def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, Any], spec: ModelSpec) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
@@ -23,31 +23,48 @@ from megatron_oprd.types import Rollout, UserError
 FILE = "pending_rollouts.jsonl"
 
 
-def write_pending(folder: Path, pending: PendingStep, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PromptsEntry:
+    """A PromptState in state.json, where no key may be missing."""
+
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True)
+class PendingEntry:
+    """The entry of pending rollouts in state.json."""
+
+    version: int  # updates that the sampling weights have seen
+    prompts: PromptsEntry  # prompts taken so far, those of the pending rollouts included
+    sha256: str  # of the file with the rollouts
+
+
+def write_pending(folder: Path, pending: PendingStep, rollouts: Sequence[Rollout]) -> PendingEntry:
     """Write the rollouts of all replicas to `folder` and return their entry in state.json.
 
     One rank calls this. Raises UserError for a disk error.
     """
     text = rollouts_as_text(rollouts)
     write_text(folder / FILE, text)
-    return {"version": pending.version, "prompts": pending.prompts.to_dict(), "sha256": _digest(text.encode())}
+    prompts = PromptsEntry(**pending.prompts.to_dict())
+    return PendingEntry(pending.version, prompts, _digest(text.encode()))
 
 
-def read_pending(folder: Path, entry: dict[str, Any], topology: Topology) -> PendingStep:
+def read_pending(folder: Path, entry: PendingEntry, topology: Topology) -> PendingStep:
     """Return this replica's part of the pending rollouts in `folder`, in any layout.
 
-    No communication. Raises UserError for a missing or changed file, and any exception for a damaged entry.
+    No communication. Raises UserError for a missing or changed file.
     """
     try:
         content = (folder / FILE).read_bytes()
     except OSError as error:
         raise UserError(f"{folder / FILE}: {error.strerror}") from None
-    if _digest(content) != entry["sha256"]:
+    if _digest(content) != entry.sha256:
         raise UserError(f"{folder / FILE} is truncated or corrupt: its hash is not that in state.json")
     rollouts = rollouts_from_text(content.decode())
     local_rollouts = split(rollouts, topology.replica_rank, topology.num_replicas)
-    prompts = PromptState.from_dict(entry["prompts"])
-    return PendingStep(int(entry["version"]), prompts, FinishedRollouts(local_rollouts))
+    return PendingStep(entry.version, PromptState.from_dict(asdict(entry.prompts)), FinishedRollouts(local_rollouts))
 
 
 def _digest(content: bytes) -> str:

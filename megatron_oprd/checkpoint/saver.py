@@ -167,7 +167,7 @@ class Saving:
         if state.squares.steps:
             values["layer_squares"] = state.squares.to_dict()
         if state.pending is not None:
-            values["pending"] = write_pending(self.partial, state.pending, rollouts)
+            values["pending"] = dataclasses.asdict(write_pending(self.partial, state.pending, rollouts))
         write_json(self.partial / "state.json", values)
 
     def _commit(self) -> None:

@@ -63,11 +63,11 @@ def read_index(folder: Path) -> Metadata:
             index = _IndexUnpickler(file).load()
         problem = _find_problem(index)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; {COPY_AGAIN}") from None
+        raise UserError(f"{path} is missing", COPY_AGAIN) from None
     except Exception as error:  # a damaged pickle can raise any exception
-        raise UserError(f"{path} is truncated or corrupt: {' '.join(str(error).split())[:200]}; {COPY_AGAIN}") from None
+        raise UserError(f"{path} is truncated or corrupt: {' '.join(str(error).split())[:200]}", COPY_AGAIN) from None
     if problem:
-        raise UserError(f"{path} is corrupt: {problem}; {COPY_AGAIN}")
+        raise UserError(f"{path} is corrupt: {problem}", COPY_AGAIN)
     _check_files(folder, index)
     return index
 
@@ -111,8 +111,8 @@ def _check_files(folder: Path, index: Metadata) -> None:
         sizes[stored.relative_path] = max(sizes.get(stored.relative_path, 0), stored.offset + stored.length)
     for file, size in sorted(sizes.items()):
         if not (folder / file).is_file():
-            raise UserError(f"{folder / file} is missing; {COPY_AGAIN}")
+            raise UserError(f"{folder / file} is missing", COPY_AGAIN)
         if (folder / file).stat().st_size < size:
             raise UserError(
-                f"{folder / file} is truncated: {(folder / file).stat().st_size} of {size} bytes; {COPY_AGAIN}"
+                f"{folder / file} is truncated: {(folder / file).stat().st_size} of {size} bytes", COPY_AGAIN
             )

@@ -24,20 +24,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_oprd.checkpoint.megatron_format import check_files, describe_damage, load_model
 from megatron_oprd.checkpoint.optimizer_state import load_optimizer
 from megatron_oprd.checkpoint.pending_rollouts import read_pending
-from megatron_oprd.checkpoint.stored_index import COPY_AGAIN
+from megatron_oprd.checkpoint.state_file import REMOVE, StudentEntry, read_state_file
 from megatron_oprd.config import teacher_section
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.runtime.files import explain_os_errors, prepare_partial, read_json
+from megatron_oprd.runtime.files import explain_os_errors, prepare_partial
 from megatron_oprd.training.map_optimizer import FILE as MAPS
-from megatron_oprd.training.state import BestEvaluation, Identity, LayerSquares, TrainState
+from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.student import Student
 from megatron_oprd.types import ModelSpec, UserError
 
 MARK = "complete"  # the file that makes a checkpoint count
 _NAME = re.compile(r"step_\d{7}")
-_REMOVE = "remove this checkpoint to continue from the one before"
 
 
 @dataclass(frozen=True)
@@ -96,31 +95,15 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
     pairs or another bridge.
     """
     student, topology = content.student, content.topology
-    values = read_json(checkpoint / "state.json")
-    with _explain_damage(checkpoint / "state.json"):
-        state = TrainState(int(values["step"]), PromptState.from_dict(values["prompts"]))
-        if checkpoint.name != f"step_{state.step:07d}" or min(state.prompts.epoch, state.prompts.position) < 0:
-            raise ValueError(f"step {state.step} and {state.prompts} are no position of {checkpoint.name}")
-        start = values.get("student") or {}  # older checkpoints do not name their student
-        saved_student = {key: str(start[key]) for key in ("path", "hash")} if start else None
-        if "best" in values:
-            state = dataclasses.replace(state, best=BestEvaluation(**values["best"]))
-        if "layer_squares" in values:
-            state = dataclasses.replace(state, squares=LayerSquares.from_dict(values["layer_squares"]))
-        if "pending" in values:
-            state = dataclasses.replace(state, pending=read_pending(checkpoint, values["pending"], topology))
-        saved = {
-            str(name): Identity(
-                str(one["path"]),
-                str(one["hash"]),
-                tuple((s, t) for s, t in one["pairs"]),
-                one.get("bridge"),
-                one.get("base"),
-            )
-            for name, one in values["teachers"].items()
-        }
-    _check_student(checkpoint, saved_student, content)
-    _check_teachers(checkpoint, saved, content.teachers)
+    saved = read_state_file(checkpoint)
+    state = TrainState(saved.step, PromptState.from_dict(dataclasses.asdict(saved.prompts)), best=saved.best)
+    if saved.layer_squares is not None:
+        state = dataclasses.replace(state, squares=saved.layer_squares)
+    if saved.pending is not None:
+        with _explain_damage(checkpoint / "state.json"):
+            state = dataclasses.replace(state, pending=read_pending(checkpoint, saved.pending, topology))
+    _check_student(checkpoint, saved.student, content)
+    _check_teachers(checkpoint, saved.teachers, content.teachers)
     _check_maps(checkpoint, student)
 
     def read_optimizer() -> None:
@@ -145,11 +128,11 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / MARK).exists())
 
 
-def _check_student(checkpoint: Path, saved: Mapping[str, str] | None, content: CheckpointContent) -> None:
+def _check_student(checkpoint: Path, saved: StudentEntry | None, content: CheckpointContent) -> None:
     """Raise UserError if the run of the checkpoint began with another student."""
-    if saved and content.student_hash and saved["hash"] != content.student_hash:
+    if saved and content.student_hash and saved.hash != content.student_hash:
         raise UserError(
-            f"{checkpoint} was made with another student ({saved['path']}, {saved['hash'][:19]}) than "
+            f"{checkpoint} was made with another student ({saved.path}, {saved.hash[:19]}) than "
             f"student.path={content.source} ({content.student_hash[:19]}); continue with that one or name a new "
             "train.run_dir"
         )
@@ -220,8 +203,9 @@ def _advise_to_remove() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        error.args = (f"{str(error).removesuffix(f'; {COPY_AGAIN}')}; {_REMOVE}",)
-        raise
+        advised = UserError(error.message, REMOVE)
+        advised.everywhere = error.everywhere
+        raise advised from error.__cause__
 
 
 @contextlib.contextmanager
@@ -234,4 +218,4 @@ def _explain_damage(part: Path) -> Iterator[None]:
         raise
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
         causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        raise UserError(f"{part} cannot be read ({describe_damage(causes[0])}); {_REMOVE}") from error
+        raise UserError(f"{part} cannot be read ({describe_damage(causes[0])}); {REMOVE}") from error

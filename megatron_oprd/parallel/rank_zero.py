@@ -32,7 +32,8 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
             message = [("result", function())]
         except Exception as error:
             failure = error
-            message = [("user" if isinstance(error, UserError) else "error", str(error) or type(error).__name__)]
+            is_user = isinstance(error, UserError)
+            message = [("user", error.args) if is_user else ("error", str(error) or type(error).__name__)]
     dist.broadcast_object_list(message, src=0)
     kind, value = message[0]
     if failure is not None:
@@ -40,7 +41,7 @@ def on_rank_zero(function: Callable[[], Result]) -> Result:
             failure.everywhere = True
         raise failure
     if kind == "user":
-        raise _error_of_all_ranks(str(value))
+        raise _error_of_all_ranks(*value)  # type: ignore[misc]
     if kind == "error":
         raise RankZeroFailed(f"rank 0 failed: {value}")
     return value  # type: ignore[return-value]
@@ -51,20 +52,20 @@ def on_every_rank(function: Callable[[], Result]) -> Result:
 
     Raises UserError on every rank if the function raised it on one.
     """
-    failure: str | None = None
+    failure: tuple[str, str] | None = None
     try:
         result = function()
     except UserError as error:
-        failure = str(error)
-    failures: list[str | None] = [None] * dist.get_world_size()
+        failure = error.args
+    failures: list[tuple[str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(failures, failure)
-    for message in failures:
-        if message is not None:
-            raise _error_of_all_ranks(message)
+    for failed in failures:
+        if failed is not None:
+            raise _error_of_all_ranks(*failed)
     return result
 
 
-def _error_of_all_ranks(message: str) -> UserError:
-    error = UserError(message)
+def _error_of_all_ranks(message: str, advice: str) -> UserError:
+    error = UserError(message, advice)
     error.everywhere = True
     return error

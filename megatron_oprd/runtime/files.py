@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_oprd.types import UserError
 
+COPY_FILE_AGAIN = "copy the file again"
 # Errors that a user can act on. Broken pipes, time-outs and other kinds of OSError are not among them.
 DISK_ERRORS = {
     errno.EACCES,
@@ -140,9 +141,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise UserError(f"{path} is not valid JSON: {error}; copy the file again") from None
+        raise UserError(f"{path} is not valid JSON: {error}", COPY_FILE_AGAIN) from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}; copy the file again")
+        raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}", COPY_FILE_AGAIN)
     return values
 
 

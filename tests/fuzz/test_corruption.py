@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from megatron_oprd.bridge.store import read_bridge
+from megatron_oprd.checkpoint.state_file import read_state_file
 from megatron_oprd.config import DataConfig
 from megatron_oprd.data.prompt_files import read_rows
 from megatron_oprd.data.tokenizer import load_tokenizer
@@ -49,6 +51,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "prompts.parquet")
     rollouts = [{"prompt_ids": [1, 2], "response_ids": [3, 4], "response_mask": [1, 1], "data_source": "s"}] * 3
     (folder / "replay.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollouts))
+    (folder / "state.json").write_text(json.dumps(STATE))
     for file in save_random_bridge(folder / "Bridge", folder / "Qwen2", folder / "Llama", rank=2).iterdir():
         file.rename(folder / file.name)
     return folder
@@ -76,6 +79,33 @@ def read_tokenizer(path: Path) -> Callable[[], None]:
     return compare
 
 
+STATE = {
+    "step": 0,
+    "prompts": {"epoch": 0, "position": 4},
+    "teachers": {"": {"path": "a", "hash": "sha256:0", "pairs": [[1, 1], [2, 2]], "bridge": None}},
+    "student": {"path": "a", "hash": "sha256:0"},
+    "best": {"metric": "perplexity", "step": 0, "value": 0.5, "later": 0},
+    "pending": {"version": 0, "prompts": {"epoch": 0, "position": 8}, "sha256": "0"},
+}
+
+
+def read_state(path: Path) -> Callable[[], None]:
+    """Read a state.json as that of step 0 and return a check of its types."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "step_0000000"
+        checkpoint.mkdir()
+        shutil.copytree(path, checkpoint / path.name) if path.is_dir() else shutil.copy(path, checkpoint)
+        state = read_state_file(checkpoint)
+
+    def check() -> None:
+        assert (state.step, type(state.prompts.epoch), type(state.prompts.position)) == (0, int, int)
+        assert all(type(layer) is int for one in state.teachers.values() for pair in one.pairs for layer in pair)
+        assert all(isinstance(one.bridge, str | None) for one in state.teachers.values())
+        assert state.best is None or math.isfinite(state.best.value)
+
+    return check
+
+
 READERS: dict[str, Callable[[Path], object]] = {
     "config.json": read_model,
     "generation_config.json": read_model,
@@ -88,6 +118,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "replay.jsonl": lambda path: load_replay(path, 259),
     "bridge.json": lambda path: read_bridge(path.parent),
     "bridge.safetensors": lambda path: read_bridge(path.parent),
+    "state.json": read_state,
 }
 
 

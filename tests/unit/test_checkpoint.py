@@ -66,15 +66,43 @@ def test_pruning_removes_the_mark_before_the_files(tmp_path, monkeypatch):
     assert latest_checkpoint(tmp_path) == tmp_path / "step_0000004"
 
 
+BEST = {"metric": "accuracy/mean@1", "step": 1, "value": 0.5, "later": 0}
+PENDING = {"version": 1, "prompts": {"epoch": 0, "position": 2}, "sha256": "0" * 64}
+TEACHER = {"path": "/a", "hash": "sha256:0", "pairs": [[1, 1]], "bridge": None}
 WRONG_STATES = (
     {"step": 5},
     {"step": "1.5"},
     {"step": None},
+    {"step": True},
     {"prompts": {"epoch": 0, "position": -1}},
+    {"prompts": {"epoch": 0, "position": 0.5}},
+    {"prompts": {}},
     {"prompts": 7},
     {"student": [1]},
     {"student": {"path": "/a"}},
+    {"student": {"path": "/a", "hash": 3}},
+    {"teachers": [TEACHER]},
     {"teachers": {"": {"path": "/a"}}},
+    {"teachers": {"": TEACHER | {"pairs": [[1]]}}},
+    {"teachers": {"": TEACHER | {"pairs": ["11"]}}},
+    {"teachers": {"": TEACHER | {"bridge": ["sha256:0"]}}},
+    {"best": 0.5},
+    {"best": BEST | {"step": 7}},
+    {"best": BEST | {"step": "one"}},
+    {"best": BEST | {"value": "high"}},
+    {"best": BEST | {"value": float("nan")}},
+    {"best": BEST | {"later": -1}},
+    {"best": BEST | {"metric": None}},
+    {"layer_squares": {"steps": 1}},
+    {"layer_squares": {"steps": "1", "means": {"1": 1.0, "2": 1.0}}},
+    {"layer_squares": {"steps": 1, "means": {"1": 1.0, "2": "big"}}},
+    {"layer_squares": {"steps": 1, "means": {"1": 1.0}}},
+    {"layer_squares": {"steps": 1, "means": {"1": 1.0, "2": 0.0}}},
+    {"pending": True},
+    {"pending": PENDING | {"version": "x"}},
+    {"pending": PENDING | {"version": -1}},
+    {"pending": PENDING | {"prompts": {"epoch": 0}}},
+    {"pending": PENDING | {"sha256": None}},
 )
 
 

@@ -36,14 +36,14 @@ def test_each_quoted_message_is_in_the_source():
 
 
 def refusals():
-    """Yield (place, text) of each UserError in the package that is written out; `{...}` stands as in the source."""
+    """Yield (place, text) of each UserError in the package that is written out, as in the source, with its advice."""
     for path in sorted((ROOT / "megatron_oprd").rglob("*.py")):
         name = str(path.relative_to(ROOT / "megatron_oprd"))
         for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
             if getattr(call.func, "id", "") != "UserError" or name in ADVISED_BY_CALLERS:
                 continue
             if isinstance(call.args[0], ast.Constant | ast.JoinedStr):
-                yield f"{name}:{call.lineno}", ast.unparse(call.args[0])
+                yield f"{name}:{call.lineno}", "; ".join(map(ast.unparse, call.args))
 
 
 def test_each_refusal_says_what_to_do_next():
