@@ -12,11 +12,13 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 
 from megatron_oprd.checkpoint import megatron_format
-from megatron_oprd.hf.load import load_hf, reading_threads
+from megatron_oprd.hf.load import load_hf, named_parameters, parameter_table, reading_threads
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD
 from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -26,17 +28,39 @@ _HASHED = ("*.safetensors", "*.safetensors.index.json", "*.distcp", ".metadata",
 def load_weights(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
     """Load the parameters of a stage from a Hugging Face folder or a Megatron checkpoint, cast to the model's dtype.
 
-    Collective over the world. Raises UserError on every rank, with the folder and the cause.
+    Collective over the world. Raises UserError on every rank, with the folder and the cause, also for weights that are
+    NaN or infinite in that dtype.
     """
     if megatron_format.is_megatron_checkpoint(folder):
         megatron_format.load_model(stage, folder, spec, topology)
-        return
+    else:
+        _load_hf_folder(stage, folder, spec, topology)
+    on_every_rank(lambda: _check_finite(stage, folder, spec))
+
+
+def _load_hf_folder(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, topology: Topology) -> None:
     reader = HFReader(folder)
     reader.check(spec)
     if reader.quantized and topology.rank == 0:  # a stage of another rank may have no parameter
         dtype = str(next(stage.parameters()).dtype).removeprefix("torch.")
         print(f"{folder}: FP8 weights are dequantised to {dtype}", flush=True)
     load_hf(stage, reader, spec, tensor_rank=topology.tensor_rank, tensor_size=topology.tensor_size)
+
+
+def _check_finite(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec) -> None:
+    """Raise UserError if a parameter of this rank is not finite. FP8 parameters are not looked at."""
+    parameters = {name: one.detach() for name, one in named_parameters(stage).items() if not is_float8tensor(one)}
+    if not parameters:
+        return
+    # A sum needs no memory. Only a sum of huge weights can be infinite although every weight is finite.
+    sums = torch.stack([one.sum(dtype=torch.float32) for one in parameters.values()]).isfinite().tolist()
+    for (name, parameter), finite in zip(parameters.items(), sums, strict=True):
+        if not finite and (count := int((~parameter.isfinite()).sum())):
+            raise UserError(
+                f"{folder}: {count} of {parameter.numel()} weights of {', '.join(parameter_table(spec)[name].hf)} are "
+                f"NaN or infinite in {str(parameter.dtype).removeprefix('torch.')}; copy the folder again, or use a "
+                "checkpoint from before the training failed"
+            )
 
 
 def load_lm_head(folder: str | Path, spec: ModelSpec, start: int, end: int) -> torch.Tensor:
