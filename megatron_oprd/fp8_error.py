@@ -77,7 +77,7 @@ def measuring_config(config: Config) -> Config:
 
 def measure(inputs: Inputs) -> dict[int, LayerError]:
     """Return the error of each compared layer by student layer, the same on every rank. Collective over the world."""
-    models = build_models(inputs)
+    models = build_models(inputs, identifies=False)
     topology = models.topology
     prompts, _ = next_prompts(inputs, PromptState())
     models.engine.sync_weights(0)

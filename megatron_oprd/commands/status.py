@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_oprd.evaluation.records import Record, get, is_number, read_jsonl
+from megatron_oprd.evaluation.records import Record, get, is_number, overall_source, read_jsonl
 from megatron_oprd.report.run_files import RunFiles, read_run
 from megatron_oprd.report.run_state import heartbeats, is_running, run_state, stopped_early
 from megatron_oprd.runtime.cli import ArgumentParser, run_command
@@ -80,7 +80,7 @@ def _speed(run: RunFiles, last_step: Any) -> str:
 
 def _evaluation(record: Record) -> str:
     data = record.get("data") or {}
-    source = "all" if "all" in data else next(iter(data), "")
+    source = overall_source(data)
     shown = {name: value for name, value in data.get(source, {}).items() if "/layer_" not in name}
     scores = ", ".join(f"{name} {significant(value)}" for name, value in shown.items())
     return f"step {record.get('step')}, {source}: {scores}"

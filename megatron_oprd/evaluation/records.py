@@ -9,6 +9,13 @@ from typing import Any
 
 Record = dict[str, Any]
 Point = tuple[float, float]
+ALL_SOURCES = "all"
+Scores = dict[str, dict[str, float]]  # data source -> metric -> value
+
+
+def overall_source(scores: Scores) -> str:
+    """Return the name under which scores have the metrics over all data sources; "" without scores."""
+    return ALL_SOURCES if scores.get(ALL_SOURCES) else next(iter(scores), "")
 
 
 def read_text(path: Path) -> str:

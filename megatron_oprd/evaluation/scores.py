@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_oprd.evaluation.grading import Sample
-
-ALL_SOURCES = "all"
-Scores = dict[str, dict[str, float]]  # data source -> metric -> value
+from megatron_oprd.evaluation.records import ALL_SOURCES, Scores, overall_source
 
 
 def merge_scores(first: Scores, second: Scores) -> Scores:
@@ -17,7 +15,7 @@ def merge_scores(first: Scores, second: Scores) -> Scores:
 
 def over_all_sources(scores: Scores) -> dict[str, float]:
     """Return the metrics over all data sources, or of the only one; an empty dict without scores."""
-    return scores.get(ALL_SOURCES) or next(iter(scores.values()), {})
+    return scores.get(overall_source(scores), {})
 
 
 def score_by_source(samples: Sequence[Sample], samples_per_prompt: int) -> Scores:

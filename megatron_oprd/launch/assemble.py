@@ -19,7 +19,7 @@ from megatron_oprd.launch.models import (
     output_loss,
     start_topologies,
 )
-from megatron_oprd.launch.rollout_servers import build_vllm_engine, start_servers
+from megatron_oprd.launch.rollout_servers import build_vllm_engine, check_servers, start_servers
 from megatron_oprd.launch.step_data import next_prompts
 from megatron_oprd.launch.teacher_answers import EVALUATION_SEED, AnswerRequest, teacher_answers
 from megatron_oprd.models.layer_plan import PlannedTeacher
@@ -131,10 +131,12 @@ def build_run(inputs: Inputs) -> Run:
     )
 
 
-def build_models(inputs: Inputs, *, evaluates: bool = False) -> Models:
+def build_models(inputs: Inputs, *, evaluates: bool = False, identifies: bool = True) -> Models:
     """Start the process group and load this rank's part of student and teachers. Collective over the world.
 
-    `evaluates`: let the teacher answer the evaluation prompts first, if the inputs ask for that.
+    Args:
+        evaluates: let the teacher answer the evaluation prompts first, if the inputs ask for that.
+        identifies: hash the weights of all models. Without hashes, only a bridge is checked against the weights.
     """
     config, setup = inputs.config, inputs.setup
     start_profile.enter("process groups")
@@ -144,14 +146,16 @@ def build_models(inputs: Inputs, *, evaluates: bool = False) -> Models:
         tokens = setup.precision.pad_tokens * topology.tensor_size
         start_tp_overlap(config.parallel, config.precision, tokens=tokens, hidden_size=setup.student.hidden_size)
     folders = [config.student.path, *setup.teacher_folders]
-    hashes = WeightHashes(folders if topology.rank == 0 else ())
+    hashed = topology.rank == 0 and (identifies or inputs.bridge is not None)
+    hashes = WeightHashes(folders if hashed else ())
     start_profile.enter("hash weights (the wait for it)")
     on_rank_zero(partial(_check_bridge, inputs, hashes))
-    # The teacher answers before the models of the run take memory.
+    server_keeper = check_servers(inputs)
+    # The teacher answers before the models of the run, and a server that the run starts, take memory.
     start_profile.enter("teacher's answers")
     answers = _teacher_answers(inputs, topologies, hashes) if evaluates and inputs.teacher_answers else ()
     start_profile.enter("build modules")
-    servers = start_servers(inputs)
+    servers = start_servers(inputs, server_keeper)
     stage = build_student_stage(config, setup, topology)
     teachers = build_teachers(inputs.model_inputs, topologies)
     start_profile.enter("rollout engine")

@@ -20,7 +20,7 @@ from megatron_oprd.launch.models import ModelInputs
 from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_dtype, with_end_tokens
 from megatron_oprd.launch.tokenizers import read_student_tokenizer
 from megatron_oprd.models.layer_plan import LayerPlan
-from megatron_oprd.types import LayerPair, ModelSpec, PairBridge, UserError
+from megatron_oprd.types import LayerPair, PairBridge, UserError
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,18 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     that training has for it.
     """
     config = with_dtype(config)
-    setup = read_setup(config, {}, trains=False)
-    check_model_weights(config, setup)
-    tokenizer = read_student_tokenizer(config, setup.student)
+    tokenizer = read_student_tokenizer(config, read_model_spec(config.student.path))
     other = partial(_teacher_has_another_tokenizer, config, tokenizer)
     prompts, takes_answers = read_evaluation_prompts(config, tokenizer, other)
-    bridge: Mapping[LayerPair, PairBridge] = {}
     if takes_answers:
-        config = config.model_copy(update={"loss": _measured_loss(config, setup.student)})
-        setup = read_setup(config, config.named_teachers, trains=False)
-        check_model_weights(config, setup)
-        if config.loss.reads_layers and config.loss.representation.bridge is not None:
-            (teacher,), own = setup.teachers.values(), tokenizer_hash(tokenizer)
-            origin = expected_origin(config, setup.student, teacher, (own, own))
-            bridge = load_bridge(config, setup.layer_plan.pairs, origin).maps
+        config = config.model_copy(update={"loss": _measured_loss(config)})
+    setup = read_setup(config, config.named_teachers if takes_answers else {}, trains=False)
+    check_model_weights(config, setup)
+    bridge: Mapping[LayerPair, PairBridge] = {}
+    if takes_answers and config.loss.reads_layers and config.loss.representation.bridge is not None:
+        (teacher,), own = setup.teachers.values(), tokenizer_hash(tokenizer)
+        origin = expected_origin(config, setup.student, teacher, (own, own))
+        bridge = load_bridge(config, setup.layer_plan.pairs, origin).maps
     setup = with_end_tokens(setup, find_end_tokens(setup.student, tokenizer, config.data.chat_template_kwargs))
     check_room(config, setup.student, prompts.prompts)
     return EvaluationInputs(config, setup, tokenizer, prompts, bridge)
@@ -74,11 +72,12 @@ def _teacher_has_another_tokenizer(config: Config, tokenizer: PreTrainedTokenize
     return not same_vocabulary(tokenizer, load_tokenizer(config.teacher.path))
 
 
-def _measured_loss(config: Config, student: ModelSpec) -> LossConfig:
+def _measured_loss(config: Config) -> LossConfig:
     """Return a loss that compares next-token distributions, and the layers of `loss` where they can be compared."""
     assert config.teacher is not None  # its answers are measured
     representation = config.loss.representation
-    same_width = student.hidden_size == read_model_spec(config.teacher.path).hidden_size
+    student, teacher = (read_model_spec(path) for path in (config.student.path, config.teacher.path))
+    same_width = student.hidden_size == teacher.hidden_size
     if not same_width and representation.bridge is None:
         representation = representation.model_copy(update={"weight": 0.0})
     return LossConfig(representation=representation, output=OutputConfig(objective="full_kl"))

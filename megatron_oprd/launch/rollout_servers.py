@@ -35,6 +35,7 @@ from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.types import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
+_LOG = "server.log"
 _FOLDER = "megatron_oprd-{run}"
 _FOLDER_PATTERN = re.compile(r"megatron_oprd-(\d+)-(\d+)-\w+")
 
@@ -49,15 +50,15 @@ class RolloutServers:
     keeper: ServerKeeper | None  # on rank 0, if the run has started its server
 
 
-def start_servers(inputs: Inputs) -> RolloutServers | None:
-    """Check the servers given by address, or start one. Collective over the world.
+def check_servers(inputs: Inputs) -> ServerKeeper | None:
+    """Check the servers given by address, or prepare the start of one. Collective over the world.
 
-    A run calls this before the models are loaded, so that a mistake ends it at once.
+    A run calls this before anything else takes time, so that a mistake ends it at once.
 
-    Returns: None for another rollout engine.
+    Returns: on rank 0, the keeper of the server that `start_servers` will start; else None.
 
     Raises:
-        UserError: on every rank, if a server does not suit the student or does not start.
+        UserError: on every rank, if a server does not suit the student.
     """
     config, keeper = inputs.config.rollout, None
     if config.engine != "vllm":
@@ -70,16 +71,40 @@ def start_servers(inputs: Inputs) -> RolloutServers | None:
         )
     for address in config.server.addresses:
         on_rank_zero(lambda address=address: _check_address(inputs, address))
+    if config.server.python is not None:
+
+        def prepare() -> None:
+            nonlocal keeper
+            keeper = _make_keeper(inputs)
+
+        on_rank_zero(prepare)
+    return keeper
+
+
+def start_servers(inputs: Inputs, keeper: ServerKeeper | None) -> RolloutServers | None:
+    """Return the servers that `check_servers` has checked; start the one that it has prepared.
+
+    A run calls this before the models are loaded. Collective over the world.
+
+    Returns: None for another rollout engine.
+
+    Raises:
+        UserError: on every rank, if the server does not start or the folder of the weights is too small.
+    """
+    config = inputs.config.rollout
+    if config.engine != "vllm":
+        return None
+    several_hosts = len(set(gather_objects(process_info.host(), dist.group.WORLD))) > 1
     size = weight_bytes(inputs.setup.student, DTYPES[inputs.config.precision.dtype])
     run = on_rank_zero(_make_run_name)
     folder = None
     # A server that the run has started is loaded from copies of the buckets if it ends while it generates.
     if config.server.sync == "file" or config.server.python is not None:
-        folder = _bucket_folder(config.server, run, size, several_hosts=len(hosts) > 1)
+        folder = _bucket_folder(config.server, run, size, several_hosts=several_hosts)
     if config.server.python is None:
         return RolloutServers(tuple(config.server.addresses), run, folder, None)
-    if dist.get_rank() == 0:
-        keeper = _make_keeper(inputs)
+    if keeper is not None:
+        print(f"starting a rollout server; log: {_server_folder(inputs) / _LOG}", flush=True)
     address = on_rank_zero(lambda: keeper.start() if keeper else "")
     return RolloutServers((address,), run, folder, keeper)
 
@@ -122,13 +147,13 @@ def _make_pool(inputs: Inputs, clients: list[ServerClient], topology: Topology) 
 
 
 def _make_keeper(inputs: Inputs) -> ServerKeeper:
-    server, dtype, state = inputs.config.rollout.server, DTYPES[inputs.config.precision.dtype], _state(inputs)
-    folder, spec = state.parent, inputs.setup.student
+    server, dtype = inputs.config.rollout.server, DTYPES[inputs.config.precision.dtype]
+    folder, spec = _server_folder(inputs), inputs.setup.student
     write_model_folder(folder / "model", dataclasses.replace(spec, hf_config=config_with_dtype(spec.hf_config, dtype)))
     settings = ServerSettings(
         server.python or "",
         folder / "model",
-        folder / "server.log",
+        folder / _LOG,
         str(dtype).removeprefix("torch."),
         inputs.longest_row,
         tensor=server.tensor,
@@ -139,13 +164,16 @@ def _make_keeper(inputs: Inputs) -> ServerKeeper:
     )
     managed = ManagedServer(settings)
     managed.check_model(spec)
-    print(f"starting a rollout server; log: {settings.log}", flush=True)
-    return ServerKeeper(managed, state)
+    return ServerKeeper(managed, _state(inputs))
+
+
+def _server_folder(inputs: Inputs) -> Path:
+    return inputs.run_dir / "rollout_server"
 
 
 def _state(inputs: Inputs) -> Path:
     """Return the file in which rank 0 tells the other ranks about the server that it has started."""
-    return inputs.run_dir / "rollout_server" / "state.json"
+    return _server_folder(inputs) / "state.json"
 
 
 def _make_run_name() -> str:

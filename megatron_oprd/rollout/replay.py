@@ -58,12 +58,12 @@ def rollouts_of_step(rollouts: Sequence[Rollout], step: int, per_step: int) -> l
 
 def check_enough(rollouts: Sequence[Rollout], steps: int, per_step: int) -> None:
     """Raise UserError with the number of missing lines if `steps` steps need more rollouts."""
-    missing = steps * per_step - len(rollouts)
+    missing, possible = steps * per_step - len(rollouts), len(rollouts) // per_step
     if missing > 0:
+        fewer = f"set train.steps={possible}" if possible else "lower rollout.prompts_per_step"
         raise UserError(
             f"rollout.path has {len(rollouts)} rollouts, but {steps} steps of {per_step} (rollout.prompts_per_step x "
-            f"rollout.samples_per_prompt) need {steps * per_step}: {missing} lines are missing; add "
-            f"them or set train.steps={len(rollouts) // per_step}"
+            f"rollout.samples_per_prompt) need {steps * per_step}: {missing} lines are missing; add them or {fewer}"
         )
 
 

@@ -25,7 +25,8 @@ def choose_device(requested: str) -> torch.device:
         requested: the value of `train.device`: auto, cpu or cuda.
 
     Raises:
-        UserError: the machine does not have the requested device, or cpu is requested while CUDA is visible.
+        UserError: the machine does not have the requested device, or not one for each process, or cpu is requested
+            while CUDA is visible.
     """
     if requested == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda: this machine has no CUDA device; use train.device=cpu or auto")
@@ -34,7 +35,14 @@ def choose_device(requested: str) -> torch.device:
             "train.device=cpu: hide the CUDA devices first (CUDA_VISIBLE_DEVICES=''), Megatron-Core takes them"
         )
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= devices:
+            processes = os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)
+            raise UserError(
+                f"{processes} processes on this machine share {devices} visible CUDA devices, and each needs its own; "
+                f"use torchrun --nproc-per-node={devices} or name more devices in CUDA_VISIBLE_DEVICES"
+            )
+        return torch.device("cuda", local_rank)
     return torch.device("cpu")
 
 

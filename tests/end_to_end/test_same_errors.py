@@ -98,6 +98,14 @@ def test_sizes_without_fp8_products_are_refused_with_the_same_line(scene, monkey
     assert refusal(read_inputs, options(scene, *IN_FP8)) == line
 
 
+def test_an_evaluation_on_the_teachers_answers_warns_of_libraries_once(scene, monkeypatch):
+    checked = []
+    monkeypatch.setattr("megatron_oprd.launch.setup.check_libraries", checked.append)
+    scene.write("prompts.jsonl", [{"prompt": "1+1"}])
+    inputs = read_evaluation_inputs(load_config(None, options(scene, "evaluation.teacher_answers=true")))
+    assert inputs.setup.teachers and len(checked) == 1
+
+
 def test_both_accept_the_scene(scene):
     arguments = options(scene)
     assert read_inputs(load_config(None, arguments)).evaluation_prompts is not None

@@ -135,3 +135,5 @@ def test_too_few_lines_for_all_steps_are_found_at_the_start(tmp_path):
     check_enough(load_replay(path), steps=2, per_step=6)
     with pytest.raises(UserError, match="6 lines are missing"):
         check_enough(load_replay(path), steps=3, per_step=6)
+    with pytest.raises(UserError, match=r"1 lines are missing; add them or lower rollout.prompts_per_step"):
+        check_enough(load_replay(path), steps=1, per_step=13)  # and not train.steps=0
