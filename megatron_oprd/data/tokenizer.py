@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_oprd.runtime.files import check_model_folder
 from megatron_oprd.types import ModelSpec, UserError
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -24,8 +25,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises UserError, which names the folder, if files are missing or broken.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"cannot load a tokenizer from {folder}: there is no such folder; name the folder of the model")
+    check_model_folder(folder)
     # From a config.json alone, transformers builds a tokenizer without tokens and without a warning.
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise UserError(

@@ -10,10 +10,10 @@ from megatron_oprd.types import UserError
 
 
 def check_integers(values: dict[str, Any], keys: Iterable[str], where: str, least: int = 1) -> None:
-    """Raise UserError for a value that is not an integer of at least `least`."""
+    """Raise UserError for a value that is not an integer of at least `least` and of at most 64 bits."""
     for key in keys:
         value = values.get(key)
-        if type(value) is not int or value < least:  # a bool is an instance of int
+        if type(value) is not int or not least <= value < 2**63:  # a bool is an instance of int
             positive = {0: "non-negative", 1: "positive"}.get(least)
             wanted = f"a {positive} whole number" if positive else f"a whole number of at least {least}"
             raise UserError(f"{where}: {key}={value!r} must be {wanted}")

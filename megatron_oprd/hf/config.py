@@ -10,8 +10,9 @@ from typing import Any
 from megatron_oprd.hf.checks import check_integers, check_positive
 from megatron_oprd.hf.experts import stores_fused_experts
 from megatron_oprd.hf.fp8 import weight_block_size
+from megatron_oprd.hf.other_keys import refuse_other_models
 from megatron_oprd.hf.rope import rope_fields
-from megatron_oprd.runtime.files import read_json
+from megatron_oprd.runtime.files import check_model_folder, read_json
 from megatron_oprd.types import ModelSpec, UserError
 
 
@@ -77,8 +78,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
             quantisation, shared experts, architecture). Names file, key and value.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder with a Hugging Face model; name one with a config.json")
+    check_model_folder(folder)
     if (folder / ADAPTER).exists():  # transformers then loads the weights of another folder and the adapter
         raise UserError(
             f"{folder} holds an adapter ({ADAPTER}); merge it into its model (merge_and_unload, then save_pretrained) "
@@ -91,6 +91,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     values = _with_defaults(written, architecture)
     _check_types(values, where)
     _refuse_unsupported(values, family, where)
+    refuse_other_models(written, where)
     heads = values["num_attention_heads"]
     groups = values.get("num_key_value_heads") or heads
     if heads % groups:
@@ -177,11 +178,14 @@ def _check_with_transformers(values: dict[str, Any], architecture: str, where: s
     try:
         # rope.py checks the rotary embedding: transformers 5 refuses some forms of it that transformers 4 wrote.
         rest = {key: value for key, value in values.items() if key not in ("rope_scaling", "rope_parameters")}
-        padding = getattr(_config_class(architecture).from_dict(rest), "pad_token_id", None)
+        config = _config_class(architecture).from_dict(rest)
     except Exception as error:  # each version raises classes of its own
         raise UserError(f"{where}: transformers refuses it, correct it: {' '.join(str(error).split())[:300]}") from None
     finally:
         logging.set_verbosity(verbosity)
+    if getattr(config, "head_dim", 0) is None:
+        raise UserError(f"{where}: head_dim is null, with which transformers cannot compute; remove it")
+    padding = getattr(config, "pad_token_id", None)
     if isinstance(padding, int) and not -values["vocab_size"] <= padding < values["vocab_size"]:
         raise UserError(
             f"{where}: pad_token_id={padding} is not in the vocabulary of {values['vocab_size']}; set it to null"
@@ -249,15 +253,17 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
     weight_block_size(values, where)
     layer_types = set(map(str, values.get("layer_types") or ()))
     # A window that is not shorter than the longest sequence has no effect.
-    window = values.get("sliding_window") if family.always_slides else None
+    window = values.get("sliding_window")
     if window is not None:
-        check_integers(values, ("sliding_window",), where)
+        check_integers(values, ("sliding_window",), where, least=int(family.always_slides))
     positions = values["max_position_embeddings"]
     unsupported = {
-        f"sliding_window {window} below its {positions} positions": window is not None and window < positions,
+        f"sliding_window {window} below its {positions} positions": (
+            family.always_slides and window is not None and window < positions
+        ),
         "use_sliding_window": bool(values.get("use_sliding_window")),
         f"layer_types {sorted(layer_types)}": bool(layer_types - {"full_attention"}),
-        f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") != "silu",
+        f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": not family.qkv_bias and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
         "qkv_bias false": family.qkv_bias and values.get("qkv_bias") is False,

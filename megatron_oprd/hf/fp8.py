@@ -24,8 +24,10 @@ def weight_block_size(config: dict[str, Any], where: str | Path) -> tuple[int, i
     Raises:
         UserError: another quantisation. Names it.
     """
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if not quantization:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        quantization = config.get("compression_config")
+    if quantization is None:
         return None
     if not isinstance(quantization, dict):
         raise UserError(f"{where}: quantization_config={quantization!r} must be a dict")

@@ -39,12 +39,18 @@ def rope_fields(
             f"{where} asks for rope scaling of type {kind}, which is not supported{reason}; use a model with "
             f"{' or '.join(('default', *rope_types))}"
         )
+    nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise UserError(f"{where} has a rotary embedding for {nested} alone, which is not supported; use another model")
+    # A null counts as a value: transformers computes with it and fails. Only a null that it never uses is no factor.
+    factor = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if factor is None and not (partial and "partial_rotary_factor" in rope):
+        factor = 1.0
     rotary = {
-        "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0,
-        "partial_rotary_factor": rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1.0,
+        "rope_theta": rope.get("rope_theta", values.get("rope_theta", 10000.0)),
+        "partial_rotary_factor": factor,
     }
     check_positive(rotary, rotary, where)
-    factor = rotary["partial_rotary_factor"]
     if factor != 1 and not partial:
         raise UserError(
             f"{where} asks for partial_rotary_factor {factor}, which is not supported; use a model without it"
@@ -77,7 +83,7 @@ def rope_fields(
 
 
 def _llama3(values: dict[str, Any], rope: dict[str, Any], where: str) -> Llama3Scaling:
-    rope = {**rope, _ORIGINAL: values.get(_ORIGINAL) or rope.get(_ORIGINAL)}
+    rope = {**rope, _ORIGINAL: values.get(_ORIGINAL, rope.get(_ORIGINAL))}  # the top-level key wins, even as null
     check_positive(rope, ("factor", "low_freq_factor", "high_freq_factor"), where)
     check_integers(rope, (_ORIGINAL,), where)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from megatron_oprd.types import UserError
 
+_HUB_PART = re.compile(r"\w[\w.-]*")  # of a name on the Hugging Face hub: organisation/model
 COPY_FILE_AGAIN = "copy the file again"
 # Errors that a user can act on. Broken pipes, time-outs and other kinds of OSError are not among them.
 DISK_ERRORS = {
@@ -145,6 +147,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}", COPY_FILE_AGAIN)
     return values
+
+
+def check_model_folder(path: str | Path) -> None:
+    """Raise UserError if a model path is not a folder. For a name of the Hugging Face hub, say how to download it."""
+    if Path(path).is_dir():
+        return
+    parts = Path(path).parts
+    is_hub_name = len(parts) == 2 and _HUB_PART.fullmatch(parts[0]) and _HUB_PART.fullmatch(parts[1])
+    if is_hub_name and not Path(parts[0]).exists():
+        folder = f"models/{parts[1]}"
+        raise UserError(
+            f"{path} is not a folder; if it is a model of the Hugging Face hub, download it with `hf download {path} "
+            f"--local-dir {folder}` and use {folder}"
+        )
+    raise UserError(f"{path} is not a folder with a Hugging Face model; name one with a config.json")
 
 
 def fsync_tree(folder: str | Path) -> None:

@@ -9,17 +9,17 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
-_FACTOR = int(os.environ.get("MEGATRON_OPRD_FUZZ", "1"))
+FACTOR = int(os.environ.get("MEGATRON_OPRD_FUZZ", "1"))
 
 
 def examples(count: int) -> settings:
     """Return the settings of a test that draws `count` examples in ci/run.sh."""
     return settings(
-        max_examples=count * _FACTOR,
-        derandomize=_FACTOR == 1,
+        max_examples=count * FACTOR,
+        derandomize=FACTOR == 1,
         database=None,
         deadline=None,
-        phases=(Phase.explicit, Phase.generate) if _FACTOR == 1 else tuple(Phase),
+        phases=(Phase.explicit, Phase.generate) if FACTOR == 1 else tuple(Phase),
         suppress_health_check=list(HealthCheck),
         print_blob=True,
     )
