@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("cross_architecture", "cross_tokenizer")
 RANK = {"cross_architecture": 8, "cross_tokenizer": 4}
 NO_BRIDGE = ("loss.representation.bridge=null", "loss.representation.weight=0")
+BRIDGE_ALONE = ("loss.schedule=null", "loss.output.objective=none")  # recipes with one vocabulary fade the bridge
 FULL_KL = "loss.output.objective=full_kl"
 TOP_16 = ("loss.output.objective=topk_surrogate", "loss.output.k=16")
 TRAINED = "loss.representation.train_bridge=true"
@@ -239,7 +240,7 @@ def arguments(work: Path, kind: str, seed: int) -> list[str]:
     }
     recipe = ROOT / "examples" / f"demo_{kind}.yaml"
     chosen = [f"{key}={value}" for key, value in paths.items()]
-    return ["--config", str(recipe), *chosen, f"train.seed={seed}", "train.device=cpu"]
+    return ["--config", str(recipe), *BRIDGE_ALONE, *chosen, f"train.seed={seed}", "train.device=cpu"]
 
 
 def accuracies_of(work: Path, kind: str, seed: int, model: Path) -> dict[str, float]:

@@ -74,8 +74,9 @@ class RepresentationConfig(Section):
         """Use other defaults with a bridge or a map; the resolved configuration contains them."""
         if isinstance(values, dict) and values.get("bridge") is not None:
             return {"weight": 10.0, "normalize": "l2", **values}
-        if isinstance(values, dict) and isinstance(values.get("map"), dict) and values["map"].get("kind") != "none":
-            return {"normalize": "l2", **values}
+        match values:
+            case {"map": {"kind": "linear" | "mlp"}}:
+                return {"normalize": "l2", **values}
         return values
 
     @model_validator(mode="after")

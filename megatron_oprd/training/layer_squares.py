@@ -28,9 +28,10 @@ def weigh_layers(
 
     `known` has the mean squares of earlier steps. Without earlier steps the teachers run once more to measure those of
     this step. The other arguments are as in `teacher_pass`. Then collective over the world, otherwise no communication.
+    A step without a selected token has no mean squares and needs no factors.
     """
     config, layers = global_batch.loss.representation, teachers[0].plan.student_layers
-    if config.layer_weights == "equal" or not global_batch.loss.reads_layers:
+    if config.layer_weights == "equal" or not global_batch.representation.counts.tokens:
         return global_batch
     if config.layer_weights == "inverse_square":
         squares = known.means or measure_squares(teachers, global_batch, micro_batches, topology)
@@ -63,10 +64,10 @@ def measure_squares(
 def mean_squares(local: Mapping[int, float], counts: GlobalCounts, topology: Topology) -> dict[int, float]:
     """Return the global mean square of each layer from the sums of `square_sum` on this rank.
 
-    `local` has all layers, with 0 for those of other pipeline stages. Communicates over: the groups whose ranks have
-    other tokens, and the pipeline-parallel group.
+    `local` has all layers, with 0 for those of other pipeline stages. `counts.tokens` is above 0.
+    Communicates over: the groups whose ranks have other tokens, and the pipeline-parallel group.
     """
     sums = list(local.values())
     for group in (*topology.token_groups, topology.groups.pp):
         sums = sum_over(sums, group, topology.device)
-    return {layer: total / max(counts.tokens, 1) for layer, total in zip(local, sums, strict=True)}
+    return {layer: total / counts.tokens for layer, total in zip(local, sums, strict=True)}

@@ -76,7 +76,7 @@ def student_step(
         counts = global_batch.representation.counts
         metrics |= layer_metrics(_layer_sums(taps, topology, plan), counts)
         total += loss.representation.weight * _weighted_mean(metrics, global_batch.layer_factors)
-        if loss.representation.layer_weights == "inverse_square":
+        if loss.representation.layer_weights == "inverse_square" and counts.tokens:
             squares = mean_squares(_layer_squares(taps, plan), counts, topology)
             metrics |= {f"rep/factor/layer_{layer}": factor for layer, factor in global_batch.layer_factors.items()}
     if plan.output:

@@ -120,6 +120,13 @@ def test_layers_are_divided_by_the_running_mean_of_earlier_steps(models):
     assert LayerSquares.from_dict(json.loads(json.dumps(state.squares.to_dict()))) == state.squares
 
 
+def test_a_step_without_a_response_token_measures_no_squares(models):
+    rollouts = some_rollouts(131, masks=((), ()))
+    run = make_run(*models, "loss.representation.layer_weights=inverse_square", rollouts=rollouts)
+    state, metrics, _ = one_step(run, TrainState())
+    assert metrics["loss"] == 0.0 and state.squares == LayerSquares()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

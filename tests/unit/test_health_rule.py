@@ -46,6 +46,16 @@ def kinds(**values):
     return [warning.kind for warning in warnings_of(dataclasses.replace(LAST, **values), accuracies)]
 
 
+def test_with_a_schedule_the_objective_does_not_count_because_it_is_another_one_at_each_step():
+    fade = {"representation": [[0, 1.0], [10, 0.0]], "output": [[0, 0.0], [10, 1.0]]}
+    loss = {"output": {"objective": "full_kl"}, "schedule": fade}
+    rising = dataclasses.replace(LAST, objective=0.5, perplexity=2.5)
+    assert warnings_of(rising) == []
+    (warning,) = warnings_of(rising, loss=loss)
+    assert warning.kind == "perplexity" and warning.message.startswith("step 20: perplexity of the start model's own")
+    assert warnings_of(dataclasses.replace(LAST, objective=0.5), loss=loss) == []
+
+
 # Each limit is tested from both sides.
 @pytest.mark.parametrize(
     ("values", "expected"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_oprd.config import StateMapConfig
+from megatron_oprd.config import RepresentationConfig, StateMapConfig
 from megatron_oprd.models import state_map
 from megatron_oprd.models.state_map import MlpMap, make_maps
 
@@ -37,3 +37,10 @@ def test_the_first_matrices_of_a_layer_do_not_depend_on_the_other_layers(kind, s
         assert not torch.equal(matrix, all_layers[1].parameters[name])
         bound = matrix.shape[1] ** -0.5
         assert matrix.abs().max() <= bound and matrix.abs().mean() == pytest.approx(bound / 2, rel=0.4)
+
+
+def test_only_a_map_changes_the_default_of_normalize():
+    for values, normalize in (({}, "none"), ({"kind": "none"}, "none"), ({"kind": "mlp"}, "l2")):
+        assert RepresentationConfig.model_validate({"map": values}).normalize == normalize
+    with pytest.raises(ValueError, match="both map the student's hidden states"):
+        RepresentationConfig.model_validate({"map": {"kind": "linear"}, "bridge": "folder"})

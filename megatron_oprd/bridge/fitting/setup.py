@@ -80,8 +80,8 @@ def is_held_out(prompt: int, fraction: float) -> bool:
 def fitting_config(config: Config) -> Config:
     """Return the configuration of a fit from that of a training run.
 
-    It has as many steps as `bridge.prompts` needs, and no output-space loss, growing horizon, evaluation or health
-    checks.
+    It has as many steps as `bridge.prompts` needs, and no output-space loss, schedule, base of the teacher, growing
+    horizon, evaluation or health checks.
 
     Raises:
         UserError: there are several teachers, or the loss compares no hidden states.
@@ -93,10 +93,12 @@ def fitting_config(config: Config) -> Config:
             "loss.representation.weight=0 compares no hidden states, and a bridge maps hidden states; set it above 0"
         )
     representation = config.loss.representation.model_copy(update={"bridge": BRIDGE_TO_FIT, "train_bridge": False})
+    loss = {"representation": representation, "output": OutputConfig(), "schedule": None}
     horizon = config.rollout.horizon if config.rollout.horizon == "auto" else None  # a fit has no training steps
     changes = {
         "rollout": config.rollout.model_copy(update={"horizon": horizon}),
-        "loss": config.loss.model_copy(update={"representation": representation, "output": OutputConfig()}),
+        "loss": config.loss.model_copy(update=loss),
+        "teacher": config.teacher.model_copy(update={"base": None}) if config.teacher is not None else None,
         "train": config.train.model_copy(
             update={"steps": math.ceil(config.bridge.prompts / config.rollout.prompts_per_step)}
         ),
