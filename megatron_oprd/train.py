@@ -30,6 +30,7 @@ from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import open_run_folder
 from megatron_oprd.launch.step_data import align, make_global_batch
 from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.planning.automatic import settle
 from megatron_oprd.report.write import write_report
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.resilience.signals import handle_signals, received_by_any
@@ -53,11 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device or options.details:
         raise UserError("--device and --details belong to a plan; use them with --dry-run or `megatron-oprd plan`")
     start_profile.begin(options.profile_start)
-    inputs = read_inputs(load_config(options.config, options.overrides))
+    inputs = read_inputs(load_config(options.config, options.overrides), choose_later=True)
     check_run_folder(inputs)
     with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):
         progress.enter("loading")
-        run = build_run(inputs)
+        run = build_run(settle(inputs))
         state, stop = fit(run)
         if stop is None or stop.is_end:
             finish(run, state.best)

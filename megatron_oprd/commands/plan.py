@@ -39,7 +39,7 @@ def print_plan(options: argparse.Namespace) -> None:
     gpu, why = named_gpu(options.device, config)
     if gpu is not None and config.precision.dtype == "auto":
         config = with_settings(config, {"precision.dtype": "bf16"})
-    inputs = read_inputs(config, dry_run=True)
+    inputs = read_inputs(config, dry_run=True, choose_later=True)
     if os.environ.get("RANK", "0") == "0":
         describe_run(inputs, plan_device(gpu, why, inputs.setup, inputs.config), details=options.details)
 

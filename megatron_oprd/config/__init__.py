@@ -24,7 +24,7 @@ from megatron_oprd.config.reading import (
 )
 from megatron_oprd.config.rollouts import DataConfig, EvaluationConfig, RolloutConfig
 from megatron_oprd.config.root import MAKE_A_BRIDGE, Config, teacher_section, teacher_title
-from megatron_oprd.config.training import BatchConfig, CheckpointConfig, OptimizerConfig, TrainConfig
+from megatron_oprd.config.training import BatchConfig, CheckpointConfig, MemoryConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "MAKE_A_BRIDGE",
@@ -38,6 +38,7 @@ __all__ = [
     "KeepBf16Config",
     "LoggingConfig",
     "LossConfig",
+    "MemoryConfig",
     "OptimizerConfig",
     "OutputConfig",
     "ParallelConfig",

@@ -12,7 +12,7 @@ from megatron_oprd.config.models import ParallelConfig, PrecisionConfig, Recompu
 from megatron_oprd.config.monitoring import HealthConfig, LoggingConfig, WatchdogConfig
 from megatron_oprd.config.rollouts import DataConfig, EvaluationConfig, RolloutConfig
 from megatron_oprd.config.section import Section
-from megatron_oprd.config.training import BatchConfig, CheckpointConfig, OptimizerConfig, TrainConfig
+from megatron_oprd.config.training import BatchConfig, CheckpointConfig, MemoryConfig, OptimizerConfig, TrainConfig
 
 FOR_EVALUATION = "evaluation"  # context of the validation for a command that trains nothing
 
@@ -35,6 +35,7 @@ class Config(Section):
     batch: BatchConfig = BatchConfig()
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
+    memory: MemoryConfig = MemoryConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -128,6 +129,15 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.best={self.evaluation.best} keeps a checkpoint, and checkpoint.every=0 makes none; set "
                 "checkpoint.every above 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _overlap_needs_micro_batches_of_a_given_size(self) -> Config:
+        if self.parallel.tp_comm_overlap and self.batch.max_tokens_per_micro_batch == "auto":
+            raise ValueError(
+                "parallel.tp_comm_overlap=true needs micro-batches of one length; set batch.max_tokens_per_micro_batch "
+                "to a number"
             )
         return self
 

@@ -46,6 +46,7 @@ PathText = Annotated[str, AfterValidator(_expand_path)]  # a file, a folder or t
 TOKENS: JsonDict = {"unit": "tokens"}
 BYTES: JsonDict = {"unit": "bytes"}
 NATS: JsonDict = {"unit": "nats"}
+GIGABYTES: JsonDict = {"unit": "GB (10^9 bytes)"}
 STEPS: JsonDict = {"unit": "steps"}
 MINUTES: JsonDict = {"unit": "minutes"}
 SECONDS: JsonDict = {"unit": "seconds"}

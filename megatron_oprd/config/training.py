@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_oprd.config.section import FRACTION, MINUTES, STEPS, TOKENS, PathText, Section
+from megatron_oprd.config.section import FRACTION, GIGABYTES, MINUTES, STEPS, TOKENS, PathText, Section
 
 
 class BatchConfig(Section):
     """The division of a step's sequences into micro-batches."""
 
-    max_tokens_per_micro_batch: int = Field(
-        32768, ge=1, description="limit of a micro-batch, before context parallelism divides it",
+    max_tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        32768,
+        description="limit of a micro-batch, before context parallelism divides it; auto: what memory and the shortest "
+        "step allow",
         json_schema_extra=TOKENS,
-    )  # fmt: skip
+    )
     packing: bool = Field(True, description="pack several sequences into a micro-batch; false: one sequence in each")
+
+
+class MemoryConfig(Section):
+    """The memory for which `recompute: auto` and `batch.max_tokens_per_micro_batch: auto` choose."""
+
+    limit_gb: float | None = Field(
+        None, gt=0.0, description="memory of a process; null: its share of the device", json_schema_extra=GIGABYTES
+    )
+    margin: float = Field(
+        0.1, ge=0.0, lt=1.0, description="part of this memory that stays free", json_schema_extra=FRACTION
+    )
 
 
 class OptimizerConfig(Section):

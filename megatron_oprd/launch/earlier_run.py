@@ -12,7 +12,7 @@ from megatron_oprd.checkpoint.training_state import latest_checkpoint
 from megatron_oprd.config import Config, ScheduleConfig, leaves
 from megatron_oprd.config.yaml_core import load_yaml
 from megatron_oprd.evaluation.records import by_step, read_jsonl
-from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.launch.inputs import TOKENS, Inputs
 from megatron_oprd.types import UserError
 
 Changes = dict[str, tuple[Any, Any]]  # by dotted key: the earlier value and the new one
@@ -35,6 +35,8 @@ def check_run_folder(inputs: Inputs) -> None:
         check_schedule(run_dir / "config.yaml", config, done)
     if found is None and logged:
         changes = find_changes(run_dir / "config.yaml", config)
+        if inputs.automatic:  # their values are chosen later
+            changes = {key: both for key, both in changes.items() if key != TOKENS and not key.startswith("recompute")}
         if changes:
             raise UserError(
                 f"{run_dir} holds the metrics of {logged} steps of another run and no checkpoint to continue from "

@@ -17,7 +17,14 @@ from megatron_oprd.data.tokenizer import has_tokenizer, load_tokenizer, same_voc
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.lengths import check_room
 from megatron_oprd.launch.models import ModelInputs
-from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_dtype, with_end_tokens
+from megatron_oprd.launch.setup import (
+    Setup,
+    check_model_weights,
+    read_setup,
+    with_dtype,
+    with_end_tokens,
+    without_automatic,
+)
 from megatron_oprd.launch.tokenizers import read_student_tokenizer
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.types import LayerPair, PairBridge, UserError
@@ -47,7 +54,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     The teacher is read if the student is measured on its answers. Raises UserError for the first mistake, with the line
     that training has for it.
     """
-    config = with_dtype(config)
+    config = without_automatic(with_dtype(config))
     tokenizer = read_student_tokenizer(config, read_model_spec(config.student.path))
     other = partial(_teacher_has_another_tokenizer, config, tokenizer)
     prompts, takes_answers = read_evaluation_prompts(config, tokenizer, other)

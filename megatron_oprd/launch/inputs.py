@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.bridge.origin import expected_origin, load_bridge
 from megatron_oprd.bridge.record import Bridge, Origin
-from megatron_oprd.config import Config
+from megatron_oprd.config import Config, with_settings
 from megatron_oprd.data.alignment import Aligner
 from megatron_oprd.data.end_tokens import EndTokens, find_end_tokens
 from megatron_oprd.data.packing import num_tokens
@@ -29,7 +29,15 @@ from megatron_oprd.launch.lengths import (
 )
 from megatron_oprd.launch.missing_inputs import MissingInputs, find_missing, longest_prompts
 from megatron_oprd.launch.models import ModelInputs
-from megatron_oprd.launch.setup import Setup, check_model_weights, read_setup, with_dtype, with_end_tokens
+from megatron_oprd.launch.setup import (
+    DEFAULT_TOKENS,
+    Setup,
+    check_model_weights,
+    read_setup,
+    with_dtype,
+    with_end_tokens,
+    without_automatic,
+)
 from megatron_oprd.launch.tokenizers import Tokenizers, read_tokenizers
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.rollout.replay import check_enough, load_replay
@@ -38,6 +46,10 @@ from megatron_oprd.runtime import start_profile
 from megatron_oprd.training.global_batch import max_num_tokens
 from megatron_oprd.training.wandb_curves import check_wandb
 from megatron_oprd.types import Prompt, Rollout, UserError
+
+# The keys whose value `auto` is chosen from the memory of an update.
+RECOMPUTE, TOKENS = AUTOMATIC = ("recompute.granularity", "batch.max_tokens_per_micro_batch")
+UNBOUNDED_TOKENS = 2**30  # until the size of a micro-batch is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,7 @@ class Inputs:
     missing: MissingInputs  # what a dry run does without
     end_tokens: EndTokens | None = None  # at which the student's answers stop; None: nothing is generated
     teacher_answers: bool = False  # True: evaluations measure the student on the teacher's answers
+    automatic: frozenset[str] = frozenset()  # of AUTOMATIC: the keys that are still to be chosen
 
     @property
     def run_dir(self) -> Path:
@@ -110,13 +123,15 @@ class Inputs:
         return Lengths(min(longest, positions), response, min(generated, positions))
 
 
-def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False) -> Inputs:
+def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False, choose_later: bool = False) -> Inputs:
     """Read and check everything except the weights. No communication.
 
     Args:
         config: The configuration.
         fitting: True if a bridge is fitted between the models.
         dry_run: True if nothing runs: then all inputs but the models' `config.json` may be missing.
+        choose_later: True if the caller chooses values for the keys in `Inputs.automatic`. Otherwise nothing is
+            recomputed and a micro-batch has the default size.
 
     Raises:
         UserError: The first mistake, in one line.
@@ -124,7 +139,8 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
     start_profile.enter("models' configurations and headers")
     if not (fitting or dry_run):
         check_wandb(config.logging.wandb)
-    config = with_dtype(config)
+    automatic = _automatic(config) if choose_later else frozenset()
+    config = without_automatic(with_dtype(config), *([UNBOUNDED_TOKENS] if automatic else []))
     setup = read_setup(config, config.named_teachers, trains=not fitting, dry_run=dry_run)
     missing = find_missing(config, setup.planned_device) if dry_run else MissingInputs()
     check_model_weights(config, setup, skipped=missing.weights)
@@ -137,6 +153,9 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
         end_tokens = find_end_tokens(setup.student, tokenizers.student, config.data.chat_template_kwargs)
         setup = with_end_tokens(setup, end_tokens)
     aligner = tokenizers.aligner(config, setup.student)
+    if aligner is not None and TOKENS in automatic:  # its tokens of an answer are cut to the size of a micro-batch
+        automatic -= {TOKENS}
+        config = with_settings(config, {TOKENS: DEFAULT_TOKENS})
     replayed = _read_replayed(config, setup, aligner)
     prompts = _read_prompts(config, tokenizers, missing)
     evaluation_prompts, teacher_answers = None, False
@@ -170,10 +189,16 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False)
         missing=missing,
         end_tokens=end_tokens,
         teacher_answers=teacher_answers,
+        automatic=automatic,
     )
     if config.rollout.engine == "vllm":
         check_student(setup.student, inputs.vocab_size, inputs.longest_row)
     return inputs
+
+
+def _automatic(config: Config) -> frozenset[str]:
+    values = (config.recompute.granularity, config.batch.max_tokens_per_micro_batch)
+    return frozenset(key for key, value in zip(AUTOMATIC, values, strict=True) if value == "auto")
 
 
 def _read_tokenizers(config: Config, setup: Setup, missing: MissingInputs, *, with_bridge: bool) -> Tokenizers:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_oprd.checkpoint.weights import check_weights
-from megatron_oprd.config import Config, TeacherConfig, teacher_section
+from megatron_oprd.config import BatchConfig, Config, RecomputeConfig, TeacherConfig, teacher_section
+from megatron_oprd.config.section import Section
 from megatron_oprd.data.end_tokens import EndTokens
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.layouts import (
@@ -31,6 +32,7 @@ from megatron_oprd.types import ModelSpec, UserError
 # The device that a dry run plans for on a machine without a GPU.
 DRY_RUN_MACHINE = Machine("2.11.0", (9, 0), (13, 0))
 DRY_RUN_DEVICE = "an H100 with Transformer Engine 2.11"
+DEFAULT_TOKENS: int = BatchConfig.model_fields["max_tokens_per_micro_batch"].default
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,16 @@ def with_dtype(config: Config) -> Config:
     on_cpu = platform.choose_device(config.train.device).type == "cpu"
     dtype = "fp32" if on_cpu and not needs_bf16 else "bf16"
     return config.model_copy(update={"precision": precision.model_copy(update={"dtype": dtype})})
+
+
+def without_automatic(config: Config, tokens: int = DEFAULT_TOKENS) -> Config:
+    """Return the configuration with numbers in place of `auto`: no recomputation, and micro-batches of `tokens`."""
+    update: dict[str, Section] = {}
+    if config.recompute.granularity == "auto":
+        update["recompute"] = RecomputeConfig()
+    if config.batch.max_tokens_per_micro_batch == "auto":
+        update["batch"] = config.batch.model_copy(update={"max_tokens_per_micro_batch": tokens})
+    return config.model_copy(update=update)
 
 
 def check_model_weights(config: Config, setup: Setup, skipped: tuple[str, ...] = ()) -> None:

@@ -70,12 +70,16 @@ def set_recomputation(chunks: Iterable[Any], recomputation: Recomputation) -> No
             ("full", "block", blocks) if blocks else (None, None, None)
         )
         for number, layer in enumerate(chunk.decoder.layers):
-            parts = frozenset() if number < blocks else recomputation.parts
-            layer.recomputed_parts = parts
-            if isinstance(layer.self_attention, Attention):
-                layer.self_attention.checkpoint_core_attention = "core_attn" in parts
-            if isinstance(layer.mlp, MoELayer):
-                layer.mlp.moe_layer_recompute = "mlp" in parts
+            set_parts(layer, frozenset() if number < blocks else recomputation.parts)
+
+
+def set_parts(layer: Any, parts: frozenset[str]) -> None:
+    """Set the parts of one block that are recomputed alone."""
+    layer.recomputed_parts = parts
+    if isinstance(layer.self_attention, Attention):
+        layer.self_attention.checkpoint_core_attention = "core_attn" in parts
+    if isinstance(layer.mlp, MoELayer):
+        layer.mlp.moe_layer_recompute = "mlp" in parts
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from megatron_oprd.config import changed_keys
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.run_summary import plan_facts
 from megatron_oprd.planning.advice import find_change
+from megatron_oprd.planning.automatic import choose_automatic
 from megatron_oprd.planning.details import detail_lines
 from megatron_oprd.planning.memory_plan import GENERATES, SAVES, MemoryPlan, plan_memory
 from megatron_oprd.planning.plan_device import PlanDevice
@@ -30,10 +31,15 @@ def describe_run(inputs: Inputs, device: PlanDevice, *, details: bool = False) -
 
     `details`: also print the complete configuration, each pair of layers, and the cost of each part of a step.
     """
+    automatic = choose_automatic(inputs, device) if inputs.automatic else None
+    inputs = inputs if automatic is None else automatic.inputs
     run = PlannedRun.of(inputs)
     memory = plan_memory(run, device)
     for line in answer(inputs, memory):
         print(line)
+    if automatic is not None:
+        for number, line in enumerate(automatic.lines()):
+            print(f"{'' if number else 'auto':<10} {line}")
     print()
     print(*_facts(inputs), sep="\n")
     print(*_memory_table(memory), sep="\n")

@@ -60,15 +60,11 @@ class MemoryPlan:
     def phases(self, footprint: Footprint) -> dict[str, int]:
         """Return the bytes of one process in each phase of the run."""
         lasting = lasting_bytes(footprint) + self.device.process_bytes
-        phases = {TRAINS: footprint.peak + self.device.process_bytes}
+        phases = {TRAINS: training_bytes(footprint, self.config, self.device)}
         if self.cache is not None:
             phases[GENERATES] = lasting + self.cache.num_bytes
-        checkpoint, optimizer = self.config.checkpoint, self.config.optimizer
-        gathers = optimizer.name == "adamw" and self.config.parallel.distributed_optimizer
-        if gathers and (checkpoint.every or checkpoint.every_minutes):
+        if _gathers_optimizer_state(self.config):
             phases[SAVES] = lasting + self._gathered_bytes(footprint)
-            if checkpoint.asynchronous and self.device.kind == "cpu":  # the copy of the state while training goes on
-                phases[TRAINS] += 3 * footprint.gradients + footprint.weights
         return phases
 
     def _gathered_bytes(self, footprint: Footprint) -> int:
@@ -98,6 +94,20 @@ def plan_memory(run: PlannedRun, device: PlanDevice) -> MemoryPlan:
         peaks = {range(run.setup.world_size): Footprint(*predict_memory(run).values())}
     models = max(footprint.weights + footprint.teacher_weights for footprint in peaks.values())
     return MemoryPlan(peaks, plan_cache(run, models, device.share), device, run.config, reason)
+
+
+def training_bytes(footprint: Footprint, config: Config, device: PlanDevice) -> int:
+    """Return the bytes of one process at the peak of an update."""
+    needed = footprint.peak + device.process_bytes
+    if _gathers_optimizer_state(config) and config.checkpoint.asynchronous and device.kind == "cpu":
+        needed += 3 * footprint.gradients + footprint.weights  # the copy of the state while training goes on
+    return needed
+
+
+def _gathers_optimizer_state(config: Config) -> bool:
+    """Return True if Megatron-Core gathers the optimizer's state for checkpoints."""
+    saves = bool(config.checkpoint.every or config.checkpoint.every_minutes)
+    return saves and config.optimizer.name == "adamw" and config.parallel.distributed_optimizer
 
 
 def lasting_bytes(footprint: Footprint) -> int:

@@ -6,25 +6,28 @@ machine with a CUDA device; elsewhere a worker is forked, which saves the second
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import repeat
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from megatron_oprd.planning.memory_formulas import most_selected_tokens
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
 from megatron_oprd.types import Rollout
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 class NotTraced(Exception):
@@ -37,25 +40,36 @@ def predict_peaks(run: PlannedRun) -> dict[range, Footprint]:
     Ranks with the same pipeline rank in the student and in every teacher form a group: they have the same footprint.
     Each group takes seconds in a worker process. Raises NotTraced if a worker fails.
     """
-    layouts = [run.config.parallel, *(teacher.layout or run.config.parallel for teacher in run.setup.teachers.values())]
-    groups = groups_of_ranks(run.setup.world_size, [layout.pipeline for layout in layouts])
+    groups = rank_groups(run)
     workers = min(len(groups), os.cpu_count() or 1)
     shares = [[group.start for group in groups[number::workers]] for number in range(workers)]
-    if torch.cuda.is_available():  # a fork would still see the device
-        pool: Executor = ThreadPoolExecutor(workers)
-        trace = _trace_in_new_process
-    else:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns of the fork
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
-        trace = _trace
-    with pool:
-        try:
-            parts = list(pool.map(trace, repeat(run), shares))
-        except NotTraced:
-            raise
-        except Exception as error:
-            raise NotTraced(f"{type(error).__name__}: {error}") from error
+    parts = in_workers(_trace, [(run, share) for share in shares])
     return {group: parts[number % workers][number // workers] for number, group in enumerate(groups)}
+
+
+def in_workers(task: Callable[[Job], Result], jobs: Sequence[Job]) -> list[Result]:
+    """Return `task(job)` for each job, computed in worker processes that have no CUDA device and no process group.
+
+    `task`, a function of a module, and its jobs and results are pickled. Raises NotTraced if a worker fails.
+    """
+    workers = min(len(jobs), os.cpu_count() or 1)
+    try:
+        if torch.cuda.is_available() or dist.is_initialized():  # a fork would still see them
+            with ThreadPoolExecutor(workers) as threads:
+                return list(threads.map(partial(_in_new_process, task), jobs))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warns of the fork
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as processes:
+            return list(processes.map(task, jobs))
+    except NotTraced:
+        raise
+    except Exception as error:
+        raise NotTraced(f"{type(error).__name__}: {error}") from error
+
+
+def rank_groups(run: PlannedRun) -> list[range]:
+    """Return the groups of ranks that have the same pipeline rank in the student and in every teacher."""
+    layouts = [run.config.parallel, *(teacher.layout or run.config.parallel for teacher in run.setup.teachers.values())]
+    return groups_of_ranks(run.setup.world_size, [layout.pipeline for layout in layouts])
 
 
 def groups_of_ranks(world_size: int, pipeline_sizes: Sequence[int]) -> list[range]:
@@ -90,13 +104,13 @@ def _rollout(tokens: int, longest_response: int) -> Rollout:
     return Rollout((0,) * (tokens - response), (0,) * response, (1,) * response, "length")
 
 
-def _trace_in_new_process(run: PlannedRun, ranks: list[int]) -> list[Footprint]:
+def _in_new_process(task: Callable[[Job], Result], job: Job) -> Result:
     package = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "megatron_oprd.planning.peak_memory"],
-        input=pickle.dumps((run, ranks)),
+        input=pickle.dumps((task, job)),
         env=environment,
         capture_output=True,
         check=False,
@@ -104,19 +118,21 @@ def _trace_in_new_process(run: PlannedRun, ranks: list[int]) -> list[Footprint]:
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise NotTraced(lines[-1] if lines else f"exit code {done.returncode}")
-    return [Footprint(**parts) for parts in json.loads(done.stdout.splitlines()[-1])]
+    result: Result = pickle.loads(bytes.fromhex(done.stdout.splitlines()[-1].decode()))
+    return result
 
 
-def _trace(run: PlannedRun, ranks: list[int]) -> list[Footprint]:
+def _trace(job: tuple[PlannedRun, list[int]]) -> list[Footprint]:
+    run, ranks = job
     torch.set_num_threads(1)
     rollouts, count = fullest_micro_batch(run)
     return [trace_update(run, rollouts, rank=rank, micro_batches=count) for rank in ranks]
 
 
 def main() -> None:
-    """Trace the run and ranks that are pickled on stdin. The last line on stdout is the footprints as JSON."""
-    run, ranks = pickle.load(sys.stdin.buffer)
-    print(json.dumps([dataclasses.asdict(footprint) for footprint in _trace(run, ranks)]))
+    """Do the task that is pickled on stdin with its job. The last line on stdout is the pickled result in hex."""
+    task, job = pickle.load(sys.stdin.buffer)
+    print(pickle.dumps(task(job)).hex())
 
 
 if __name__ == "__main__":

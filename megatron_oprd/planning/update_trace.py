@@ -9,21 +9,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_oprd.launch.models import start_topologies
+from megatron_oprd.models.recompute import Recomputation, set_parts, set_recomputation
 from megatron_oprd.models.taps import StudentTap
 from megatron_oprd.models.targets import States
 from megatron_oprd.parallel.reshard import Shard, TargetShape
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.planning.device_formulas import optimizer_state_bytes
+from megatron_oprd.planning.fused_modules import fused_patches
 from megatron_oprd.planning.megatron_patches import patched, tracing_patches
 from megatron_oprd.planning.memory_trace import LiveBytes
 from megatron_oprd.planning.planned_run import PlannedRun
@@ -60,6 +63,18 @@ class Footprint:
 def trace_update(run: PlannedRun, rollouts: Sequence[Rollout], *, rank: int, micro_batches: int = 1) -> Footprint:
     """Return the footprint of one rank at the peak of an update: teacher pass, forward, backward, optimizer step.
 
+    Arguments and errors: those of `traced_update`.
+    """
+    with traced_update(run, rollouts, rank=rank, micro_batches=micro_batches) as update:
+        return update.footprint()
+
+
+@contextlib.contextmanager
+def traced_update(
+    run: PlannedRun, rollouts: Sequence[Rollout], *, rank: int, micro_batches: int = 1
+) -> Iterator[TracedUpdate]:
+    """Build the models of one rank without memory, and trace updates inside the block.
+
     The optimizer has its state already. Every expert gets the same number of tokens. No communication.
 
     Args:
@@ -74,7 +89,8 @@ def trace_update(run: PlannedRun, rollouts: Sequence[Rollout], *, rank: int, mic
     if torch.cuda.is_available():
         raise RuntimeError("an update is traced on a CPU: hide the CUDA devices (CUDA_VISIBLE_DEVICES='')")
     traced, live = without_device_features(run), LiveBytes()
-    with _only_rank(rank, run.setup.world_size), patched(tracing_patches(live)):
+    fused = fused_patches() if run.setup.precision.student.transformer_engine else []
+    with _only_rank(rank, run.setup.world_size), patched([*tracing_patches(live), *fused]):
         topologies = start_topologies(traced.config, traced.setup)
         batches = MicroBatches(
             _micro_batch(traced, topologies.student, rollouts),
@@ -87,12 +103,79 @@ def trace_update(run: PlannedRun, rollouts: Sequence[Rollout], *, rank: int, mic
                     _without_values(batches.student, mode),
                     tuple(_without_values(batch, mode) for batch in batches.teachers),
                 )
-                live.reset_peak()
-                _update(traced, models, topologies.student, batches, micro_batches, live)
-        footprint = Footprint(**live.at_peak)
-    traced_state = optimizer_state_bytes(traced.config) or 1
-    on_device = footprint.optimizer * optimizer_state_bytes(run.config) / traced_state
-    return dataclasses.replace(footprint, optimizer=math.ceil(on_device))
+                yield TracedUpdate(run, traced, models, topologies.student, batches, micro_batches, live)
+
+
+@dataclass
+class TracedUpdate:
+    """An update of one rank on tensors without values. It can be traced again with another recomputation."""
+
+    run: PlannedRun
+    traced: PlannedRun  # without the features that need a CUDA device
+    models: TracedModels
+    topology: Topology
+    batches: MicroBatches
+    micro_batches: int  # of a replica in a step
+    live: LiveBytes
+    stored: list[int] = field(default_factory=list)  # bytes that each block stored in the last forward pass
+    _optimizer_step: Footprint | None = None  # the peak of the optimizer's step, which does not depend on recomputation
+
+    @property
+    def blocks(self) -> list[TransformerLayer]:
+        """Return the blocks of the student on this rank, lowest first."""
+        return [layer for chunk in self.models.student.stage for layer in chunk.decoder.layers]
+
+    def footprint(
+        self, recomputation: Recomputation | None = None, parts: Mapping[int, frozenset[str]] | None = None
+    ) -> Footprint:
+        """Return the footprint of an update.
+
+        Args:
+            recomputation: The recomputation; None: that of the configuration, or of the update before.
+            parts: Other recomputed parts for some blocks, by their index in `blocks`.
+        """
+        if recomputation is not None:
+            set_recomputation(self.models.student.stage, recomputation)
+        for number, names in (parts or {}).items():
+            set_parts(self.blocks[number], names)
+        self.live.reset_peak()
+        with self._storage_noted():
+            self._passes()
+        passes = self._at_peak()
+        if self._optimizer_step is None:
+            self.live.reset_peak()
+            if not self.run.setup.precision.student.transformer_engine:  # its fused AdamW makes no tensors
+                with cpu_stand_ins.cpu_devices():
+                    self.models.student.optimizer.step()
+            self._optimizer_step = self._at_peak()
+        return max(passes, self._optimizer_step, key=lambda footprint: footprint.peak)
+
+    def _passes(self) -> None:
+        _update(self.traced, self.models, self.topology, self.batches, self.micro_batches, self.live)
+
+    @contextlib.contextmanager
+    def _storage_noted(self) -> Iterator[None]:
+        """Fill `stored` with the growth of the activations in the first forward pass of each block."""
+        before: dict[int, int] = {}
+        after: dict[int, int] = {}
+
+        def note(known: dict[int, int], number: int) -> None:
+            known.setdefault(number, self.live.bytes["activations"])
+
+        hooks = []
+        for number, block in enumerate(self.blocks):
+            hooks.append(block.register_forward_pre_hook(lambda *_, number=number: note(before, number)))
+            hooks.append(block.register_forward_hook(lambda *_, number=number: note(after, number)))
+        yield
+        for hook in hooks:
+            hook.remove()
+        self.stored = [after.get(number, 0) - before.get(number, 0) for number in range(len(self.blocks))]
+
+    def _at_peak(self) -> Footprint:
+        footprint = Footprint(**self.live.at_peak)
+        traced_state = optimizer_state_bytes(self.traced.config) or 1
+        on_device = footprint.optimizer * optimizer_state_bytes(self.run.config) / traced_state
+        return dataclasses.replace(footprint, optimizer=math.ceil(on_device))
 
 
 @contextlib.contextmanager
@@ -150,7 +233,7 @@ def _update(
     micro_batches: int,
     live: LiveBytes,
 ) -> None:
-    """Run the teacher pass and the update on as many micro-batches as keep every pipeline rank busy.
+    """Run the teacher pass, forward and backward on as many micro-batches as keep every pipeline rank busy.
 
     Of the other micro-batches, only the targets are in memory.
     """
@@ -173,5 +256,3 @@ def _update(
 
     accumulate_gradients(models.student, student_batches, taps())
     del waiting
-    with cpu_stand_ins.cpu_devices():
-        models.student.optimizer.step()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from megatron_oprd.hf.names import count_parameters
 from megatron_oprd.models.layer_plan import even_stages
+from megatron_oprd.models.precision import ModelPrecision, Precision
 from megatron_oprd.parallel.topology import start_process
 from megatron_oprd.planning.megatron_patches import Patch, patched, tracing_patches
 from megatron_oprd.planning.memory_trace import LiveBytes
@@ -142,6 +144,28 @@ def test_earlier_pipeline_ranks_have_more_micro_batches_in_memory():
     few = trace_in_process(run, filling_rollouts(512), rank=1, micro_batches=1)
     assert few.activations < 0.6 * earlier.activations
     assert few.targets < earlier.targets
+
+
+GPU = Path(__file__).parents[2] / "docs" / "results" / "gpu.json"
+MEASURED = {  # on a GPU with Transformer Engine; blocks, width, MLP, heads, groups, tokens, recomputation, part
+    "blocks": (4, 3584, 18944, 28, 4, 8192, "none", "blocks, forward and backward"),
+    "student": (28, 1536, 8960, 12, 2, 16384, "full", "student update"),
+}
+
+
+@pytest.mark.parametrize("name", ["blocks", pytest.param("student", marks=pytest.mark.nightly)])
+def test_memory_with_transformer_engine_is_what_a_gpu_measured(name):
+    layers, hidden, width, heads, groups, tokens, granularity, part = MEASURED[name]
+    rows = [row for run in json.loads(GPU.read_text()) for row in run["rows"]]
+    measured = next(row for row in rows if (row["part"], row["name"]) == (part, "bf16, Transformer Engine"))
+    sizes = dict(layers=layers, hidden=hidden, vocabulary=1024, ffn_hidden_size=width, num_query_groups=groups)
+    spec = dense_spec(**sizes, num_attention_heads=heads, head_dim=128, rotary_dim=128)
+    config = replay_config(tokens, f"recompute.granularity={granularity}", "loss.representation.k=2000")
+    run = planned_run(config, spec)
+    fused = ModelPrecision(transformer_engine=True)
+    run = dataclasses.replace(run, setup=dataclasses.replace(run.setup, precision=Precision(fused, fused)))
+    predicted = trace_in_process(run, filling_rollouts(tokens, 1))
+    assert predicted.activations == pytest.approx(measured["step_peak"], rel=0.1)
 
 
 def test_chunks_bound_the_memory_of_the_logits():

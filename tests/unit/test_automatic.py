@@ -1,0 +1,65 @@
+"""`recompute: auto` and `batch.max_tokens_per_micro_batch: auto` become values that fit into the given memory."""
+
+import dataclasses
+
+import pytest
+
+from megatron_oprd.config import load_config
+from megatron_oprd.launch.inputs import UNBOUNDED_TOKENS, read_inputs
+from megatron_oprd.planning.automatic import choose_automatic, limit_bytes
+from megatron_oprd.planning.memory_plan import plan_memory
+from megatron_oprd.planning.plan_device import PlanDevice
+from megatron_oprd.planning.planned_run import PlannedRun
+from megatron_oprd.types import UserError
+from tests.helpers.planning import replay_config, result_of
+from tests.helpers.runs import replay_run
+
+AUTO = ("recompute=auto", "batch.max_tokens_per_micro_batch=auto")
+CPU = PlanDevice("cpu", "a CPU", 10**9, 1, 0, 10**9, None)
+
+
+def test_the_margin_stays_free():
+    device = dataclasses.replace(CPU, memory=1000, sharers=2)
+    assert limit_bytes(replay_config(8), device) == 450
+    assert limit_bytes(replay_config(8, "memory.limit_gb=2", "memory.margin=0.25"), device) == 1_500_000_000
+
+
+def _choices(arguments):
+    """Return what is chosen with plenty of memory, and with one byte less than no recomputation needs then."""
+    inputs = read_inputs(load_config(None, [*arguments, *AUTO, "memory.margin=0"]), dry_run=True, choose_later=True)
+    assert inputs.config.batch.max_tokens_per_micro_batch == UNBOUNDED_TOKENS
+    plenty = choose_automatic(inputs, CPU)
+    needed = plenty.stages[0].chosen.needed
+    tight = dataclasses.replace(inputs, automatic=frozenset({"recompute.granularity"}), config=plenty.inputs.config)
+    chosen = choose_automatic(tight, dataclasses.replace(CPU, memory=needed - 1))
+    memory = plan_memory(PlannedRun.of(chosen.inputs), CPU)
+    return plenty.settings, dict(chosen.settings), list(chosen.lines()), memory.needed, needed
+
+
+def test_as_little_is_recomputed_as_memory_allows(tmp_path):
+    arguments = replay_run(tmp_path, 1, "loss.representation.positions=all", "checkpoint.every=0", num_hidden_layers=2)
+    plenty, tight, lines, planned, needed = result_of(_choices, arguments)
+    assert set(plenty) == {"batch.max_tokens_per_micro_batch"}
+    assert tight == {"recompute.stages": [{"parts": ["layernorm"], "blocks": 0}]}
+    assert lines[0].startswith("recompute layernorm of every block: ") and lines[0].endswith("GB allowed")
+    assert lines[1].startswith("next cheaper: nothing: ") and lines[1].endswith("does not fit")
+    assert planned < needed
+
+
+def test_other_commands_recompute_nothing_and_take_the_default_size(tmp_path):
+    inputs = read_inputs(load_config(None, [*replay_run(tmp_path, 1, num_hidden_layers=1), *AUTO]), dry_run=True)
+    assert not inputs.automatic and inputs.config.recompute.granularity == "none"
+    assert inputs.config.batch.max_tokens_per_micro_batch == 32768
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("recompute.parts=[mlp]",), "recompute.parts has no effect with recompute.granularity=none"),
+        (("recompute.stages=[{}]", "recompute.granularity=full"), "recompute.stages says all that is recomputed"),
+        ((AUTO[1], "parallel.tp_comm_overlap=true", "parallel.sequence=true"), "needs micro-batches of one length"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, words):
+    with pytest.raises(UserError, match=words.replace("[", r"\[")):
+        replay_config(8, *settings)
