@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_oprd.report.analysis_data import line_figures, map_figures
 from megatron_oprd.report.charts import (
     Point,
     curve_mark,
@@ -18,71 +19,28 @@ from megatron_oprd.report.charts import (
     text_mark,
     ticks,
 )
+from megatron_oprd.report.heat_map import Cells
 
 WIDTH, HEIGHT = 640, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 40, 64
-LEGEND_COLUMNS = 3
-COLORS = {"before": "#f79009", "after": "#1570ef", "drift": "#12b76a"}
+LEGEND_COLUMNS = 2
+ROW_HEIGHT = 14
+COLORS = {"before": "#f79009", "after": "#1570ef", "drift": "#12b76a"}  # other lines have colours by their number
 
 
 def draw_figures(analysis: Mapping[str, Any]) -> dict[str, str]:
     """Return the figures by file name."""
-    names = [name for name in ("before", "after") if name in analysis["positions"]]
-    by_layer = {name: analysis["positions"][name] for name in names}
+    noise = {item["objective"]: item["noise"] for item in analysis["gradients"]}
     figures = {
-        "cosine.svg": line_plot(
-            "Cosine of student and teacher states by layer",
-            {name: _by_layer(layers, "cosine") for name, layers in by_layer.items()},
-            "layer",
-        ),
-        "error.svg": line_plot(
-            "Relative error |h_S - h_T| / |h_T| by layer",
-            {name: _by_layer(layers, "relative_error") for name, layers in by_layer.items()},
-            "layer",
-        ),
-        "rank.svg": line_plot(
-            "Part of the difference in its leading directions, mean over layers",
-            {name: _mean_curve(analysis["directions"], name) for name in ("before", "after", "drift")},
-            "number of directions",
-            x_text=lambda x: f"{2**x:g}",
-        ),
-        "gradients.svg": bar_plot(
-            "Gradient noise: rollouts for a gradient as long as its error",
-            {item["objective"]: item["noise"] for item in analysis["gradients"]},
-        ),
+        **{one.name: line_plot(one.title, one.lines, one.x_label) for one in line_figures(analysis)},
+        **{one.name: position_map(one.title, one.cells) for one in map_figures(analysis)},
+        "gradients": bar_plot("Gradient noise: rollouts for a gradient as long as its error", noise),
     }
-    for name in names:
-        words = {"before": "before", "after": "after" if len(names) > 1 else "now"}[name]
-        figures[f"positions-{name}.svg"] = heat_map(
-            f"Cosine by layer and position in the response, {words}",
-            [[layer["layer"], *layer["cosine_by_position"]] for layer in by_layer[name]],
-            analysis["positions"]["first_positions"],
-        )
-    directions = [layer["directions"] for layer in analysis["directions"] if "directions" in layer]
-    if directions:
-        lines = {"after": _mean_of(directions, "left"), "drift": _mean_of(directions, "drift_share")}
-        title = "Leading directions of the difference: part that is left, part of the drift"
-        figures["drift.svg"] = line_plot(
-            title, lines, "direction", names={"after": "left", "drift": "part of the drift"}
-        )
-    return {name: text for name, text in figures.items() if text}
+    return {f"{name}.svg": text for name, text in figures.items() if text}
 
 
-def line_plot(
-    title: str,
-    lines: Mapping[str, Sequence[Point]],
-    x_label: str,
-    *,
-    x_text: Callable[[float], str] | None = None,
-    names: Mapping[str, str] | None = None,
-) -> str:
-    """Return a plot with one line for each name, or an empty string without points.
-
-    Args:
-        lines: points (x, y) by name.
-        x_text: a function that returns the label of a tick; None: the number.
-        names: words of the legend where they differ from the names of the lines.
-    """
+def line_plot(title: str, lines: Mapping[str, Sequence[Point]], x_label: str) -> str:
+    """Return a plot with one line for each name, or an empty string without points."""
     lines = {name: [p for p in points if all(map(math.isfinite, p))] for name, points in lines.items()}
     lines = {name: points for name, points in lines.items() if points}
     if not lines:
@@ -99,50 +57,43 @@ def line_plot(
         marks.append(text_mark(LEFT - 8, height + 4, f"{y:.4g}", "end"))
     for x in ticks(*x_range, 8, integers=True):
         if x_range[0] <= x <= x_range[1]:
-            text = f"{x:g}" if x_text is None else x_text(x)
-            marks.append(text_mark(scale(x, x_range, LEFT, WIDTH - RIGHT), HEIGHT - BOTTOM + 16, text, "middle"))
+            marks.append(text_mark(scale(x, x_range, LEFT, WIDTH - RIGHT), HEIGHT - BOTTOM + 16, f"{x:g}", "middle"))
     marks.append(text_mark(WIDTH - RIGHT, HEIGHT - BOTTOM + 34, x_label, "end"))
     for place, (name, points) in enumerate(lines.items()):
-        color, shown = COLORS.get(name, f"hsl({360 * place / len(lines):.0f} 70% 45%)"), (names or {}).get(name, name)
+        color = COLORS.get(name, f"hsl({360 * place / len(lines):.0f} 70% 45%)")
         placed = [(scale(x, x_range, LEFT, WIDTH - RIGHT), scale(y, y_range, HEIGHT - BOTTOM, TOP)) for x, y in points]
         marks.append(curve_mark(placed, f'fill="none" {stroke(color, 2)}'))
         marks += [
-            dot_mark(at, 3, f'fill="{color}"', f"{shown}, {x_label} {x:g}: {y:.4g}")
+            dot_mark(at, 3, f'fill="{color}"', f"{name}, {x_label} {x:g}: {y:.4g}")
             for at, (x, y) in zip(placed, points, strict=True)
         ]
-        left, low = LEFT + 190 * (place % LEGEND_COLUMNS), HEIGHT - 12 + 18 * (place // LEGEND_COLUMNS)
+        left, low = LEFT + 280 * (place % LEGEND_COLUMNS), HEIGHT - 12 + 18 * (place // LEGEND_COLUMNS)
         marks.append(line_mark((left, low - 4), (left + 20, low - 4), stroke(color, 2)))
-        marks.append(text_mark(left + 26, low, shown, "start"))
+        marks.append(text_mark(left + 26, low, name, "start"))
     return svg_file(WIDTH, HEIGHT + 18 * (legend_rows - 1), title, marks)
 
 
-def heat_map(title: str, rows: Sequence[Sequence[Any]], columns: Sequence[int]) -> str:
-    """Return a map of colours, the lowest row below.
-
-    Args:
-        rows: the name of a row, then its values; None is left blank.
-        columns: the first position of each column.
-    """
-    values = [value for row in rows for value in row[1:] if value is not None]
-    low, high = min(values), max(values)
-    height = TOP + 14 * len(rows) + BOTTOM
-    cell_width = (WIDTH - LEFT - RIGHT) / len(columns)
+def position_map(title: str, cells: Cells) -> str:
+    """Return a map of colours, the lowest row below. A cell of NaN is left blank."""
+    known = [value for row in cells.values for value in row if math.isfinite(value)]
+    low, high = min(known), max(known)
+    height = TOP + ROW_HEIGHT * len(cells.rows) + BOTTOM
+    cell_width = (WIDTH - LEFT - RIGHT) / len(cells.columns)
     marks = [text_mark(LEFT, 20, title, "start", bold=True)]
-    for number, (name, *cells) in enumerate(reversed(rows)):
-        y = TOP + 14 * number
-        marks.append(text_mark(LEFT - 8, y + 11, f"{name}", "end"))
-        for column, value in enumerate(cells):
-            if value is not None:
+    for number, (row, values) in enumerate(zip(reversed(cells.rows), reversed(cells.values), strict=True)):
+        y = TOP + ROW_HEIGHT * number
+        marks.append(text_mark(LEFT - 8, y + 11, f"{row:g}", "end"))
+        for column, value in enumerate(values):
+            if math.isfinite(value):
                 x, light = LEFT + cell_width * column, scale(value, (low, high), 25, 95)
-                words = f"layer {name}, from token {columns[column]}: {value:.4g}"
-                marks.append(
-                    f'<rect x="{x:.1f}" y="{y}" width="{cell_width:.1f}" height="14" fill="hsl(215 70% {light:.0f}%)">'
-                    f"<title>{escape(words)}</title></rect>"
-                )
-    for column in range(0, len(columns), max(len(columns) // 8, 1)):
+                size = f'x="{x:.1f}" y="{y}" width="{cell_width:.1f}" height="{ROW_HEIGHT}"'
+                words = f"{cells.row_label} {row:g}, {cells.column_label} {cells.columns[column]:g}: {value:.4g}"
+                color = f"hsl(215 70% {light:.0f}%)"
+                marks.append(f'<rect {size} fill="{color}"><title>{escape(words)}</title></rect>')
+    for column in range(0, len(cells.columns), max(len(cells.columns) // 8, 1)):
         x = LEFT + cell_width * (column + 0.5)
-        marks.append(text_mark(x, height - BOTTOM + 16, str(columns[column]), "middle"))
-    marks.append(text_mark(WIDTH - RIGHT, height - BOTTOM + 34, "first token of the column", "end"))
+        marks.append(text_mark(x, height - BOTTOM + 16, f"{cells.columns[column]:g}", "middle"))
+    marks.append(text_mark(WIDTH - RIGHT, height - BOTTOM + 34, f"{cells.column_label} of the column", "end"))
     marks.append(text_mark(LEFT, height - 12, f"dark {low:.4g}, light {high:.4g}; rows are layers", "start"))
     return svg_file(WIDTH, height, title, marks)
 
@@ -166,24 +117,3 @@ def bar_plot(title: str, bars: Mapping[str, float | None]) -> str:
         marks.append(f'<rect x="{left}" y="{y}" width="{end - left:.1f}" height="20" fill="{COLORS["after"]}"/>')
         marks.append(text_mark(end + 6, y + 15, f"{value:.3g}", "start"))
     return svg_file(WIDTH, height, title, marks)
-
-
-def _by_layer(layers: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
-    return [(float(layer["layer"]), layer[name]) for layer in layers if layer[name] is not None]
-
-
-def _mean_curve(layers: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
-    """Return (log2 of the rank, mean over layers of the explained part)."""
-    curves = [layer[name] for layer in layers if name in layer and layer[name]["ranks"]]
-    if not curves:
-        return []
-    means = [sum(column) / len(curves) for column in zip(*(curve["explained"] for curve in curves), strict=True)]
-    return [(math.log2(rank), mean) for rank, mean in zip(curves[0]["ranks"], means, strict=True)]
-
-
-def _mean_of(layers: Sequence[Sequence[Mapping[str, float]]], name: str) -> list[Point]:
-    columns = zip(*layers, strict=True)
-    return [
-        (float(number), sum(one[name] for one in column) / len(layers))
-        for number, column in enumerate(columns, start=1)
-    ]

@@ -1,24 +1,18 @@
-"""The section of a report with the figures and tables that `megatron-oprd analyse` left in the run folder."""
+"""The section of a report with what `megatron-oprd analyse` left in the run folder."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_oprd.evaluation.records import as_float, get, read_text
+from megatron_oprd.report.analysis_data import line_figures, map_figures
+from megatron_oprd.report.heat_map import heat_map
+from megatron_oprd.report.line_chart import line_chart
 from megatron_oprd.report.page import number, section, table
 
-# Files that `megatron_oprd/analysis/figures.py` draws, in the order of the page.
-FIGURES = (
-    "cosine.svg",
-    "error.svg",
-    "positions-before.svg",
-    "positions-after.svg",
-    "rank.svg",
-    "drift.svg",
-    "gradients.svg",
-)
 GRADIENT_WORDS = (
     "noise: rollouts in a batch whose mean gradient is as long as its error; variance: of the gradient of a single "
     "rollout, summed over all parameters; seconds: of one gradient of the whole batch."
@@ -26,24 +20,24 @@ GRADIENT_WORDS = (
 
 
 def analysis_section(run_dir: Path) -> str:
-    """Return HTML from the folder `analysis/` of a run, or an empty string without a readable analysis.json."""
-    folder = run_dir / "analysis"
+    """Return HTML from `analysis/analysis.json` of a run, or an empty string if the file is missing or damaged."""
     try:
-        found = json.loads(read_text(folder / "analysis.json"))
-    except ValueError:
+        found = json.loads(read_text(run_dir / "analysis" / "analysis.json"))
+        charts = [
+            *(line_chart(one.title, one.lines, x_label=one.x_label, smooth=False) for one in line_figures(found)),
+            *(heat_map(one.title, one.cells) for one in map_figures(found)),
+        ]
+        content = f'<div class="grid">{"".join(charts)}</div>{_gradients(found)}'
+    except (ValueError, KeyError, TypeError, AttributeError):
         return ""
-    if not isinstance(found, dict):
-        return ""
-    size = f"{number(found.get('rollouts'))} rollouts, {number(found.get('tokens'))} compared tokens"
-    figures = (read_text(folder / name) for name in FIGURES)
-    cards = "".join(f'<div class="card">{figure}</div>' for figure in figures if figure.startswith("<svg"))
-    return section("Analysis", f'<div class="grid">{cards}</div>{_gradients(found)}', f"{size}.")
+    size = f"{number(found.get('rollouts'))} rollouts, {number(found.get('tokens'))} compared tokens."
+    return section("Analysis", content, size)
 
 
-def _gradients(found: dict[str, Any]) -> str:
+def _gradients(found: Mapping[str, Any]) -> str:
     """Return the table of the objectives: variance of their gradients, and their cost."""
     rows: list[list[object]] = []
-    for item in found.get("gradients") or []:
+    for item in found["gradients"]:
         cost = get(item, "cost")
         seconds = (number(round(as_float(get(cost, f"{part}_seconds")), 4)) for part in ("teacher", "student"))
         mebibytes = number(round(as_float(get(cost, "target_bytes")) / 2**20, 2))

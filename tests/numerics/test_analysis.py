@@ -8,12 +8,14 @@ from megatron_oprd.analysis.before import build_before
 from megatron_oprd.analysis.gradients import measure_gradients
 from megatron_oprd.analysis.objectives import OBJECTIVES
 from megatron_oprd.analysis.procedure import analyse_states
+from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.reference_update import reference_update
 from megatron_oprd.testing.replayed_run import build_replayed_run
-from megatron_oprd.types import Rollout
+from megatron_oprd.types import LayerPair, Rollout
+from tests.helpers.bridges import save_random_bridge
 
 LAYERS = (1, 2, 3, 4)
 LAYOUTS = {
@@ -70,23 +72,26 @@ def analyses(folders):
     return dict(zip(LAYOUTS, of_ranks[1], strict=True))
 
 
+def response_states(model, rollouts, layers):
+    """Return the states [tokens, hidden] of all response tokens by layer."""
+    with torch.no_grad():
+        outputs = [
+            model(torch.tensor([one.prompt_ids + one.response_ids]), output_hidden_states=True).hidden_states
+            for one in rollouts
+        ]
+    return {
+        layer: torch.cat([of[layer][0, len(one.prompt_ids) :] for of, one in zip(outputs, rollouts, strict=True)])
+        for layer in layers
+    }
+
+
 @pytest.fixture(scope="module")
 def states(folders):
     """Return transformers' states [tokens, hidden] by model and layer, and the position of each token."""
     found, rollouts = {}, rollouts_of(read_model_spec(folders[0]).vocab_size)
     for name, folder in zip(("before", "after", "teacher"), folders, strict=True):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        with torch.no_grad():
-            outputs = [
-                model(torch.tensor([one.prompt_ids + one.response_ids]), output_hidden_states=True).hidden_states
-                for one in rollouts
-            ]
-        found[name] = {
-            layer: torch.cat(
-                [states[layer][0, len(one.prompt_ids) :] for states, one in zip(outputs, rollouts, strict=True)]
-            )
-            for layer in LAYERS
-        }
+        found[name] = response_states(model, rollouts, LAYERS)
     return found, torch.cat([torch.arange(len(one.response_ids)) for one in rollouts])
 
 
@@ -176,6 +181,38 @@ def test_the_variance_of_gradients_is_that_of_transformers(layout, analyses, exp
         signal = squared_mean - variance / 3
         assert found["signal"] == pytest.approx(signal, rel=1e-5)
         assert found["noise"] == (pytest.approx(variance / signal, rel=1e-5) if signal > 0 else None)
+
+
+def test_a_bridge_compares_projections_of_models_of_unlike_width(folders, states, tmp_path):
+    before, after, _ = folders
+    teacher = save(random_hf_model("Qwen3", hidden_size=64, num_hidden_layers=5, seed=7), tmp_path / "teacher")
+    bridge = save_random_bridge(tmp_path / "bridge", after, teacher, rank=3, positions=None)
+    rollouts = rollouts_of(read_model_spec(after).vocab_size)
+    found = run_distributed(1, analyse_with_bridge, before, after, teacher, bridge, rollouts)[0]
+    maps = read_bridge(bridge).maps
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float64)
+    of_teacher = response_states(model, rollouts, range(1, 6))
+    for number, (student_layer, teacher_layer) in enumerate(found["pairs"]):
+        one = maps[LayerPair(student_layer, teacher_layer)]
+        target = (of_teacher[teacher_layer] - one.teacher_mean.double()) @ one.teacher_map.double().T
+        projected = {name: states[0][name][student_layer] @ one.student_map.double().T for name in ("before", "after")}
+        for name, student in projected.items():
+            layer = found["positions"][name][number]
+            assert layer["cosine"] == pytest.approx(torch.cosine_similarity(student, target).mean().item(), abs=1e-5)
+            assert layer["error"] == pytest.approx((student - target).pow(2).mean().item(), rel=1e-5)
+            assert layer["relative_error"] == pytest.approx(
+                ((student - target).norm() / target.norm()).item(), rel=1e-5
+            )
+        drift = found["directions"][number]["drift"]
+        change = projected["after"] - projected["before"]
+        assert drift["ranks"] == [1, 2, 3]
+        assert drift["mean_square"] == pytest.approx(change.pow(2).sum(1).mean().item(), rel=1e-5)
+
+
+def analyse_with_bridge(rank, before, student, teacher, bridge, rollouts):
+    settings = ("loss.representation.positions=all", "batch.max_tokens_per_micro_batch=64")
+    run = build_replayed_run(student, teacher, *settings, f"loss.representation.bridge={bridge}", rollouts=rollouts)
+    return analyse_states(run, build_before(run, str(before)), rollouts)
 
 
 def test_without_an_earlier_student_only_its_present_state_is_described(folders):
