@@ -22,6 +22,7 @@ LAYOUTS = {
     "tensor and sequence parallel": ("parallel.tensor=2", "parallel.sequence=true"),
     "pipeline": ("parallel.pipeline=2",),
     "data parallel": (),
+    "context parallel, teacher in its own layout": ("parallel.context=2", "teacher.parallel.tensor=2"),
 }
 SETTINGS = (
     "loss.representation.positions=all",
