@@ -15,6 +15,7 @@ that has no LM head, loads only its own tensors. The experts of a layer are one 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -146,12 +147,24 @@ def load_model(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec, 
     Collective over the world; every rank reads its own part. Raises UserError on every rank, with the file or the
     tensor, for an incomplete folder and for another model's weights.
     """
-    folder = Path(folder)
     check_model(folder, spec)
+    fill_stage(stage, topology, folder, lambda state: dist_checkpointing.load(state, str(folder)))
+
+
+def fill_stage(
+    stage: torch.nn.ModuleList,
+    topology: Topology,
+    folder: str | Path,
+    load: Callable[[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Fill every parameter of a stage with what `load` returns for mcore's sharded state dict of the stage.
+
+    Collective over the world. Raises UserError on every rank, with `folder`, for an error of mcore or torch.
+    """
 
     def read() -> dict[str, Any]:
         try:
-            return dist_checkpointing.load(sharded_weights(stage, topology), str(folder))
+            return load(sharded_weights(stage, topology))
         except checkpoint.api.CheckpointException as error:
             rank, (cause, _) = next(iter(error.failures.items()))
             raise UserError(f"{folder} cannot be read (rank {rank}): {describe_damage(cause)}", COPY_AGAIN) from None
@@ -172,9 +185,16 @@ def load_parameter(folder: str | Path, name: str) -> torch.Tensor:
 
     No communication. Raises UserError, with the folder, for damaged files.
     """
-    folder = Path(folder)
-    stored = check_files(folder).state_dict_metadata[name]
+    stored = check_files(Path(folder)).state_dict_metadata[name]
     assert isinstance(stored, TensorStorageMetadata)
+    return read_tensor(Path(folder), name, stored)
+
+
+def read_tensor(folder: Path, name: str, stored: TensorStorageMetadata) -> torch.Tensor:
+    """Return one unsharded tensor of a folder whose index has been checked, on the CPU, in the dtype of the file.
+
+    No communication. Raises UserError, with the folder, for damaged files.
+    """
     parameter = torch.empty(stored.size, dtype=stored.properties.dtype)
     try:
         checkpoint.load({name: parameter}, storage_reader=FileSystemReader(folder), no_dist=True)
@@ -272,7 +292,7 @@ def _check_format(folder: Path) -> None:
 
 def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, Any], spec: ModelSpec) -> None:
     """Raise UserError for tensors that are missing, unknown, or of another shape than the model's."""
-    expected = _stored_shapes(spec, manifest["padded_vocabulary"])
+    expected = stored_shapes(spec, manifest["padded_vocabulary"])
     for name, shape in expected.items():
         if name not in shapes:
             raise UserError(f"{folder} misses {name}, which config.json asks for; {_USE_OWN_CONFIG}")
@@ -288,7 +308,7 @@ def _check_shapes(folder: Path, shapes: dict[str, tuple], manifest: dict[str, An
         )
 
 
-def _stored_shapes(spec: ModelSpec, padded_vocabulary: int) -> dict[str, tuple[int, ...]]:
+def stored_shapes(spec: ModelSpec, padded_vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of a checkpoint. The experts of a layer are one stacked tensor."""
     shapes: dict[str, tuple[int, ...]] = {}
     unsharded = megatron_shapes(spec)

@@ -161,7 +161,7 @@ class Saving:
         teachers = {name: identity.to_dict() for name, identity in content.teachers.items()}
         values = {"step": state.step, "prompts": state.prompts.to_dict(), "teachers": teachers}
         if content.student_hash:
-            values["student"] = {"path": content.source, "hash": content.student_hash}
+            values["student"] = {"path": content.student_path, "hash": content.student_hash}
         if state.best is not None:
             values["best"] = dataclasses.asdict(state.best)
         if state.squares.steps:

@@ -31,6 +31,8 @@ _CLASSES = {
         "TensorStorageMetadata",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    # The plans of all ranks, which mcore keeps in the index.
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict", "defaultdict"},

@@ -47,7 +47,8 @@ class CheckpointContent:
     spec: ModelSpec  # of the student
     topology: Topology  # of the student
     teachers: Mapping[str, Identity]  # by data source
-    source: str  # folder whose tokenizer and config files go into `model/`, and of the student's first weights
+    source: str  # folder whose tokenizer and config files go into `model/`
+    student_path: str  # folder of the student's first weights
     student_hash: str = ""  # of the student's first weights; "": not stored and not checked
 
 
@@ -133,7 +134,7 @@ def _check_student(checkpoint: Path, saved: StudentEntry | None, content: Checkp
     if saved and content.student_hash and saved.hash != content.student_hash:
         raise UserError(
             f"{checkpoint} was made with another student ({saved.path}, {saved.hash[:19]}) than "
-            f"student.path={content.source} ({content.student_hash[:19]}); continue with that one or name a new "
+            f"student.path={content.student_path} ({content.student_hash[:19]}); continue with that one or name a new "
             "train.run_dir"
         )
 

@@ -1,5 +1,8 @@
 """Loading, checking and hashing of weights in a Hugging Face folder or a Megatron checkpoint.
 
+A Megatron checkpoint is one of this package (`megatron_format.py`) or of Megatron-LM and Megatron-Bridge
+(`megatron_lm.py`).
+
 `launch` calls this file for the student and the teachers; `bridge` for the hashes of its models.
 """
 
@@ -14,7 +17,7 @@ from pathlib import Path
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 
-from megatron_oprd.checkpoint import megatron_format
+from megatron_oprd.checkpoint import megatron_format, megatron_lm
 from megatron_oprd.hf.load import load_hf, named_parameters, parameter_table, reading_threads
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD
 from megatron_oprd.hf.reader import HFReader
@@ -31,7 +34,9 @@ def load_weights(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec
     Collective over the world. Raises UserError on every rank, with the folder and the cause, also for weights that are
     NaN or infinite in that dtype.
     """
-    if megatron_format.is_megatron_checkpoint(folder):
+    if megatron_lm.is_megatron_lm(folder):
+        megatron_format.fill_stage(stage, topology, folder, _open_checked(folder, spec).load)
+    elif megatron_format.is_megatron_checkpoint(folder):
         megatron_format.load_model(stage, folder, spec, topology)
     else:
         _load_hf_folder(stage, folder, spec, topology)
@@ -70,6 +75,10 @@ def load_lm_head(folder: str | Path, spec: ModelSpec, start: int, end: int) -> t
     Raises UserError for unreadable files.
     """
     entry = EMBEDDING if spec.tied_embeddings else LM_HEAD
+    if megatron_lm.is_megatron_lm(folder):
+        stored = megatron_lm.open_model(folder)
+        tensor = megatron_format.read_tensor(stored.folder, entry.megatron, stored.tensors[entry.megatron])
+        return tensor[start:end]
     if megatron_format.is_megatron_checkpoint(folder):
         return megatron_format.load_parameter(folder, entry.megatron)[start:end]
     (name,) = entry.hf
@@ -81,7 +90,9 @@ def check_weights(folder: str | Path, spec: ModelSpec) -> None:
 
     No communication.
     """
-    if megatron_format.is_megatron_checkpoint(folder):
+    if megatron_lm.is_megatron_lm(folder):
+        _open_checked(folder, spec)
+    elif megatron_format.is_megatron_checkpoint(folder):
         megatron_format.check_model(folder, spec)
     else:
         HFReader(folder).check(spec)
@@ -89,9 +100,17 @@ def check_weights(folder: str | Path, spec: ModelSpec) -> None:
 
 def weights_dtype(folder: str | Path) -> torch.dtype:
     """Return the dtype of the weights in the files."""
+    if megatron_lm.is_megatron_lm(folder):
+        return megatron_lm.open_model(folder).dtype
     if megatron_format.is_megatron_checkpoint(folder):
         return megatron_format.checkpoint_dtype(folder)
     return HFReader(folder).dtype()
+
+
+def _open_checked(folder: str | Path, spec: ModelSpec) -> megatron_lm.StoredModel:
+    stored = megatron_lm.open_model(folder)
+    stored.check(megatron_format.stored_shapes(spec, spec.vocab_size), spec)
+    return stored
 
 
 def content_hash(folder: str | Path) -> str:
@@ -117,7 +136,8 @@ class WeightHashes:
         self._lines: dict[Path, list[Future[str]]] = {}
         tasks: list[tuple[Path, Future[str]]] = []
         for folder in {Path(one) for one in folders}:
-            files = sorted({path for pattern in _HASHED for path in folder.glob(pattern) if path.is_file()})
+            place = megatron_lm.iteration_folder(folder) if megatron_lm.is_megatron_lm(folder) else folder
+            files = sorted({path for pattern in _HASHED for path in place.glob(pattern) if path.is_file()})
             self._lines[folder] = [Future() for _ in files]
             tasks += zip(files, self._lines[folder], strict=True)
         tasks.sort(key=lambda task: task[0].stat().st_size, reverse=True)

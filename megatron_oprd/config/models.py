@@ -13,7 +13,17 @@ class StudentConfig(Section):
     """The model that is trained."""
 
     path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the student's first weights")
+    hf: PathText | None = Field(
+        None,
+        description="Hugging Face folder with config.json and tokenizer, for a checkpoint of Megatron-LM or "
+        "Megatron-Bridge at `path`; null: they are in `path`",
+    )
     freeze: list[Literal["embedding", "lm_head"]] = Field([], description="parts that are not trained")
+
+    @property
+    def model_files(self) -> str:
+        """Return the folder with config.json and tokenizer."""
+        return self.hf or self.path
 
 
 class TeacherParallelConfig(Section):
@@ -39,6 +49,11 @@ class TeacherConfig(Section):
     """The frozen model that the student learns from."""
 
     path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the teacher")
+    hf: PathText | None = Field(
+        None,
+        description="Hugging Face folder with config.json and tokenizer, for a checkpoint of Megatron-LM or "
+        "Megatron-Bridge at `path`; null: they are in `path`",
+    )
     parallel: TeacherParallelConfig | None = Field(
         None, description="layout of the teacher on the same processes; null: the student's layout"
     )
@@ -51,6 +66,11 @@ class TeacherConfig(Section):
     def extrapolates(self) -> bool:
         """Return True if the hidden states of a base are needed."""
         return self.base is not None and self.base.extrapolate != 1.0
+
+    @property
+    def model_files(self) -> str:
+        """Return the folder with config.json and tokenizer."""
+        return self.hf or self.path
 
 
 class ParallelConfig(Section):

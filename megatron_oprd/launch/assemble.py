@@ -91,8 +91,10 @@ class Run:
     @property
     def checkpoint_content(self) -> CheckpointContent:
         """Return the parts of this run that a checkpoint stores or checks."""
-        spec, source = self.inputs.setup.student, self.inputs.config.student.path
-        return CheckpointContent(self.student, spec, self.topology, self.identities, source, self.student_hash)
+        spec, config = self.inputs.setup.student, self.inputs.config.student
+        return CheckpointContent(
+            self.student, spec, self.topology, self.identities, config.model_files, config.path, self.student_hash
+        )
 
     def output_loss(self, step: int, *, with_metrics: bool) -> OutputLoss | None:
         """Return the output-space objective of the update after `step` updates on the student's last stage.

@@ -55,7 +55,7 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
     that training has for it.
     """
     config = without_automatic(with_dtype(config))
-    tokenizer = read_student_tokenizer(config, read_model_spec(config.student.path))
+    tokenizer = read_student_tokenizer(config, read_model_spec(config.student.model_files))
     other = partial(_teacher_has_another_tokenizer, config, tokenizer)
     prompts, takes_answers = read_evaluation_prompts(config, tokenizer, other)
     if takes_answers:
@@ -74,16 +74,16 @@ def read_evaluation_inputs(config: Config) -> EvaluationInputs:
 
 def _teacher_has_another_tokenizer(config: Config, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if a single teacher gives other ids to the same text. One without a tokenizer does not."""
-    if config.teacher is None or not has_tokenizer(config.teacher.path):
+    if config.teacher is None or not has_tokenizer(config.teacher.model_files):
         return False
-    return not same_vocabulary(tokenizer, load_tokenizer(config.teacher.path))
+    return not same_vocabulary(tokenizer, load_tokenizer(config.teacher.model_files))
 
 
 def _measured_loss(config: Config) -> LossConfig:
     """Return a loss that compares next-token distributions, and the layers of `loss` where they can be compared."""
     assert config.teacher is not None  # its answers are measured
     representation = config.loss.representation
-    student, teacher = (read_model_spec(path) for path in (config.student.path, config.teacher.path))
+    student, teacher = (read_model_spec(model.model_files) for model in (config.student, config.teacher))
     same_width = student.hidden_size == teacher.hidden_size
     if not same_width and representation.bridge is None:
         representation = representation.model_copy(update={"weight": 0.0})

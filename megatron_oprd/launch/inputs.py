@@ -202,7 +202,7 @@ def _automatic(config: Config) -> frozenset[str]:
 
 
 def _read_tokenizers(config: Config, setup: Setup, missing: MissingInputs, *, with_bridge: bool) -> Tokenizers:
-    folders = [config.student.path, *(teacher.config.path for teacher in setup.teachers.values())]
+    folders = [config.student.model_files, *(teacher.config.model_files for teacher in setup.teachers.values())]
     needed = (
         config.rollout.generates
         or bool(config.evaluation.every)

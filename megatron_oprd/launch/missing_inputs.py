@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_oprd.checkpoint.megatron_format import is_megatron_checkpoint
+from megatron_oprd.checkpoint.megatron_lm import is_megatron_lm
 from megatron_oprd.config import Config
 from megatron_oprd.data.prompts import PromptSet
 from megatron_oprd.data.tokenizer import has_tokenizer
@@ -48,13 +49,16 @@ def find_missing(config: Config, planned_for: str | None = None) -> MissingInput
     `planned_for` is the device that the dry run plans for, if this machine lacks the device that the configuration
     needs.
     """
-    folders = list(dict.fromkeys([config.student.path, *(one.path for one in config.named_teachers.values())]))
+    models = [config.student, *config.named_teachers.values()]
+    folders = list(dict.fromkeys(model.path for model in models))
+    model_files = list(dict.fromkeys(model.model_files for model in models))
     bases = [one.base.path for one in config.named_teachers.values() if one.base is not None and one.extrapolates]
     bridge = config.loss.representation.bridge if config.loss.reads_layers else None
     generates = config.rollout.generates
     evaluated = config.evaluation.data if config.evaluation.every else []
     prompts = [*(config.data.prompts if generates else []), *evaluated]
-    readers = folders if bridge else folders[:1]  # teachers without a tokenizer of their own read the student's ids
+    # Teachers without a tokenizer of their own read the student's ids.
+    readers = model_files if bridge else model_files[:1]
     return MissingInputs(
         weights=tuple(folder for folder in dict.fromkeys([*folders, *bases]) if not _has_weights(folder)),
         tokenizers=tuple(one for one in readers if not has_tokenizer(one)) if generates or evaluated else (),
@@ -75,4 +79,6 @@ def longest_prompts(config: Config) -> PromptSet:
 
 def _has_weights(folder: str) -> bool:
     """Return True if a folder contains weights, complete or not."""
-    return is_megatron_checkpoint(folder) or any(any(Path(folder).glob(kind)) for kind in _WEIGHTS)
+    if is_megatron_lm(folder) or is_megatron_checkpoint(folder):
+        return True
+    return any(any(Path(folder).glob(kind)) for kind in _WEIGHTS)

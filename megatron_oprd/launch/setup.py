@@ -6,9 +6,11 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_oprd.checkpoint.megatron_lm import is_megatron_lm
 from megatron_oprd.checkpoint.weights import check_weights
-from megatron_oprd.config import BatchConfig, Config, RecomputeConfig, TeacherConfig, teacher_section
+from megatron_oprd.config import BatchConfig, Config, RecomputeConfig, StudentConfig, TeacherConfig, teacher_section
 from megatron_oprd.config.section import Section
 from megatron_oprd.data.end_tokens import EndTokens
 from megatron_oprd.hf.config import read_model_spec
@@ -90,8 +92,8 @@ def read_setup(
     precision, planned_device = _plan_precision(config, trains=trains, dry_run=dry_run)
     if not dry_run:
         check_libraries(precision)
-    student = read_model_spec(config.student.path)
-    specs = {name: read_model_spec(teacher.path) for name, teacher in teachers.items()}
+    student = _read_spec("student", config.student)
+    specs = {name: _read_spec(teacher_section(name), teacher) for name, teacher in teachers.items()}
     for name, teacher in teachers.items():
         _check_base(teacher, specs[name], teacher_section(name))
     planned = {name: plan_teacher(config, student, spec, name, world_size) for name, spec in specs.items()}
@@ -118,6 +120,17 @@ def _check_base(teacher: TeacherConfig, spec: ModelSpec, section: str) -> None:
             f"{section}.base.path={teacher.base.path} has {', '.join(differences)}; a base is the model that the "
             "teacher was trained from, of the same shape"
         )
+
+
+def _read_spec(section: str, model: StudentConfig | TeacherConfig) -> ModelSpec:
+    """Read the config.json of a model. Raises UserError if a checkpoint of Megatron-LM needs a folder with one."""
+    if is_megatron_lm(model.path) and not (Path(model.model_files) / "config.json").exists():
+        raise UserError(
+            f"{section}.path={model.path} is a checkpoint of Megatron-LM, and {model.model_files} has no config.json; "
+            f"name the Hugging Face folder of its model as {section}.hf, or convert it: megatron-oprd convert "
+            f"--checkpoint {model.path} --hf TOKENIZER_FOLDER --megatron NEW_FOLDER"
+        )
+    return read_model_spec(model.model_files)
 
 
 def with_dtype(config: Config) -> Config:

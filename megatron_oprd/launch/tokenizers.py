@@ -37,7 +37,7 @@ class Tokenizers:
 
 def read_student_tokenizer(config: Config, student: ModelSpec) -> PreTrainedTokenizerBase:
     """Read the student's tokenizer. Raises UserError if there is none or if the model does not suit it."""
-    tokenizer = load_tokenizer(config.student.path)
+    tokenizer = load_tokenizer(config.student.model_files)
     check_tokenizer(tokenizer, student)
     return tokenizer
 
@@ -55,9 +55,9 @@ def read_tokenizers(
     """
     tokenizer, other = read_student_tokenizer(config, student), None
     for name, teacher in teachers.items():
-        path = teacher.config.path
-        model = f"{teacher_section(name)}.path={path}"
-        own = load_tokenizer(path) if has_tokenizer(path) or with_bridge else tokenizer
+        folder = teacher.config.model_files
+        model = f"{teacher_section(name)}.path={teacher.config.path}"
+        own = load_tokenizer(folder) if has_tokenizer(folder) or with_bridge else tokenizer
         if own is not tokenizer and not same_vocabulary(tokenizer, own):
             _check_another_tokenizer(config, model, with_bridge=with_bridge)
             other = own

@@ -22,7 +22,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from transformer_engine import on_cpu
 
+from megatron_oprd.config import ParallelConfig
+from megatron_oprd.parallel.topology import build_topology
 from megatron_oprd.runtime import cpu_stand_ins
+from tests.helpers.megatron_lm import round_trip
 from tests.helpers.te_models import EXPERTS, build, compare, gradients, load, relative, run
 
 FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
@@ -246,6 +249,9 @@ def main(rank: int, size: int, folder: Path) -> None:
     set_layout(size)
     figures["tensor_parallel"] = dense(local, weights, logits)
     figures["sequence_parallel"] = dense(local, weights, logits, sequence_parallel=True)
+    for name, parallel in {"dense": {"tensor": size}, "dense_and_sparse": {}}.items():
+        topology = build_topology(ParallelConfig(**parallel), torch.device("cpu"), seed=0)
+        figures[f"megatron_lm_{name}"] = round_trip("te", name, folder / name, topology)
     if rank == 0:
         (folder / "figures.json").write_text(json.dumps(figures))
     dist.barrier()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -49,17 +50,27 @@ EXPERTS: dict[str, Any] = {
 }
 
 
-def build(spec: str, **settings: Any) -> GPTModel:
-    """Build a GPTModel of the "te" or the "local" spec on the active layout, with random weights and norms."""
+def build(spec: str, *, vocabulary: int = VOCAB, tied: bool = False, **settings: Any) -> GPTModel:
+    """Build a GPTModel of the "te" or the "local" spec on the active layout, with random weights and norms.
+
+    A list as `moe_layer_freq` makes some layers dense.
+    """
     size = parallel_state.get_tensor_model_parallel_world_size()
     config = TransformerConfig(**{**SIZES, "tensor_model_parallel_size": size, **settings})
-    make = get_gpt_layer_with_transformer_engine_spec if spec == "te" else get_gpt_layer_local_spec
-    grouped = settings.get("moe_grouped_gemm", False)
-    kwargs = {"num_experts": config.num_moe_experts, "moe_grouped_gemm": grouped, "qk_layernorm": True}
-    layers = make(**kwargs, **({} if spec == "te" else {"normalization": "RMSNorm"}))
+    if config.num_moe_experts and isinstance(config.moe_layer_freq, list):
+        layers = get_gpt_decoder_block_spec(config, use_transformer_engine=spec == "te", normalization="RMSNorm")
+    else:
+        make = get_gpt_layer_with_transformer_engine_spec if spec == "te" else get_gpt_layer_local_spec
+        grouped = settings.get("moe_grouped_gemm", False)
+        kwargs = {
+            "num_experts": config.num_moe_experts,
+            "moe_grouped_gemm": grouped,
+            "qk_layernorm": config.qk_layernorm,
+        }
+        layers = make(**kwargs, **({} if spec == "te" else {"normalization": "RMSNorm"}))
     with cpu_stand_ins.cpu_devices():
         model = GPTModel(
-            config, layers, VOCAB, 64, position_embedding_type="rope", share_embeddings_and_output_weights=False
+            config, layers, vocabulary, 64, position_embedding_type="rope", share_embeddings_and_output_weights=tied
         )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

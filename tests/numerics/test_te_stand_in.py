@@ -89,3 +89,11 @@ def test_training_in_fp8_resumes_from_a_checkpoint(figures):
     assert figures["training"]["first"] > 1e-3
     assert figures["training"]["second"] > 1e-3
     assert figures["training"]["resumed"] < 1e-6
+
+
+@pytest.mark.parametrize("name", ["dense", "dense_and_sparse"])
+def test_a_stock_te_model_reads_back_what_was_trained_from_its_checkpoint(figures, name):
+    distance = figures[f"megatron_lm_{name}"]
+    assert distance["read"] < ROUNDING_FP32
+    assert distance["trained"] > 1e-3
+    assert distance["returned"] < ROUNDING_FP32
