@@ -136,8 +136,9 @@ def _measured_models(inputs: EvaluationInputs, stage: Stage, topologies: Topolog
 
 
 def _print(scores: Scores, summary: str) -> None:
-    """Print a row for each metric and a column for each data source."""
-    table = Table("", *scores, title=f"Evaluation ({summary})")
+    """Print a row for each metric and a column for each data source, below the numbers of prompts."""
+    print(f"evaluated {summary}")
+    table = Table("", *scores)
     graded = [any(name.startswith("avg@") for name in metrics) for metrics in scores.values()]
     if not all(graded):
         table.add_row("right answers", *("" if one else "not graded" for one in graded))

@@ -6,6 +6,7 @@ are written as bf16. The model is a Llama with 30 blocks of width 576 by Hugging
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -46,10 +47,12 @@ def download(target: Path) -> None:
 
 def convert(source: Path, folder: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to a Hugging Face folder."""
+    os.environ["TQDM_DISABLE"] = "1"  # no bars of single tensors
     import torch
     import transformers
     from tokenizers import pre_tokenizers
 
+    transformers.logging.set_verbosity_error()  # it advises float32, which would double the folder
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     from_file = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
     config = from_file.config

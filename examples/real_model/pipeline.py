@@ -93,7 +93,7 @@ def print_results(folder: Path, teacher_answers: Path, seconds: float) -> None:
     evaluations = read_jsonl(folder / "evaluations.jsonl")
     before, after = (over_all_sources(evaluation["data"]) for evaluation in (evaluations[0], evaluations[-1]))
     print_answers(folder, teacher_answers, evaluations[-1]["step"])
-    table = Table("", "student before", "student after", "teacher", title="Held-out instructions")
+    table = Table("held-out instructions", "before", "after", "teacher")
     ideal = {"perplexity": before["teacher_perplexity"], "argmax_agreement": 1.0}
     for metric, (name, digits) in ROWS.items():
         values = (before[metric], after[metric], ideal.get(metric, 0.0))
