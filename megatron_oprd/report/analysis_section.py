@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_oprd.evaluation.records import as_float, get, read_text
 from megatron_oprd.report.analysis_data import line_figures, map_figures
-from megatron_oprd.report.heat_map import heat_map
+from megatron_oprd.report.heat_map import heat_map, value_limits
 from megatron_oprd.report.line_chart import line_chart
 from megatron_oprd.report.page import number, section, table
 
@@ -23,9 +23,11 @@ def analysis_section(run_dir: Path) -> str:
     """Return HTML from `analysis/analysis.json` of a run, or an empty string if the file is missing or damaged."""
     try:
         found = json.loads(read_text(run_dir / "analysis" / "analysis.json"))
+        maps = map_figures(found)
+        limits = value_limits([one.cells for one in maps])  # the maps before and after share their colours
         charts = [
             *(line_chart(one.title, one.lines, x_label=one.x_label, smooth=False) for one in line_figures(found)),
-            *(heat_map(one.title, one.cells) for one in map_figures(found)),
+            *(heat_map(one.title, one.cells, limits) for one in maps),
         ]
         content = f'<div class="grid">{"".join(charts)}</div>{_gradients(found)}'
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -32,22 +32,29 @@ class Cells:
     column_label: str
 
 
-def heat_map(title: str, cells: Cells) -> str:
+def heat_map(title: str, cells: Cells, limits: tuple[float, float] | None = None) -> str:
     """Return a card with the map, or an empty string without two columns that have a finite value.
 
     Many rows or columns are thinned: neighbouring ones share a cell with the mean of their values.
+    `limits`: the values of the lowest and the highest colour; None: those of the map.
     """
     cells = _thinned(cells)
-    known = sorted(value for row in cells.values for value in row if math.isfinite(value))
-    if len(cells.columns) < 2 or not known:
+    limits = limits or value_limits([cells])
+    if len(cells.columns) < 2 or limits is None:
         return ""
-    low, high = known[int(LOWEST_SHARE * len(known))], known[-1]
+    low, high = limits
     marks = [*_shapes(cells, low, high), *_labels(cells), *_scale(low, high)]
     drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(marks)}</svg>'
     return (
         f'<div class="card"><h3>{escape(title)}</h3>'
         f'<figure class="chart" data-cells="{escape(_json(cells))}">{drawing}</figure></div>'
     )
+
+
+def value_limits(maps: Sequence[Cells]) -> tuple[float, float] | None:
+    """Return the values of the lowest and the highest colour for maps that share their colours, or None without any."""
+    known = sorted(value for cells in maps for row in cells.values for value in row if math.isfinite(value))
+    return (known[int(LOWEST_SHARE * len(known))], known[-1]) if known else None
 
 
 def _thinned(cells: Cells) -> Cells:
