@@ -85,16 +85,20 @@ def _mean(values: Sequence[float]) -> float:
 def _shapes(cells: Cells, low: float, high: float) -> list[str]:
     """Return one path per shade with all cells of that shade, which is a tenth of the size of one mark per cell."""
     paths: dict[int, list[str]] = {}
-    width = (WIDTH - RIGHT - LEFT) / len(cells.columns)
-    height = (HEIGHT - BOTTOM - TOP) / len(cells.rows)
+    # Rounded edges, which neighbours share, leave no gap between the cells.
+    across, up = _edges(LEFT, WIDTH - RIGHT, len(cells.columns)), _edges(HEIGHT - BOTTOM, TOP, len(cells.rows))
     for i, row in enumerate(cells.values):
         for j, value in enumerate(row):
             if math.isfinite(value):
-                x, y = LEFT + j * width, HEIGHT - BOTTOM - (i + 1) * height
-                shape = f"M{x:.1f} {y:.1f}h{width:.1f}v{height:.1f}h-{width:.1f}z"
+                x, y, width, height = across[j], up[i + 1], across[j + 1] - across[j], up[i] - up[i + 1]
+                shape = f"M{x:g} {y:g}h{width:.1f}v{height:.1f}h-{width:.1f}z"
                 paths.setdefault(_shade(value, low, high), []).append(shape)
     crisp = 'shape-rendering="crispEdges"'
     return [f'<path fill="{_fill(shade)}" {crisp} d="{"".join(d)}"/>' for shade, d in sorted(paths.items())]
+
+
+def _edges(start: float, end: float, count: int) -> list[float]:
+    return [round(start + (end - start) * i / count, 1) for i in range(count + 1)]
 
 
 def _shade(value: float, low: float, high: float) -> int:
@@ -113,22 +117,22 @@ def _labels(cells: Cells) -> list[str]:
     height = (HEIGHT - BOTTOM - TOP) / len(cells.rows)
     width = (WIDTH - RIGHT - LEFT) / len(cells.columns)
     marks = [
-        text_mark(LEFT - 8, HEIGHT - BOTTOM - (i + 0.5) * height + 4, f"{cells.rows[i]:g}", "end")
-        for i in _round_ones(cells.rows)
+        text_mark(LEFT - 8, HEIGHT - BOTTOM - (i + 0.5) * height + 4, f"{label:g}", "end")
+        for i, label in _round_ones(cells.rows)
     ]
     marks += [
-        text_mark(LEFT + (j + 0.5) * width, HEIGHT - BOTTOM + 16, f"{cells.columns[j]:g}", "middle")
-        for j in _round_ones(cells.columns)
+        text_mark(LEFT + (j + 0.5) * width, HEIGHT - BOTTOM + 16, f"{label:g}", "middle")
+        for j, label in _round_ones(cells.columns)
     ]
     marks.append(text_mark(WIDTH - RIGHT, HEIGHT - 4, cells.column_label, "end"))
     return [*marks, text_mark(LEFT - 8, HEIGHT - 4, cells.row_label, "end")]
 
 
-def _round_ones(numbers: Sequence[float]) -> list[int]:
-    """Return the places of the numbers that are nearest to round ones, to label them."""
-    wanted = ticks(numbers[0], numbers[-1], 6, integers=True)
-    places = (min(range(len(numbers)), key=lambda i: abs(numbers[i] - value)) for value in wanted)
-    return sorted(set(places))
+def _round_ones(numbers: Sequence[float]) -> list[tuple[int, float]]:
+    """Return the labels of an axis with the places of their cells: the first number, and round ones."""
+    wanted = [value for value in ticks(numbers[0], numbers[-1], 6, integers=True) if numbers[0] < value <= numbers[-1]]
+    places = {max(i for i, first in enumerate(numbers) if first <= value): value for value in wanted}
+    return sorted({0: numbers[0], **{place: value for place, value in places.items() if place}}.items())
 
 
 def _scale(low: float, high: float) -> list[str]:

@@ -12,7 +12,7 @@ from megatron_oprd.report.charts import curve_mark, dot_mark, escape, line_mark,
 from megatron_oprd.report.page import number
 
 WIDTH, HEIGHT = 480, 230
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 36
+LEFT, RIGHT, TOP, BOTTOM = 58, 20, 10, 36
 MOST_POINTS = 2400  # of all lines of a chart: a run of so many steps is drawn completely
 LEAST_POINTS = 60  # of a line, however many lines there are
 MOST_COLORS = 8  # `.c0` to `.c7` in page.css

@@ -402,6 +402,15 @@ def test_a_heat_map_shares_a_cell_by_its_mean_and_leaves_out_what_was_not_measur
     assert heat_map("t", Cells([1], [1, 2], [[math.nan, math.nan]], "layer", "step")) == ""
 
 
+def test_the_cells_of_a_heat_map_leave_no_gap_and_its_axes_have_round_numbers():
+    drawn = heat_map("t", Cells(range(1, 49), range(1, 2001), [[0.5] * 2000] * 48, "layer", "step"))
+    cells = [tuple(map(float, cell)) for cell in re.findall(r"M([\d.]+) ([\d.]+)h([\d.]+)v([\d.]+)", drawn)]
+    lefts, tops = ({round(cell[place], 1) for cell in cells} for place in (0, 1))
+    assert {round(x + width, 1) for x, _, width, _ in cells} - lefts == {max(x + width for x, _, width, _ in cells)}
+    assert len({round(y + height, 1) for _, y, _, height in cells} - tops) == 1
+    assert re.findall(r'text-anchor="middle">(\d+)<', drawn) == ["1", "500", "1000", "1500"]
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
