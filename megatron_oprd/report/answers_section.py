@@ -36,10 +36,10 @@ def answers_section(run: RunFiles) -> str:
     return side_by_side("Answers", [*columns, *teacher_column(run)])
 
 
-def last_answers(run: RunFiles) -> Column | None:
-    """Return the answers of the last evaluation of a run, or None without one."""
+def last_answers(run: RunFiles, title: str) -> Column | None:
+    """Return the answers of the last evaluation of a run under a title, or None without one."""
     files = _evaluated(run.run_dir)
-    return Column(run.name, _first_of_each(files[-1])) if files else None
+    return Column(title, _first_of_each(files[-1])) if files else None
 
 
 def teacher_column(run: RunFiles) -> list[Column]:

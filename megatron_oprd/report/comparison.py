@@ -32,9 +32,8 @@ NOT_COMPARED = {"train.run_dir"}
 def comparison_page(runs: Sequence[RunFiles]) -> str:
     """Return the content of the page for at least two runs."""
     names = _names(runs)
-    columns = [column for run in runs if (column := last_answers(run)) is not None]
-    renamed = {run.name: name for run, name in zip(runs, names, strict=True)}
-    columns = [type(column)(renamed[column.title], column.answers) for column in columns]
+    answered = (last_answers(run, name) for run, name in zip(runs, names, strict=True))
+    columns = [column for column in answered if column is not None]
     sections = {
         "Results": section(
             "Results", _results(runs, names), "Scores are over all data sources; the best one of each metric is green."

@@ -225,7 +225,10 @@ def test_the_settings_that_differ_from_the_defaults_are_shown_with_these(run_dir
 
 
 def test_several_runs_are_compared_on_one_page(run_dir, tmp_path_factory, capsys):
-    other = tmp_path_factory.mktemp("other")
+    other = tmp_path_factory.mktemp("other") / run_dir.name  # a folder of the same name
+    other.mkdir()
+    for folder, response in ((run_dir, "a cat"), (other, "a dog")):
+        lines(folder / "evaluations" / "step_0000005.jsonl", [{"step": 5, "prompt": "What?", "response": response}])
     (other / "config.yaml").write_text("train: {steps: 9}\n")
     lines(other / "metrics.jsonl", [metrics(step) for step in range(1, 4)])
     scores = {"AIME24": {"avg@16": 0.75, "unanswered": 0.5}}
@@ -240,7 +243,9 @@ def test_several_runs_are_compared_on_one_page(run_dir, tmp_path_factory, capsys
     loss, by_time = (
         chart for chart in parser.data["data-lines"] if chart["lines"][0]["y"] == [1, 0.5, 0.33333, 0.25, 0.2]
     )
-    assert loss["lines"][1] == {"name": other.name, "x": [1, 2, 3], "y": [1, 0.5, 0.33333]}
+    name = f"{other.parent.name}/{other.name}"
+    assert loss["lines"][1] == {"name": name, "x": [1, 2, 3], "y": [1, 0.5, 0.33333]}
+    assert f"<h4>{name} · 50% in common</h4>" in page
     assert by_time["lines"][0]["x"] == [10, 20, 30, 40, 50] and by_time["x_label"] == "s"
 
 
