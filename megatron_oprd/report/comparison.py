@@ -35,9 +35,7 @@ def comparison_page(runs: Sequence[RunFiles]) -> str:
     answered = (last_answers(run, name) for run, name in zip(runs, names, strict=True))
     columns = [column for column in answered if column is not None]
     sections = {
-        "Results": section(
-            "Results", _results(runs, names), "Scores are over all data sources; the best one of each metric is green."
-        ),
+        "Results": section("Results", _results(runs, names), RESULTS_NOTE),
         "Settings": section("Settings", _settings(runs, names), "Keys whose values differ between the runs."),
         "Curves": section("Curves", _curves(runs, names)),
         "Answers": side_by_side("Answers", [*columns, *teacher_column(runs[0])]),
