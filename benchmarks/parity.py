@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.pages import installed_versions, listed, table_lines
 from tests.helpers.defects import DEFECTS
-from tests.helpers.layouts import MATRIX, METHOD_CASES, OBJECTIVE_CASES, Case, covering
+from tests.helpers.layouts import HYBRID_CASES, MATRIX, METHOD_CASES, OBJECTIVE_CASES, Case, covering
 from tests.helpers.run_layouts import Outcome, References, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +69,9 @@ def main() -> int:
     options = parser.parse_args()
     json_file = options.json or (None if options.only else ROOT / "docs" / "results" / "parity.json")
     markdown_file = options.markdown or (None if options.only else ROOT / "docs" / "results" / "parity.md")
-    everything = covering() if options.defects else (*MATRIX, *OBJECTIVE_CASES, *METHOD_CASES)
+    everything = (
+        (*covering(), *HYBRID_CASES) if options.defects else (*MATRIX, *OBJECTIVE_CASES, *METHOD_CASES, *HYBRID_CASES)
+    )
     cases = [case for case in everything if options.only in case.name]
     if not cases:
         parser.error(f"no case has {options.only!r} in its name")

@@ -288,6 +288,35 @@ RopeScaling = Llama3Scaling | LinearScaling | LongRope | YarnScaling
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """The sizes of a model's Gated DeltaNet layers (arXiv 2412.06464).
+
+    A key head serves several value heads, which follow each other. Keys and queries have the same heads.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int  # of a head
+    value_dim: int  # of a head
+    kernel: int  # tokens of the causal convolution
+
+    @property
+    def values_per_key(self) -> int:
+        """Return the value heads of one key head."""
+        return self.num_value_heads // self.num_key_heads
+
+    @property
+    def convolved(self) -> int:
+        """Return the channels of the convolution for one key head: query, key and values."""
+        return 2 * self.key_dim + self.values_per_key * self.value_dim
+
+    @property
+    def projected(self) -> int:
+        """Return the outputs of the input projection for one key head: query, key, values, gates, beta and alpha."""
+        return self.convolved + self.values_per_key * (self.value_dim + 2)
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """The properties of a Hugging Face decoder that are needed to build it, all from its `config.json`."""
 
@@ -314,6 +343,11 @@ class ModelSpec:
     shared_ffn_hidden_size: int = 0
     norm_topk_prob: bool = False  # whether the probabilities of a token's experts are made to sum to one
     sparse_layers: tuple[int, ...] = ()  # 0-based blocks with experts in place of the dense MLP
+    delta_net: DeltaNet | None = None  # None: every layer has attention
+    linear_layers: tuple[int, ...] = ()  # 0-based blocks with Gated DeltaNet in place of attention
+    output_gate: bool = False  # True if attention multiplies its output by the sigmoid of a gate
+    zero_centered_norms: bool = False  # True if norms multiply by 1 + weight
+    text_tower: bool = False  # True if the model is the text tower of a model for text and images
     eos_token_ids: tuple[int, ...] = ()
     # Content of config.json without quantization_config, for the export.
     hf_config: dict[str, Any] = field(default_factory=dict, compare=False)

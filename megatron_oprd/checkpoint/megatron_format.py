@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write
 from megatron_oprd.checkpoint.stored_index import COPY_AGAIN, read_index
 from megatron_oprd.hf.companions import config_with_dtype, copy_companions
+from megatron_oprd.hf.kept import copy_kept
 from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
 from megatron_oprd.hf.weight_files import MANIFEST
@@ -118,6 +119,7 @@ def describe_model(
     }
     with explain_os_errors(folder):
         copy_companions(Path(source), folder)
+        copy_kept(source, folder, spec)
     write_json(folder / "config.json", config_with_dtype(spec.hf_config, dtype))
     write_json(folder / MANIFEST, manifest)
 

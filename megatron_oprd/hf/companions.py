@@ -62,5 +62,8 @@ def config_with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, A
 
     The key is `torch_dtype` if only that one is present, as in transformers 4, else `dtype`.
     """
+    text = config.get("text_config")
+    if isinstance(text, dict) and {"dtype", "torch_dtype"} & text.keys():
+        config = {**config, "text_config": config_with_dtype(text, dtype)}
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     return {**config, key: str(dtype).removeprefix("torch.")}

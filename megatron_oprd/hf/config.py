@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_oprd.hf import hybrid
 from megatron_oprd.hf.checks import check_integers, check_positive
 from megatron_oprd.hf.experts import stores_fused_experts
 from megatron_oprd.hf.fp8 import weight_block_size
+from megatron_oprd.hf.hybrid import hybrid_fields, with_hybrid_defaults
 from megatron_oprd.hf.other_keys import refuse_other_models
 from megatron_oprd.hf.rope import rope_fields
 from megatron_oprd.runtime.files import check_model_folder, read_json
@@ -27,10 +29,14 @@ class Family:
     shared_expert: bool = False  # True if layers with experts also have a gated expert that processes every token
     rope_types: tuple[str, ...] = ()  # supported types of rope scaling
     partial_rotary: bool = False  # True if partial_rotary_factor below 1 is supported
+    hybrid: bool = False  # True if some layers have Gated DeltaNet in place of attention
+    config_class: str = ""  # of transformers, if its name is not that of the architecture
+    text_config: bool = False  # True if the text model is described in `text_config`
     always_slides: bool = False  # True if `sliding_window` applies without `use_sliding_window`
 
 
 _SCALED = ("linear", "yarn")
+_QWEN3_5: dict[str, Any] = {"qk_norm": True, "partial_rotary": True, "hybrid": True}
 FAMILIES = {
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, rope_types=_SCALED),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, rope_types=_SCALED),
@@ -38,6 +44,10 @@ FAMILIES = {
     "Qwen2MoeForCausalLM": Family("qwen2_moe", qkv_bias=True, experts=True, shared_expert=True, rope_types=_SCALED),
     "LlamaForCausalLM": Family("llama", rope_types=("llama3", *_SCALED)),
     "Phi3ForCausalLM": Family("phi3", rope_types=("longrope",), partial_rotary=True, always_slides=True),
+    "Qwen3_5ForCausalLM": Family("qwen3_5_text", config_class="Qwen3_5TextConfig", **_QWEN3_5),
+    "Qwen3_5ForConditionalGeneration": Family(
+        "qwen3_5", config_class="Qwen3_5TextConfig", text_config=True, **_QWEN3_5
+    ),
 }
 INTEGERS = (
     "num_hidden_layers",
@@ -64,6 +74,7 @@ DEFAULTED = (
     "shared_expert_intermediate_size",
     "norm_topk_prob",
     "mlp_only_layers",
+    *hybrid.SIZES,
 )
 ADAPTER = "adapter_config.json"
 SHARED_EXPERT = "shared_expert_intermediate_size"
@@ -88,10 +99,11 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     where = str(folder / "config.json")
     architecture = _architecture(written, where)
     family = FAMILIES[architecture]
-    values = _with_defaults(written, architecture)
+    described = _text_config(written, where) if family.text_config else written
+    values = _with_defaults(described, family, architecture)
     _check_types(values, where)
     _refuse_unsupported(values, family, where)
-    refuse_other_models(written, where)
+    refuse_other_models({**written, "text_config": None, **described} if family.text_config else written, where)
     heads = values["num_attention_heads"]
     groups = values.get("num_key_value_heads") or heads
     if heads % groups:
@@ -115,6 +127,8 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         **(_expert_fields(values, family, where) if family.experts else {}),
+        **(hybrid_fields(values, where) if family.hybrid else {}),
+        text_tower=family.text_config,
         fused_experts=family.experts and stores_fused_experts(folder),
         eos_token_ids=_eos_token_ids(folder, values),
         hf_config={
@@ -123,7 +137,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         },
     )
     _check_with_transformers(
-        {**written, "vocab_size": spec.vocab_size}, architecture, where
+        {**described, "vocab_size": spec.vocab_size}, _config_class(family, architecture), where
     )  # last, because the messages of this file are clearer
     return spec
 
@@ -152,21 +166,32 @@ def _architecture(values: dict[str, Any], where: str) -> str:
     return architecture
 
 
-def _with_defaults(values: dict[str, Any], architecture: str) -> dict[str, Any]:
+def _text_config(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the config of the text tower. Tied embeddings and the end of an answer may stand beside it."""
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{where}: text_config={text!r} must be a dict; use the config.json of these weights")
+    outer = {key: values[key] for key in ("tie_word_embeddings", "quantization_config") if key in values}
+    ends = {"eos_token_id": values["eos_token_id"]} if values.get("eos_token_id") is not None else {}
+    return {**text, **ends, **outer}
+
+
+def _with_defaults(values: dict[str, Any], family: Family, architecture: str) -> dict[str, Any]:
     """Return the values of a config.json with the defaults that transformers has for the fields left out.
 
     Some defaults depend on other fields: Llama's `num_key_value_heads` is `num_attention_heads`.
     """
     try:
-        complete = _config_class(architecture)(**{key: values[key] for key in DEFAULTED if key in values})
+        complete = _config_class(family, architecture)(**{key: values[key] for key in DEFAULTED if key in values})
     except Exception:  # an invalid value, which the checks after this name
         return values
     present = {*values, *(["num_experts"] if "num_local_experts" in values else [])}  # two names of one field
     defaults = {key: getattr(complete, key, None) for key in DEFAULTED if key not in present}
-    return {**values, **{key: value for key, value in defaults.items() if value is not None}}
+    values = {**values, **{key: value for key, value in defaults.items() if value is not None}}
+    return with_hybrid_defaults(values) if family.hybrid else values
 
 
-def _check_with_transformers(values: dict[str, Any], architecture: str, where: str) -> None:
+def _check_with_transformers(values: dict[str, Any], config_class: Any, where: str) -> None:
     """Raise UserError if the config class of transformers refuses a value, also of a key that has no effect here.
 
     Such a model could be trained, but transformers would not open the export.
@@ -178,7 +203,7 @@ def _check_with_transformers(values: dict[str, Any], architecture: str, where: s
     try:
         # rope.py checks the rotary embedding: transformers 5 refuses some forms of it that transformers 4 wrote.
         rest = {key: value for key, value in values.items() if key not in ("rope_scaling", "rope_parameters")}
-        config = _config_class(architecture).from_dict(rest)
+        config = config_class.from_dict(rest)
     except Exception as error:  # each version raises classes of its own
         raise UserError(f"{where}: transformers refuses it, correct it: {' '.join(str(error).split())[:300]}") from None
     finally:
@@ -192,10 +217,10 @@ def _check_with_transformers(values: dict[str, Any], architecture: str, where: s
         )
 
 
-def _config_class(architecture: str) -> Any:
+def _config_class(family: Family, architecture: str) -> Any:
     import transformers
 
-    return getattr(transformers, architecture.replace("ForCausalLM", "Config"))
+    return getattr(transformers, family.config_class or architecture.replace("ForCausalLM", "Config"))
 
 
 def _expert_fields(values: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
@@ -262,7 +287,9 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
             family.always_slides and window is not None and window < positions
         ),
         "use_sliding_window": bool(values.get("use_sliding_window")),
-        f"layer_types {sorted(layer_types)}": bool(layer_types - {"full_attention"}),
+        f"layer_types {sorted(layer_types)}": bool(
+            layer_types - {"full_attention", *([hybrid.LINEAR] if family.hybrid else [])}
+        ),
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": not family.qkv_bias and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),

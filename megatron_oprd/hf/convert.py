@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -20,8 +21,12 @@ def fill_shard(
     """
     if not entry.cut:
         rank, size = 0, 1
-    if entry.layout in ("qkv", "gate_up"):
-        _fill_parts(_parts(shard, entry, spec, size), entry, reader, rank, size)
+    if entry.layout in ("qkv", "gate_up", "delta"):
+        for name, first, part in _parts(shard, entry, spec, size):
+            leading = part.shape[: 1 + part.dim() - shard.dim()]
+            rows = math.prod(leading)
+            start = first * size + rank * rows
+            part.copy_(reader.read_rows(name, start, start + rows).unflatten(0, leading))
         return
     (name,), rows = entry.hf, len(shard)
     if entry.layout == "columns":
@@ -38,42 +43,58 @@ def fill_shard(
             shard[:present].copy_(reader.read_rows(name, rank * rows, rank * rows + present))
 
 
-def _parts(shard: torch.Tensor, entry: Entry, spec: ModelSpec, size: int) -> Sequence[torch.Tensor]:
-    """Return views [groups, rows of a group, ...] of a shard: query, key and value, or gate and up projection."""
+def _parts(shard: torch.Tensor, entry: Entry, spec: ModelSpec, size: int) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """Yield the parts of a shard in the order of the rows of their Hugging Face tensors.
+
+    Yields: name of the tensor; rows of the tensor before the part, for the groups of this shard; the part. The part is
+    a view of the shard [groups, ..., *], in which the dimensions before the shard's own other dimensions count rows.
+    """
+    groups, rows = _rows_of_group(shard, entry, spec, size)
+    if len(entry.hf) == 1:  # one tensor with the parts concatenated
+        names = [entry.hf[0]] * len(rows)
+    elif len(rows) > len(entry.hf):  # the first tensor has several parts concatenated
+        names = [*[entry.hf[0]] * (1 + len(rows) - len(entry.hf)), *entry.hf[1:]]
+    else:
+        names = list(entry.hf)
+    before = dict.fromkeys(entry.hf, 0)
+    views = shard.unflatten(0, (groups, -1)).split(rows, dim=1)
+    for name, count, view in zip(names, rows, views, strict=True):
+        if entry.layout == "qkv" and spec.output_gate and name == entry.hf[0]:
+            # Queries, then gates of a group; in the Hugging Face tensor each head has its query and its gate.
+            view = view.unflatten(1, (2, -1, spec.head_dim)).transpose(1, 2)
+        yield name, before[name], view
+        before[name] += groups * count
+
+
+def _rows_of_group(shard: torch.Tensor, entry: Entry, spec: ModelSpec, size: int) -> tuple[int, list[int]]:
+    """Return the number of groups in a shard, and the rows of each part of a group."""
     if entry.layout == "gate_up":
-        return shard.unflatten(0, (1, -1)).chunk(2, dim=1)
-    # Megatron-Core splits the projection by query group: [groups, (queries of the group + key + value) * d, ...].
-    queries = spec.num_attention_heads // spec.num_query_groups * spec.head_dim
-    groups = shard.unflatten(0, (spec.num_query_groups // size, -1))
-    return groups.split([queries, spec.head_dim, spec.head_dim], dim=1)
-
-
-def _fill_parts(parts: Sequence[torch.Tensor], entry: Entry, reader: HFReader, rank: int, size: int) -> None:
-    first = 0  # row of the part in its tensor
-    for number, part in enumerate(parts):
-        rows = part.shape[0] * part.shape[1]
-        start = first + rank * rows
-        name = entry.hf[number] if len(entry.hf) > 1 else entry.hf[0]
-        part.copy_(reader.read_rows(name, start, start + rows).unflatten(0, (part.shape[0], -1)))
-        if len(entry.hf) == 1:  # one tensor with the parts concatenated
-            first += size * rows
+        return 1, [len(shard) // 2] * 2
+    if entry.layout == "qkv":
+        # Megatron-Core splits the projection by query group: [groups, (queries of the group + key + value) * d, ...].
+        queries = spec.num_attention_heads // spec.num_query_groups * spec.head_dim * (2 if spec.output_gate else 1)
+        return spec.num_query_groups // size, [queries, spec.head_dim, spec.head_dim]
+    sizes = spec.delta_net
+    assert sizes is not None
+    groups = sizes.num_key_heads // size
+    if len(shard) == groups * sizes.convolved:  # the convolution
+        return groups, [sizes.key_dim, sizes.key_dim, sizes.values_per_key * sizes.value_dim]
+    each, values = sizes.values_per_key, sizes.values_per_key * sizes.value_dim
+    if len(entry.hf) == 2:  # the tensors have the order of the parameter
+        return groups, [sizes.convolved + values, 2 * each]
+    return groups, [sizes.key_dim, sizes.key_dim, values, values, each, each]
 
 
 def from_megatron(entry: Entry, parameter: torch.Tensor, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """Return the Hugging Face tensors of a full Megatron parameter by name, without vocabulary padding."""
-    if entry.layout == "qkv":
-        queries = spec.num_attention_heads // spec.num_query_groups * spec.head_dim
-        groups = parameter.unflatten(0, (spec.num_query_groups, -1))
-        pieces = groups.split([queries, spec.head_dim, spec.head_dim], dim=1)
-        parts = [piece.flatten(0, 1) for piece in pieces]
-        tensors = parts if len(entry.hf) == len(parts) else [torch.cat(parts)]
-    elif entry.layout == "gate_up":
-        tensors = list(parameter.chunk(len(entry.hf), dim=0))
-    elif entry.layout == "vocabulary":
-        tensors = [parameter[: spec.vocab_size]]
-    else:
-        tensors = [parameter]
-    return {name: tensor.contiguous() for name, tensor in zip(entry.hf, tensors, strict=True)}
+    if entry.layout in ("qkv", "gate_up", "delta"):
+        pieces: dict[str, list[torch.Tensor]] = {name: [] for name in entry.hf}
+        for name, _, part in _parts(parameter, entry, spec, 1):
+            pieces[name].append(part.flatten(0, part.dim() - parameter.dim()))
+        return {name: torch.cat(parts) if len(parts) > 1 else parts[0].contiguous() for name, parts in pieces.items()}
+    (name,) = entry.hf
+    tensor = parameter[: spec.vocab_size] if entry.layout == "vocabulary" else parameter
+    return {name: tensor.contiguous()}
 
 
 def unshard(entry: Entry, shards: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -12,8 +12,10 @@ import torch.distributed as dist
 from megatron_oprd.hf.companions import config_with_dtype
 from megatron_oprd.hf.convert import from_megatron, unshard
 from megatron_oprd.hf.experts import fuse_experts
+from megatron_oprd.hf.kept import kept_tensors
 from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.names import Entry, entries, megatron_shapes, shard_shape
+from megatron_oprd.hf.weight_files import stored_name
 from megatron_oprd.hf.writer import MAX_SHARD_BYTES, HFWriter
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.rank_zero import on_rank_zero
@@ -42,7 +44,7 @@ def export_hf(
 
     Args:
         stage: this rank's chunks of the model.
-        source: folder whose tokenizer, chat template and generation config are copied.
+        source: folder whose tokenizer, chat template, generation config and kept tensors are copied.
         target: the new folder.
         written: dtype and size of the safetensors files.
 
@@ -85,7 +87,9 @@ def _write(
             target, max_shard_bytes, companions=source, config=config, eos_token_ids=spec.eos_token_ids
         ) as writer:
             for name, tensor in fuse_experts(tensors, spec) if spec.fused_experts else tensors:
-                writer.write(name, tensor.to(dtype))
+                writer.write(stored_name(name, text_tower=spec.text_tower), tensor.to(dtype))
+            for name, tensor in kept_tensors(source, spec):
+                writer.write(name, tensor)
     except Exception as error:
         _exhaust(tensors)
         return error

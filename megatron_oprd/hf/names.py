@@ -7,9 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_oprd.types import ModelSpec
+from megatron_oprd.types import DeltaNet, ModelSpec
 
-Layout = Literal["copy", "rows", "columns", "vocabulary", "qkv", "gate_up"]
+Layout = Literal["copy", "rows", "columns", "vocabulary", "qkv", "gate_up", "delta"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,12 @@ class Entry:
         copy: every rank has the full parameter.
         rows, columns: sharded along dimension 0 or 1.
         vocabulary: rows, padded with zeros to a multiple of the tensor-parallel size.
-        qkv: query, key and value interleaved by query group, sharded between groups.
+        qkv: query, key and value interleaved by query group, sharded between groups. With an output gate, the gates of
+            a group follow its queries; Hugging Face has the gate of a head after its query.
         gate_up: each of the two halves is sharded separately, and every rank concatenates its two shards.
-    For qkv and gate_up, Hugging Face has either separate tensors or one tensor with the parts concatenated.
+        delta: rows of Gated DeltaNet, ordered by key head as `models/delta_net.py` says, sharded between key heads.
+    For qkv and gate_up, Hugging Face has either separate tensors or one tensor with the parts concatenated. For delta,
+    it has tensors in the same order (Qwen3-Next), or separate tensors with or without concatenated parts (Qwen3.5).
     """
 
     megatron: str  # parameter name
@@ -57,6 +60,7 @@ _QK_NORM = (
     Entry("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "copy"),
     Entry("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "copy"),
 )
+QWEN3_5 = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration")
 BLOCK_TABLES = {
     "Qwen2ForCausalLM": (*_BLOCK, *_QKV, *_QKV_BIAS),
     "Qwen3ForCausalLM": (*_BLOCK, *_QKV, *_QK_NORM),
@@ -64,7 +68,20 @@ BLOCK_TABLES = {
     "Qwen2MoeForCausalLM": (*_BLOCK, *_QKV, *_QKV_BIAS),
     "LlamaForCausalLM": (*_BLOCK, *_QKV),
     "Phi3ForCausalLM": (*_BLOCK, *_FUSED_QKV),
+    **dict.fromkeys(QWEN3_5, (*_BLOCK, *_QKV, *_QK_NORM)),
 }
+_DELTA_NET = (
+    _BLOCK[0],
+    Entry("self_attention.conv_weight", ("linear_attn.conv1d.weight",), "delta"),
+    Entry("self_attention.A_log", ("linear_attn.A_log",), "rows"),
+    Entry("self_attention.dt_bias", ("linear_attn.dt_bias",), "rows"),
+    Entry("self_attention.norm_weight", ("linear_attn.norm.weight",), "copy"),
+    Entry("self_attention.out_proj.weight", ("linear_attn.out_proj.weight",), "columns"),
+    _BLOCK[2],
+)
+_DELTA_INPUTS = tuple(f"linear_attn.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))
+# The tables of blocks with Gated DeltaNet in place of attention.
+DELTA_NET_TABLES = dict.fromkeys(QWEN3_5, (*_DELTA_NET, Entry("self_attention.in_proj.weight", _DELTA_INPUTS, "delta")))
 _DOWN = Entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "columns")
 _MLP = (Entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"), _DOWN)
 _FUSED_MLP = (Entry("mlp.linear_fc1.weight", ("mlp.gate_up_proj.weight",), "gate_up"), _DOWN)
@@ -96,6 +113,7 @@ EMBEDDING = Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weigh
 # Names in Transformer Engine's fused modules, and the names of the same norms in our own layer spec.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.in_proj.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)$")
@@ -120,7 +138,8 @@ def entries(spec: ModelSpec) -> tuple[Entry, ...]:
 
 
 def _layer_entries(spec: ModelSpec, layer: int) -> tuple[Entry, ...]:
-    block = tuple(entry.inside(layer) for entry in BLOCK_TABLES[spec.architecture])
+    tables = DELTA_NET_TABLES if layer in spec.linear_layers else BLOCK_TABLES
+    block = tuple(entry.inside(layer) for entry in tables[spec.architecture])
     if layer not in spec.sparse_layers:
         return (*block, *(entry.inside(layer) for entry in DENSE_MLP_TABLES[spec.architecture]))
     experts = (entry.inside(layer, expert) for expert in range(spec.num_experts) for entry in EXPERT)
@@ -146,12 +165,13 @@ def _shapes_by_suffix(spec: ModelSpec, ffn: int) -> dict[str, tuple[int, ...]]:
     hidden = spec.hidden_size
     queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
     return {
+        **(_delta_net_shapes(spec.delta_net, hidden) if spec.delta_net else {}),
         "embed_tokens.weight": (spec.vocab_size, hidden),
         "lm_head.weight": (spec.vocab_size, hidden),
         # Fused names come first, because the names of their parts are suffixes of them.
         "qkv_proj.weight": (queries + 2 * keys, hidden),
         "gate_up_proj.weight": (2 * ffn, hidden),
-        "q_proj.weight": (queries, hidden),
+        "q_proj.weight": (2 * queries if spec.output_gate else queries, hidden),
         "k_proj.weight": (keys, hidden),
         "v_proj.weight": (keys, hidden),
         "o_proj.weight": (hidden, queries),
@@ -167,6 +187,22 @@ def _shapes_by_suffix(spec: ModelSpec, ffn: int) -> dict[str, tuple[int, ...]]:
         "mlp.shared_expert_gate.weight": (1, hidden),
         "layernorm.weight": (hidden,),
         "model.norm.weight": (hidden,),
+    }
+
+
+def _delta_net_shapes(sizes: DeltaNet, hidden: int) -> dict[str, tuple[int, ...]]:
+    heads, values = sizes.num_value_heads, sizes.num_value_heads * sizes.value_dim
+    channels = sizes.num_key_heads * sizes.convolved
+    return {
+        "linear_attn.conv1d.weight": (channels, 1, sizes.kernel),
+        "linear_attn.A_log": (heads,),
+        "linear_attn.dt_bias": (heads,),
+        "linear_attn.norm.weight": (sizes.value_dim,),
+        "linear_attn.out_proj.weight": (hidden, values),
+        "linear_attn.in_proj_qkv.weight": (channels, hidden),
+        "linear_attn.in_proj_z.weight": (values, hidden),
+        "linear_attn.in_proj_b.weight": (heads, hidden),
+        "linear_attn.in_proj_a.weight": (heads, hidden),
     }
 
 

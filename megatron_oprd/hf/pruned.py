@@ -12,8 +12,11 @@ import torch
 
 from megatron_oprd.hf.companions import config_with_dtype
 from megatron_oprd.hf.experts import fuse_experts
+from megatron_oprd.hf.hybrid import LINEAR
+from megatron_oprd.hf.kept import kept_tensors
 from megatron_oprd.hf.names import hf_shapes
 from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.hf.weight_files import stored_name
 from megatron_oprd.hf.writer import HFWriter
 from megatron_oprd.runtime.files import write_text
 from megatron_oprd.types import ModelSpec
@@ -28,15 +31,27 @@ def pruned_spec(spec: ModelSpec, kept: Sequence[int]) -> ModelSpec:
         kept: blocks, numbered from 1, ascending.
     """
     sparse = tuple(new for new, block in enumerate(kept) if block - 1 in spec.sparse_layers)
+    linear = tuple(new for new, block in enumerate(kept) if block - 1 in spec.linear_layers)
     config = _pruned_config(spec, kept, sparse)
-    return dataclasses.replace(spec, num_layers=len(kept), sparse_layers=sparse, hf_config=config)
+    return dataclasses.replace(spec, num_layers=len(kept), sparse_layers=sparse, linear_layers=linear, hf_config=config)
 
 
 def _pruned_config(spec: ModelSpec, kept: Sequence[int], sparse: Sequence[int]) -> dict[str, Any]:
-    """Return the content of config.json. The keys that count blocks or have an entry for each block are changed."""
+    """Return the content of config.json. The keys that count blocks or have an entry for each block are changed.
+
+    Blocks with Gated DeltaNet are no longer all but every n-th one, so the type of each block is listed.
+    """
+    if spec.text_tower:
+        text = _pruned_config(
+            dataclasses.replace(spec, text_tower=False, hf_config=spec.hf_config["text_config"]), kept, sparse
+        )
+        return {**spec.hf_config, "text_config": text}
     config = {**spec.hf_config, "num_hidden_layers": len(kept)}
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = [config["layer_types"][block - 1] for block in kept]
+    elif spec.linear_layers:
+        linear = {block for block in kept if block - 1 in spec.linear_layers}
+        config["layer_types"] = [LINEAR if block in linear else "full_attention" for block in kept]
     if type(config.get("max_window_layers")) is int:
         config["max_window_layers"] = min(config["max_window_layers"], len(kept))
     if spec.sparse_layers:
@@ -68,6 +83,8 @@ def write_pruned(
     with HFWriter(target, companions=source, config=config) as writer:
         tensors = _tensors(reader, pruned, kept, dtype)
         for name, tensor in fuse_experts(tensors, pruned) if pruned.fused_experts else tensors:
+            writer.write(stored_name(name, text_tower=spec.text_tower), tensor)
+        for name, tensor in kept_tensors(source, spec):
             writer.write(name, tensor)
         for name, text in texts.items():
             write_text(writer.partial / name, text)

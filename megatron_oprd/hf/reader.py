@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from megatron_oprd.hf.experts import check_one_form, fused_name, fused_shapes, is_fused, single_experts
 from megatron_oprd.hf.fp8 import SCALE, STORED_AS, dequantize, scale_shape, weight_block_size
+from megatron_oprd.hf.kept import is_kept, looks_kept
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, hf_shapes
 from megatron_oprd.hf.weight_files import locate_tensors
 from megatron_oprd.runtime.files import read_json
@@ -112,7 +113,7 @@ class HFReader:
         Raises:
             UserError: a tensor is not bfloat16, float16, float32 or FP8 with scales.
         """
-        found = {self._dtype(name) for name in sorted(self._located.keys() - self._scales)}
+        found = {self._dtype(name) for name in sorted(self._located.keys() - self._scales) if not looks_kept(name)}
         dtypes = sorted((dtype for dtype in found if dtype is not None), key=str)
         return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.bfloat16
 
@@ -150,7 +151,7 @@ class HFReader:
                 bfloat16, float16, float32 or FP8 with scales.
         """
         expected = hf_shapes(spec)
-        found = set(self._places)
+        found = {name for name in self._places if not is_kept(name, spec)}
         if spec.tied_embeddings:
             self._check_tied_head()
             found.discard(_HEAD)

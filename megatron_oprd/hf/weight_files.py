@@ -18,6 +18,7 @@ MANIFEST = "megatron_oprd.json"  # describes the weights of a Megatron checkpoin
 # Buffers that earlier versions of transformers saved. It ignores them when it loads a model.
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|position_ids|(self_)?attn\.bias)$")
 _TWICE = re.compile(r"model\.(model|lm_head)\.")
+_TEXT_TOWER = re.compile(r"model\.language_model\.")
 _WITHOUT_PREFIX = re.compile(r"(embed_tokens|layers|norm)\.")
 
 
@@ -49,12 +50,20 @@ def locate_tensors(folder: Path) -> dict[str, StoredTensor]:
 def model_name(stored: str) -> str:
     """Return the name in the model of a tensor in a file.
 
-    As in transformers, a folder may have been saved from the model without LM head (`layers.0...`), or the names may
-    have the prefix `model.` once too often.
+    The text tower of a model for text and images gets the names of a model for text. As in transformers, a folder may
+    have been saved from the model without LM head (`layers.0...`), or the names may have the prefix `model.` once too
+    often.
     """
     if _TWICE.match(stored):
         return stored.removeprefix("model.")
+    if _TEXT_TOWER.match(stored):
+        return _TEXT_TOWER.sub("model.", stored)
     return f"model.{stored}" if _WITHOUT_PREFIX.match(stored) else stored
+
+
+def stored_name(name: str, *, text_tower: bool) -> str:
+    """Return the name in the files of a tensor of a model, or of the text tower of a model for text and images."""
+    return re.sub(r"^model\.", "model.language_model.", name) if text_tower else name
 
 
 def model_names(folder: Path) -> set[str]:

@@ -189,6 +189,11 @@ def check_student_layout(
     check_experts(parallel.expert, list(models.values()))
     for model, spec in models.items():
         check_divisible(spec, parallel.tensor, parallel.expert, model=model)
+        if spec.linear_layers and parallel.context > 1:
+            raise UserError(
+                f"parallel.context={parallel.context}: the {model}'s Gated DeltaNet layers pass a state from token to "
+                "token, which is not divided over ranks; use parallel.context=1"
+            )
     if student.num_experts and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(
             f"parallel.tensor={parallel.tensor} with a student of {student.num_experts} experts needs "
@@ -205,6 +210,13 @@ def check_precision(
 ) -> None:
     """Raise UserError if the precision does not support the sizes of a model in its layout."""
     recipe, parallel = config.precision.recipe, config.parallel
+    for model, spec in {"student": student, **{teacher_title(name): of.spec for name, of in teachers.items()}}.items():
+        own = precision.student if model == "student" else precision.teacher
+        if spec.linear_layers and (own.transformer_engine or own.in_fp8):
+            raise UserError(
+                f"the {model} has Gated DeltaNet layers, which run without Transformer Engine and FP8; use "
+                "precision.attention=sdpa, precision.fp8=null and precision.teacher_fp8=off"
+            )
     te, fp8 = precision.student.transformer_engine, config.precision.fp8 is not None
     check_parts(config.recompute, available_parts(student, transformer_engine=te, fp8=fp8))
     layout = ModelLayout(parallel, student_stages, "student", "parallel")

@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from torch.nn.attention import bias as attention_bias
 
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.micro_batch import ContextPart
 from megatron_oprd.models.rotary import rotate
+
+
+class GatedSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention, whose output gate rounds as that of transformers and is not compiled."""
+
+    def _apply_output_gate(self, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return output * torch.sigmoid(gate.reshape(output.shape))
 
 
 class PackedAttention(torch.nn.Module):

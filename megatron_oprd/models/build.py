@@ -55,6 +55,8 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=spec.qkv_bias,
         qk_layernorm=spec.qk_norm,
+        attention_output_gate=spec.output_gate,
+        layernorm_zero_centered_gamma=spec.zero_centered_norms,
         # Megatron's defaults are 0.1: distillation compares two deterministic models.
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -135,11 +137,11 @@ def build_model(
     chunks = []
     for chunk, number in enumerate(topology.stages):
         first_layer = sum(stages[:number])
-        sparse = [layer in spec.sparse_layers for layer in range(first_layer, first_layer + stages[number])]
+        layers = range(first_layer, first_layer + stages[number])
         with cpu_stand_ins.cpu_devices():
             model = HiddenStateModel(
                 config,
-                block_spec(sparse, spec.qk_norm, transformer_engine=precision.transformer_engine),
+                block_spec(spec, layers, transformer_engine=precision.transformer_engine),
                 vocab_size=padded_vocab_size(spec, topology.tensor_size),
                 max_positions=spec.max_position_embeddings,
                 rotary=Rotary(spec),
@@ -176,6 +178,7 @@ def check_divisible(spec: ModelSpec, tensor: int, expert: int = 1, key: str = "p
         "attention heads": spec.num_attention_heads,
         "key-value heads": spec.num_query_groups,
         "intermediate size": spec.ffn_hidden_size,
+        "key heads of Gated DeltaNet": spec.delta_net.num_key_heads if spec.delta_net else 0,
         "shared expert's intermediate size": spec.shared_ffn_hidden_size,
     }
     for name, count in divided.items():

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_oprd.models.delta_rule import ChunkPlan
 from megatron_oprd.models.tap_params import TappedSeqParams
 
 
@@ -34,6 +35,7 @@ class MicroBatch(TappedSeqParams):
         None  # cos and `signed` sin [tokens, 1, rotary_dim]; set by the model
     )
     fused_packing: PackedSeqParams | None = None  # for Transformer Engine; set by the first layer
+    chunks: ChunkPlan | None = None  # for Gated DeltaNet; set by the first such layer
     logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head
 
     def for_layer(self) -> MicroBatch:

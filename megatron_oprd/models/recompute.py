@@ -16,6 +16,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_oprd.config import RecomputeConfig
+from megatron_oprd.models.delta_net import GatedDeltaNet
 from megatron_oprd.models.norm import RMSNorm
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -76,7 +77,7 @@ def set_recomputation(chunks: Iterable[Any], recomputation: Recomputation) -> No
 def set_parts(layer: Any, parts: frozenset[str]) -> None:
     """Set the parts of one block that are recomputed alone."""
     layer.recomputed_parts = parts
-    if isinstance(layer.self_attention, Attention):
+    if isinstance(layer.self_attention, Attention | GatedDeltaNet):
         layer.self_attention.checkpoint_core_attention = "core_attn" in parts
     if isinstance(layer.mlp, MoELayer):
         layer.mlp.moe_layer_recompute = "mlp" in parts
@@ -105,7 +106,7 @@ def run_norm(norm: torch.nn.Module, hidden_states: torch.Tensor, parts: Collecti
         return Computed(norm(hidden_states), lambda: norm(stored))
     normalized = norm.normalize(hidden_states)
     with _stored_as(normalized, lambda: norm.normalize(stored)):
-        output = norm.weight * normalized
+        output = norm.scale(normalized)
     return Computed(output, lambda: norm(stored))
 
 

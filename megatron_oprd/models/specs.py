@@ -17,11 +17,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_oprd.models.attention import PackedAttention
+from megatron_oprd.models.attention import GatedSelfAttention, PackedAttention
+from megatron_oprd.models.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from megatron_oprd.models.layer import tapped_layer_spec
 from megatron_oprd.models.module_set import ModuleSet
 from megatron_oprd.models.norm import RMSNorm
 from megatron_oprd.models.swiglu import SwiGLU
+from megatron_oprd.types import DeltaNet, ModelSpec
 
 OWN = ModuleSet(
     RMSNorm,
@@ -36,9 +38,9 @@ OWN = ModuleSet(
 
 
 def block_spec(
-    sparse: Sequence[bool], qk_norm: bool, *, transformer_engine: bool = False
+    spec: ModelSpec, layers: Sequence[int], *, transformer_engine: bool = False
 ) -> TransformerBlockSubmodules:
-    """Return the spec of one model chunk: a layer for each entry of `sparse`, with experts where the entry is True.
+    """Return the spec of one model chunk that has `layers` of a model, numbered from 0.
 
     The spec names the final norm: from a layer spec alone, Megatron-Core would take Transformer Engine's norm as soon
     as Transformer Engine is installed.
@@ -46,23 +48,12 @@ def block_spec(
     modules = OWN
     if transformer_engine:
         from megatron_oprd.models.te_spec import MODULES as modules  # importing this file needs Transformer Engine
-    layers = {is_sparse: _layer_spec(modules, is_sparse, qk_norm) for is_sparse in set(sparse)}
-    return TransformerBlockSubmodules([layers[is_sparse] for is_sparse in sparse], layer_norm=modules.norm)
+    return TransformerBlockSubmodules([_layer_spec(modules, spec, layer) for layer in layers], layer_norm=modules.norm)
 
 
-def _layer_spec(modules: ModuleSet, sparse: bool, qk_norm: bool) -> ModuleSpec:
+def _layer_spec(modules: ModuleSet, spec: ModelSpec, layer: int) -> ModuleSpec:
+    sparse, linear = layer in spec.sparse_layers, layer in spec.linear_layers
     outer_norm = IdentityOp if modules.fused_norm else modules.norm
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=modules.column,
-            core_attention=modules.core_attention,
-            linear_proj=modules.row,
-            q_layernorm=modules.norm if qk_norm else None,
-            k_layernorm=modules.norm if qk_norm else None,
-        ),
-    )
     mlp = ModuleSpec(MLP, submodules=MLPSubmodules(modules.column, modules.activation, modules.row))
     if sparse:
         # Megatron-Core builds the shared expert only if its configuration has a width for it.
@@ -71,7 +62,7 @@ def _layer_spec(modules: ModuleSet, sparse: bool, qk_norm: bool) -> ModuleSpec:
         mlp = ModuleSpec(MoELayer, submodules=experts)
     submodules = TransformerLayerSubmodules(
         input_layernorm=outer_norm,
-        self_attention=attention,
+        self_attention=_delta_net(modules, spec.delta_net) if linear else _attention(modules, spec),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=modules.norm if sparse else outer_norm,  # the router, too, gets normalised states
         mlp=mlp,
@@ -79,3 +70,20 @@ def _layer_spec(modules: ModuleSet, sparse: bool, qk_norm: bool) -> ModuleSpec:
         sharded_state_dict_keys_map=dict(modules.checkpoint_names),
     )
     return tapped_layer_spec(ModuleSpec(TransformerLayer, submodules=submodules))
+
+
+def _attention(modules: ModuleSet, spec: ModelSpec) -> ModuleSpec:
+    submodules = SelfAttentionSubmodules(
+        linear_qkv=modules.column,
+        core_attention=modules.core_attention,
+        linear_proj=modules.row,
+        q_layernorm=modules.norm if spec.qk_norm else None,
+        k_layernorm=modules.norm if spec.qk_norm else None,
+    )
+    module = GatedSelfAttention if spec.output_gate else SelfAttention
+    return ModuleSpec(module, params={"attn_mask_type": AttnMaskType.causal}, submodules=submodules)
+
+
+def _delta_net(modules: ModuleSet, sizes: DeltaNet | None) -> ModuleSpec:
+    submodules = DeltaNetSubmodules(in_proj=modules.column, out_proj=modules.row)
+    return ModuleSpec(GatedDeltaNet, params={"sizes": sizes}, submodules=submodules)

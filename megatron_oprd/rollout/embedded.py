@@ -23,7 +23,7 @@ from megatron_oprd.rollout.longrope_refill import refill_crossing_rows
 from megatron_oprd.rollout.requests import Request, make_requests
 from megatron_oprd.rollout.slots import Slots
 from megatron_oprd.runtime import progress
-from megatron_oprd.types import ModelSpec, Prompt, Rollout
+from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
 
 # After so many passes the host asks which rows ended, for which it waits for the device.
 PASSES_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
@@ -59,6 +59,11 @@ class EmbeddedEngine(ImmediateEngine):
         vocab_size: int | None = None,
         progress: bool = False,
     ) -> None:
+        if spec.linear_layers:
+            raise UserError(
+                f"rollouts of {spec.architecture}, which has Gated DeltaNet layers, are not supported yet; use "
+                "rollout.engine=replay, evaluation.every=null and a student without such layers"
+            )
         self.stage = stage
         self.spec = spec
         self.topology = topology

@@ -18,6 +18,8 @@ def check_student(spec: ModelSpec, vocab_size: int, longest_row: int) -> None:
         vocab_size: only token ids below it may be sampled.
         longest_row: most tokens of a prompt and its answer.
     """
+    if spec.linear_layers:
+        raise UserError(f"rollout.engine=vllm has not been tried with {spec.architecture}; use rollout.engine=megatron")
     excluded_ids(spec, vocab_size)
     scaling = spec.rope_scaling
     if isinstance(scaling, LongRope) and longest_row > scaling.original_positions:

@@ -52,6 +52,7 @@ YARN = {
     "beta_fast": 8.0,
     "beta_slow": 0.1,
 }
+HYBRID = ("Qwen3_5",)
 
 
 def longrope(rotary_dim: int, original: int = 10, partial: float = 0.75, **rope) -> dict:
@@ -76,6 +77,17 @@ def longrope(rotary_dim: int, original: int = 10, partial: float = 0.75, **rope)
     }
 
 
+# Gated DeltaNet in layers 1, 3 and 5: two key heads with two value heads each. The weights are small, because the
+# gradient of a decay is a small difference of large sums, in which rounding errors of float32 would show.
+DELTA_NET = {
+    "initializer_range": 0.03,
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "full_attention_interval": 2,
+}
 # Settings of each family. Phi-3 changes its rotary factors after 10 positions, which most tests have on both sides.
 FAMILIES = {
     "Qwen2": {},
@@ -88,6 +100,7 @@ FAMILIES = {
         "rope_parameters": YARN,
     },
     "Llama": {"head_dim": 24, "rope_parameters": LLAMA3_SCALING},
+    "Qwen3_5": DELTA_NET,
     "Phi3": {**longrope(6), "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
 }
 
@@ -108,17 +121,28 @@ def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
         initializer_range=0.1,
     )
-    config = getattr(transformers, f"{family}Config")(**copy.deepcopy({**sizes, **FAMILIES[family], **overrides}))
+    config_class = "Qwen3_5TextConfig" if family == "Qwen3_5" else f"{family}Config"
+    config = getattr(transformers, config_class)(**copy.deepcopy({**sizes, **FAMILIES[family], **overrides}))
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name))
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + _center(name, family))
             elif name.endswith("mlp.gate.weight"):
                 # Router logits lie far apart, so that rounding does not change the experts of a token.
                 parameter.copy_(torch.randn_like(parameter) * 0.5)
+            elif name.endswith("conv1d.weight"):
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
     return model
+
+
+def _center(name: str, family: str) -> float:
+    """Return the mean of the random values of a bias or norm."""
+    if name.endswith("A_log"):
+        return -2.0  # the states of Gated DeltaNet then last some ten tokens
+    zero_centered = family in HYBRID and "linear_attn" not in name
+    return float("norm" in name and not zero_centered)
 
 
 def save(model: torch.nn.Module, folder: Path, **kwargs) -> Path:

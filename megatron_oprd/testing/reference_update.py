@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 
 from megatron_oprd.bridge.record import Bridge
 from megatron_oprd.bridge.store import read_bridge
@@ -245,7 +246,8 @@ def _states(model, ids, start, config):
     """
     before_norm = []
     handle = model.model.norm.register_forward_pre_hook(lambda module, inputs: before_norm.append(inputs[0]))
-    output = model(torch.tensor([ids]), output_hidden_states=True)
+    with _StayInFloat64():
+        output = model(torch.tensor([ids]), output_hidden_states=True)
     handle.remove()
     term, last = config.loss.representation, len(output.hidden_states) - 1
     rows = slice(start + term.shift, None)
@@ -254,6 +256,21 @@ def _states(model, ids, start, config):
         for layer in range(1, last + 1)
     }
     return states, output.logits[0, start - 1 : -1]
+
+
+class _StayInFloat64(TorchFunctionMode):
+    """Leave float64 tensors in float64 where the models of transformers ask for float32 (norms, Gated DeltaNet)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 def _by_checkpoint_name(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:

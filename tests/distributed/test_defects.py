@@ -6,7 +6,7 @@ Each mistake runs in one case of each kind; benchmarks/parity.py --defects runs 
 import pytest
 
 from tests.helpers.defects import DEFECTS
-from tests.helpers.layouts import covering
+from tests.helpers.layouts import HYBRID_CASES, covering
 from tests.helpers.run_layouts import References, run_cases
 
 RANKS = 4
@@ -25,7 +25,7 @@ def references(tmp_path_factory):
 
 def handful(defect):
     """Return a few cases in which a mistake shows and a few in which it does not."""
-    cells = [case for case in covering() if case.world == RANKS]
+    cells = [case for case in (*covering(), *HYBRID_CASES) if case.world == RANKS]
     felt = [case for case in cells if defect.felt_by(case)]
     unfelt = [case for case in cells if not defect.felt_by(case)]
     return felt[:OF_EACH_COLOUR] + unfelt[:OF_EACH_COLOUR]

@@ -9,13 +9,22 @@ import functools
 
 import pytest
 
-from tests.helpers.layouts import METHOD_CASES, METHODS_IN_CI, OBJECTIVE_CASES, OVERLAP_CASES, covering, two_cuts_each
+from tests.helpers.layouts import (
+    HYBRID_CASES,
+    METHOD_CASES,
+    METHODS_IN_CI,
+    OBJECTIVE_CASES,
+    OVERLAP_CASES,
+    covering,
+    two_cuts_each,
+)
 from tests.helpers.run_layouts import References, run_cases
 
-IN_CI = (*covering(), *two_cuts_each(), *OVERLAP_CASES, *METHOD_CASES[:METHODS_IN_CI])
+IN_CI = (*covering(), *two_cuts_each(), *OVERLAP_CASES, *METHOD_CASES[:METHODS_IN_CI], *HYBRID_CASES[2:5])
+NIGHTLY = [case for case in (*OBJECTIVE_CASES, *METHOD_CASES, *HYBRID_CASES) if case not in IN_CI]
 CASES = [
     *IN_CI,
-    *(pytest.param(case, marks=pytest.mark.nightly) for case in (*OBJECTIVE_CASES, *METHOD_CASES) if case not in IN_CI),
+    *(pytest.param(case, marks=pytest.mark.nightly) for case in NIGHTLY),
 ]
 
 

@@ -19,12 +19,12 @@ from megatron.core import parallel_state
 from megatron_oprd.data.balance import assign
 from megatron_oprd.data.packing import Term, num_tokens
 from megatron_oprd.losses.reduction import count
-from megatron_oprd.models import taps, targets
+from megatron_oprd.models import delta_net, taps, targets
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.training import global_batch, overlap
 from megatron_oprd.types import DeviceBatch, DeviceSelection, PackedBatch, StateKey
-from tests.helpers.layouts import Case
+from tests.helpers.layouts import HYBRIDS, Case
 from tests.helpers.run_layouts import rollouts_of
 
 
@@ -199,6 +199,18 @@ def _interleaves_several_micro_batches(case: Case) -> bool:
     return "virtual" in case.features and any(any(share[:-1]) for share in _micro_batches(case))
 
 
+@contextlib.contextmanager
+def state_of_the_sequence_before() -> Iterator[None]:
+    """Gated DeltaNet and its convolution go on from one packed sequence into the next."""
+    plan = delta_net.plan_chunks
+    with mock.patch.object(delta_net, "plan_chunks", lambda bounds, device: plan((0, bounds[-1]), device)):
+        yield
+
+
+def _packs_sequences_of_a_hybrid(case: Case) -> bool:
+    return case.family in HYBRIDS.values() and any(len(batch) > 1 for share in _micro_batches(case) for batch in share)
+
+
 DEFECTS = (
     Defect("mean of micro-batch means", mean_of_micro_batch_means, _has_uneven_micro_batches),
     Defect(
@@ -223,4 +235,5 @@ DEFECTS = (
         gradient_divided_by_data_ranks,
         lambda case: case.data_size * case.config.parallel.context > 1,
     ),
+    Defect("state of the sequence before", state_of_the_sequence_before, _packs_sequences_of_a_hybrid),
 )

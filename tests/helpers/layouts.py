@@ -18,6 +18,8 @@ FAMILIES = {
     **{"qwen2": "Qwen2", "qwen3": "Qwen3", "moe": "Qwen3Moe", "llama": "Llama", "phi3": "Phi3"},
     "shared": "Qwen2Moe",  # a shared expert with its gate
 }
+# Families with Gated DeltaNet, which have cases of their own: they cannot have every layout.
+HYBRIDS = {"qwen35": "Qwen3_5"}
 # Those that differ from another in the names of their weights, the angles of their positions and a shared expert alone,
 # and the features in which that could show: what cuts weights or positions, and the tied head.
 LIKE_ANOTHER = ("Llama", "Phi3", "Qwen2Moe")
@@ -183,7 +185,7 @@ def parse(line: str) -> Case:
         else:
             student, teacher = word.split("of")
             models["layers"] = int(student), int(teacher)
-    return Case("-".join((world, family, *words)), int(world), FAMILIES[family], tuple(overrides), **models)
+    return Case("-".join((world, family, *words)), int(world), (FAMILIES | HYBRIDS)[family], tuple(overrides), **models)
 
 
 # What a feature cannot be without, where that is something: the features beside it in the case where it is alone.
@@ -341,6 +343,12 @@ METHODS = (
 )
 METHODS_IN_CI = 4
 METHOD_CASES = tuple(map(parse, METHODS))
+# The heads, the state and the convolution of Gated DeltaNet in each way to place tokens and layers.
+HYBRID_LINES = (
+    *("1 qwen35 some", "2 qwen35 tp2", "2 qwen35 tp2 sp selective reverse", "2 qwen35 distopt many unpacked"),
+    *("2 qwen35 pp2 tied", "4 qwen35 tp2 sp pp2 vp2 uniform1 4of4 many", "4 qwen35 tp2 pp2 block teacher-dp 4of6"),
+)
+HYBRID_CASES = tuple(map(parse, HYBRID_LINES))
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
 FEATURES = tuple(_features(MATRIX[0]))
 

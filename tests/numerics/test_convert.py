@@ -47,6 +47,7 @@ MODELS = {
     "llama_head_dim_8_to_2": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "phi3_fused": ("Phi3", {"num_key_value_heads": 8}),
+    "qwen3_5_tied": ("Qwen3_5", {"tie_word_embeddings": True}),
     "phi3_tied_8_to_2": ("Phi3", {"tie_word_embeddings": True}),
 }
 

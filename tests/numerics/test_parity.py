@@ -8,10 +8,11 @@ from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.micro_batch import MicroBatch
-from megatron_oprd.testing.models import TIED_ONE_LAYER_7_TO_1, YARN, longrope, random_hf_model, save
+from megatron_oprd.testing.models import HYBRID, TIED_ONE_LAYER_7_TO_1, YARN, longrope, random_hf_model, save
 from megatron_oprd.types import FINAL_STATES
 
 LENGTHS = (1, 7, 16, 17, 30)
+LONG_LENGTHS = (1, 7, 64, 65, 131)  # on both sides of the chunks of Gated DeltaNet
 
 
 def megatron_states(folder, topology, dtype, sequences):
@@ -67,6 +68,11 @@ MODELS = {
     "phi3_longrope": ("Phi3", {"num_attention_heads": 4, **longrope(16, original=16, partial=1.0)}),
     "phi4_mini_shaped": ("Phi3", {"tie_word_embeddings": True, "num_attention_heads": 4, **longrope(12, original=16)}),
     "phi3_attention_factor": ("Phi3", longrope(6, original=16, attention_factor=1.7)),
+    "qwen3_5_one_layer": ("Qwen3_5", {"num_hidden_layers": 1}),
+    "qwen3_5_nine_layers_tied": (
+        "Qwen3_5",
+        {"num_hidden_layers": 9, "full_attention_interval": 4, "tie_word_embeddings": True},
+    ),
     "phi3_factor": ("Phi3", longrope(6, original=16, factor=2.0)),
 }
 SPARSE_MODELS = {
@@ -136,14 +142,15 @@ def test_rotary_angles_of_distant_positions_equal_transformers_in_bfloat16(name,
 def assert_same_states(family, overrides, dtype, tolerance, topology, tmp_path):
     hf = random_hf_model(family, **overrides).to(dtype)
     folder = save(hf, tmp_path / "hf")
+    lengths = LONG_LENGTHS if family in HYBRID else LENGTHS
     generator = torch.Generator().manual_seed(1)
-    sequences = [torch.randint(0, hf.config.vocab_size, (n,), generator=generator) for n in LENGTHS]
+    sequences = [torch.randint(0, hf.config.vocab_size, (n,), generator=generator) for n in lengths]
     logits, states = megatron_states(folder, topology, dtype, sequences)
     assert sorted(states) == list(range(1, hf.config.num_hidden_layers + 1))
     start = 0
     for sequence in sequences:
         with torch.no_grad():
-            expected = hf(sequence[None], output_hidden_states=True)
+            expected = hf(sequence[None], output_hidden_states=True, use_cache=False)
         rows = slice(start, start + len(sequence))
         # Pins "layer L is after the final norm": a transformers release could change what its last entry is.
         assert torch.equal(hf.lm_head(expected.hidden_states[-1]), expected.logits)

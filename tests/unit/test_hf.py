@@ -30,6 +30,7 @@ MODELS = {
     "qwen3_moe_every_second_layer": ("Qwen3Moe", {"decoder_sparse_step": 2, "mlp_only_layers": []}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "phi3_fused": ("Phi3", {}),
+    "qwen3_5": ("Qwen3_5", {}),
     "phi3_fused_without_groups": ("Phi3", {"num_key_value_heads": 8, "tie_word_embeddings": True}),
 }
 
@@ -54,12 +55,12 @@ class CountingReader(HFReader):
         return rows
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Phi3"])
+@pytest.mark.parametrize("family", ["Qwen3", "Phi3", "Qwen3_5"])
 def test_two_ranks_read_each_row_once(family, tmp_path):
     folder = save(random_hf_model(family), tmp_path / "hf")
     spec = read_model_spec(folder)
     for entry in entries(spec):
-        if entry.layout in ("qkv", "gate_up", "vocabulary"):
+        if entry.layout in ("qkv", "gate_up", "delta", "vocabulary"):
             reader = CountingReader(folder)
             read_shards(entry, reader, spec, 2)
             assert reader.read_elements == sum(math.prod(hf_shapes(spec)[name]) for name in entry.hf)
