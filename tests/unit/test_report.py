@@ -11,7 +11,7 @@ import pytest
 
 from megatron_oprd.commands import report as report_command
 from megatron_oprd.report.differences import marked
-from megatron_oprd.report.heat_map import MOST_COLUMNS, Cells, heat_map
+from megatron_oprd.report.heat_map import MOST_COLUMNS, Cells, heat_map, value_limits
 from megatron_oprd.report.line_chart import MOST_POINTS, line_chart, thin_keeping_extremes
 from megatron_oprd.report.live_report import LiveReport
 from megatron_oprd.report.page import number, table
@@ -405,6 +405,13 @@ def test_a_heat_map_shares_a_cell_by_its_mean_and_leaves_out_what_was_not_measur
     assert cells["columns"][:3] == [0, 2, 4] and cells["values"][0][:3] == [0.5, 2.5, 4.5]
     assert cells["values"][1] == [None] * MOST_COLUMNS
     assert heat_map("t", Cells([1], [1, 2], [[math.nan, math.nan]], "layer", "step")) == ""
+
+
+def test_maps_with_the_same_limits_have_the_same_colour_for_the_same_value():
+    maps = [Cells([1], [1, 2], [values], "layer", "step") for values in ([0.0, 0.5], [0.5, 1.0])]
+    limits = value_limits(maps)
+    before, after = (set(re.findall(r'<path fill="(#\w+)"', heat_map("t", cells, limits))) for cells in maps)
+    assert limits == (0.0, 1.0) and len(before) == len(after) == 2 and len(before & after) == 1
 
 
 def test_the_cells_of_a_heat_map_leave_no_gap_and_its_axes_have_round_numbers():
