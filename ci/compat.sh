@@ -3,8 +3,13 @@
 # CPU build of torch at hand, pip downloads several GB. usage: bash ci/compat.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-command -v python3.12 >/dev/null && python3.12 -c "" 2>/dev/null || {
-  echo "ci/compat.sh: needs python3.12 on the PATH" >&2
+# A python3.12 on the PATH may be a shim of pyenv that starts nothing.
+for python in python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
+  "$python" -c "" 2>/dev/null && break
+  python=
+done
+[ "$python" ] || {
+  echo "ci/compat.sh: needs python3.12 on the PATH or in ~/.pyenv/versions" >&2
   exit 2
 }
 venv=${MEGATRON_OPRD_COMPAT_VENV:-$PWD/.venv-compat}
@@ -12,7 +17,7 @@ constraints=$(mktemp)
 trap 'rm -f "$constraints"' EXIT
 sed 's/^megatron-core==.*/megatron-core==0.19.2/' ci/constraints.txt >"$constraints"
 if ! cmp -s "$constraints" "$venv/.constraints"; then
-  python3.12 -m venv "$venv"
+  "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --constraint "$constraints" torch
   "$venv/bin/python" -m pip install --quiet --constraint "$constraints" --editable ".[test]"
   cp "$constraints" "$venv/.constraints"

@@ -286,8 +286,11 @@ def _check_format(folder: Path) -> None:
     values = read_json(path)
     if values.get("sharded_backend") != "torch_dist":
         raise UserError(f"{path}: sharded_backend is not torch_dist; convert the Hugging Face folder again")
+    checks = dist_checkpointing.validation
+    # Megatron-Core 0.19 has another name for it.
+    verify = getattr(checks, "verify_checkpoint_and_load_strategy", None) or checks.verify_checkpoint
     try:
-        dist_checkpointing.validation.verify_checkpoint_and_load_strategy(str(folder))
+        verify(str(folder))
     except Exception as error:  # an unknown key, or a value of another type
         raise UserError(f"{path} is corrupt: {describe_damage(error)}", COPY_AGAIN) from None
 

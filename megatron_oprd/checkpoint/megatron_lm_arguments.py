@@ -267,7 +267,7 @@ def _common_state(folder: Path, index: Metadata) -> tuple[Path, Any]:
     """Return the file of the unsharded state, and the state with placeholders for everything that is not plain data."""
     path, start, length = folder / COMMON, 0, -1
     for place, stored in index.storage_data.items():
-        if place.fqn.split("/")[0] == COMMON_STATE:
+        if place.fqn.split("/")[0] == COMMON_STATE and not (folder / COMMON).exists():
             path, start, length = folder / stored.relative_path, stored.offset, stored.length
     if not path.exists():
         return path, None

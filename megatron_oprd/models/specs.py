@@ -25,6 +25,12 @@ from megatron_oprd.models.norm import RMSNorm
 from megatron_oprd.models.swiglu import SwiGLU
 from megatron_oprd.types import DeltaNet, ModelSpec
 
+
+def _mlp(linear_fc1: type, activation_func: type | None, linear_fc2: type) -> MLPSubmodules:
+    """Return the modules of an MLP. Versions of Megatron-Core order the fields of MLPSubmodules differently."""
+    return MLPSubmodules(linear_fc1=linear_fc1, activation_func=activation_func, linear_fc2=linear_fc2)
+
+
 OWN = ModuleSet(
     RMSNorm,
     ColumnParallelLinear,
@@ -32,7 +38,7 @@ OWN = ModuleSet(
     ColumnParallelLinear,
     RowParallelLinear,
     PackedAttention,
-    ModuleSpec(SequentialMLP, submodules=MLPSubmodules(ColumnParallelLinear, SwiGLU, RowParallelLinear)),
+    ModuleSpec(SequentialMLP, submodules=_mlp(ColumnParallelLinear, SwiGLU, RowParallelLinear)),
     activation=SwiGLU,
 )
 
@@ -54,10 +60,10 @@ def block_spec(
 def _layer_spec(modules: ModuleSet, spec: ModelSpec, layer: int) -> ModuleSpec:
     sparse, linear = layer in spec.sparse_layers, layer in spec.linear_layers
     outer_norm = IdentityOp if modules.fused_norm else modules.norm
-    mlp = ModuleSpec(MLP, submodules=MLPSubmodules(modules.column, modules.activation, modules.row))
+    mlp = ModuleSpec(MLP, submodules=_mlp(modules.column, modules.activation, modules.row))
     if sparse:
         # Megatron-Core builds the shared expert only if its configuration has a width for it.
-        shared = MLPSubmodules(modules.column_without_norm, modules.activation, modules.row)
+        shared = _mlp(modules.column_without_norm, modules.activation, modules.row)
         experts = MoESubmodules(experts=modules.experts, shared_experts=ModuleSpec(SharedExpertMLP, submodules=shared))
         mlp = ModuleSpec(MoELayer, submodules=experts)
     submodules = TransformerLayerSubmodules(

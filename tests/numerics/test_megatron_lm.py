@@ -21,7 +21,7 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.setup import check_model_weights, read_setup
 from megatron_oprd.runtime.files import write_json
 from megatron_oprd.types import UserError
-from tests.helpers.megatron_lm import MODELS, load_stock, round_trip, save_as_megatron_lm, stock_model
+from tests.helpers.megatron_lm import MODELS, arguments_of, load_stock, round_trip, save_as_megatron_lm, stock_model
 from tests.helpers.te_models import VOCAB
 
 ROUNDING_FP32 = 1e-5
@@ -49,6 +49,13 @@ def saved(topology, tmp_path_factory):
 def root(saved, tmp_path):
     """Return a copy of the checkpoint that a test may damage."""
     return Path(shutil.copytree(saved[0], tmp_path / "root"))
+
+
+def write_arguments(root, **changes):
+    """Write a common.pt with changed arguments, as before Megatron-Core 0.19, and return its path."""
+    path = root / "iter_0000100" / "common.pt"
+    torch.save({"args": arguments_of(stock_model("local"), **changes)}, path)
+    return path
 
 
 def convert_to(target, *options):
@@ -94,10 +101,8 @@ class Exploit:
 
 
 def test_no_code_in_the_unsharded_state_is_run(root, tmp_path):
-    path = root / "iter_0000100" / "common.pt"
-    state = torch.load(path, weights_only=False)
-    state["args"].rerun_mode = state["other"] = Exploit(tmp_path / "exploited")
-    torch.save(state, path)
+    exploit = Exploit(tmp_path / "exploited")
+    path = write_arguments(root, rerun_mode=exploit)
     assert open_model(root).arguments.shape()["num_layers"] == 3
     assert not (tmp_path / "exploited").exists()
     torch.load(path, weights_only=False)
@@ -144,10 +149,7 @@ def test_arguments_in_run_config_yaml_come_before_those_in_common_pt(root):
     ],
 )
 def test_an_argument_that_cannot_be_meant_equally_is_refused_by_name(changes, message, root):
-    path = root / "iter_0000100" / "common.pt"
-    state = torch.load(path, weights_only=False)
-    vars(state["args"]).update(changes)
-    torch.save(state, path)
+    path = write_arguments(root, **changes)
     stored = open_model(root)
     with pytest.raises(UserError, match=re.escape(message)) as refused:
         stored.arguments.hf_config(stored.padded_vocabulary)
@@ -161,7 +163,7 @@ def truncate(path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda root: truncate(root / "iter_0000100/common.pt"), "common.pt is truncated or corrupt"),
+        (lambda root: truncate(write_arguments(root)), "common.pt is truncated or corrupt"),
         (lambda root: truncate(root / "iter_0000100/__0_0.distcp"), "__0_0.distcp is truncated"),
         (lambda root: (root / "iter_0000100/.metadata").unlink(), ".metadata is missing; copy the whole folder again"),
         (lambda root: shutil.rmtree(root / "iter_0000100"), "names iter_0000100, which is missing"),
