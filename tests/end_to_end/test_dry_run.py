@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from megatron_oprd.config import load_config
 from megatron_oprd.testing.models import random_hf_model, save
 from tests.helpers.commands import run, run_ranks
 from tests.helpers.runs import VOCAB_SIZE, in_folder, prompt_run, replay_run
@@ -119,6 +120,21 @@ def test_every_pipeline_rank_has_a_row(tmp_path):
     peaks = dry_peaks(arguments, tmp_path, world=4)
     assert list(peaks) == ["0-1", "2-3"]
     assert all(peak > 0 for peak in peaks.values())
+
+
+@pytest.mark.nightly
+def test_training_chooses_for_each_pipeline_rank_and_says_so_once(tmp_path):
+    """The limit is far below what the processes need, so that the strongest recomputation is taken."""
+    settings = ("parallel.pipeline=2", "recompute=auto", "batch.max_tokens_per_micro_batch=auto", "memory.limit_gb=0.1")
+    arguments = replay_run(tmp_path, 1, *settings, num_hidden_layers=4)
+    outcomes = run_ranks(2, tmp_path, "train", *arguments, timeout_seconds=600)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    (line,) = [line for line in outcomes[0].stdout.splitlines() if line.startswith("auto: ")]
+    assert "pipeline rank 1: recompute " in line and "no other choice needs less" in line
+    assert "auto: " not in outcomes[1].stdout
+    used = load_config(tmp_path / "run" / "config.yaml", [])
+    assert [stage.blocks > 0 for stage in used.recompute.stages] == [True, True]
+    assert used.batch.max_tokens_per_micro_batch <= 32
 
 
 SIZES = {"tiny": (2, 64, 256, 64), "larger": (4, 512, 8192, 2048)}  # layers, width, vocabulary, tokens of an update
