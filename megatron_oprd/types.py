@@ -348,6 +348,9 @@ class ModelSpec:
     output_gate: bool = False  # True if attention multiplies its output by the sigmoid of a gate
     zero_centered_norms: bool = False  # True if norms multiply by 1 + weight
     text_tower: bool = False  # True if the model is the text tower of a model for text and images
+    # In these 0-based blocks a token attends to itself and to the `sliding_window - 1` tokens before it.
+    windowed_layers: tuple[int, ...] = ()
+    sliding_window: int = 0
     eos_token_ids: tuple[int, ...] = ()
     # Content of config.json without quantization_config, for the export.
     hf_config: dict[str, Any] = field(default_factory=dict, compare=False)

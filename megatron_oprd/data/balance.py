@@ -14,7 +14,8 @@ def sequence_cost(tokens: int, spec: ModelSpec) -> float:
     sparse = len(spec.sparse_layers) / spec.num_layers
     experts = spec.experts_per_token * spec.moe_ffn_hidden_size + spec.shared_ffn_hidden_size
     ffn = sparse * experts + (1 - sparse) * spec.ffn_hidden_size
-    return tokens * (attention + 3 * spec.hidden_size * ffn) + tokens**2 * heads
+    unseen = max(tokens - spec.sliding_window, 0) ** 2 * len(spec.windowed_layers) / spec.num_layers
+    return tokens * (attention + 3 * spec.hidden_size * ffn) + (tokens**2 - unseen) * heads
 
 
 def assign(

@@ -32,17 +32,19 @@ class Family:
     hybrid: bool = False  # True if some layers have Gated DeltaNet in place of attention
     config_class: str = ""  # of transformers, if its name is not that of the architecture
     text_config: bool = False  # True if the text model is described in `text_config`
-    always_slides: bool = False  # True if `sliding_window` applies without `use_sliding_window`
+    always_slides: bool = False  # True if `sliding_window` holds for every layer, without `use_sliding_window`
+    layer_types: bool = False  # True if some layers may have a sliding window
 
 
 _SCALED = ("linear", "yarn")
 _QWEN3_5: dict[str, Any] = {"qk_norm": True, "partial_rotary": True, "hybrid": True}
 FAMILIES = {
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, rope_types=_SCALED),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, rope_types=_SCALED),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, rope_types=_SCALED, layer_types=True),
+    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, rope_types=_SCALED, layer_types=True),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, experts=True, rope_types=_SCALED),
     "Qwen2MoeForCausalLM": Family("qwen2_moe", qkv_bias=True, experts=True, shared_expert=True, rope_types=_SCALED),
     "LlamaForCausalLM": Family("llama", rope_types=("llama3", *_SCALED)),
+    "MistralForCausalLM": Family("mistral", rope_types=_SCALED, always_slides=True),
     "Phi3ForCausalLM": Family("phi3", rope_types=("longrope",), partial_rotary=True, always_slides=True),
     "Qwen3_5ForCausalLM": Family("qwen3_5_text", config_class="Qwen3_5TextConfig", **_QWEN3_5),
     "Qwen3_5ForConditionalGeneration": Family(
@@ -68,6 +70,8 @@ DEFAULTED = (
     "hidden_act",
     "eos_token_id",
     "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
     "num_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
@@ -85,8 +89,8 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     """Read the model specification of a Hugging Face folder.
 
     Raises:
-        UserError: the config is invalid or asks for an unsupported feature (rope scaling, sliding windows,
-            quantisation, shared experts, architecture). Names file, key and value.
+        UserError: the config is invalid or asks for an unsupported feature (some kinds of rope scaling, quantisation or
+            window, architecture). Names file, key and value.
     """
     folder = Path(path)
     check_model_folder(folder)
@@ -112,6 +116,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
             "config.json of these weights"
         )
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
+    rope = rope_fields(values, head_dim, family.rope_types, family.partial_rotary, where)
     spec = ModelSpec(
         architecture=architecture,
         num_layers=values["num_hidden_layers"],
@@ -122,13 +127,14 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         head_dim=head_dim,
         vocab_size=values["vocab_size"],
         norm_epsilon=values["rms_norm_eps"],
-        **rope_fields(values, head_dim, family.rope_types, family.partial_rotary, where),
+        **rope,
         tied_embeddings=values.get("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         **(_expert_fields(values, family, where) if family.experts else {}),
         **(hybrid_fields(values, where) if family.hybrid else {}),
         text_tower=family.text_config,
+        **_window_fields(values, family, rope["max_position_embeddings"], where),
         fused_experts=family.experts and stores_fused_experts(folder),
         eos_token_ids=_eos_token_ids(folder, values),
         hf_config={
@@ -256,6 +262,31 @@ def _expert_fields(values: dict[str, Any], family: Family, where: str) -> dict[s
     }
 
 
+def _window_fields(values: dict[str, Any], family: Family, positions: int, where: str) -> dict[str, Any]:
+    """Return the ModelSpec fields of the sliding windows; an empty dictionary if none is shorter than `positions`."""
+    layers, types = range(values["num_hidden_layers"]), values.get("layer_types")
+    slides = family.always_slides or (family.layer_types and values.get("use_sliding_window"))
+    window = values.get("sliding_window") if slides else None
+    if window is None:
+        if "sliding_attention" in (types or ()):
+            raise UserError(
+                f"{where}: layer_types names sliding_attention, but the model has no window; set use_sliding_window to "
+                "true and sliding_window to a number of tokens, or use full_attention"
+            )
+        return {}
+    check_integers(values, ("sliding_window",), where)
+    if family.always_slides:
+        windowed = tuple(layers)
+    elif types is None:
+        check_integers(values, ("max_window_layers",), where, least=0)
+        windowed = tuple(layers[values["max_window_layers"] :])
+    elif len(types) != len(layers):
+        raise UserError(f"{where}: layer_types has {len(types)} entries for {len(layers)} layers; correct it")
+    else:
+        windowed = tuple(layer for layer in layers if types[layer] == "sliding_attention")
+    return {"sliding_window": window, "windowed_layers": windowed} if windowed and window < positions else {}
+
+
 def _check_types(values: dict[str, Any], where: str) -> None:
     check_integers(values, (*INTEGERS, *(key for key in OPTIONAL_INTEGERS if values.get(key) is not None)), where)
     check_positive(values, ("rms_norm_eps",), where)
@@ -276,20 +307,15 @@ def _check_types(values: dict[str, Any], where: str) -> None:
 
 def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> None:
     weight_block_size(values, where)
+    optional = {"sliding_attention": family.layer_types, hybrid.LINEAR: family.hybrid}
+    known = {"full_attention", *(name for name, supported in optional.items() if supported)}
     layer_types = set(map(str, values.get("layer_types") or ()))
-    # A window that is not shorter than the longest sequence has no effect.
-    window = values.get("sliding_window")
-    if window is not None:
+    if values.get("sliding_window") is not None:
         check_integers(values, ("sliding_window",), where, least=int(family.always_slides))
-    positions = values["max_position_embeddings"]
+    slides = family.layer_types or family.always_slides
     unsupported = {
-        f"sliding_window {window} below its {positions} positions": (
-            family.always_slides and window is not None and window < positions
-        ),
-        "use_sliding_window": bool(values.get("use_sliding_window")),
-        f"layer_types {sorted(layer_types)}": bool(
-            layer_types - {"full_attention", *([hybrid.LINEAR] if family.hybrid else [])}
-        ),
+        "use_sliding_window": not slides and bool(values.get("use_sliding_window")),
+        f"layer_types {sorted(layer_types)}": bool(layer_types - known),
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": not family.qkv_bias and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),

@@ -67,6 +67,7 @@ BLOCK_TABLES = {
     "Qwen3MoeForCausalLM": (*_BLOCK, *_QKV, *_QK_NORM),
     "Qwen2MoeForCausalLM": (*_BLOCK, *_QKV, *_QKV_BIAS),
     "LlamaForCausalLM": (*_BLOCK, *_QKV),
+    "MistralForCausalLM": (*_BLOCK, *_QKV),
     "Phi3ForCausalLM": (*_BLOCK, *_FUSED_QKV),
     **dict.fromkeys(QWEN3_5, (*_BLOCK, *_QKV, *_QK_NORM)),
 }

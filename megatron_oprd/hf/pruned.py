@@ -32,8 +32,12 @@ def pruned_spec(spec: ModelSpec, kept: Sequence[int]) -> ModelSpec:
     """
     sparse = tuple(new for new, block in enumerate(kept) if block - 1 in spec.sparse_layers)
     linear = tuple(new for new, block in enumerate(kept) if block - 1 in spec.linear_layers)
+    windowed = tuple(new for new, block in enumerate(kept) if block - 1 in spec.windowed_layers)
     config = _pruned_config(spec, kept, sparse)
-    return dataclasses.replace(spec, num_layers=len(kept), sparse_layers=sparse, linear_layers=linear, hf_config=config)
+    if 0 < len(spec.windowed_layers) < spec.num_layers:
+        config["layer_types"] = [f"{'sliding' if n in windowed else 'full'}_attention" for n in range(len(kept))]
+    layers = {"sparse_layers": sparse, "linear_layers": linear, "windowed_layers": windowed}
+    return dataclasses.replace(spec, num_layers=len(kept), hf_config=config, **layers)
 
 
 def _pruned_config(spec: ModelSpec, kept: Sequence[int], sparse: Sequence[int]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def plan_teacher(
         check_layout(own_layout, world or world_size(), key=key)
         check_experts(own_layout.expert, [teacher], key=key)
         check_divisible(teacher, own_layout.tensor, own_layout.expert, key=key, model=teacher_title(name))
+        check_window(teacher, own_layout, key, teacher_title(name))
     check_recompute(config.recompute, plan.student_stages, config.parallel.pipeline)
     return PlannedTeacher(config.named_teachers[name], teacher, own_layout, plan)
 
@@ -181,6 +182,15 @@ def _check_te(setting: str, otherwise: str, machine: Machine) -> None:
         raise UserError(f"{setting} needs {missing}; use {otherwise}")
 
 
+def check_window(spec: ModelSpec, parallel: ParallelConfig, key: str, model: str) -> None:
+    """Raise UserError if context parallelism would divide the sequences of a model with sliding windows."""
+    if spec.windowed_layers and parallel.context > 1:
+        raise UserError(
+            f"{key}.context={parallel.context} does not support the {model}'s sliding window of {spec.sliding_window} "
+            f"tokens; use {key}.context=1"
+        )
+
+
 def check_student_layout(
     parallel: ParallelConfig, student: ModelSpec, teacher: ModelSpec | None = None, name: str = ""
 ) -> None:
@@ -194,6 +204,7 @@ def check_student_layout(
                 f"parallel.context={parallel.context}: the {model}'s Gated DeltaNet layers pass a state from token to "
                 "token, which is not divided over ranks; use parallel.context=1"
             )
+        check_window(spec, parallel, "parallel", model)
     if student.num_experts and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(
             f"parallel.tensor={parallel.tensor} with a student of {student.num_experts} experts needs "

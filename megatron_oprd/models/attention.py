@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention import bias as attention_bias
 
 from megatron_oprd.models import micro_batch
@@ -22,6 +24,31 @@ class GatedSelfAttention(SelfAttention):
 
     def _apply_output_gate(self, output: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         return output * torch.sigmoid(gate.reshape(output.shape))
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, window: int
+) -> torch.Tensor:
+    """Return the causal attention of one sequence, [1, heads, tokens, d]. No communication.
+
+    With a window, blocks of queries attend to the keys that they can see, so that time and memory grow linearly.
+
+    Args:
+        query: [1, heads, tokens, d].
+        key, value: [1, groups, tokens, d].
+        window: the most tokens to which a token attends, itself included; 0: all tokens before it.
+    """
+    tokens, gqa = query.shape[2], key.shape[1] != query.shape[1]
+    first = min(window, tokens) if window else tokens
+    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=scale, enable_gqa=gqa)
+    pieces = [attend(query[:, :, :first], key[:, :, :first], value[:, :, :first], is_causal=True)]
+    for start in range(first, tokens, max(window, 1)):
+        end, first_key = min(start + window, tokens), start - window + 1
+        # Query i of the block attends to the keys i to i + window - 1 of the block.
+        mask = torch.ones(end - start, end - first_key, dtype=torch.bool, device=query.device).triu_().tril_(window - 1)
+        keys, values = key[:, :, first_key:end], value[:, :, first_key:end]
+        pieces.append(attend(query[:, :, start:end], keys, values, attn_mask=mask))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 class PackedAttention(torch.nn.Module):
@@ -37,6 +64,8 @@ class PackedAttention(torch.nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.scale = kwargs.get("softmax_scale") or config.kv_channels**-0.5
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else 0  # tokens to which a token attends; 0: all before it
 
     def forward(
         self,
@@ -52,6 +81,7 @@ class PackedAttention(torch.nn.Module):
         query, key = (rotate(x.squeeze(1), *batch.rotary) for x in (query, key))
         value = value.squeeze(1)
         if batch.context is not None:
+            assert not self.window  # launch/layouts.py refuses it
             return self._context_parts(query, key, value, batch.bounds, batch.context)
         return self._sequences(query, key, value, batch.bounds)
 
@@ -63,13 +93,8 @@ class PackedAttention(torch.nn.Module):
         # One call for each sequence: kernel and shapes are those of an unpacked model, and so are the numbers.
         query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         pieces = [
-            torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, start:end],
-                value[:, :, start:end],
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=key.shape[1] != heads,
+            causal_attention(
+                *(states[:, :, start:end] for states in (query, key, value)), scale=self.scale, window=self.window
             )
             for start, end in itertools.pairwise(bounds)
         ]

@@ -66,6 +66,7 @@ def transformer_config(
         use_te_activation_func=not precision.transformer_engine,
         bias_dropout_fusion=precision.transformer_engine,
         masked_softmax_fusion=False,
+        **_window_arguments(spec, sum(stages)),
         apply_rope_fusion=False,  # the core attention applies the rotary embedding
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,  # needs a CUDA extension of Apex
@@ -245,6 +246,15 @@ def _expert_arguments(spec: ModelSpec, topology: Topology, num_layers: int, *, g
         "moe_grouped_gemm": grouped,
         "expert_model_parallel_size": topology.expert_size,
         "expert_tensor_parallel_size": 1,
+    }
+
+
+def _window_arguments(spec: ModelSpec, num_layers: int) -> dict[str, Any]:
+    if not spec.windowed_layers:
+        return {}
+    return {
+        "window_size": (spec.sliding_window - 1, 0),  # tokens before and after a token to which it attends
+        "window_attn_skip_freq": [int(layer in spec.windowed_layers) for layer in range(num_layers)],
     }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_oprd.models.attention import causal_attention
 from megatron_oprd.models.kv_cache import KeyValueCache
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -51,8 +52,13 @@ class DecodeAttention:
             self.keys, self.values = (stored.unbind(0) for stored in by_token.unbind(0))
         else:
             beyond = torch.arange(longest, device=device) > positions[:, None]
-            mask = torch.zeros(beyond.shape, dtype=cache.data.dtype, device=device)
-            self.mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
+            self.masks = {}  # by sliding window; 0: none
+            for window in set(cache.windows):
+                hidden = beyond
+                if window:
+                    hidden = beyond | (torch.arange(longest, device=device) <= (positions - window)[:, None])
+                mask = torch.zeros(beyond.shape, dtype=cache.data.dtype, device=device)
+                self.masks[window] = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
             by_head = cache.data.narrow(1, rows.start, len(rows)).narrow(4, 0, longest)
             self.keys, self.values = (stored.unbind(0) for stored in by_head.unbind(3))
 
@@ -73,7 +79,7 @@ class DecodeAttention:
             # The heads of a group are the queries of one head. A single token needs no causal mask, and keys and values
             # are not repeated for every head (2 to 3 times faster on a CPU than enable_gqa).
             output = torch.nn.functional.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=self.mask, scale=scale
+                queries, keys, values, attn_mask=self.masks[self.cache.windows[layer]], scale=scale
             )
         return output.reshape(rows, -1)
 
@@ -114,11 +120,10 @@ class PromptAttention:
             output = _flash((queries, keys, values), bounds, longest, scale)
             return output.reshape(tokens, -1)
         pieces = [
-            torch.nn.functional.scaled_dot_product_attention(
+            causal_attention(
                 *(x[start:end].transpose(0, 1).unsqueeze(0) for x in (queries, keys, values)),
-                is_causal=True,
                 scale=scale,
-                enable_gqa=per_group > 3,
+                window=self.cache.windows[layer],
             )
             for start, end in itertools.pairwise(self.bounds)
         ]

@@ -39,6 +39,7 @@ class LayerWeights:
     mlp_norm: torch.Tensor  # [hidden]
     fc1: torch.Tensor | None  # [hidden, 2 * ffn], the gate first; None: a layer with experts
     fc2: torch.Tensor | None  # [ffn, hidden]
+    window: int  # the most tokens to which a token attends; 0: all before it
     experts: torch.nn.Module | None  # Megatron-Core's MoE module
 
 
@@ -140,6 +141,7 @@ def _layer_weights(layer: TransformerLayer, qkv_bias: bool) -> LayerWeights:
         mlp_norm=_norm_weight(layer.pre_mlp_layernorm, None if sparse else mlp.linear_fc1),
         fc1=None if sparse else mlp.linear_fc1.weight.t(),
         fc2=None if sparse else mlp.linear_fc2.weight.t(),
+        window=attention.core_attention.window,
         experts=mlp if sparse else None,
     )
 

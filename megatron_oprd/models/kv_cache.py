@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_oprd.parallel.topology import Topology
@@ -26,7 +28,8 @@ class KeyValueCache:
 
     The memory is allocated once, `kv_cache_bytes` for `slots` rows of `length` tokens, and neither grows nor moves.
     `token_major` puts all heads of a token side by side in memory, which flash attention needs. Otherwise all tokens of
-    a head are side by side, which is fastest on a CPU. The order of the dimensions is the same. No communication.
+    a head are side by side, which is fastest on a CPU. The order of the dimensions is the same. `windows` has the
+    sliding window of each layer, 0 for none; every token is stored nevertheless. No communication.
     """
 
     def __init__(
@@ -39,8 +42,10 @@ class KeyValueCache:
         dtype: torch.dtype,
         *,
         token_major: bool = False,
+        windows: Sequence[int] = (),
     ) -> None:
         self.slots = slots
+        self.windows = tuple(windows) or (0,) * layers
         self.capacity = min(length, spec.max_position_embeddings)
         self.token_major = token_major
         groups, width = spec.num_query_groups // topology.tensor_size, spec.head_dim

@@ -35,6 +35,8 @@ from megatron_oprd.models.rotary import rotate
 class FusedAttention(PackedAttention):
     """Causal self-attention within each packed sequence, by Transformer Engine's fused kernels.
 
+    A layer with a sliding window uses `PackedAttention`.
+
     Under context parallelism `cp_comm_type` selects how keys and values are exchanged: in a ring, or all-to-all by
     heads.
     """
@@ -59,6 +61,8 @@ class FusedAttention(PackedAttention):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Return [tokens, 1, heads * d] from query [tokens, 1, heads, d], key and value [tokens, 1, groups, d]."""
+        if self.window:
+            return super().forward(query, key, value, attention_mask, **kwargs)
         batch = micro_batch.of(kwargs)
         assert batch.rotary is not None  # the model computes it before its first layer
         query, key = (rotate(x.squeeze(1), *batch.rotary) for x in (query, key))

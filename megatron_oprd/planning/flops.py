@@ -25,12 +25,20 @@ def linear_flops(spec: ModelSpec, layer: int) -> int:
     return 2 * (attention + 3 * spec.hidden_size * spec.ffn_hidden_size)
 
 
-def attention_flops(spec: ModelSpec, lengths: Sequence[int]) -> int:
+def attention_flops(spec: ModelSpec, lengths: Sequence[int], *, window: int = 0) -> int:
     """Return the operations of the causal attention of one layer in the forward pass: scores and weighted values.
 
-    `lengths`: tokens of each sequence. A token attends to itself and to earlier tokens of its sequence.
+    `lengths`: tokens of each sequence. A token attends to itself and to earlier tokens of its sequence, with a window
+    to at most `window` tokens.
     """
-    return 2 * spec.num_attention_heads * spec.head_dim * sum(length * length for length in lengths)
+    pairs = sum(length**2 - (max(length - window, 0) ** 2 if window else 0) for length in lengths)  # twice their number
+    return 2 * spec.num_attention_heads * spec.head_dim * pairs
+
+
+def _attention_of_layers(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
+    windowed = sum(layer < layers for layer in spec.windowed_layers)
+    full = (layers - windowed) * attention_flops(spec, lengths)
+    return full + windowed * attention_flops(spec, lengths, window=spec.sliding_window)
 
 
 def forward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
@@ -39,7 +47,7 @@ def forward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
     `lengths`: tokens of each sequence.
     """
     linear = sum(linear_flops(spec, layer) for layer in range(layers))
-    return linear * sum(lengths) + layers * attention_flops(spec, lengths)
+    return linear * sum(lengths) + _attention_of_layers(spec, layers, lengths)
 
 
 def backward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
@@ -49,7 +57,7 @@ def backward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
     has two, because its scores are computed again (Dao, arXiv 2307.08691).
     """
     linear = sum(linear_flops(spec, layer) for layer in range(layers))
-    return 2 * linear * sum(lengths) + math.ceil(2.5 * layers * attention_flops(spec, lengths))
+    return 2 * linear * sum(lengths) + math.ceil(2.5 * _attention_of_layers(spec, layers, lengths))
 
 
 def head_flops(spec: ModelSpec, tokens: int) -> int:

@@ -53,8 +53,11 @@ class Decoder:
         self.chunks = [GenerationChunk(chunk, topology) for chunk in stage]
         self.first_layers = [0, *itertools.accumulate(len(chunk.layers) for chunk in self.chunks)]
         device, dtype = topology.device, stage.config.params_dtype
-        flash = flash_attention_works(device, dtype, spec.head_dim)
-        self.cache = KeyValueCache(spec, topology, self.first_layers[-1], slots.size, length, dtype, token_major=flash)
+        windows = [layer.window for chunk in self.chunks for layer in chunk.layers]
+        flash = flash_attention_works(device, dtype, spec.head_dim) and not any(windows)
+        self.cache = KeyValueCache(
+            spec, topology, self.first_layers[-1], slots.size, length, dtype, token_major=flash, windows=windows
+        )
         self.rotation = RotaryTable(stage[0].rotary, self.cache.capacity, dtype, device)
         self.graphs = Graphs(enabled=device.type == "cuda" and not spec.num_experts)
         # What the captured parts of a step leave for each other: their addresses must not change.

@@ -101,6 +101,7 @@ FAMILIES = {
     },
     "Llama": {"head_dim": 24, "rope_parameters": LLAMA3_SCALING},
     "Qwen3_5": DELTA_NET,
+    "Mistral": {"head_dim": 24, "sliding_window": 6},
     "Phi3": {**longrope(6), "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
 }
 

@@ -19,7 +19,7 @@ from megatron.core import parallel_state
 from megatron_oprd.data.balance import assign
 from megatron_oprd.data.packing import Term, num_tokens
 from megatron_oprd.losses.reduction import count
-from megatron_oprd.models import delta_net, taps, targets
+from megatron_oprd.models import attention, delta_net, taps, targets
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.training import global_batch, overlap
@@ -163,6 +163,18 @@ def gradient_divided_by_data_ranks() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def window_one_token_too_long() -> Iterator[None]:
+    """Let every token attend to one token before its sliding window."""
+    attend = attention.causal_attention
+
+    def longer(*states: torch.Tensor, scale: float, window: int) -> torch.Tensor:
+        return attend(*states, scale=scale, window=window + 1 if window else 0)
+
+    with mock.patch.object(attention, "causal_attention", longer):
+        yield
+
+
 def _micro_batches(case: Case) -> list[list[list[int]]]:
     """Return the sampled tokens of each sequence, by data-parallel rank and micro-batch; lengths stand for costs."""
     config, parallel = case.config, case.config.parallel
@@ -236,4 +248,5 @@ DEFECTS = (
         lambda case: case.data_size * case.config.parallel.context > 1,
     ),
     Defect("state of the sequence before", state_of_the_sequence_before, _packs_sequences_of_a_hybrid),
+    Defect("sliding window one token too long", window_one_token_too_long, lambda case: case.family == "Mistral"),
 )

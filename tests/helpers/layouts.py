@@ -17,12 +17,14 @@ from tests.helpers.training import ADAMW
 FAMILIES = {
     **{"qwen2": "Qwen2", "qwen3": "Qwen3", "moe": "Qwen3Moe", "llama": "Llama", "phi3": "Phi3"},
     "shared": "Qwen2Moe",  # a shared expert with its gate
+    "mistral": "Mistral",  # a sliding window in every layer
 }
 # Families with Gated DeltaNet, which have cases of their own: they cannot have every layout.
 HYBRIDS = {"qwen35": "Qwen3_5"}
-# Those that differ from another in the names of their weights, the angles of their positions and a shared expert alone,
-# and the features in which that could show: what cuts weights or positions, and the tied head.
-LIKE_ANOTHER = ("Llama", "Phi3", "Qwen2Moe")
+# Those that differ from another in the names of their weights, the angles of their positions, a shared expert or a
+# window alone, and the features in which that could show: what cuts weights or positions, and the tied head.
+LIKE_ANOTHER = ("Llama", "Phi3", "Qwen2Moe", "Mistral")
+WITHOUT_CONTEXT = ("Mistral",)  # context parallelism does not divide a window
 OF_NAMES_AND_ANGLES = {"tensor", "sequence", "pipeline", "context", "data", "tied", "output"}
 ROLLOUTS = {"few": FEW, "some": SOME, "many": MANY}
 SETTINGS = {
@@ -291,6 +293,8 @@ MIXED = """
     4 phi3 pp2 cp2 bridge
     4 shared tp2 sp pp2 ep2 tied reverse
     4 shared cp2 ep2 uniform1
+    4 mistral tp2 sp tied reverse
+    2 mistral pp2 uniform1
 """
 EIGHT_RANKS = """
     8 qwen3 many

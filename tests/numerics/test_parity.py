@@ -60,6 +60,19 @@ MODELS = {
     "llama3_scaling_head_dim_8_to_2": ("Llama", {}),
     "llama3_scaling_tied": ("Llama", {"tie_word_embeddings": True, "head_dim": None}),
     "qwen3_yarn_attention_factor": ("Qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.4, "truncate": False}}),
+    "qwen2_window_in_the_last_layers": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+    ),
+    "qwen3_window_in_listed_layers": (
+        "Qwen3",
+        {
+            **{"use_sliding_window": True, "sliding_window": 1, "num_hidden_layers": 3},
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "mistral_window": ("Mistral", {}),
+    "phi3_4k_window": ("Phi3", {"rope_parameters": PLAIN, "num_key_value_heads": 8, "sliding_window": 15}),
     "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "llama2_shaped": ("Llama", {"rope_parameters": PLAIN, "num_key_value_heads": 8, "head_dim": None}),
     "phi3_4k_shaped": ("Phi3", {"rope_parameters": PLAIN, "num_key_value_heads": 8}),

@@ -56,7 +56,7 @@ def hf_greedy(hf, prompt):
     return tuple(output[0, ids.shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Qwen2Moe", "Llama"])
+@pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Qwen2Moe", "Llama"])
 def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
     hf = random_hf_model(family, num_hidden_layers=3)
     stage, spec = load(hf, tmp_path, topology)

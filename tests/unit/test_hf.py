@@ -20,6 +20,7 @@ from megatron_oprd.testing.models import FAMILIES, LLAMA3_SCALING, random_hf_mod
 from megatron_oprd.types import UserError
 from tests.helpers.configs import assert_refused, edited
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 7}
 MODELS = {
     "qwen2_tied_one_layer": ("Qwen2", {"tie_word_embeddings": True, "num_hidden_layers": 1}),
     "qwen2_7_to_1": ("Qwen2", {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1}),
@@ -97,7 +98,7 @@ def test_the_table_has_exactly_the_tensors_of_transformers(family, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM .* use one of .* Phi3ForCausalLM"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM .* use one of .* Phi3ForCausalLM"),
         ({"architectures": [["LlamaForCausalLM"]]}, "is not supported"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic"),
         ({"rope_scaling": {"type": "proportional"}, "rope_parameters": None}, "proportional"),
@@ -107,8 +108,11 @@ def test_the_table_has_exactly_the_tensors_of_transformers(family, tmp_path):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta=-1.0 must be a positive number"),
         ({"head_dim": 7}, "rotates 7 of the 7 dimensions of a head"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["sliding_attention"]}, "sliding_attention"),
+        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window=0 must be a positive whole number"),
+        ({**WINDOW, "max_window_layers": -1, "layer_types": None}, "max_window_layers=-1 must be a non-negative"),
+        ({**WINDOW, "layer_types": ["sliding_attention"] * 2}, "layer_types has 2 entries for 1 layers; correct it"),
+        ({"layer_types": ["sliding_attention"]}, "names sliding_attention, but the model has no window; set use_sli"),
+        ({"layer_types": ["chunked_attention"]}, "chunked_attention"),
         ({"layer_types": [None, "full_attention", []]}, "layer_types"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -186,6 +190,32 @@ def test_both_keys_for_the_number_of_experts_are_accepted(tmp_path):
     values["num_experts"] = values.pop("num_local_experts")
     path.write_text(json.dumps(values))
     assert read_model_spec(tmp_path / "hf") == spec
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "windowed"),
+    [
+        ("Qwen2", {"sliding_window": 7}, ()),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 7}, ()),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3}, (3, 4)),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, (0, 1, 2, 3, 4)),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 40_000, "max_window_layers": 0}, ()),
+        ("Mistral", {"sliding_window": None}, ()),
+        ("Mistral", {}, (0, 1, 2, 3, 4)),
+        ("Phi3", {"sliding_window": 79}, (0, 1, 2, 3, 4)),
+        ("Phi3", {"sliding_window": 80}, ()),
+    ],
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_layers_with_a_sliding_window_are_those_of_transformers(family, settings, windowed, listed, tmp_path):
+    folder = save(random_hf_model(family, **settings), tmp_path / "hf")
+    if not listed:  # as transformers 4 wrote it
+        values = json.loads((folder / "config.json").read_text())
+        values.pop("layer_types", None)
+        (folder / "config.json").write_text(json.dumps(values))
+    spec = read_model_spec(folder)
+    assert spec.windowed_layers == windowed
+    assert spec.sliding_window == (transformers.AutoConfig.from_pretrained(folder).sliding_window if windowed else 0)
 
 
 def test_global_names_count_layers_and_experts_over_all_ranks():

@@ -10,6 +10,7 @@ from megatron_oprd.launch.layouts import (
     check_optimizer,
     check_student_layout,
     check_tp_overlap,
+    check_window,
     plan_teacher,
     teacher_layout,
     world_size,
@@ -159,6 +160,15 @@ def test_layouts_that_do_not_divide_a_model(case, key, model):
     changes, sizes, words = DIVISIONS[case]
     spec = dataclasses.replace(DENSE, **changes)
     assert message(check_divisible, spec, **sizes, key=key, model=model) == words.format(key=key, model=model)
+
+
+@pytest.mark.parametrize(("key", "model"), [("parallel", "student"), ("teacher.parallel", "teacher")])
+def test_context_parallelism_does_not_divide_a_sliding_window(key, model):
+    spec = dataclasses.replace(DENSE, windowed_layers=(3,), sliding_window=100)
+    assert message(check_window, spec, ParallelConfig(context=2), key, model) == (
+        f"{key}.context=2 does not support the {model}'s sliding window of 100 tokens; use {key}.context=1"
+    )
+    check_window(spec, ParallelConfig(tensor=2), key, model)
 
 
 def test_layouts_that_divide_a_model():
