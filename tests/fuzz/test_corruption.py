@@ -85,6 +85,7 @@ STATE = {
     "teachers": {"": {"path": "a", "hash": "sha256:0", "pairs": [[1, 1], [2, 2]], "bridge": None}},
     "student": {"path": "a", "hash": "sha256:0"},
     "best": {"metric": "perplexity", "step": 0, "value": 0.5, "later": 0},
+    "layer_squares": {"steps": 2, "means": {"1": 0.5, "2": 1.5}},
     "pending": {"version": 0, "prompts": {"epoch": 0, "position": 8}, "sha256": "0"},
 }
 
