@@ -24,7 +24,7 @@ NOT_IN_FILES = {
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 20}
-# Unusual values of each key. `absent` and null are tried for all keys.
+# Unusual values of each key. Leaving the key out and null are tried for all keys.
 VALUES: dict[str, list[Any]] = {
     "_attn_implementation": ["eager", 1],
     "architectures": [[], ["MistralForCausalLM"]],
@@ -126,7 +126,7 @@ VALUES: dict[str, list[Any]] = {
 }
 # Further values, for the nights.
 STRANGE: list[Any] = [True, False, 0, -1, 1, 1.5, 10**30, "", "text", "1", [], [0], ["a"], {}, {"a": 1}]
-# A key that holds this text names a kernel that another machine may have.
+# Keys whose text names a kernel. Other machines may have other kernels, so that random texts are not tried.
 NAMES_KERNELS = {"_attn_implementation", "attn_implementation", "experts_implementation"}
 
 
