@@ -28,6 +28,8 @@ _HARMLESS: dict[str, Callable[[Any], bool]] = {
     "configuration_files": lambda value: value == ["config.json"],  # files to read in place of config.json
     "attention_chunk_size": lambda value: value is None or type(value) is int,
     **dict.fromkeys(_INNER_MODELS, lambda value: value is None),
+    # transformers makes a name for each label, which fills the memory for a huge number.
+    "num_labels": lambda value: value is None or (type(value) is int and value < 2**20),
     "auto_map": lambda value: isinstance(value, dict),
     "attn_implementation": _names_or_none,
     "_attn_implementation": _names_or_none,

@@ -69,7 +69,7 @@ VALUES: dict[str, list[Any]] = {
     "num_experts_per_tok": [4, 5],
     "num_hidden_layers": [1, 3, 2.0],
     "num_key_value_heads": [1, 4, 8, 3],
-    "num_labels": [3],
+    "num_labels": [3, 10**30],
     "num_local_experts": [2, 4],
     "original_max_position_embeddings": [16, 20, 1, 0],
     "output_attentions": [True],
