@@ -47,6 +47,24 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     return table_lines(head, rows)
 
 
+def gradient_table(analysis: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the table of gradients, from the analysis of a run."""
+    head = ["objective", "noise, rollouts", "variance", "within a prompt", "signal", "update s", "teacher's states MB"]
+    rows = [
+        [
+            item["objective"],
+            f"{item['noise']:.1f}" if item["noise"] else "no signal",
+            f"{item['variance']:.4g}",
+            f"{item['variance_within_prompts']:.4g}",
+            f"{item['signal']:.3g}",
+            f"{item['cost']['student_seconds']:.1f}",
+            f"{item['cost']['target_bytes'] / 1e6:.1f}",
+        ]
+        for item in analysis["gradients"]
+    ]
+    return table_lines(head, rows)
+
+
 def gap_closed(run: Mapping[str, Any]) -> float:
     """Return the part of the perplexity lost by pruning that the training brought back."""
     gap, rest = (run[name]["perplexity"] - run[name]["teacher_perplexity"] for name in ("before", "after"))

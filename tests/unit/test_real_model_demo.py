@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.real_model import METHODS, Trial, run_trial
-from benchmarks.real_model_page import NAMES, plot_over_seconds, plot_over_steps, table
+from benchmarks.real_model_page import NAMES, gradient_table, plot_over_seconds, plot_over_steps, table
 from examples.demo.run import run_demo as run_example
 from examples.real_model import pipeline
 from examples.real_model.instructions import NUM_HELD_OUT, all_instructions, write_instructions
@@ -50,6 +50,8 @@ def test_the_table_and_the_plots_of_the_page_are_those_of_the_measured_runs():
     assert plot_over_steps(runs) == (results / "real_model-steps.svg").read_text()
     assert plot_over_seconds(runs) == (results / "real_model-seconds.svg").read_text()
     assert set(NAMES) == set(METHODS)
+    analysis = json.loads((results / "real_model_analysis.json").read_text())
+    assert "\n".join(gradient_table(analysis)) in (ROOT / "docs" / "real_model.md").read_text()
 
 
 def test_the_demo_runs_with_the_garbage_collector(monkeypatch):
