@@ -389,7 +389,7 @@ BROKEN_STUDENTS: dict[str, tuple[Callable[[Scene], object], tuple[str, ...]]] = 
         ("rope scaling of type dynamic",),
     ),
     "rope no mapping": (config(rope_parameters=3), ("config.json", "rope")),
-    "sliding window": (config(layer_types=["chunked_attention"]), ("chunked_attention", "not supported")),
+    "chunked attention": (config(layer_types=["chunked_attention"]), ("chunked_attention", "not supported")),
     "quantised": (config(quantization_config={"bits": 4}), ("quantization_config", "not supported")),
     "no width": (config(hidden_size=...), ("hidden_size 4096", "student's width")),
     "width a word": (config(hidden_size="wide"), ("hidden_size='wide'", "positive whole number")),
