@@ -184,10 +184,11 @@ def _state(stage: torch.nn.ModuleList, spec: ModelSpec, topology: Topology) -> d
         layer = LAYER.match(value.key)
         if layer is None:
             return value
-        names = list(stored_names(value.key))[-1:]
+        own, *fused = stored_names(value.key)
+        names = fused[:1] or [own]  # of the norm before attention, the first one: no written model has linear attention
         if ".pre_mlp_layernorm." in value.key and int(layer[1]) in sparse:
             # Before experts, only Megatron-Core's local layer spec calls the norm a part of a linear layer.
-            names = list(stored_names(value.key))
+            names = [own, *fused]
         if keeps_apart:
             return [renamed(value, name) for name in names]
         return [stacked(value, LAYER.sub("decoder.layers.", name), int(layer[1]), spec.num_layers) for name in names]
