@@ -38,6 +38,7 @@ class Family:
 
 _SCALED = ("linear", "yarn")
 _QWEN3_5: dict[str, Any] = {"qk_norm": True, "partial_rotary": True, "hybrid": True}
+_QWEN3_5_MOE: dict[str, Any] = {**_QWEN3_5, "experts": True, "shared_expert": True}
 FAMILIES = {
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, rope_types=_SCALED, layer_types=True),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, rope_types=_SCALED, layer_types=True),
@@ -50,6 +51,11 @@ FAMILIES = {
     "Qwen3_5ForConditionalGeneration": Family(
         "qwen3_5", config_class="Qwen3_5TextConfig", text_config=True, **_QWEN3_5
     ),
+    "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", config_class="Qwen3_5MoeTextConfig", **_QWEN3_5_MOE),
+    "Qwen3_5MoeForConditionalGeneration": Family(
+        "qwen3_5_moe", config_class="Qwen3_5MoeTextConfig", text_config=True, **_QWEN3_5_MOE
+    ),
+    "Qwen3NextForCausalLM": Family("qwen3_next", **_QWEN3_5_MOE),
 }
 INTEGERS = (
     "num_hidden_layers",
@@ -319,6 +325,8 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
         f"hidden_act {values.get('hidden_act')}": values.get("hidden_act", "silu") not in ("silu", "swish"),
         "attention_bias": not family.qkv_bias and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
+        # transformers always normalises the probabilities of Qwen3.5's experts, whatever the key says.
+        "norm_topk_prob false": family.model_type.startswith("qwen3_5_moe") and values.get("norm_topk_prob") is False,
         "qkv_bias false": family.qkv_bias and values.get("qkv_bias") is False,
         **{key: bool(values.get(key)) for key in SHARED_EXPERTS if not (family.shared_expert and key == SHARED_EXPERT)},
         **{f"{key} {values.get(key)}": bool(values.get(key)) for key in DROPOUTS},

@@ -14,6 +14,7 @@ SIZES = (
     "linear_value_head_dim",
     "linear_conv_kernel_dim",
 )
+SHARED_EXPERT = "shared_expert_intermediate_size"
 INTERVAL = "full_attention_interval"
 LINEAR = "linear_attention"
 _PARTIAL_ROTARY = 0.25  # transformers has this default in the code of the class, not among its fields
@@ -27,7 +28,9 @@ def with_hybrid_defaults(values: dict[str, Any]) -> dict[str, Any]:
         if type(interval) is int and interval > 0 and type(layers) is int:
             types = ["full_attention" if (n + 1) % interval == 0 else LINEAR for n in range(layers)]
             values = {**values, "layer_types": types}
-    return {"partial_rotary_factor": _PARTIAL_ROTARY, **values}
+    # A model without dense blocks has no width for them; that of the shared expert takes its place.
+    dense = {"intermediate_size": values[SHARED_EXPERT]} if values.get(SHARED_EXPERT) else {}
+    return {"partial_rotary_factor": _PARTIAL_ROTARY, "norm_topk_prob": True, **dense, **values}
 
 
 def hybrid_fields(values: dict[str, Any], where: str) -> dict[str, Any]:

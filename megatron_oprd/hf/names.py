@@ -60,7 +60,10 @@ _QK_NORM = (
     Entry("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), "copy"),
     Entry("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), "copy"),
 )
-QWEN3_5 = ("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration")
+QWEN3_5 = tuple(
+    f"Qwen3_5{experts}For{kind}" for experts in ("", "Moe") for kind in ("CausalLM", "ConditionalGeneration")
+)
+QWEN3_NEXT = "Qwen3NextForCausalLM"
 BLOCK_TABLES = {
     "Qwen2ForCausalLM": (*_BLOCK, *_QKV, *_QKV_BIAS),
     "Qwen3ForCausalLM": (*_BLOCK, *_QKV, *_QK_NORM),
@@ -69,7 +72,7 @@ BLOCK_TABLES = {
     "LlamaForCausalLM": (*_BLOCK, *_QKV),
     "MistralForCausalLM": (*_BLOCK, *_QKV),
     "Phi3ForCausalLM": (*_BLOCK, *_FUSED_QKV),
-    **dict.fromkeys(QWEN3_5, (*_BLOCK, *_QKV, *_QK_NORM)),
+    **dict.fromkeys((*QWEN3_5, QWEN3_NEXT), (*_BLOCK, *_QKV, *_QK_NORM)),
 }
 _DELTA_NET = (
     _BLOCK[0],
@@ -81,8 +84,12 @@ _DELTA_NET = (
     _BLOCK[2],
 )
 _DELTA_INPUTS = tuple(f"linear_attn.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))
+_ORDERED_DELTA_INPUTS = tuple(f"linear_attn.in_proj_{part}.weight" for part in ("qkvz", "ba"))
 # The tables of blocks with Gated DeltaNet in place of attention.
-DELTA_NET_TABLES = dict.fromkeys(QWEN3_5, (*_DELTA_NET, Entry("self_attention.in_proj.weight", _DELTA_INPUTS, "delta")))
+DELTA_NET_TABLES = {
+    **dict.fromkeys(QWEN3_5, (*_DELTA_NET, Entry("self_attention.in_proj.weight", _DELTA_INPUTS, "delta"))),
+    QWEN3_NEXT: (*_DELTA_NET, Entry("self_attention.in_proj.weight", _ORDERED_DELTA_INPUTS, "delta")),
+}
 _DOWN = Entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), "columns")
 _MLP = (Entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gate_up"), _DOWN)
 _FUSED_MLP = (Entry("mlp.linear_fc1.weight", ("mlp.gate_up_proj.weight",), "gate_up"), _DOWN)
@@ -201,6 +208,8 @@ def _delta_net_shapes(sizes: DeltaNet, hidden: int) -> dict[str, tuple[int, ...]
         "linear_attn.norm.weight": (sizes.value_dim,),
         "linear_attn.out_proj.weight": (hidden, values),
         "linear_attn.in_proj_qkv.weight": (channels, hidden),
+        "linear_attn.in_proj_qkvz.weight": (channels + values, hidden),
+        "linear_attn.in_proj_ba.weight": (2 * heads, hidden),
         "linear_attn.in_proj_z.weight": (values, hidden),
         "linear_attn.in_proj_b.weight": (heads, hidden),
         "linear_attn.in_proj_a.weight": (heads, hidden),

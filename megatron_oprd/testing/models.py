@@ -52,7 +52,7 @@ YARN = {
     "beta_fast": 8.0,
     "beta_slow": 0.1,
 }
-HYBRID = ("Qwen3_5",)
+HYBRID = ("Qwen3_5", "Qwen3_5Moe", "Qwen3Next")
 
 
 def longrope(rotary_dim: int, original: int = 10, partial: float = 0.75, **rope) -> dict:
@@ -77,6 +77,12 @@ def longrope(rotary_dim: int, original: int = 10, partial: float = 0.75, **rope)
     }
 
 
+SHARED_AND_OTHER_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 48,
+}
 # Gated DeltaNet in layers 1, 3 and 5: two key heads with two value heads each. The weights are small, because the
 # gradient of a decay is a small difference of large sums, in which rounding errors of float32 would show.
 DELTA_NET = {
@@ -101,6 +107,8 @@ FAMILIES = {
     },
     "Llama": {"head_dim": 24, "rope_parameters": LLAMA3_SCALING},
     "Qwen3_5": DELTA_NET,
+    "Qwen3_5Moe": {**DELTA_NET, **SHARED_AND_OTHER_EXPERTS},
+    "Qwen3Next": {**DELTA_NET, **EXPERTS, **SHARED_AND_OTHER_EXPERTS},
     "Mistral": {"head_dim": 24, "sliding_window": 6},
     "Phi3": {**longrope(6), "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
 }
@@ -122,7 +130,7 @@ def random_hf_model(family: str, seed: int = 0, **overrides) -> torch.nn.Module:
         rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
         initializer_range=0.1,
     )
-    config_class = "Qwen3_5TextConfig" if family == "Qwen3_5" else f"{family}Config"
+    config_class = f"{family}TextConfig" if family.startswith("Qwen3_5") else f"{family}Config"
     config = getattr(transformers, config_class)(**copy.deepcopy({**sizes, **FAMILIES[family], **overrides}))
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()

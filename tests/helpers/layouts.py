@@ -20,7 +20,7 @@ FAMILIES = {
     "mistral": "Mistral",  # a sliding window in every layer
 }
 # Families with Gated DeltaNet, which have cases of their own: they cannot have every layout.
-HYBRIDS = {"qwen35": "Qwen3_5"}
+HYBRIDS = {"qwen35": "Qwen3_5", "qwen35moe": "Qwen3_5Moe", "qwennext": "Qwen3Next"}
 # Those that differ from another in the names of their weights, the angles of their positions, a shared expert or a
 # window alone, and the features in which that could show: what cuts weights or positions, and the tied head.
 LIKE_ANOTHER = ("Llama", "Phi3", "Qwen2Moe", "Mistral")
@@ -351,6 +351,7 @@ METHOD_CASES = tuple(map(parse, METHODS))
 HYBRID_LINES = (
     *("1 qwen35 some", "2 qwen35 tp2", "2 qwen35 tp2 sp selective reverse", "2 qwen35 distopt many unpacked"),
     *("2 qwen35 pp2 tied", "4 qwen35 tp2 sp pp2 vp2 uniform1 4of4 many", "4 qwen35 tp2 pp2 block teacher-dp 4of6"),
+    *("2 qwen35moe ep2", "2 qwennext tp2 sp"),
 )
 HYBRID_CASES = tuple(map(parse, HYBRID_LINES))
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())

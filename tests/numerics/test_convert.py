@@ -47,6 +47,8 @@ MODELS = {
     "llama_head_dim_8_to_2": ("Llama", {}),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "phi3_fused": ("Phi3", {"num_key_value_heads": 8}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {}),
+    "qwen3_next_tied": ("Qwen3Next", {"tie_word_embeddings": True}),
     "qwen3_5_tied": ("Qwen3_5", {"tie_word_embeddings": True}),
     "phi3_tied_8_to_2": ("Phi3", {"tie_word_embeddings": True}),
 }

@@ -81,6 +81,8 @@ MODELS = {
     "phi3_longrope": ("Phi3", {"num_attention_heads": 4, **longrope(16, original=16, partial=1.0)}),
     "phi4_mini_shaped": ("Phi3", {"tie_word_embeddings": True, "num_attention_heads": 4, **longrope(12, original=16)}),
     "phi3_attention_factor": ("Phi3", longrope(6, original=16, attention_factor=1.7)),
+    "qwen3_5_moe": ("Qwen3_5Moe", {"num_experts_per_tok": 4}),
+    "qwen3_next": ("Qwen3Next", {"num_experts_per_tok": 4}),
     "qwen3_5_one_layer": ("Qwen3_5", {"num_hidden_layers": 1}),
     "qwen3_5_nine_layers_tied": (
         "Qwen3_5",

@@ -32,6 +32,8 @@ MODELS = {
     "llama_tied": ("Llama", {"tie_word_embeddings": True}),
     "phi3_fused": ("Phi3", {}),
     "qwen3_5": ("Qwen3_5", {}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {}),
+    "qwen3_next": ("Qwen3Next", {}),
     "phi3_fused_without_groups": ("Phi3", {"num_key_value_heads": 8, "tie_word_embeddings": True}),
 }
 
