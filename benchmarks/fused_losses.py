@@ -127,7 +127,7 @@ def of_package(module: str, name: str, inputs: Inputs, make: Callable[[Any, Inpu
 def liger_jsd(loss: Any, inputs: Inputs, beta: float) -> Run:
     """Return Liger's JSD; its limit at `beta` 1 is the reverse KL."""
     jsd = loss(jsd_beta=beta)
-    return lambda: backward(jsd(inputs.student, inputs.head, inputs.teacher, inputs.teacher_head))
+    return lambda: backward(jsd(inputs.student, inputs.head, inputs.teacher, inputs.teacher_head, None))
 
 
 def cut_loss(linear_cross_entropy: Any, inputs: Inputs) -> Run:

@@ -43,6 +43,14 @@ from megatron_oprd.types import UserError
 PART = "part: "
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm", "general_gemm")
 ATTENTION = ("attention", "fused_attn", "flash")
+# Transformer Engine starts its kernels outside of torch's operators: parts by words in the names of kernels.
+KERNELS = {
+    "products": ("gemm", "nvjet", "cutlass", "xmma"),
+    "attention": ("fmha", "flash", "attention", "sdpa"),
+    "norms": ("norm",),
+    "MLP activation": ("silu", "swiglu"),
+    "optimizer": ("adam", "l2norm"),
+}
 # Operators that compute nothing.
 VIEWS = {
     *("view", "reshape", "_reshape_alias", "_unsafe_view", "as_strided", "slice", "select", "split", "chunk", "narrow"),
@@ -129,7 +137,7 @@ def profile_update(update: Update, device: torch.device) -> Profile:
     for event in events:
         milliseconds, launches = (own_cost_on_cuda if on_cuda else own_cost_on_cpu)(event)
         if milliseconds or launches:
-            part = parts[part_of(event, labels)]
+            part = parts[part_of(event, labels) or part_of_kernels(event)]
             part.milliseconds += milliseconds
             part.launches += launches
     waits = sum(event.name in SYNCHRONISATIONS for event in events)
@@ -174,7 +182,7 @@ def labels_by_sequence(events: Any) -> dict[int, str]:
     }
 
 
-def part_of(event: Any, labels: dict[int, str]) -> str:
+def part_of(event: Any, labels: dict[int, str]) -> str | None:
     """Return the part of an operator: by its name, by the label around it, or by the label of its forward pass."""
     names = [one.name.lower() for one in ancestors(event)]
     if any(name.startswith(PRODUCTS) for name in names):
@@ -185,7 +193,13 @@ def part_of(event: Any, labels: dict[int, str]) -> str:
         label = next((labels[number] for number in numbers if number in labels), None)
     if label is None and any(word in name for name in names for word in ATTENTION):
         return "attention"
-    return label or "other"
+    return label
+
+
+def part_of_kernels(event: Any) -> str:
+    """Return the part of an operator by the names of its kernels, or `other`."""
+    names = " ".join(kernel.name.lower() for kernel in event.kernels)
+    return next((part for part, words in KERNELS.items() if any(word in names for word in words)), "other")
 
 
 def own_label(event: Any) -> str | None:

@@ -30,8 +30,8 @@ class HeadInput:
     head: Tensor  # [rows, d]
 
 
-# Computes the objective of a slice from the logits [n, rows] of student and teacher in float32 at least, both of which
-# it may overwrite. Returns the gradient for the student's logits, in the memory of the student's logits.
+# Computes the objective of a slice from the logits [n, rows] of student and teacher, both of which it may overwrite.
+# Returns the gradient for the student's logits, in the memory of the student's logits.
 Objective = Callable[[Tensor, Tensor, slice], Tensor]
 
 
@@ -56,17 +56,19 @@ def slices(tokens: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
-def logits_gradient(student: HeadInput, teacher: HeadInput, objective: Objective, size: int) -> Tensor:
+def logits_gradient(student: HeadInput, teacher: HeadInput, objective: Objective, size: int | None) -> Tensor:
     """Return the gradient for the student's logits of one chunk, [n, rows] in the dtype of the states.
 
     Args:
         student, teacher: states of the same n tokens, heads with rows for the same token ids.
         objective: the objective of each slice.
-        size: tokens of a slice.
+        size: tokens of a slice; None: the objective gets all logits at once, in the dtype of the states.
 
     One product with each head. No communication but that of `objective`.
     """
     tokens = len(student.states)
+    if size is None:
+        return objective(_logits(student), _logits(teacher), slice(0, tokens))
     if tokens <= size:  # logits in the dtype of the states are freed as soon as the wider ones exist
         return objective(_wide(_logits(student)), _wide(_logits(teacher)), slice(0, tokens)).to(student.states.dtype)
     logits, teacher_logits = _logits(student), _logits(teacher)

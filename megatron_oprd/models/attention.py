@@ -15,6 +15,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention import bias as attention_bias
 
 from megatron_oprd.models import micro_batch
+from megatron_oprd.models.flash import flash_attention, flash_attention_works
 from megatron_oprd.models.micro_batch import ContextPart
 from megatron_oprd.models.rotary import rotate
 
@@ -83,6 +84,10 @@ class PackedAttention(torch.nn.Module):
         if batch.context is not None:
             assert not self.window  # launch/layouts.py refuses it
             return self._context_parts(query, key, value, batch.bounds, batch.context)
+        if not self.window and flash_attention_works(query.device, query.dtype, query.shape[-1]):
+            bounds, longest = batch.bounds_on(query.device)
+            output = flash_attention((query, key, value), (bounds, bounds), (longest, longest), self.scale)
+            return output.reshape(len(query), 1, -1)
         return self._sequences(query, key, value, batch.bounds)
 
     def _sequences(

@@ -12,20 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from megatron_oprd.models.attention import causal_attention
+from megatron_oprd.models.flash import flash_attention
 from megatron_oprd.models.kv_cache import KeyValueCache
-
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
-
-
-def flash_attention_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Return True if torch's flash attention kernels support sequences of different lengths on this device."""
-    return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype in FLASH_DTYPES
-        and head_dim % 8 == 0
-        and head_dim <= 256
-    )
 
 
 class DecodeAttention:
@@ -68,7 +56,7 @@ class DecodeAttention:
         rows, groups, per_group, width = projections.shape
         queries, keys, values = projections[:, :, :-2], self.keys[layer], self.values[layer]
         if self.cache.token_major:
-            output = _flash(
+            output = flash_attention(
                 (queries.reshape(rows, groups * (per_group - 2), width), keys, values),
                 (self.row_bounds, self.slot_bounds),
                 (1, self.cache.capacity),
@@ -117,7 +105,7 @@ class PromptAttention:
         keys, values = projections[:, :, -2:].unbind(2)
         if self.cache.token_major:
             bounds, longest = (self.device_bounds,) * 2, (max(self.lengths),) * 2
-            output = _flash((queries, keys, values), bounds, longest, scale)
+            output = flash_attention((queries, keys, values), bounds, longest, scale)
             return output.reshape(tokens, -1)
         pieces = [
             causal_attention(
@@ -128,25 +116,3 @@ class PromptAttention:
             for start, end in itertools.pairwise(self.bounds)
         ]
         return torch.cat(pieces, dim=2).squeeze(0).transpose(0, 1).reshape(tokens, -1)
-
-
-def _flash(
-    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    bounds: tuple[torch.Tensor, torch.Tensor],
-    longest: tuple[int, int],
-    scale: float,
-    lengths: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return flash attention of packed sequences, [tokens, heads, d].
-
-    Args:
-        inputs: queries [tokens, heads, d], keys and values [stored tokens, groups, d].
-        bounds: [sequences + 1] int32, where each sequence starts in the queries, and in the keys.
-        longest: most queries and most keys of a sequence.
-        lengths: [sequences] int32, the keys that count, from the start of each sequence; None: all, and causally.
-    """
-    # torch.nn.attention.varlen offers the same since torch 2.10, but not `lengths` in each version.
-    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
-        *inputs, *bounds, *longest, 0.0, lengths is None, False, scale=scale, seqused_k=lengths
-    )[0]
-    return output

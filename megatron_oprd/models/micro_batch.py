@@ -36,7 +36,15 @@ class MicroBatch(TappedSeqParams):
     )
     fused_packing: PackedSeqParams | None = None  # for Transformer Engine; set by the first layer
     chunks: ChunkPlan | None = None  # for Gated DeltaNet; set by the first such layer
+    flash_bounds: tuple[torch.Tensor, int] | None = None  # set by the first layer that calls `bounds_on`
     logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head
+
+    def bounds_on(self, device: torch.device) -> tuple[torch.Tensor, int]:
+        """Return `bounds` as an int32 tensor on a device, and the length of the longest sequence. Copies them once."""
+        if self.flash_bounds is None:
+            bounds = torch.tensor(self.bounds, dtype=torch.int32)
+            self.flash_bounds = bounds.to(device), int(bounds.diff().max())
+        return self.flash_bounds
 
     def for_layer(self) -> MicroBatch:
         """Return the micro-batch itself: the attention of this package needs all of it."""

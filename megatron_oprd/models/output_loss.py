@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses.complete_vocabulary import Logits, complete_objective, is_supported
 from megatron_oprd.losses.lm_head import (
     HeadInput,
     add_head_gradient_,
@@ -125,12 +126,25 @@ class OutputLoss:
             sums.add_(output_sums(result, weights[part]))
             return result.gradient.mul_(scale[part].to(result.gradient.dtype)[:, None])
 
+        def fused_objective(student_logits: torch.Tensor, teacher_logits: torch.Tensor, part: slice) -> torch.Tensor:
+            models = Logits(student_logits, self.temperature), Logits(teacher_logits, self.config.teacher_temperature)
+            result = complete_objective(*models, token_ids, self.shard, self.config, scale)
+            sums.add_(output_sums(result, weights))
+            return result.gradient
+
+        if student.is_cuda and not self.with_metrics and is_supported(self.config):
+            for_logits = logits_gradient(HeadInput(student, head), teacher, fused_objective, None)
+            return self._products(for_logits, student, head), sums
         # Without chunks (`chunk_tokens: null`), the objective has all tokens at once too.
         size = len(student) if self.config.chunk_tokens is None else slice_tokens(len(self.heads.student))
         for_logits = logits_gradient(HeadInput(student, head), teacher, objective, size)
+        return self._products(for_logits, student, head), sums
+
+    def _products(self, for_logits: torch.Tensor, student: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        """Add to the gradient of the head, and return the gradient of the states."""
         if self.heads.student.requires_grad:
             add_head_gradient_(_gradient_buffer(self.heads.student), for_logits, student)
-        return for_logits @ head, sums
+        return for_logits @ head
 
     def _chunks(self, selection: DeviceSelection, teacher: int) -> list[slice] | list[torch.Tensor]:
         """Return the rows of a teacher among those of all tensor-parallel ranks, chunk by chunk."""

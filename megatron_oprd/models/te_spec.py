@@ -76,8 +76,7 @@ class FusedAttention(PackedAttention):
 def _packing(batch: MicroBatch, device: torch.device) -> PackedSeqParams:
     """Return the packing as Transformer Engine's PackedSeqParams, with full lengths also under context parallelism."""
     if batch.fused_packing is None:
-        bounds = torch.tensor(batch.bounds, dtype=torch.int32)
-        longest, bounds = int(bounds.diff().max()), bounds.to(device)
+        bounds, longest = batch.bounds_on(device)
         padded = bounds if batch.context is not None else None  # needed only under context parallelism
         batch.fused_packing = PackedSeqParams("thd", bounds, bounds, padded, padded, longest, longest)
     return batch.fused_packing

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
-from megatron_oprd.models.cached_attention import DecodeAttention, PromptAttention, flash_attention_works
+from megatron_oprd.models.cached_attention import DecodeAttention, PromptAttention
+from megatron_oprd.models.flash import flash_attention_works
 from megatron_oprd.models.generation import GenerationChunk, GenerationPass
 from megatron_oprd.models.kv_cache import KeyValueCache
 from megatron_oprd.models.model import Stage

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses.complete_vocabulary import Logits, complete_objective, is_supported
 from megatron_oprd.losses.output_space import METRICS, token_objective
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from megatron_oprd.testing.distributed import run_distributed
@@ -68,6 +69,12 @@ def check_objectives(rank, ranks, vocabulary):
                 msg=lambda text, config=config: f"gradient, {config}: {text}",
             )
             close(cut.metrics, undivided.metrics, msg=lambda text, config=config: f"metrics, {config}: {text}")
+            if is_supported(config):
+                student, teacher, token_ids = logits(vocabulary, dtype)
+                models = (Logits(side[:, columns].clone()) for side in (student, teacher))
+                compiled = complete_objective(*models, token_ids, shard, config, torch.ones(len(student)))
+                close(compiled.value, undivided.value)
+                close(compiled.gradient, undivided.gradient[:, columns])
             bits.append(torch.cat([cut.value, cut.metrics.flatten()]).numpy().tobytes())
     empty = compute(shard, columns, OutputConfig(objective="topk_kl", tail_bucket=True), vocabulary, dtype, tokens=0)
     assert empty.gradient.shape == (0, columns.stop - columns.start) and empty.metrics.shape == (0, len(METRICS))

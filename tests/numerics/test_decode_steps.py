@@ -116,7 +116,7 @@ def reference_attention(inputs, bounds, longest, scale, lengths=None):
 
 
 def test_the_arguments_of_flash_attention_describe_the_rows(topology, tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_oprd.models.cached_attention._flash", reference_attention)
+    monkeypatch.setattr("megatron_oprd.models.cached_attention.flash_attention", reference_attention)
     monkeypatch.setattr("megatron_oprd.rollout.decoder.flash_attention_works", lambda *arguments: True)
     hf = random_hf_model("Qwen3", num_hidden_layers=2)
     stage, spec = load(hf, tmp_path, topology)

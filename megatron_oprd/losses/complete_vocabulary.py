@@ -1,0 +1,167 @@
+"""Objectives over the complete vocabulary from logits in the dtype of the model, for GPUs.
+
+`output_space.py` computes the same in float32 buffers, each of which several kernels read and write. Here five kernels
+read the logits of a chunk and one writes the gradient; float32 numbers exist in registers only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses.output_space import TokenObjective
+from megatron_oprd.losses.vocabulary import VocabularyShard
+from megatron_oprd.runtime.fused import fused
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits of a model before the temperature, [n, width], this rank's columns."""
+
+    values: Tensor
+    temperature: float = 1.0
+
+
+# A distribution as the functions that are compiled take it: logits [n, width], temperature, and for each token the
+# highest logit after the temperature and the log of the sum of exponentials, [n] each.
+Distribution = tuple[Tensor, float, Tensor, Tensor]
+
+
+def is_supported(config: OutputConfig) -> bool:
+    """Return True if this file has the objective."""
+    return config.objective == "sampled" or (
+        config.objective == "full_kl" and config.direction in ("reverse", "forward")
+    )
+
+
+@torch.no_grad()
+def complete_objective(
+    student: Logits, teacher: Logits, token_ids: Tensor, shard: VocabularyShard, config: OutputConfig, scale: Tensor
+) -> TokenObjective:
+    """Return the value of each token, and its gradient for the student's logits times `scale`, without metrics.
+
+    Args:
+        student: THE LOGITS ARE OVERWRITTEN BY THE GRADIENT.
+        token_ids: [n] int64, the sampled tokens.
+        scale: [n] float32 or float64.
+
+    Communicates over `shard.group`: 3 all_reduces.
+    """
+    p, q = _distributions(student, teacher, shard)
+    scale = scale.to(p[3].dtype)
+    if config.objective == "sampled":
+        log_p, log_q = shard.sum(torch.stack([_picked(one, token_ids, shard) for one in (p, q)]))
+        gradient = _sampled_gradient_(*p, token_ids - shard.start, (log_q - log_p) * scale)
+        return TokenObjective((log_p - log_q) * log_p, gradient, None)
+    if config.direction == "forward":
+        return TokenObjective(shard.sum(_kl(*q, *p)), _forward_gradient_(*p, *q, scale), None)
+    value = shard.sum(_kl(*p, *q))
+    return TokenObjective(value, _reverse_gradient_(*p, *q, value, scale), None)
+
+
+def _distributions(student: Logits, teacher: Logits, shard: VocabularyShard) -> list[Distribution]:
+    """Normalise both models over the vocabulary of all ranks. Two all_reduces."""
+    models = (student, teacher)
+    highest = shard.max(torch.stack([_highest_or_none(one) for one in models]))
+    sums = [_sum(one.values, one.temperature, shift) for one, shift in zip(models, highest, strict=True)]
+    log_sums = shard.sum(torch.stack(sums)).log_()
+    return [(one.values, one.temperature, *shifts) for one, *shifts in zip(models, highest, log_sums, strict=True)]
+
+
+def _highest_or_none(model: Logits) -> Tensor:
+    """Return the highest logits [n] after the temperature; -inf on a rank without columns."""
+    tokens, width = model.values.shape
+    if width:
+        return _highest(model.values, model.temperature)
+    return _wide(model.values, 1.0).new_full((tokens,), -torch.inf)
+
+
+def _picked(of: Distribution, token_ids: Tensor, shard: VocabularyShard) -> Tensor:
+    """Return the log-probabilities [n] of the tokens in this rank's columns, and zero for other tokens."""
+    logits, temperature, highest, log_sum = of
+    local = (token_ids >= shard.start) & (token_ids < shard.start + logits.shape[1])
+    logit = shard.pick(logits, token_ids[:, None]).squeeze(1)
+    return (_wide(logit, temperature) - highest - log_sum).masked_fill(~local, 0)
+
+
+def _wide(logits: Tensor, temperature: float) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
+def _log_probs(logits: Tensor, temperature: float, highest: Tensor, log_sum: Tensor) -> Tensor:
+    # In two steps: the log of the sum is small, the highest logit may be large and would round it away.
+    return _wide(logits, temperature) - highest[:, None] - log_sum[:, None]
+
+
+@fused
+def _highest(logits: Tensor, temperature: float) -> Tensor:
+    return _wide(logits, temperature).amax(-1)
+
+
+@fused
+def _sum(logits: Tensor, temperature: float, highest: Tensor) -> Tensor:
+    return (_wide(logits, temperature) - highest[:, None]).exp().sum(-1)
+
+
+@fused
+def _kl(
+    a: Tensor,
+    t_a: float,
+    highest_a: Tensor,
+    log_sum_a: Tensor,
+    b: Tensor,
+    t_b: float,
+    highest_b: Tensor,
+    log_sum_b: Tensor,
+) -> Tensor:
+    """Return this rank's part of KL(a || b)."""
+    log_a, log_b = _log_probs(a, t_a, highest_a, log_sum_a), _log_probs(b, t_b, highest_b, log_sum_b)
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+@fused
+def _reverse_gradient_(
+    p: Tensor,
+    t_p: float,
+    highest_p: Tensor,
+    log_sum_p: Tensor,
+    q: Tensor,
+    t_q: float,
+    highest_q: Tensor,
+    log_sum_q: Tensor,
+    value: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """Replace the student's logits `p` by p (log p - log q - value) scale."""
+    log_p, log_q = _log_probs(p, t_p, highest_p, log_sum_p), _log_probs(q, t_q, highest_q, log_sum_q)
+    return p.copy_(log_p.exp() * (log_p - log_q - value[:, None]) * scale[:, None])
+
+
+@fused
+def _forward_gradient_(
+    p: Tensor,
+    t_p: float,
+    highest_p: Tensor,
+    log_sum_p: Tensor,
+    q: Tensor,
+    t_q: float,
+    highest_q: Tensor,
+    log_sum_q: Tensor,
+    scale: Tensor,
+) -> Tensor:
+    """Replace the student's logits `p` by (p - q) scale."""
+    log_p, log_q = _log_probs(p, t_p, highest_p, log_sum_p), _log_probs(q, t_q, highest_q, log_sum_q)
+    return p.copy_((log_p.exp() - log_q.exp()) * scale[:, None])
+
+
+@fused
+def _sampled_gradient_(
+    p: Tensor, temperature: float, highest: Tensor, log_sum: Tensor, columns: Tensor, factor: Tensor
+) -> Tensor:
+    """Replace the logits `p` by (p - e_y) factor; `columns` [n] is the column of y, beyond the width on other ranks."""
+    probabilities = _log_probs(p, temperature, highest, log_sum).exp()
+    is_sampled = torch.arange(p.shape[1], device=p.device) == columns[:, None]
+    return p.copy_((probabilities - is_sampled.to(probabilities.dtype)) * factor[:, None])
