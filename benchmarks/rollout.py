@@ -99,6 +99,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--rehearse", action="store_true", help="with --preset h100: tiny sizes, on a CPU too")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64], help="preset cpu: rows at a time")
     parser.add_argument("--workload", nargs="+", default=["equal", "mixed"], choices=["equal", "mixed"])
+    parser.add_argument("--engines", nargs="+", metavar="NAME", help="only these, for example: embedded")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=4, help="preset cpu")
     parser.add_argument("--hidden", type=int, default=256, help="preset cpu")
@@ -131,6 +132,8 @@ def measure_engines(
         if options.vllm_python:
             server = ServerOptions(options.vllm_python, folder / "server", workloads, options.threads, stack)
         sides = build_sides(shape, folder, device, server)
+        if options.engines:
+            sides = [side for side in sides if side.name in options.engines]
         record["versions"] |= {side.name: side.version for side in sides if side.version}
         begin = time.monotonic()
         for workload in workloads:
@@ -145,7 +148,8 @@ def measure_engines(
 def sizes_of(options: argparse.Namespace) -> tuple[Shape, list[Workload]]:
     """Return the model shape and the workloads of the options."""
     if options.preset == "h100":
-        return (REHEARSAL_SHAPE, REHEARSAL_WORKLOADS) if options.rehearse else (H100_SHAPE, H100_WORKLOADS)
+        shape, workloads = (REHEARSAL_SHAPE, REHEARSAL_WORKLOADS) if options.rehearse else (H100_SHAPE, H100_WORKLOADS)
+        return shape, [one for one in workloads if one.name.partition(",")[0] in options.workload]
     hidden = options.hidden
     shape = Shape("Qwen3", options.layers, hidden, 3 * hidden, 8, 4, options.vocabulary, tied=True, deviation=0.1)
     return shape, small_workloads(options.workload, options.batch)
