@@ -32,9 +32,11 @@ Distribution = tuple[Tensor, float, Tensor, Tensor]
 
 def is_supported(config: OutputConfig) -> bool:
     """Return True if this file has the objective."""
-    return config.objective == "sampled" or (
-        config.objective == "full_kl" and config.direction in ("reverse", "forward")
-    )
+    if config.forward_above_entropy is not None:  # ranks tokens
+        return False
+    if config.objective == "full_kl":
+        return config.direction in ("reverse", "forward")
+    return config.objective == "sampled"
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_oprd.config import OutputConfig
 from megatron_oprd.losses.complete_vocabulary import Logits, complete_objective, is_supported
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from tests.unit.test_output_space import CONFIGS, extreme_logits, name, random_logits, reference
@@ -18,6 +19,7 @@ def compute(student, teacher, token_ids, config, temperature=1.0, scale=1.0):
 
 def test_both_directions_and_the_sampled_token_are_supported():
     assert {name(config) for config in SUPPORTED} == {"sampled", "full_kl-reverse", "full_kl-forward"}
+    assert not is_supported(OutputConfig(objective="sampled", forward_above_entropy=0.8))
 
 
 @pytest.mark.parametrize("config", SUPPORTED, ids=name)
