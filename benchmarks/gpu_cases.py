@@ -82,7 +82,6 @@ TEACHERS: dict[str, tuple[Modules, tuple[str, ...]]] = {
     "FP8 weights, tensorwise": ("tensorwise", (TE, "precision.teacher_fp8=weights")),
     "FP8 compute, tensorwise": ("tensorwise", (TE, "precision.teacher_fp8=compute")),
     "FP8 weights, blockwise": ("blockwise", (TE, "precision.teacher_fp8=weights", BLOCKWISE)),
-    "FP8 weights, own modules": ("scaled_mm", (OWN, "precision.teacher_fp8=weights")),
     "bf16, own modules": ("own", (OWN,)),
 }
 

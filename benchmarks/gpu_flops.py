@@ -9,7 +9,7 @@ from benchmarks.updates import Workload
 from megatron_oprd.planning.flops import attention_flops, linear_flops
 
 BACKWARD = 2  # in forward passes: one product for the inputs' gradient, one for the weights' gradient
-Modules = Literal["bf16", "own", "tensorwise", "blockwise", "scaled_mm"]
+Modules = Literal["bf16", "own", "tensorwise", "blockwise"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ GPUS = {
 
 # Assumed for the predictions: the share of `Gpu.peak` that matrix products reach (FP8 has twice the peak but pays for
 # rounding and scales), and the share that causal attention reaches over forward and backward.
-PRODUCTS: dict[Modules, float] = {"bf16": 0.65, "own": 0.65, "tensorwise": 0.95, "blockwise": 0.85, "scaled_mm": 0.75}
-ATTENTION: dict[Modules, float] = {"bf16": 0.45, "own": 0.35, "tensorwise": 0.45, "blockwise": 0.45, "scaled_mm": 0.35}
+PRODUCTS: dict[Modules, float] = {"bf16": 0.65, "own": 0.65, "tensorwise": 0.95, "blockwise": 0.85}
+ATTENTION: dict[Modules, float] = {"bf16": 0.45, "own": 0.35, "tensorwise": 0.45, "blockwise": 0.45}
 # Memory traffic outside of matrix products (norms, rotation, SwiGLU, residuals): bytes per token, block and pass.
 TRAFFIC = {"hidden": 40, "ffn": 10}
 OPTIMIZER_BYTES = 30  # per parameter: reads fp32 weight, moments and gradient, writes weight and moments

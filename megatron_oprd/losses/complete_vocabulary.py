@@ -41,13 +41,18 @@ def is_supported(config: OutputConfig) -> bool:
 
 @torch.no_grad()
 def complete_objective(
-    student: Logits, teacher: Logits, token_ids: Tensor, shard: VocabularyShard, config: OutputConfig, scale: Tensor
+    student: Logits,
+    teacher: Logits,
+    token_ids: Tensor | None,
+    shard: VocabularyShard,
+    config: OutputConfig,
+    scale: Tensor,
 ) -> TokenObjective:
     """Return the value of each token, and its gradient for the student's logits times `scale`, without metrics.
 
     Args:
         student: THE LOGITS ARE OVERWRITTEN BY THE GRADIENT.
-        token_ids: [n] int64, the sampled tokens.
+        token_ids: [n] int64, the sampled tokens; None without the objective `sampled`.
         scale: [n] float32 or float64.
 
     Communicates over `shard.group`: 3 all_reduces.
@@ -55,6 +60,7 @@ def complete_objective(
     p, q = _distributions(student, teacher, shard)
     scale = scale.to(p[3].dtype)
     if config.objective == "sampled":
+        assert token_ids is not None
         log_p, log_q = shard.sum(torch.stack([_picked(one, token_ids, shard) for one in (p, q)]))
         gradient = _sampled_gradient_(*p, token_ids - shard.start, (log_q - log_p) * scale)
         return TokenObjective((log_p - log_q) * log_p, gradient, None)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses.complete_vocabulary import Logits, complete_objective
 from megatron_oprd.losses.divergence import reverse_kl
 from megatron_oprd.losses.lm_head import (
     HEAD_ROWS,
@@ -23,6 +25,8 @@ from megatron_oprd.losses.lm_head import (
     slices,
 )
 from megatron_oprd.losses.vocabulary import VocabularyShard
+
+REVERSE_KL = OutputConfig(objective="full_kl", direction="reverse")
 
 
 def weighted_reverse_kl(
@@ -104,8 +108,13 @@ class _Task:
         size = self.chunk_tokens or auto_chunk_tokens(len(student.head), student.states.dtype)
         for chunk in slices(tokens, size):
             states, teacher = student.states[chunk], HeadInput(self.teacher.states[chunk], self.teacher.head)
-            objective = _objective(self.shard, values[chunk], None if weights is None else weights[chunk])
-            for_logits = logits_gradient(HeadInput(states, head), teacher, objective, slice_tokens(len(student.head)))
+            chunk_weights = None if weights is None else weights[chunk]
+            if states.is_cuda:
+                objective, size_of_slice = _compiled_objective(self.shard, values[chunk], chunk_weights), None
+            else:
+                objective = _objective(self.shard, values[chunk], chunk_weights)
+                size_of_slice = slice_tokens(len(student.head))
+            for_logits = logits_gradient(HeadInput(states, head), teacher, objective, size_of_slice)
             if for_states is not None:
                 for_states[chunk] = for_logits @ head
             if for_head is not None:
@@ -123,6 +132,18 @@ def _objective(shard: VocabularyShard, values: Tensor, weights: Tensor | None) -
         shard.normalize_(log_p, log_q)
         values[part], gradient = reverse_kl(log_p, log_q, shard)
         return gradient if weights is None else gradient.mul_(weights[part, None].to(gradient.dtype))
+
+    return objective
+
+
+def _compiled_objective(shard: VocabularyShard, values: Tensor, weights: Tensor | None) -> Objective:
+    """Return the objective of one chunk for a GPU, which takes logits in the dtype of the states."""
+
+    def objective(student: Tensor, teacher: Tensor, part: slice) -> Tensor:
+        scale = torch.ones_like(values) if weights is None else weights
+        result = complete_objective(Logits(student), Logits(teacher), None, shard, REVERSE_KL, scale)
+        values.copy_(result.value)
+        return result.gradient
 
     return objective
 

@@ -102,8 +102,6 @@ def run_norm(norm: torch.nn.Module, hidden_states: torch.Tensor, parts: Collecti
         stored_output = output.detach()
         return Computed(output, lambda: stored_output)
     stored = hidden_states.detach()
-    if hidden_states.is_cuda:  # the norm stores its input alone
-        return Computed(norm(hidden_states), lambda: norm(stored))
     normalized = norm.normalize(hidden_states)
     with _stored_as(normalized, lambda: norm.normalize(stored)):
         output = norm.scale(normalized)

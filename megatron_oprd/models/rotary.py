@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from megatron_oprd.runtime.fused import fused
 from megatron_oprd.types import LinearScaling, Llama3Scaling, LongRope, ModelSpec, YarnScaling
 
 
@@ -122,8 +121,8 @@ def signed(sin: torch.Tensor) -> torch.Tensor:
 def rotate(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
     """Rotate the first rotary_dim dimensions of states [tokens, heads, d] by cos and sin [tokens, 1, rotary_dim].
 
-    The two halves of these dimensions are paired, as in Hugging Face's models. Forward and backward run one kernel each
-    on a GPU. Elsewhere they run four, about half of what autograd would run, with the same bits.
+    The two halves of these dimensions are paired, as in Hugging Face's models. Forward and backward run four kernels
+    each, about half of what autograd would run, with the same bits.
     """
     rotated: torch.Tensor = _Rotate.apply(states, cos, signed_sin)
     return rotated
@@ -135,21 +134,14 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, signed_sin)
-        return _rotated(states, cos, signed_sin)
+        other_half = _swap(states[..., : cos.shape[-1]]).mul_(signed_sin)
+        return _add_to_product(states, cos, other_half)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _gradient(gradients[0], *ctx.saved_tensors), None, None
-
-
-@fused
-def _rotated(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    return _add_to_product(states, cos, _swap(states[..., : cos.shape[-1]]).mul_(signed_sin))
-
-
-@fused
-def _gradient(gradient: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
-    return _add_to_product(gradient, cos, _swap(gradient[..., : cos.shape[-1]] * signed_sin))
+        cos, signed_sin = ctx.saved_tensors
+        other_half = _swap(gradients[0][..., : cos.shape[-1]] * signed_sin)
+        return _add_to_product(gradients[0], cos, other_half), None, None
 
 
 def _swap(states: torch.Tensor) -> torch.Tensor:

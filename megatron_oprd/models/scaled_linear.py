@@ -14,7 +14,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_oprd.models.model import Stage
-from megatron_oprd.runtime.fused import fused
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max  # 448
@@ -87,14 +86,8 @@ def scaled_product(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Te
     """Return x W^T [rows, out] in the dtype of x, from x [rows, in], an E4M3 weight [out, in] and its scale []."""
     if not len(x):  # an expert without tokens
         return x.new_empty(0, len(weight))
-    rounded, scale = _rounded_and_scale(x)
-    return torch._scaled_mm(rounded, weight.t(), scale, weight_scale, out_dtype=x.dtype)
-
-
-@fused
-def _rounded_and_scale(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = _scale(x.abs().amax().float())
-    return _rounded(x, scale), scale
+    return torch._scaled_mm(_rounded(x, scale), weight.t(), scale, weight_scale, out_dtype=x.dtype)
 
 
 def _scale(largest: torch.Tensor) -> torch.Tensor:

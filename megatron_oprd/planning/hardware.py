@@ -28,7 +28,7 @@ class Hardware:
     memory_share: float = 0.7  # of memory_bytes
     link_share: float = 0.7  # of nvlink_bytes and network_bytes
     sync_bytes: float = 5e9  # weights to servers through shared memory, written and read
-    layer_seconds: float | None = None  # of a layer in a decode step at least; None: `rollout_time.LAYER_TIMES`
+    layer_seconds: float | None = None  # of a layer in a decode step at least; None: `rollout_time.layer_time`
 
     def flops_rate(self, spec: ModelSpec, *, in_fp8: bool) -> float:
         """Return the operations per second that one GPU is assumed to reach in a pass of a model."""

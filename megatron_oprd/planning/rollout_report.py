@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.planning.hardware import H100, Hardware
 from megatron_oprd.planning.planned_run import PlannedRun
-from megatron_oprd.planning.rollout_time import LAYER_TIMES, generators, sync_bytes
+from megatron_oprd.planning.rollout_time import generators, layer_time, sync_bytes
 from megatron_oprd.planning.step_time import Estimate, estimate_step
 from megatron_oprd.rollout.horizon import response_limit
 
@@ -45,7 +45,7 @@ def _step(estimate: Estimate) -> str:
 
 
 def _rate(run: PlannedRun, estimate: Estimate) -> str:
-    engine, models = run.config.rollout.engine, generators(run)
+    models = generators(run)
     seconds = next(cost.seconds for cost in estimate.costs if cost.name == "rollout: tokens")
     rate = run.rollouts_per_step * run.lengths.response / max(seconds, 1e-9)
     who = (
@@ -56,7 +56,7 @@ def _rate(run: PlannedRun, estimate: Estimate) -> str:
     line = f"Generation: {rate:,.0f} tokens/s; {who}, rows of each: {models.rows}"
     if run.config.rollout.tokens_per_second is not None:
         return f"{line}; set by rollout.tokens_per_second"
-    layer = LAYER_TIMES[engine]
+    layer = layer_time(run.config, run.setup.student)
     return f"{line}; at least {layer.seconds * 1e6:,.0f} us for a layer and token, {layer.source}"
 
 

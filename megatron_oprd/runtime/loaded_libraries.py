@@ -6,6 +6,7 @@ installations fail in the middle of a step: `CUDNN_STATUS_SUBLIBRARY_LOADING_FAI
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -42,9 +43,11 @@ class DoubledLibrary:
         cures = []
         if {self.loaded.parent, self.other.parent} & searched:
             cures.append(f"unset {SEARCHED}")
-        home = pip_cudnn([str(self.loaded), str(self.other)])
+        home = _pip_cudnn([str(self.loaded), str(self.other)])
         if home is not None:
-            cures.append(f"set CUDNN_HOME={home}")
+            cures.append(
+                f"import megatron_oprd before Transformer Engine, or name {home}/lib/libcudnn*.so.9 in LD_PRELOAD"
+            )
         return ", or ".join(cures) or "keep one of them in the environment"
 
 
@@ -71,15 +74,23 @@ def find_doubled_library(mapped: Iterable[str] | None = None) -> DoubledLibrary 
     return None
 
 
-def pip_cudnn(mapped: Iterable[str] | None = None) -> Path | None:
-    """Return the folder nvidia/cudnn of site-packages if this process has loaded cuDNN from it, else None.
+def load_cudnn_of_torch() -> None:
+    """Load every file of the cuDNN that pip installed for torch; torch itself loads most of them at their first use.
 
-    Transformer Engine loads the cuDNN of the folder CUDNN_HOME, and without this variable that of the system.
-
-    Args:
-        mapped: the paths of the loaded files; None: those of this process.
+    Transformer Engine needs all files. It would take those that are not loaded from the cuDNN of the system, and two
+    versions would be mixed. Does nothing in a container whose torch uses the cuDNN of the system.
     """
-    for path in map(Path, _mapped_files() if mapped is None else mapped):
+    home = _pip_cudnn(_mapped_files())
+    if home is None:
+        return
+    os.environ.setdefault("CUDNN_HOME", str(home))
+    for path in sorted((home / "lib").glob("libcudnn*.so.*")):
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def _pip_cudnn(mapped: Iterable[str]) -> Path | None:
+    """Return the folder nvidia/cudnn of site-packages if one of the loaded files is there, else None."""
+    for path in map(Path, mapped):
         if _major("cuDNN", path.name) is not None and "site-packages" in path.parts:
             return path.parent.parent  # of nvidia/cudnn/lib/libcudnn.so.9
     return None

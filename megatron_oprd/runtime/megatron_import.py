@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_oprd.runtime.loaded_libraries import pip_cudnn
+from megatron_oprd.runtime.loaded_libraries import load_cudnn_of_torch
 
 # Messages that Megatron-Core and torch print at every start, with the module that prints each.
 IGNORED_WARNINGS = (
@@ -36,9 +36,8 @@ def import_megatron() -> None:
     """Import Megatron-Core quickly and quietly. Call this function before anything else imports `megatron.core`."""
     for message, module in IGNORED_WARNINGS if torch.cuda.is_available() else IGNORED_WARNINGS + IGNORED_ON_CPU:
         warnings.filterwarnings("ignore", message=message, module=module)
-    # Megatron-Core imports Transformer Engine, which would load the cuDNN of the system beside that of torch.
-    if "CUDNN_HOME" not in os.environ and (cudnn := pip_cudnn()) is not None:
-        os.environ["CUDNN_HOME"] = str(cudnn)
+    if importlib.util.find_spec("transformer_engine") is not None:  # Megatron-Core imports it
+        load_cudnn_of_torch()
     with _compile_on_first_call(), _without("wandb"):
         import megatron.core  # noqa: F401
 

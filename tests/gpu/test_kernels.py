@@ -1,10 +1,12 @@
-"""What torch compiles on a GPU, and one attention call for packed sequences, against the same numbers in float32."""
+"""Functions that torch compiles on a GPU, and its attention for packed sequences, against float32."""
 
 import pytest
 import torch
 
 from benchmarks.fused_losses import Inputs
 from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses.lm_head import HeadInput
+from megatron_oprd.losses.reverse_kl import weighted_reverse_kl
 from megatron_oprd.models.output_loss import Heads, OutputLoss
 from megatron_oprd.models.precision import PLAIN
 from megatron_oprd.types import DeviceSelection
@@ -42,3 +44,20 @@ def test_an_objective_without_metrics_has_the_gradients_of_one_with(options, gpu
     assert found_value.item() == pytest.approx(value.item(), rel=1e-4)
     assert relative(found, expected) < 1e-2
     assert relative(found_of_head, of_head) < 1e-2
+
+
+def test_the_reverse_kl_of_the_library_agrees_with_float32(gpu):
+    inputs = Inputs.random(300, 128, 3000, gpu.device)
+    weights = torch.rand(300, dtype=torch.float64, device=gpu.device)
+    results = []
+    for dtype, device in ((torch.bfloat16, gpu.device), (torch.float32, torch.device("cpu"))):
+        placed = [
+            x.detach().to(device, dtype) for x in (inputs.student, inputs.head, inputs.teacher, inputs.teacher_head)
+        ]
+        student, head = (x.requires_grad_() for x in placed[:2])
+        value, _ = weighted_reverse_kl(HeadInput(student, head), HeadInput(*placed[2:]), weights.to(device))
+        value.backward()
+        results.append((value.detach().cpu(), student.grad.cpu(), head.grad.cpu()))
+    (value, *found), (expected, *exact) = results
+    assert value.item() == pytest.approx(expected.item(), rel=1e-2)
+    assert all(relative(one, other) < 3e-2 for one, other in zip(found, exact, strict=True))

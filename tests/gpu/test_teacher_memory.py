@@ -14,7 +14,6 @@ CASES = {
     "bf16": ((), 2),
     "tensorwise": (IN_FP8, 1),
     "blockwise": ((*IN_FP8, "precision.recipe=blockwise"), 1),
-    "own modules": ((*IN_FP8, "precision.attention=sdpa"), 1),
 }
 SCALES = 0.02  # one for 128 x 128 weights, and the rounding of the allocator
 

@@ -12,8 +12,7 @@ import pytest
 from megatron_oprd.launch import setup
 from megatron_oprd.launch.setup import check_libraries
 from megatron_oprd.models.precision import PLAIN, Precision
-from megatron_oprd.runtime import megatron_import
-from megatron_oprd.runtime.loaded_libraries import DoubledLibrary, find_doubled_library, pip_cudnn
+from megatron_oprd.runtime.loaded_libraries import DoubledLibrary, find_doubled_library
 from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +56,9 @@ def test_two_loaded_files_of_one_library_are_named_with_the_cure(install, tmp_pa
     line = report(one, other)
     assert line == (
         f"two installations of cuDNN, {one} and {other}, are both loaded; "
-        f"set CUDNN_HOME={tmp_path / 'lib/python3.12/site-packages/nvidia/cudnn'}"
+        f"import megatron_oprd before Transformer Engine, or name {tmp_path / PIP}/libcudnn*.so.9 in LD_PRELOAD"
     )
-    assert f"unset LD_LIBRARY_PATH, or set CUDNN_HOME={tmp_path}" in report(one, other, search=str(tmp_path / PIP))
+    assert "unset LD_LIBRARY_PATH, or import megatron_oprd before" in report(one, other, search=str(tmp_path / PIP))
 
 
 def test_parts_of_cudnn_that_the_loader_would_find_elsewhere_are_named(install, tmp_path):
@@ -103,14 +102,25 @@ def test_a_mixed_cudnn_is_refused_with_transformer_engine_and_a_warning_without(
     assert "warning: two installations of NCCL" in capsys.readouterr().out
 
 
-def test_transformer_engine_gets_the_cudnn_that_pip_installed_for_torch(monkeypatch, tmp_path):
-    pip, system = tmp_path / PIP / "libcudnn.so.9", tmp_path / "lib" / "libcudnn.so.9"
-    assert pip_cudnn([str(system)]) is None, "nothing to change in a container with one installation"
-    assert pip_cudnn([str(system), str(pip)]) == tmp_path / "lib/python3.12/site-packages/nvidia/cudnn"
-    monkeypatch.setattr(megatron_import, "pip_cudnn", lambda: tmp_path)
-    monkeypatch.delenv("CUDNN_HOME", raising=False)
-    megatron_import.import_megatron.__wrapped__()
-    assert os.environ["CUDNN_HOME"] == str(tmp_path)
-    monkeypatch.setenv("CUDNN_HOME", "chosen")
-    megatron_import.import_megatron.__wrapped__()
-    assert os.environ["CUDNN_HOME"] == "chosen"
+def test_all_files_of_the_cudnn_of_torch_are_loaded_before_transformer_engine_is(install, tmp_path):
+    """Torch has loaded the first. Transformer Engine would take the others from the system's installation."""
+    names = ("libcudnn.so.9", "libcudnn_adv.so.9", "libcudnn_engines_precompiled.so.9")
+    first, *others = install(*(f"{PIP}/{name}" for name in names))
+    code = f"""
+import ctypes, os
+from megatron_oprd.runtime.loaded_libraries import load_cudnn_of_torch
+load_cudnn_of_torch()
+print(os.environ.get("CUDNN_HOME"))
+ctypes.CDLL({first!r})
+load_cudnn_of_torch()
+print(os.environ["CUDNN_HOME"])
+print([path in open("/proc/self/maps").read() for path in {others!r}])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("CUDNN_HOME", None)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
+        "None",
+        f"{tmp_path}/lib/python3.12/site-packages/nvidia/cudnn",
+        "[True, True]",
+    ]
