@@ -26,7 +26,8 @@ _HARMLESS: dict[str, Callable[[Any], bool]] = {
     "transformers_weights": lambda value: value is None,  # a file of weights in place of model.safetensors
     "return_dict": lambda value: value is True,  # else transformers returns tuples, with which its own code fails
     "configuration_files": lambda value: value == ["config.json"],  # files to read in place of config.json
-    "attention_chunk_size": lambda value: value is None or type(value) is int,
+    "output_hidden_states": lambda value: value is None or isinstance(value, bool),
+    "attention_chunk_size": lambda value: value is None or (type(value) is int and abs(value) < 2**63),
     **dict.fromkeys(_INNER_MODELS, lambda value: value is None),
     # transformers makes a name for each label, which fills the memory for a huge number.
     "num_labels": lambda value: value is None or (type(value) is int and value < 2**20),

@@ -63,6 +63,8 @@ def changes(family, values):
         tried = [..., None, *unusual]
         if FACTOR > 1:
             tried += [value for value in STRANGE if not (key in NAMES_KERNELS and isinstance(value, str))]
+            if key.endswith("_size"):  # transformers builds models of size 1, but cannot run all of them
+                tried = [value for value in tried if value != 1]
         for value in tried:
             absent = value is ... and (key not in values or (key in SIZES and FACTOR == 1))
             if not absent:
@@ -89,7 +91,7 @@ def describe_difference(folder, topology):
     try:
         spec = read_model_spec(folder)
     except UserError as error:
-        return None if "\n" not in str(error) and "config.json" in str(error) else f"the refusal is {error}"
+        return None if "\n" not in str(error) and str(folder) in str(error) else f"the refusal is {error}"
     try:
         model = of_transformers(folder)
         expected = None if model is None else model(SEQUENCE[None]).logits[0].detach()
