@@ -19,7 +19,7 @@ def check_student(spec: ModelSpec, vocab_size: int, longest_row: int) -> None:
         longest_row: most tokens of a prompt and its answer.
     """
     if spec.linear_layers:
-        raise UserError(f"rollout.engine=vllm has not been tried with {spec.architecture}; use rollout.engine=megatron")
+        raise UserError(f"rollout.engine=vllm has not been tried with {spec.architecture}; use rollout.engine=replay")
     excluded_ids(spec, vocab_size)
     scaling = spec.rope_scaling
     if isinstance(scaling, LongRope) and longest_row > scaling.original_positions:
