@@ -118,6 +118,7 @@ class ModelArguments:
             "tied_embeddings": bool(values.get("share_embeddings_and_output_weights", True)),
             "qkv_bias": bool(values.get("add_qkv_bias", False)),
             "qk_norm": bool(values.get("qk_layernorm", False)),
+            "windowed_layers": (),  # window_size is refused
             "num_experts": experts,
             "sparse_layers": sparse,
         }

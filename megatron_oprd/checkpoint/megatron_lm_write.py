@@ -83,6 +83,8 @@ def megatron_lm_arguments(spec: ModelSpec, topology: Topology, dtype: torch.dtyp
         raise UserError(
             f"{source}: {spec.architecture} cannot be written for Megatron-LM; supported: {', '.join(_ARCHITECTURES)}"
         )
+    if spec.windowed_layers:
+        raise UserError(f"{source}: sliding windows cannot be written for Megatron-LM; use a model without them")
     scaling = spec.rope_scaling
     if scaling is not None and (
         not isinstance(scaling, Llama3Scaling) or scaling != Llama3Scaling(scaling.factor, 1.0, 4.0, 8192)
