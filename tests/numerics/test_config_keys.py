@@ -11,13 +11,16 @@ from safetensors.torch import save_file
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.reader import HFReader
-from megatron_oprd.testing.models import FAMILIES, random_hf_model
+from megatron_oprd.testing import models
+from megatron_oprd.testing.models import random_hf_model
 from megatron_oprd.types import UserError
 from tests.fuzz.budget import FACTOR
 from tests.helpers.config_keys import NAMES_KERNELS, STRANGE, VALUES, keys_of_rope, keys_of_transformers
 from tests.helpers.opened_folder import end_tokens, load
 from tests.numerics.test_parity import megatron_states, relative
 
+# Families with linear attention have further keys, and a config inside of a config, which were not decided yet.
+FAMILIES = [family for family in models.FAMILIES if not family.startswith(("Qwen3_5", "Qwen3Next"))]
 SEQUENCE = torch.randint(0, 30, (26,), generator=torch.Generator().manual_seed(1))
 # Without them, the model of transformers is large.
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts"}
