@@ -55,10 +55,12 @@ class _SentBytes(LiveBytes):
     """Count the bytes that a rank sends in a traced update, from the operations of its collectives."""
 
     total = 0.0
+    begun = False
 
     def reset_peak(self):
         super().reset_peak()
-        _SentBytes.total = 0.0  # the models are built, the update begins
+        if not self.begun:
+            _SentBytes.total, self.begun = 0.0, True  # the models are built, the update begins
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
@@ -205,9 +207,9 @@ def test_a_set_rate_replaces_the_estimated_one():
 def test_the_student_generates_at_the_measured_time_of_a_layer():
     run, estimate = estimate_of(*GENERATION, "rollout.samples_per_prompt=300")  # 300 rollouts of a replica
     assert (generators(run).rows, generators(run).rounds) == (150, 2)
-    assert seconds_by_name(estimate)["rollout: tokens"] == pytest.approx(2 * 64 * 4 * 64 / 2059 / 28)
+    assert seconds_by_name(estimate)["rollout: tokens"] == pytest.approx(2 * 64 * 4 * 3.5e-3 / 28)
     text = " ".join(rollout_lines(run))
-    assert "replicas: 8, rows of each: 150; at least 1,110 us for a layer and token, measured" in text
+    assert "replicas: 8, rows of each: 150; at least 125 us for a layer and token, measured" in text
 
 
 def test_servers_generate_in_rounds_and_get_the_exported_weights(tmp_path):
