@@ -26,7 +26,7 @@ PARSER.add_argument(
     metavar="DIR",
     help="read the weights from this Megatron checkpoint: of Megatron-LM, Megatron-Bridge or this package",
 )
-PARSER.add_argument("--megatron", required=True, metavar="DIR", help="the new folder to write")
+PARSER.add_argument("--megatron", metavar="DIR", help="the new folder to write (required)")
 PARSER.add_argument(
     "--format",
     choices=("megatron-oprd", "megatron-lm"),
@@ -40,8 +40,8 @@ ranks.add_layout(PARSER, "spread the model over more processes (each holds its p
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, in this process or in one that it starts for each rank."""
     args = PARSER.parse_args(arguments)
-    if args.hf is None and args.checkpoint is None:
-        PARSER.error("name the model to convert with --hf or --checkpoint")
+    if args.megatron is None or (args.hf is None and args.checkpoint is None):
+        PARSER.error("the following arguments are required: --hf or --checkpoint, and --megatron")
     return ranks.run_in_layout(convert, args, "megatron_oprd.commands.convert", arguments)
 
 

@@ -88,10 +88,11 @@ def reference_map_gradients(
             for pair, one in bridge.maps.items()
         }
         bridge = dataclasses.replace(bridge, maps=maps)
-        matrices = {(pair.student, "map"): one.student_map for pair, one in maps.items()}
     plan, sequences, _ = _run_models(_open_model(student), config, rollouts, bridge, state_maps)
+    if bridge is not None:  # a bridge can have maps of other pairs too
+        matrices = {(pair.student, "map"): bridge.maps[pair].student_map for pair in plan.pairs}
     _representation_loss(config, plan.student_layers, sequences).backward()
-    return {key: matrix.grad for key, matrix in matrices.items() if matrix.grad is not None}
+    return {key: matrix.grad for key, matrix in matrices.items()}
 
 
 StateMaps = dict[int, dict[str, torch.Tensor]]  # by student layer, the matrices of a map of full width by name

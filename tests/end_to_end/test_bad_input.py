@@ -697,7 +697,7 @@ def test_a_broken_megatron_checkpoint_as_the_student_is_refused(case, scene):
 
 
 CONVERSIONS: dict[str, tuple[Callable[[Scene], object], list[str], tuple[str, ...]]] = {
-    "no arguments": (lambda s: None, ["hf_to_megatron.py"], ("--hf, --megatron", "--help")),
+    "no arguments": (lambda s: None, ["hf_to_megatron.py"], ("--hf or --checkpoint, and --megatron", "--help")),
     "no such folder": (lambda s: None, ["hf_to_megatron.py", "--hf=/nowhere", "--megatron={out}"], ("/nowhere",)),
     "dtype": (lambda s: None, ["hf_to_megatron.py", "--hf={student}", "--megatron={out}", "--dtype=int8"], ("int8",)),
     "tensor zero": (

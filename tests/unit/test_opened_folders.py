@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.reader import HFReader
-from megatron_oprd.testing.models import FAMILIES, random_hf_model, save
+from megatron_oprd.testing.models import FAMILIES, HYBRID, random_hf_model, save
 from megatron_oprd.types import UserError
 from tests.helpers.opened_folder import assert_as_transformers
 
@@ -50,7 +50,8 @@ def test_names_with_the_prefix_missing_or_twice_are_read(family, form, tmp_path)
     assert spec.fused_experts is (family == "Qwen3Moe" and form == "the prefix twice")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Hybrid models without LM head are refused: Qwen3_5TextModel is the name of their text tower.
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one not in HYBRID])
 def test_a_tied_model_saved_without_its_lm_head_is_read_and_exported_with_it(family, tmp_path):
     model = random_hf_model(family, num_hidden_layers=1, tie_word_embeddings=True)
     folder = save(model.model, tmp_path)
