@@ -10,7 +10,9 @@ import argparse
 import difflib
 import gc
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -24,6 +26,7 @@ from megatron_oprd.types import ServiceFailed, UserError
 STOPPED = 3  # exit code of a run that the health watch ended
 PLAN_DEVICES = ("h100", "h200")  # the GPUs for which `planning/hardware.py` has a data sheet
 CONFIG_HELP = "YAML file; `megatron-oprd config` lists the keys"
+SECONDS_FOR_RANK_ZERO = 5.0  # the time that rank 0 has to print a mistake before another rank exits
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -164,7 +167,11 @@ def exit_on_mistake() -> Iterator[None]:
 def _report(message: str) -> int:
     if _is_rank_zero():
         sys.stdout.flush()
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun ends all ranks when the first one exits. It must not end rank 0 before that has printed the line.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(SECONDS_FOR_RANK_ZERO)
     return 2
 
 
