@@ -155,13 +155,16 @@ def check_model_folder(path: str | Path) -> None:
         return
     parts = Path(path).parts
     is_hub_name = len(parts) == 2 and _HUB_PART.fullmatch(parts[0]) and _HUB_PART.fullmatch(parts[1])
-    if is_hub_name and not Path(parts[0]).exists():
+    if is_hub_name and parts[0] != "models" and not Path(parts[0]).exists():  # recipes download to models/
         folder = f"models/{parts[1]}"
         raise UserError(
             f"{path} is not a folder; if it is a model of the Hugging Face hub, download it with `hf download {path} "
             f"--local-dir {folder}` and use {folder}"
         )
-    raise UserError(f"{path} is not a folder with a Hugging Face model; name one with a config.json")
+    raise UserError(
+        f"{path} is not a folder with a Hugging Face model; name one with a config.json. A recipe in examples/ begins "
+        "with the downloads of its models"
+    )
 
 
 def fsync_tree(folder: str | Path) -> None:

@@ -38,10 +38,11 @@ def test_each_command_says_how_to_download_a_model_of_the_hub(name, tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "to").exists()
 
 
-@pytest.mark.parametrize("path", ["models/student", "./a/b", "a/b/c", "student", "/a/b"])
+@pytest.mark.parametrize("path", ["models/student", "models/absent", "./a/b", "a/b/c", "student", "/a/b"])
 def test_other_missing_folders_are_not_taken_for_names_of_the_hub(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
+    if path == "models/student":
+        (tmp_path / "models").mkdir()
     if path == "./a/b":
         (tmp_path / "a").mkdir()
     with pytest.raises(UserError, match=r"is not a folder with a .* model; name one with a config\.json"):

@@ -121,7 +121,8 @@ def test_loading_is_announced_and_quiet_and_leaves_the_compiler_out():
     result = run("megatron_oprd.train", *REQUIRED)
     assert (result.returncode, result.stderr) == (
         2,
-        "error: s is not a folder with a Hugging Face model; name one with a config.json\n",
+        "error: s is not a folder with a Hugging Face model; name one with a config.json. A recipe in examples/ begins "
+        "with the downloads of its models\n",
     )
     announced, imported = result.stdout.splitlines()
     assert announced == "loading PyTorch and Megatron-Core ..."
