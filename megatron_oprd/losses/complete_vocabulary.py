@@ -6,6 +6,7 @@ read the logits of a chunk and one writes the gradient; float32 numbers exist in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ def complete_objective(
     scale = scale.to(p[3].dtype)
     if config.objective == "sampled":
         assert token_ids is not None
-        log_p, log_q = shard.sum(torch.stack([_picked(one, token_ids, shard) for one in (p, q)]))
+        log_p, log_q = _picked((p, q), token_ids, shard)
         gradient = _sampled_gradient_(*p, token_ids - shard.start, (log_q - log_p) * scale)
         return TokenObjective((log_p - log_q) * log_p, gradient, None)
     if config.direction == "forward":
@@ -87,12 +88,13 @@ def _highest_or_none(model: Logits) -> Tensor:
     return _wide(model.values, 1.0).new_full((tokens,), -torch.inf)
 
 
-def _picked(of: Distribution, token_ids: Tensor, shard: VocabularyShard) -> Tensor:
-    """Return the log-probabilities [n] of the tokens in this rank's columns, and zero for other tokens."""
-    logits, temperature, highest, log_sum = of
-    local = (token_ids >= shard.start) & (token_ids < shard.start + logits.shape[1])
-    logit = shard.pick(logits, token_ids[:, None]).squeeze(1)
-    return (_wide(logit, temperature) - highest - log_sum).masked_fill(~local, 0)
+def _picked(models: Sequence[Distribution], token_ids: Tensor, shard: VocabularyShard) -> list[Tensor]:
+    """Return the log-probabilities [n] of the tokens under each model, equal on all ranks. One all_reduce."""
+    logits = [
+        _wide(shard.pick(values, token_ids[:, None]).squeeze(1), temperature) for values, temperature, *_ in models
+    ]
+    picked = zip(models, shard.sum(torch.stack(logits)), strict=True)
+    return [logit - highest - log_sum for (_, _, highest, log_sum), logit in picked]
 
 
 def _wide(logits: Tensor, temperature: float) -> Tensor:
