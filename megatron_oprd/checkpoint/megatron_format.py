@@ -27,20 +27,17 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write
+from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write, write_new_folder
 from megatron_oprd.checkpoint.stored_index import COPY_AGAIN, read_index
 from megatron_oprd.hf.companions import config_with_dtype, copy_companions
 from megatron_oprd.hf.kept import copy_kept
 from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import entries, megatron_shapes, padded_vocab_size
 from megatron_oprd.hf.weight_files import MANIFEST
-from megatron_oprd.parallel.rank_zero import on_every_rank, on_rank_zero
+from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import (
-    commit_partial,
-    discard_partial,
     explain_os_errors,
-    prepare_partial,
     read_json,
     write_json,
 )
@@ -74,22 +71,12 @@ def save_model(
     Collective over the world, on a file system that all ranks share. The folder appears when it is complete. Raises
     UserError on every rank for a folder that is not empty and for a disk error.
     """
-    partial = on_rank_zero(lambda: prepare_partial(folder))
-    try:
-        with explain_os_errors(partial):
-            weights = plan_model(stage, partial, topology)
-            weights.write()
-            weights.finish()
-
-        def commit() -> None:
-            describe_model(stage, partial, spec, topology, source)
-            commit_partial(folder)
-
-        on_rank_zero(commit)
-    except BaseException:
-        if topology.rank == 0:
-            discard_partial(folder)
-        raise
+    write_new_folder(
+        folder,
+        topology,
+        lambda partial: plan_model(stage, partial, topology),
+        lambda partial: describe_model(stage, partial, spec, topology, source),
+    )
 
 
 def plan_model(stage: torch.nn.ModuleList, folder: str | Path, topology: Topology) -> PlannedWrite:

@@ -18,17 +18,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from megatron_oprd.checkpoint.megatron_format import sharded_weights
 from megatron_oprd.checkpoint.megatron_lm import LAYER, TRACKER, renamed, stacked, stored_names
-from megatron_oprd.checkpoint.sharded_write import plan_write
+from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write, write_new_folder
 from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.runtime.files import (
-    commit_partial,
-    discard_partial,
-    explain_os_errors,
-    prepare_partial,
-    write_text,
-)
+from megatron_oprd.runtime.files import write_text
 from megatron_oprd.types import Llama3Scaling, ModelSpec, UserError
 
 _RELEASE = "release"
@@ -54,24 +48,13 @@ def save_megatron_lm(
     for.
     """
     arguments = megatron_lm_arguments(spec, topology, next(stage.parameters()).dtype, source)
-    partial = on_rank_zero(lambda: prepare_partial(folder))
-    try:
-        with explain_os_errors(partial):
-            on_rank_zero((partial / _RELEASE).mkdir)
-            state = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0}
-            weights = plan_write({**state, "model": _state(stage, spec, topology)}, partial / _RELEASE)
-            weights.write()
-            weights.finish()
 
-        def commit() -> None:
-            write_text(partial / TRACKER, _RELEASE)
-            commit_partial(folder)
+    def plan(partial: Path) -> PlannedWrite:
+        on_rank_zero((partial / _RELEASE).mkdir)
+        state = {"args": arguments, "checkpoint_version": 3.0, "iteration": 0}
+        return plan_write({**state, "model": _state(stage, spec, topology)}, partial / _RELEASE)
 
-        on_rank_zero(commit)
-    except BaseException:
-        if topology.rank == 0:
-            discard_partial(folder)
-        raise
+    write_new_folder(folder, topology, plan, lambda partial: write_text(partial / TRACKER, _RELEASE))
 
 
 def megatron_lm_arguments(spec: ModelSpec, topology: Topology, dtype: torch.dtype, source: str | Path) -> Namespace:

@@ -10,7 +10,7 @@ seconds for a tiny model, and fails in a daemonic process and in a script withou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
+
+from megatron_oprd.parallel.rank_zero import on_rank_zero
+from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime.files import commit_partial, discard_partial, explain_os_errors, prepare_partial
 
 
 class PlannedWrite:
@@ -120,3 +124,35 @@ class _Snapshot:
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         return self._data[write_item.index]
+
+
+def write_new_folder(
+    folder: str | Path,
+    topology: Topology,
+    plan: Callable[[Path], PlannedWrite],
+    describe: Callable[[Path], None],
+) -> None:
+    """Write a folder that appears when it is complete, or not at all.
+
+    Collective over the world. Raises UserError on every rank for a folder that is not empty and for a disk error.
+
+    Args:
+        plan: plans the write of the weights into the folder it is given, on every rank.
+        describe: writes the other files to that folder, on rank 0.
+    """
+    partial = on_rank_zero(lambda: prepare_partial(folder))
+    try:
+        with explain_os_errors(partial):
+            weights = plan(partial)
+            weights.write()
+            weights.finish()
+
+        def commit() -> None:
+            describe(partial)
+            commit_partial(folder)
+
+        on_rank_zero(commit)
+    except BaseException:
+        if topology.rank == 0:
+            discard_partial(folder)
+        raise
