@@ -37,18 +37,18 @@ class DecodeAttention:
             self.slot_bounds = (self.row_bounds + rows.start) * cache.capacity
             # [layers, slots * capacity, groups, d]: views, since the slots are one after the other in memory.
             by_token = cache.data.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)
-            self.keys, self.values = (stored.unbind(0) for stored in by_token.unbind(0))
+            self.keys, self.values = (cache.by_layer(stored) for stored in by_token.unbind(0))
         else:
             beyond = torch.arange(longest, device=device) > positions[:, None]
             self.masks = {}  # by sliding window; 0: none
-            for window in set(cache.windows):
+            for window in set(cache.windows.values()):
                 hidden = beyond
                 if window:
                     hidden = beyond | (torch.arange(longest, device=device) <= (positions - window)[:, None])
                 mask = torch.zeros(beyond.shape, dtype=cache.data.dtype, device=device)
                 self.masks[window] = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
             by_head = cache.data.narrow(1, rows.start, len(rows)).narrow(4, 0, longest)
-            self.keys, self.values = (stored.unbind(0) for stored in by_head.unbind(3))
+            self.keys, self.values = (cache.by_layer(stored) for stored in by_head.unbind(3))
 
     def __call__(self, layer: int, projections: torch.Tensor, scale: float) -> torch.Tensor:
         """Store keys and values of the tokens of a layer, and compute their attention."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +97,28 @@ class GatedDeltaNet(MegatronModule):
         return self.out_proj(mixed[:, None])[0], None
 
     def _mix(self, projected: torch.Tensor, chunks: ChunkPlan) -> torch.Tensor:
-        """Compute all between the two linear layers, [tokens, value heads * value_dim] of this rank."""
+        return self.mix(
+            projected,
+            lambda inputs, weight: causal_convolution(inputs, weight, chunks),
+            lambda *arguments: gated_delta_rule(*arguments, chunks)[0],
+        )
+
+    def mix(
+        self,
+        projected: torch.Tensor,
+        convolve: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        rule: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """Compute all between the two linear layers, [tokens, value heads * value_dim] of this rank.
+
+        Args:
+            projected: outputs [tokens, n] of `in_proj`.
+            convolve: the convolution of inputs [tokens, channels] with `conv_weight`.
+            rule: the delta rule of query, key, values, decay and beta, as `gated_delta_rule` takes them.
+        """
         mixed, gate, beta, alpha = self.split(projected)
-        mixed = torch.nn.functional.silu(causal_convolution(mixed, self.conv_weight, chunks))
-        outputs, _ = gated_delta_rule(*self.heads(mixed), self.decay(alpha), beta.sigmoid(), chunks)
+        mixed = torch.nn.functional.silu(convolve(mixed, self.conv_weight))
+        outputs = rule(*self.heads(mixed), self.decay(alpha), beta.sigmoid())
         return self.gated_norm(outputs, gate)
 
     def split(self, projected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -141,12 +141,12 @@ def delta_rule_step(
     value_dim].
     """
     per_key = value.shape[1] // key.shape[1]
-    query, key = (_unit(x.to(state.dtype)).repeat_interleave(per_key, dim=1)[..., None] for x in (query, key))
+    query, key = (_unit(x.to(state.dtype)).repeat_interleave(per_key, dim=1)[..., None, :] for x in (query, key))
     state.mul_(decay.to(state.dtype).exp()[..., None, None])
-    known = (state * key).sum(dim=-2)
-    new = (value.to(state.dtype) - known) * beta.to(state.dtype)[..., None]
-    state.add_(key * new[..., None, :])
-    return (state * (query * query.shape[-2] ** -0.5)).sum(dim=-2).to(value.dtype)
+    known = key @ state
+    new = (value.to(state.dtype)[..., None, :] - known) * beta.to(state.dtype)[..., None, None]
+    state.addcmul_(key.transpose(-1, -2), new)
+    return ((query * query.shape[-1] ** -0.5) @ state).squeeze(-2).to(value.dtype)
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

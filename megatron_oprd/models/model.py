@@ -120,6 +120,11 @@ class Stage(torch.nn.ModuleList):
         self.wait_for_parameters: Callable[[], None] = lambda: None
 
     @property
+    def layers(self) -> list[int]:
+        """Return the numbers of this rank's layers in the model, from 0."""
+        return [chunk.first_layer + layer for chunk in self for layer in range(len(chunk.decoder.layers))]
+
+    @property
     def config(self) -> TransformerConfig:
         """Return Megatron's configuration, which all chunks share."""
         config: TransformerConfig = self[0].config

@@ -1,13 +1,14 @@
-"""Memory of the KV cache with which the student generates its rollouts."""
+"""Memory of the KV cache, and of the states of Gated DeltaNet, with which the student generates its rollouts."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 
-from megatron_oprd.models.kv_cache import kv_cache_bytes
+from megatron_oprd.models.kv_cache import rollout_cache_bytes
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.rollout.batch_rows import MAX_ROWS, rows_that_fit
 
@@ -22,7 +23,7 @@ class CachePlan:
     rows: int  # rollouts that a replica generates at once
     rollouts: int  # rollouts of a replica in a step
     length: int  # tokens of a row, prompt and response
-    num_bytes: int  # on the rank with the most layers
+    num_bytes: int  # on the rank with the most
 
 
 def plan_cache(run: PlannedRun, used_bytes: int, device_bytes: int = DEVICE_BYTES) -> CachePlan | None:
@@ -37,11 +38,16 @@ def plan_cache(run: PlannedRun, used_bytes: int, device_bytes: int = DEVICE_BYTE
     if config.rollout.engine != "megatron":
         return None
     stages = run.setup.student_stages
-    layers = max(sum(stages[rank :: parallel.pipeline]) for rank in range(parallel.pipeline))
+    bounds = list(itertools.pairwise(itertools.accumulate(stages, initial=0)))  # first and last layer of a stage
+    layers = [
+        [layer for bound in bounds[rank :: parallel.pipeline] for layer in range(*bound)]
+        for rank in range(parallel.pipeline)
+    ]
     length = min(run.lengths.generated, spec.max_position_embeddings)
 
     def cache_bytes(rows: int, length: int) -> int:
-        return kv_cache_bytes(spec, rows, length, layers, parallel.tensor, DTYPES[config.precision.dtype])
+        dtype = DTYPES[config.precision.dtype]
+        return max(rollout_cache_bytes(spec, rows, length, rank, parallel.tensor, dtype) for rank in layers)
 
     rollouts = rollouts_of_replica(run)
     longest_row = min(config.data.max_prompt_tokens + run.lengths.response, spec.max_position_embeddings)

@@ -14,6 +14,7 @@ from megatron_oprd.models.generation import GenerationChunk, GenerationPass
 from megatron_oprd.models.kv_cache import KeyValueCache
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import gather_vocabulary, relay
+from megatron_oprd.models.recurrent_cache import DecodeDeltaNet, PromptDeltaNet, RecurrentCache
 from megatron_oprd.models.rotary import RotaryTable
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
@@ -52,13 +53,15 @@ class Decoder:
         self.config, self.topology, self.sampling = stage.config, topology, sampling
         self.slots, self.vocab_size = slots, vocab_size
         self.chunks = [GenerationChunk(chunk, topology) for chunk in stage]
-        self.first_layers = [0, *itertools.accumulate(len(chunk.layers) for chunk in self.chunks)]
         device, dtype = topology.device, stage.config.params_dtype
-        windows = [layer.window for chunk in self.chunks for layer in chunk.layers]
-        flash = flash_attention_works(device, dtype, spec.head_dim) and not any(windows)
-        self.cache = KeyValueCache(
-            spec, topology, self.first_layers[-1], slots.size, length, dtype, token_major=flash, windows=windows
-        )
+        layers = {number: layer for chunk in self.chunks for number, layer in chunk.layers.items()}
+        windows = {number: layer.window for number, layer in layers.items() if layer.delta_net is None}
+        flash = flash_attention_works(device, dtype, spec.head_dim) and not any(windows.values())
+        self.cache = KeyValueCache(spec, topology, windows, slots.size, length, dtype, token_major=flash)
+        self.recurrent = None
+        if spec.delta_net is not None:
+            linear = [number for number in layers if number not in windows]
+            self.recurrent = RecurrentCache(spec.delta_net, topology, linear, slots.size, dtype)
         self.rotation = RotaryTable(stage[0].rotary, self.cache.capacity, dtype, device)
         self.graphs = Graphs(enabled=device.type == "cuda" and not spec.num_experts)
         # What the captured parts of a step leave for each other: their addresses must not change.
@@ -135,7 +138,7 @@ class Decoder:
             self._append(rows, sampled)
 
     def refill(self, slots: Sequence[int], tokens: torch.Tensor, length: int) -> None:
-        """Compute the keys and values of the first tokens of some rows anew.
+        """Compute the keys and values, and the states, of the first tokens of some rows anew.
 
         Args:
             slots: the rows, whose `tokens` [rows * n] follow each other, n for each row.
@@ -157,6 +160,8 @@ class Decoder:
             moves = self.slots.compact()
             if moves is not None:
                 self.cache.move(*moves, self.slots.longest)
+                if self.recurrent is not None:
+                    self.recurrent.move(*moves)
 
     def _shape(self) -> tuple[int, int]:
         """Return rows and positions of the next decode step. They are rounded up where graphs are captured."""
@@ -188,8 +193,9 @@ class Decoder:
             x.narrow(0, group.start, len(group)) for x in (slots.tokens, slots.positions, self.hidden.select(0, number))
         )
         attention = DecodeAttention(self.cache, group, positions, longest)
-        batch = GenerationPass(self.rotation(positions, positions + 1), attention)
-        output = chunk(tokens if chunk.embedding is not None else hidden, batch, self.first_layers[number])
+        delta_net = None if self.recurrent is None else DecodeDeltaNet(self.recurrent, group)
+        batch = GenerationPass(self.rotation(positions, positions + 1), attention, delta_net)
+        output = chunk(tokens if chunk.embedding is not None else hidden, batch)
         if chunk.last_stage:
             self._sample(output, attention.rows)
         else:
@@ -215,11 +221,12 @@ class Decoder:
         batch = GenerationPass(
             self.rotation(positions, rotary_lengths),
             PromptAttention(self.cache, bounds, slots),
+            None if self.recurrent is None else PromptDeltaNet(self.recurrent, bounds, slots),
             torch.tensor(logit_rows, dtype=torch.int64, device=device),
         )
 
         def run(chunk: int, inputs: torch.Tensor | None) -> torch.Tensor | None:
-            return self.chunks[chunk](tokens if inputs is None else inputs, batch, self.first_layers[chunk])
+            return self.chunks[chunk](tokens if inputs is None else inputs, batch)
 
         return relay(self.topology, (len(tokens), self.config.hidden_size), self.config.params_dtype, run)
 

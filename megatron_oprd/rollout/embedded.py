@@ -23,7 +23,7 @@ from megatron_oprd.rollout.longrope_refill import refill_crossing_rows
 from megatron_oprd.rollout.requests import Request, make_requests
 from megatron_oprd.rollout.slots import Slots
 from megatron_oprd.runtime import progress
-from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
+from megatron_oprd.types import ModelSpec, Prompt, Rollout
 
 # After so many passes the host asks which rows ended, for which it waits for the device.
 PASSES_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
@@ -36,7 +36,7 @@ class EmbeddedEngine(ImmediateEngine):
     Each pass is a decode step, one token for each row, or a packed pass over the prompts of rows that start. The slot
     of a row that ended is free for a prompt as soon as the host has asked for it.
 
-    Memory: the KV cache exists only during `generate`: `kv_cache_bytes` for `max_batch` rows of the longest length.
+    Memory: the caches exist only during `generate`: `rollout_cache_bytes` for `max_batch` rows of the longest length.
 
     Parallelism: pipeline stages work at the same time on different groups of rows. Context-parallel ranks are separate
     replicas. With expert parallelism over replicas, all replicas run the same number of passes; a replica without work
@@ -59,11 +59,6 @@ class EmbeddedEngine(ImmediateEngine):
         vocab_size: int | None = None,
         progress: bool = False,
     ) -> None:
-        if spec.linear_layers:
-            raise UserError(
-                f"rollouts of {spec.architecture}, which has Gated DeltaNet layers, are not supported yet; use "
-                "rollout.engine=replay, evaluation.every=null and a student without such layers"
-            )
         self.stage = stage
         self.spec = spec
         self.topology = topology

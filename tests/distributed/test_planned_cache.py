@@ -1,11 +1,11 @@
-"""The KV cache that a dry run plans is the one that the embedded engine allocates, byte for byte."""
+"""The caches that a dry run plans are those that the embedded engine allocates, byte for byte."""
 
 import pytest
 
 from megatron_oprd.launch.assemble import build_models
-from megatron_oprd.models.kv_cache import KeyValueCache
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.rollout_memory import plan_cache
+from megatron_oprd.rollout.decoder import Decoder
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.types import Prompt
@@ -21,23 +21,23 @@ SETTINGS = (
 
 
 def planned_and_allocated(rank, folder, *settings):
-    """Return the plan, and the bytes of the caches of this rank after it generated the rollouts of a step."""
+    """Return the plan, and the bytes in which this rank keeps its rows while it generates the rollouts of a step."""
     inputs = generating_inputs(folder, folder, PROMPTS, *SETTINGS, *settings)
-    caches, initialise = [], KeyValueCache.__init__
+    allocated, initialise = [], Decoder.__init__
 
     def record(self, *arguments, **keywords):
         initialise(self, *arguments, **keywords)
-        caches.append(self)
+        allocated.append(self.cache.num_bytes + (self.recurrent.num_bytes if self.recurrent else 0))
 
-    KeyValueCache.__init__ = record
+    Decoder.__init__ = record
     try:
         models = build_models(inputs)
         replicas = models.topology.num_replicas
         models.engine.generate(PROMPTS[models.topology.replica_rank :: replicas], 0)
     finally:
-        KeyValueCache.__init__ = initialise
+        Decoder.__init__ = initialise
     plan = plan_cache(PlannedRun(inputs.config, inputs.setup, inputs.lengths), 0)
-    return plan, [cache.num_bytes for cache in caches]
+    return plan, allocated
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,16 @@ def test_the_planned_kv_cache_is_the_allocated_one(world, settings, rows, layers
     assert (plan.rows, plan.rollouts, plan.length) == (rows, rows, 125)
     assert plan.num_bytes == 2 * rows * 125 * layers * heads * 24 * 4  # keys and values, heads of 24 numbers, float32
     assert max(sum(allocated) for _, allocated in results) == plan.num_bytes
+
+
+def test_the_planned_states_of_gated_deltanet_are_the_allocated_ones(tmp_path):
+    folder = save(random_hf_model("Qwen3_5", num_hidden_layers=3), tmp_path / "hf")
+    results = run_distributed(2, planned_and_allocated, folder, "parallel.tensor=2")
+    keys_and_values = 2 * 125 * 24  # one layer with attention; one key-value head of 24 numbers is on each rank
+    states = 2 * 2 * 12 * 20  # two layers; two value heads of 12 x 20 numbers are on each rank
+    tails = 2 * 3 * (2 * 12 + 2 * 20)  # three tokens of one query, one key and two values
+    assert results[0][0].num_bytes == 6 * 4 * (keys_and_values + states + tails)
+    assert [allocated for _, allocated in results] == [[results[0][0].num_bytes]] * 2
 
 
 def test_rows_take_turns_if_memory_is_short(tmp_path):

@@ -57,7 +57,7 @@ def folders(tmp_path_factory):
             random_hf_model(family, num_hidden_layers=4, tie_word_embeddings=True),
             tmp_path_factory.mktemp("rollout") / family,
         )
-        for family in ("Qwen3", "Qwen3Moe", "Qwen2Moe", "Phi3")
+        for family in ("Qwen3", "Qwen3Moe", "Qwen2Moe", "Phi3", "Qwen3_5", "Qwen3Next")
     }
 
 
@@ -90,6 +90,8 @@ CASES = [
     *(("Phi3", *LAYOUTS[number]) for number in (0, 2)),
     *(("Qwen3Moe", *layout) for layout in [LAYOUTS[1], LAYOUTS[3], *EXPERT_LAYOUTS]),
     ("Qwen2Moe", *EXPERT_LAYOUTS[1]),
+    ("Qwen3_5", *LAYOUTS[2]),
+    ("Qwen3Next", *EXPERT_LAYOUTS[1]),
 ]
 
 

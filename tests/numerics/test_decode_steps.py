@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megatron_oprd.models.kv_cache import kv_cache_bytes
+from megatron_oprd.models.kv_cache import rollout_cache_bytes
 from megatron_oprd.rollout import embedded
 from megatron_oprd.rollout.decoder import Decoder
 from megatron_oprd.rollout.embedded import EmbeddedEngine
@@ -19,8 +19,13 @@ from megatron_oprd.types import Prompt
 from tests.numerics.test_rollout import EOS, GREEDY, hf_greedy, load, random_prompts
 
 SAMPLED = Sampling(temperature=1.0, max_new_tokens=12)
-# Outermost operators of a decode step of 4 layers with rows of different lengths, before decode steps were rewritten.
-OPERATORS_BEFORE = {("Qwen2", 0.0): 313, ("Qwen2", 1.0): 350, ("Qwen3", 0.0): 385, ("Qwen3", 1.0): 422}
+# Most outermost operators, views included, of a decode step of 4 layers with rows of different lengths, by temperature.
+# With attention alone they are half of those of Megatron-Core's modules.
+MOST_OPERATORS = {
+    "Qwen2": {0.0: 156, 1.0: 175},
+    "Qwen3": {0.0: 192, 1.0: 211},
+    "Qwen3_5": {1.0: 325},
+}
 READ_BACKS = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
 
 
@@ -36,7 +41,7 @@ class Replayed(Graphs):
         self.functions.setdefault(key, function)()
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+@pytest.mark.parametrize("family", list(MOST_OPERATORS))
 def test_a_decode_step_has_few_operators_whatever_its_rows(family, topology, tmp_path, monkeypatch):
     class Marked(Decoder):
         def decode(self):
@@ -47,7 +52,7 @@ def test_a_decode_step_has_few_operators_whatever_its_rows(family, topology, tmp
     monkeypatch.setattr(embedded, "Decoder", Marked)
     stage, spec = load(random_hf_model(family, num_hidden_layers=4), tmp_path, topology)
     spec = dataclasses.replace(spec, eos_token_ids=())
-    for temperature in (0.0, 1.0):
+    for temperature, most in MOST_OPERATORS[family].items():
         shapes = set()
         sampling = dataclasses.replace(SAMPLED, temperature=temperature)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -65,12 +70,17 @@ def test_a_decode_step_has_few_operators_whatever_its_rows(family, topology, tmp
                 counts[ancestor.id] += not inside
         assert len(counts) > 12, "the case must have many steps"
         assert len(set(counts.values())) == 1, "all steps must have the same operators"
-        assert 2 * max(counts.values()) <= OPERATORS_BEFORE[family, temperature]
+        assert max(counts.values()) <= most
         assert "aten::addmm" in called and not called & READ_BACKS
 
 
-@pytest.mark.parametrize("looks", [1, 8])
-def test_replayed_steps_generate_the_tokens_of_hugging_face(looks, topology, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "settings", "looks"),
+    [("Phi3", {"num_attention_heads": 4, **longrope(12, original=15)}, looks) for looks in (1, 8)]
+    + [("Qwen3_5", {}, 8)],
+    ids=["Phi3-1", "Phi3-8", "Qwen3_5-8"],
+)
+def test_replayed_steps_generate_the_tokens_of_hugging_face(family, settings, looks, topology, tmp_path, monkeypatch):
     made = []
 
     class Recorded(Replayed):
@@ -80,7 +90,7 @@ def test_replayed_steps_generate_the_tokens_of_hugging_face(looks, topology, tmp
 
     monkeypatch.setattr("megatron_oprd.rollout.decoder.Graphs", Recorded)
     monkeypatch.setitem(embedded.PASSES_BETWEEN_LOOKS, "cpu", looks)
-    hf = random_hf_model("Phi3", num_hidden_layers=2, num_attention_heads=4, **longrope(12, original=15))
+    hf = random_hf_model(family, num_hidden_layers=2, **settings)
     stage, spec = load(hf, tmp_path, topology)
     prompts = random_prompts(30)
     expected = [hf_greedy(hf, prompt) for prompt in prompts]
@@ -139,11 +149,13 @@ def test_the_cache_is_allocated_once_with_the_planned_bytes(topology, tmp_path, 
     sampling = Sampling(max_new_tokens=200, samples_per_prompt=2)
     EmbeddedEngine(stage, spec, topology, sampling, seed=0, max_batch=3).generate([Prompt(0, (5,) * 9)] * 2, step=0)
     assert {(size, address) for size, address, _ in seen} == {
-        (kv_cache_bytes(spec, 3, 209, 2, 1, torch.float32), seen[0][1])
+        (rollout_cache_bytes(spec, 3, 209, range(2), 1, torch.float32), seen[0][1])
     }
     assert max(length for *_, length in seen) == 209
     wide = dataclasses.replace(spec, max_position_embeddings=100)
-    assert kv_cache_bytes(wide, 3, 209, 2, 1, torch.float32) == kv_cache_bytes(spec, 3, 100, 2, 1, torch.float32)
+    assert rollout_cache_bytes(wide, 3, 209, range(2), 1, torch.float32) == rollout_cache_bytes(
+        spec, 3, 100, range(2), 1, torch.float32
+    )
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, Sampling(0.7, 0.8, 20, 12), Sampling(1.3, 1.0, 0, 12)])

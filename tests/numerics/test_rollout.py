@@ -9,7 +9,7 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.build import build_model
-from megatron_oprd.models.kv_cache import kv_cache_bytes
+from megatron_oprd.models.kv_cache import rollout_cache_bytes
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.rollout.batch_rows import rows_at_a_time
 from megatron_oprd.rollout.decoder import Decoder
@@ -56,7 +56,7 @@ def hf_greedy(hf, prompt):
     return tuple(output[0, ids.shape[1] :].tolist())
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Qwen2Moe", "Llama"])
+@pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Qwen2Moe", "Llama", "Qwen3_5", "Qwen3_5Moe", "Qwen3Next"])
 def test_greedy_tokens_equal_hugging_face(family, topology, tmp_path):
     hf = random_hf_model(family, num_hidden_layers=3)
     stage, spec = load(hf, tmp_path, topology)
@@ -209,7 +209,7 @@ def test_the_number_of_positions_limits_the_answer_and_errors_name_the_prompt(qw
 
 def test_the_rows_generated_at_once_fit_a_third_of_the_free_memory(qwen3, topology, monkeypatch):
     _, stage, spec = qwen3
-    row_bytes = kv_cache_bytes(spec, 1, 100, 2, 1, torch.float32)
+    row_bytes = rollout_cache_bytes(spec, 1, 100, range(2), 1, torch.float32)
     for rows, free in ((1, 0), (1, 3 * row_bytes), (5, 3 * 5 * row_bytes + row_bytes), (256, 10**12)):
         monkeypatch.setattr("megatron_oprd.runtime.platform.free_memory_bytes", lambda device, free=free: free)
         assert rows_at_a_time(spec, topology, stage, longest_row=100) == rows
