@@ -6,7 +6,7 @@ import re
 
 from megatron_oprd.rollout.server_answers import excluded_ids
 from megatron_oprd.rollout.server_client import GenerateRequest, RequestRefused, ServerClient, ServerError
-from megatron_oprd.types import LongRope, ModelSpec, UserError
+from megatron_oprd.types import LongRope, ModelSpec, UserError, YarnScaling
 
 OLDEST_VLLM = (0, 32)  # the first version whose answers name their weight versions and whose tests passed
 
@@ -27,6 +27,12 @@ def check_student(spec: ModelSpec, vocab_size: int, longest_row: int) -> None:
             f"rollout.engine=vllm uses the long LongRoPE factors for every prompt if any row may exceed "
             f"{scaling.original_positions} tokens, and the longest has {longest_row}; lower rollout.max_new_tokens or "
             "data.max_prompt_tokens, or use rollout.engine=megatron"
+        )
+    if isinstance(scaling, YarnScaling) and longest_row > (angles := int(scaling.factor * scaling.original_positions)):
+        raise UserError(
+            f"rollout.engine=vllm has rotary angles for factor * original_max_position_embeddings = {angles} tokens "
+            f"under YaRN, whatever max_position_embeddings is, and the longest row has {longest_row}; lower "
+            "rollout.max_new_tokens or data.max_prompt_tokens, or use rollout.engine=megatron"
         )
 
 

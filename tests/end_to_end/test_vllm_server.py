@@ -34,7 +34,7 @@ from megatron_oprd.rollout.server_process import ManagedServer, ServerSettings, 
 from megatron_oprd.rollout.server_supervisor import end_session, session_processes
 from megatron_oprd.rollout.weight_sync import SyncFailed, SyncSettings, WeightSync
 from megatron_oprd.testing.distributed import run_distributed
-from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.models import YARN, random_hf_model, save
 from megatron_oprd.types import Prompt, UserError
 
 pytestmark = [pytest.mark.nightly, pytest.mark.vllm]
@@ -50,11 +50,13 @@ NEW_TOKENS = 16
 EOS = (3, 17, 40, 90, 111)
 # vLLM's attention on a CPU has kernels for heads of 32 dimensions and more.
 SIZES = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+LONG = {**YARN, "original_max_position_embeddings": MODEL_LEN // 4}  # with YaRN, vLLM has angles up to MODEL_LEN
 MODELS = {
     "Qwen2, untied": ("Qwen2", {"tie_word_embeddings": False, "head_dim": None}),
     "Qwen3, tied": ("Qwen3", {"tie_word_embeddings": True}),
     "Qwen3Moe, untied": ("Qwen3Moe", {"tie_word_embeddings": False}),
     "Llama, tied": ("Llama", {"tie_word_embeddings": True}),
+    "Qwen2 with YaRN, untied": ("Qwen2", {"tie_word_embeddings": False, "head_dim": None, "rope_parameters": LONG}),
 }
 # Each on four ranks: the layouts of fewer ranks have replicas, of which only the first one writes.
 LAYOUTS = ({}, {"tensor": 2}, {"pipeline": 2}, {"tensor": 2, "pipeline": 2}, {"context": 2})

@@ -7,7 +7,7 @@ import pytest
 from megatron_oprd.rollout.server_answers import excluded_ids
 from megatron_oprd.rollout.server_checks import check_server, check_student
 from megatron_oprd.rollout.server_client import ServerClient
-from megatron_oprd.types import LongRope, ModelSpec, UserError
+from megatron_oprd.types import LongRope, ModelSpec, UserError, YarnScaling
 from tests.helpers.fake_vllm import FakeServer, HashModel
 
 SPEC = ModelSpec(
@@ -83,6 +83,13 @@ def test_long_rows_with_longrope_are_refused():
         assert "start it with --max-model-len 1000" in refusal(server, LONG_ROPE, 900)
         server.max_model_len = 1000
         check_server(ServerClient(server.address), LONG_ROPE, 1000)
+
+
+def test_rows_beyond_the_angles_that_vllm_has_under_yarn_are_refused():
+    yarn = dataclasses.replace(SPEC, rope_scaling=YarnScaling(4.0, 250, 1.1, 32.0, 1.0, True))
+    check_student(yarn, 131, 1000)
+    with pytest.raises(UserError, match=r"= 1000 tokens under YaRN, .* the longest row has 1001; lower rollout"):
+        check_student(yarn, 131, 1001)
 
 
 def test_a_teachers_smaller_vocabulary_is_excluded_up_to_the_limit_of_vllm():
