@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder = inputs.run_dir / "analysis"
     with guarded(inputs.config.watchdog, folder):
         progress.enter("loading")
-        found = analyse(build_run(inputs), before, objectives)
+        found = analyse(build_run(inputs, identifies=False), before, objectives)
         models = {"student": config.student.path, "teacher": config.named_teachers[""].path, "before": before}
         on_rank_zero(lambda: write_analysis(folder, {**models, **found}))
     return 0

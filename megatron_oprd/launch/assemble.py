@@ -64,7 +64,7 @@ class Run:
     heads: Heads | None  # the LM heads of an output-space objective, on the student's last stage
     evaluator: RolloutEngine | None  # None: no evaluation samples answers of the student
     identities: dict[str, Identity]  # of the teachers, by data_source; a checkpoint stores them
-    student_hash: str  # of the student's first weights; a checkpoint stores it
+    student_hash: str  # of the student's first weights, for checkpoints; empty if nothing was hashed
 
     @property
     def topology(self) -> Topology:
@@ -109,9 +109,13 @@ class Run:
         )
 
 
-def build_run(inputs: Inputs) -> Run:
-    """Start the process group and build this rank's part of every model. Collective over the world."""
-    config, setup, models = inputs.config, inputs.setup, build_models(inputs, evaluates=True)
+def build_run(inputs: Inputs, *, identifies: bool = True) -> Run:
+    """Start the process group and build this rank's part of every model. Collective over the world.
+
+    `identifies` hashes the weights of all models, which only a run that saves checkpoints needs.
+    """
+    config, setup = inputs.config, inputs.setup
+    models = build_models(inputs, evaluates=True, identifies=identifies)
     topology, stage = models.topology, models.stage
     start_profile.enter("rollout engine")
     evaluator = None
@@ -122,14 +126,15 @@ def build_run(inputs: Inputs) -> Run:
     start_profile.enter("read weights")
     heads = load_heads(inputs.model_inputs, stage, topology) if setup.layer_plan.output else None
     start_profile.enter("hash weights (the wait for it)")
+    teachers = setup.teachers.items() if identifies else ()
     return Run(
         inputs,
         models,
         student,
         heads,
         evaluator,
-        {name: _identity(inputs, teacher, models.hashes) for name, teacher in setup.teachers.items()},
-        on_rank_zero(lambda: models.hashes.of(config.student.path)),
+        {name: _identity(inputs, teacher, models.hashes) for name, teacher in teachers},
+        on_rank_zero(lambda: models.hashes.of(config.student.path)) if identifies else "",
     )
 
 
