@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,6 +125,12 @@ def takes_teacher_answers(config: Config, prompts: PromptSet, has_other_tokenize
         obstacle = "several teachers" if config.teachers else "no teacher"
     elif config.teacher is not None and not Path(config.teacher.path).is_dir():
         obstacle = f"no folder teacher.path={config.teacher.path}"
+        if wanted == "auto" and os.environ.get("RANK", "0") == "0":
+            print(
+                f"{obstacle}: the student is not measured on the teacher's answers; name the teacher's folder, or set "
+                "evaluation.teacher_answers=false",
+                flush=True,
+            )
     elif has_other_tokenizer():
         obstacle = "a teacher with another tokenizer"
     if wanted is True and obstacle:

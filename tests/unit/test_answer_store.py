@@ -67,11 +67,11 @@ def test_a_file_without_some_answers_is_refused(tmp_path):
         read_answers(tmp_path, ORIGIN)
 
 
-def takes(wanted, *, teachers=1, graded=False, other_tokenizer=False):
+def takes(wanted, *, teachers=1, graded=False, other_tokenizer=False, teacher=None):
     named = {str(number): None for number in range(teachers)}
     evaluation = SimpleNamespace(teacher_answers=wanted)
     config = SimpleNamespace(
-        evaluation=evaluation, named_teachers=named, teachers=named if teachers > 1 else {}, teacher=None
+        evaluation=evaluation, named_teachers=named, teachers=named if teachers > 1 else {}, teacher=teacher
     )
     prompts = [dataclasses.replace(prompt, ground_truth="4" if graded else None) for prompt in PROMPTS]
     return takes_teacher_answers(config, PromptSet(prompts, 2, 0, 0), lambda: other_tokenizer)
@@ -95,6 +95,14 @@ def test_only_a_single_teacher_with_the_students_tokenizer_answers(options, obst
     assert not takes("auto", **options)
     with pytest.raises(UserError, match=f"teacher_answers=true needs one teacher .* there is {obstacle}; use "):
         takes(True, **options)
+
+
+def test_a_teacher_without_a_folder_is_named_if_its_answers_are_left_out(capsys):
+    teacher = SimpleNamespace(path="Qwen/Qwen3-8B")
+    assert not takes("auto", teacher=teacher)
+    assert capsys.readouterr().out.startswith("no folder teacher.path=Qwen/Qwen3-8B: the student is not measured on ")
+    assert not takes("auto", teacher=teacher, graded=True) and not takes(False, teacher=teacher)
+    assert not capsys.readouterr().out
 
 
 def test_answers_are_measured_in_parts_of_so_many_tokens():
