@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,8 +35,11 @@ IGNORED_ON_CPU = (
 @functools.cache
 def import_megatron() -> None:
     """Import Megatron-Core quickly and quietly. Call this function before anything else imports `megatron.core`."""
-    for message, module in IGNORED_WARNINGS if torch.cuda.is_available() else IGNORED_WARNINGS + IGNORED_ON_CPU:
+    on_cpu = not torch.cuda.is_available()
+    for message, module in IGNORED_WARNINGS + IGNORED_ON_CPU if on_cpu else IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message, module=module)
+    if on_cpu:  # a CUDA build of torch logs that it found nvcc and no device
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if importlib.util.find_spec("transformer_engine") is not None:  # Megatron-Core imports it
         load_cudnn_of_torch()
     with _compile_on_first_call(), _without("wandb"):
