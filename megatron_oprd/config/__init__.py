@@ -5,6 +5,7 @@ from megatron_oprd.config.loss_schedule import ScheduleConfig
 from megatron_oprd.config.losses import LossConfig, OutputConfig, RepresentationConfig, StateMapConfig
 from megatron_oprd.config.models import (
     KeepBf16Config,
+    ModelFolder,
     ParallelConfig,
     PrecisionConfig,
     RecomputeConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "LoggingConfig",
     "LossConfig",
     "MemoryConfig",
+    "ModelFolder",
     "OptimizerConfig",
     "OutputConfig",
     "ParallelConfig",

@@ -9,21 +9,27 @@ from pydantic import Field, field_validator, model_validator
 from megatron_oprd.config.section import LAYERS, RANKS, TOKENS, PathText, Section
 
 
-class StudentConfig(Section):
-    """The model that is trained."""
+class ModelFolder(Section):
+    """The folder with the weights of a model, and where config.json and tokenizer are."""
 
-    path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the student's first weights")
+    path: PathText
     hf: PathText | None = Field(
         None,
         description="Hugging Face folder with config.json and tokenizer, for a checkpoint of Megatron-LM or "
         "Megatron-Bridge at `path`; null: they are in `path`",
     )
-    freeze: list[Literal["embedding", "lm_head"]] = Field([], description="parts that are not trained")
 
     @property
     def model_files(self) -> str:
         """Return the folder with config.json and tokenizer."""
         return self.hf or self.path
+
+
+class StudentConfig(ModelFolder):
+    """The model that is trained."""
+
+    path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the student's first weights")
+    freeze: list[Literal["embedding", "lm_head"]] = Field([], description="parts that are not trained")
 
 
 class TeacherParallelConfig(Section):
@@ -34,7 +40,7 @@ class TeacherParallelConfig(Section):
     expert: int = Field(1, ge=1, description="expert-parallel size", json_schema_extra=RANKS)
 
 
-class TeacherBaseConfig(Section):
+class TeacherBaseConfig(ModelFolder):
     """The model that the teacher was trained from; the student learns beyond the teacher, along their difference."""
 
     path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the teacher's start")
@@ -45,15 +51,10 @@ class TeacherBaseConfig(Section):
     )
 
 
-class TeacherConfig(Section):
+class TeacherConfig(ModelFolder):
     """The frozen model that the student learns from."""
 
     path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the teacher")
-    hf: PathText | None = Field(
-        None,
-        description="Hugging Face folder with config.json and tokenizer, for a checkpoint of Megatron-LM or "
-        "Megatron-Bridge at `path`; null: they are in `path`",
-    )
     parallel: TeacherParallelConfig | None = Field(
         None, description="layout of the teacher on the same processes; null: the student's layout"
     )
@@ -66,11 +67,6 @@ class TeacherConfig(Section):
     def extrapolates(self) -> bool:
         """Return True if the hidden states of a base are needed."""
         return self.base is not None and self.base.extrapolate != 1.0
-
-    @property
-    def model_files(self) -> str:
-        """Return the folder with config.json and tokenizer."""
-        return self.hf or self.path
 
 
 class ParallelConfig(Section):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_oprd.checkpoint.megatron_lm import is_megatron_lm
 from megatron_oprd.checkpoint.weights import check_weights
-from megatron_oprd.config import BatchConfig, Config, RecomputeConfig, StudentConfig, TeacherConfig, teacher_section
+from megatron_oprd.config import BatchConfig, Config, ModelFolder, RecomputeConfig, TeacherConfig, teacher_section
 from megatron_oprd.config.section import Section
 from megatron_oprd.data.end_tokens import EndTokens
 from megatron_oprd.hf.config import read_model_spec
@@ -108,7 +108,8 @@ def _check_base(teacher: TeacherConfig, spec: ModelSpec, section: str) -> None:
         return
     # The base may stop at other tokens and have been made for fewer positions.
     ignored = {"eos_token_ids": (), "max_position_embeddings": 0}
-    of_teacher, base = (dataclasses.replace(one, **ignored) for one in (spec, read_model_spec(teacher.base.path)))
+    base_spec = _read_spec(f"{section}.base", teacher.base)
+    of_teacher, base = (dataclasses.replace(one, **ignored) for one in (spec, base_spec))
     names = [field.name for field in dataclasses.fields(ModelSpec) if field.compare]
     differences = [
         f"{name} {getattr(base, name)} instead of {getattr(of_teacher, name)}"
@@ -122,7 +123,7 @@ def _check_base(teacher: TeacherConfig, spec: ModelSpec, section: str) -> None:
         )
 
 
-def _read_spec(section: str, model: StudentConfig | TeacherConfig) -> ModelSpec:
+def _read_spec(section: str, model: ModelFolder) -> ModelSpec:
     """Read the config.json of a model. Raises UserError if a checkpoint of Megatron-LM needs a folder with one."""
     if is_megatron_lm(model.path) and not (Path(model.model_files) / "config.json").exists():
         raise UserError(
