@@ -36,6 +36,7 @@ from megatron_oprd.types import ModelSpec, UserError
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = "iter_[0-9]*"
 _OLD_FORMAT = "mp_rank_*"
+_MTP = "mtp."
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 # State beside the weights of the model. Keys of the optimizer begin with one of these words.
 _OTHER_STATE = re.compile(
@@ -194,6 +195,12 @@ def open_model(path: str | Path) -> StoredModel:
         raise UserError(
             f"{folder} holds no decoder layers in Megatron-Core's names ({found}); save it with --ckpt-format "
             "torch_dist"
+        )
+    predicting = min((name for name in tensors if name.startswith(_MTP)), default=None)
+    if predicting is not None:
+        raise UserError(
+            f"{folder} holds layers of multi-token prediction ({predicting}), which this package would lose; load it "
+            "in Megatron-LM without --mtp-num-layers and save it again"
         )
     return StoredModel(folder, tensors, read_arguments(folder, index))
 

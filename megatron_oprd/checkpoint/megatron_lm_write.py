@@ -8,17 +8,17 @@ Norms have the names of Transformer Engine's fused modules, which Megatron-Core'
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_oprd.checkpoint.megatron_format import sharded_weights
-from megatron_oprd.checkpoint.megatron_lm import LAYER, TRACKER, renamed, stacked, stored_names
+from megatron_oprd.checkpoint.megatron_lm import LAYER, TRACKER, renamed, stacked
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write, write_new_folder
+from megatron_oprd.checkpoint.stock_names import extra_states, fused_name
 from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
@@ -34,8 +34,6 @@ _ARCHITECTURES = (
     "LlamaForCausalLM",
     "Phi3ForCausalLM",
 )
-# Modules with `_extra_state` in Megatron-Core: FP8 scales of Transformer Engine, or nothing.
-_WITHOUT_EXTRA_STATE = ("embedding.", "output_layer.", "router.")
 
 
 def save_megatron_lm(
@@ -169,35 +167,14 @@ def _state(stage: torch.nn.ModuleList, spec: ModelSpec, topology: Topology) -> d
         layer = LAYER.match(value.key)
         if layer is None:
             return value
-        own, *fused = stored_names(value.key)
-        names = fused[:1] or [own]  # of the norm before attention, the first one: no written model has linear attention
+        names = [fused_name(value.key) or value.key]
         if ".pre_mlp_layernorm." in value.key and int(layer[1]) in sparse:
             # Before experts, only Megatron-Core's local layer spec calls the norm a part of a linear layer.
-            names = [own, *fused]
+            names.append(value.key)
         if keeps_apart:
             return [renamed(value, name) for name in names]
         return [stacked(value, LAYER.sub("decoder.layers.", name), int(layer[1]), spec.num_layers) for name in names]
 
     dict_list_map_inplace(relocate, state)
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
-    return {**state, **{extra.unique_key: extra for extra in _extra_states(tensors, topology)}}
-
-
-def _extra_states(tensors: list[ShardedTensor], topology: Topology) -> Iterator[ShardedObject]:
-    """Yield the empty extra state of each module. Megatron-Core asks for them when it loads a checkpoint.
-
-    Each rank has one for its modules; equal ones of several ranks are written once.
-    """
-    for tensor in tensors:
-        module, _, parameter = tensor.key.rpartition(".")
-        if parameter != "weight" or any(part in tensor.key for part in _WITHOUT_EXTRA_STATE):
-            continue
-        axes = tensor.prepend_axis_num
-        tensor_rank = 0 if ".experts." in module else topology.tensor_rank
-        yield ShardedObject(
-            f"{module}._extra_state",
-            None,
-            tuple(tensor.global_shape[:axes]) or (1,),
-            tuple(tensor.global_offset[:axes]) or (0,),
-            (0, tensor_rank, tensor.replica_id[-1]),
-        )
+    return {**state, **{extra.unique_key: extra for extra in extra_states(tensors, topology)}}

@@ -93,13 +93,16 @@ class PlannedWrite:
         self._ranks.all_reduce("write", own_results, write_index)
 
 
-def plan_write(state: dict[str, Any], folder: str | Path) -> PlannedWrite:
+def plan_write(
+    state: dict[str, Any], folder: str | Path, content_metadata: dict[str, Any] | None = None
+) -> PlannedWrite:
     """Plan to write mcore's sharded state dict into the empty `folder`. Rank 0 writes the unsharded values at once.
 
-    Collective over the world. Raises what mcore, torch and the disk raise.
+    `content_metadata` is what mcore's `load_content_metadata` returns for the folder. Collective over the world. Raises
+    what mcore, torch and the disk raise.
     """
     strategy = _PlanStrategy()
-    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy, content_metadata=content_metadata)
     assert strategy.planned is not None
     return strategy.planned
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
+from megatron_oprd.checkpoint.megatron_format import save_model
 from megatron_oprd.checkpoint.megatron_lm import iteration_folder, open_model
 from megatron_oprd.checkpoint.megatron_lm_write import save_megatron_lm
 from megatron_oprd.checkpoint.weights import check_weights, load_weights
@@ -96,9 +97,21 @@ def save_as_megatron_lm(
 
 def load_stock(model: GPTModel, root: Path, topology: Topology, *, apart: bool = False) -> GPTModel:
     """Fill a stock model as Megatron-LM does; a tensor or an extra state that is missing raises an error."""
-    state = {"model": model.sharded_state_dict(metadata=_metadata(topology, apart))}
-    loaded = dist_checkpointing.load(state, str(iteration_folder(root)))
-    model.load_state_dict(loaded["model"])
+    return _fill(model, iteration_folder(root), _metadata(topology, apart))
+
+
+def load_stock_from_own(model: GPTModel, folder: Path, topology: Topology) -> GPTModel:
+    """Fill a stock model from a checkpoint of this package, with nothing but functions of Megatron-Core."""
+    metadata = dist_checkpointing.load_content_metadata(str(folder))
+    return _fill(model, folder, {**metadata, "dp_cp_group": topology.groups.dp_cp})
+
+
+def _fill(model: GPTModel, folder: Path, metadata: dict[str, Any]) -> GPTModel:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    model.load_state_dict(dist_checkpointing.load(state, str(folder))["model"])
     return model
 
 
@@ -164,7 +177,8 @@ def round_trip(spec: str, name: str, folder: Path, topology: Topology) -> dict[s
     """Save a stock model as Megatron-LM does, read and train it here, write it, and read it with a new stock model.
 
     Returns: relative distances. "read": from the stock model's logits to ours. "trained": how far a step moves ours.
-        "returned": from ours to those of the new stock model.
+        "returned": from ours to those of the new stock model. "returned_from_own": the same if the stock model reads a
+        checkpoint of this package.
     """
     settings = dict(MODELS[name])
     if spec == "te" and "num_moe_experts" in settings:
@@ -177,13 +191,13 @@ def round_trip(spec: str, name: str, folder: Path, topology: Topology) -> dict[s
     train_one_step(stage)
     after = all_states(stage, model, topology, TOKENS)["logits"]
     save_megatron_lm(stage, folder / "written", model, topology, source=folder / "hf")
+    save_model(stage, folder / "own", model, topology, source=folder / "hf")
     fresh = stock_model(spec, **settings)
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.zero_()
-    returned = load_stock(fresh, folder / "written", topology)
+    returned = stock_logits(load_stock(fresh, folder / "written", topology))
+    from_own = stock_logits(load_stock_from_own(fresh, folder / "own", topology))
     return {
         "read": relative(before, stock_logits(stock)[:, :vocabulary]),
         "trained": relative(after, before),
-        "returned": relative(stock_logits(returned)[:, :vocabulary], after),
+        "returned": relative(returned[:, :vocabulary], after),
+        "returned_from_own": relative(from_own[:, :vocabulary], after),
     }

@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
+    get_gpt_mtp_block_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
@@ -68,9 +69,16 @@ def build(spec: str, *, vocabulary: int = VOCAB, tied: bool = False, **settings:
             "qk_layernorm": config.qk_layernorm,
         }
         layers = make(**kwargs, **({} if spec == "te" else {"normalization": "RMSNorm"}))
+    mtp = get_gpt_mtp_block_spec(config, layers, spec == "te") if config.mtp_num_layers else None
     with cpu_stand_ins.cpu_devices():
         model = GPTModel(
-            config, layers, vocabulary, 64, position_embedding_type="rope", share_embeddings_and_output_weights=tied
+            config,
+            layers,
+            vocabulary,
+            64,
+            position_embedding_type="rope",
+            share_embeddings_and_output_weights=tied,
+            mtp_block_spec=mtp,
         )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from megatron_oprd.checkpoint.megatron_format import stored_shapes
 from megatron_oprd.checkpoint.megatron_lm import is_megatron_lm, open_model
 from megatron_oprd.checkpoint.weights import check_weights, content_hash
 from megatron_oprd.commands import convert
-from megatron_oprd.config import load_config
+from megatron_oprd.config import TeacherConfig, load_config
 from megatron_oprd.data.tokenizer import load_tokenizer
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.setup import check_model_weights, read_setup
@@ -34,6 +34,7 @@ def test_a_stock_model_reads_back_what_was_trained_from_its_checkpoint(name, top
     assert distance["read"] < ROUNDING_FP32
     assert distance["trained"] > 1e-3
     assert distance["returned"] < ROUNDING_FP32
+    assert distance["returned_from_own"] < ROUNDING_FP32
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,7 @@ def test_convert_reads_and_writes_megatron_lm(saved, topology, tmp_path):
     assert read_model_spec(tmp_path / "own").architecture == "Qwen3ForCausalLM"
     assert load_tokenizer(tmp_path / "own")("ab")["input_ids"] == [8]
     convert_to(tmp_path / "back", "--checkpoint", tmp_path / "own", "--format", "megatron-lm")
-    loaded = stock_model("local")
-    with torch.no_grad():
-        for parameter in loaded.parameters():
-            parameter.zero_()
-    load_stock(loaded, tmp_path / "back", topology)
+    loaded = load_stock(stock_model("local"), tmp_path / "back", topology)
     for name, parameter in stock_model("local").named_parameters():  # the weights depend on a seed alone
         assert torch.equal(loaded.get_parameter(name), parameter), name
 
@@ -86,6 +83,11 @@ def test_a_run_reads_the_checkpoint_beside_a_hugging_face_folder(saved, tmp_path
         read_setup(config, config.named_teachers)
     setup = read_setup(config, {"": config.teacher.model_copy(update={"hf": str(tmp_path / "hf")})})
     assert setup.student == setup.teachers[""].spec == read_model_spec(tmp_path / "own")
+    base = {"path": str(tmp_path / "own"), "base": {"path": str(root)}}
+    with pytest.raises(UserError, match=r"^teacher.base.path=.*; name the Hugging Face folder .* as teacher.base.hf"):
+        read_setup(config, {"": TeacherConfig.model_validate(base)})
+    base["base"]["hf"] = str(tmp_path / "hf")
+    assert read_setup(config, {"": TeacherConfig.model_validate(base)}).teachers[""].spec == setup.student
     check_model_weights(config, setup)
     assert content_hash(root) == content_hash(root / "iter_0000100")
 
@@ -183,6 +185,12 @@ def test_a_damaged_checkpoint_is_named_in_one_line(damage, message, root):
     with pytest.raises(UserError, match=re.escape(message)) as refused:
         open_model(root)
     assert "\n" not in str(refused.value)
+
+
+def test_layers_of_multi_token_prediction_are_refused_by_name(topology, tmp_path):
+    root = save_as_megatron_lm(stock_model("local", mtp_num_layers=1), tmp_path / "saved", topology)
+    with pytest.raises(UserError, match=r"multi-token prediction \(mtp.layers.0.eh_proj.weight\).*--mtp-num-layers"):
+        open_model(root)
 
 
 @pytest.mark.parametrize(

@@ -97,3 +97,4 @@ def test_a_stock_te_model_reads_back_what_was_trained_from_its_checkpoint(figure
     assert distance["read"] < ROUNDING_FP32
     assert distance["trained"] > 1e-3
     assert distance["returned"] < ROUNDING_FP32
+    assert distance["returned_from_own"] < ROUNDING_FP32
