@@ -139,7 +139,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False,
     start_profile.enter("models' configurations and headers")
     if not (fitting or dry_run):
         check_wandb(config.logging.wandb)
-    automatic = _automatic(config) if choose_later else frozenset()
+    automatic = automatic_keys(config) if choose_later else frozenset()
     config = without_automatic(with_dtype(config), *([UNBOUNDED_TOKENS] if automatic else []))
     setup = read_setup(config, config.named_teachers, trains=not fitting, dry_run=dry_run)
     missing = find_missing(config, setup.planned_device) if dry_run else MissingInputs()
@@ -196,7 +196,8 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False,
     return inputs
 
 
-def _automatic(config: Config) -> frozenset[str]:
+def automatic_keys(config: Config) -> frozenset[str]:
+    """Return the keys of AUTOMATIC whose value is `auto`."""
     values = (config.recompute.granularity, config.batch.max_tokens_per_micro_batch)
     return frozenset(key for key, value in zip(AUTOMATIC, values, strict=True) if value == "auto")
 

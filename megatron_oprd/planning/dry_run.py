@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from megatron_oprd.config import changed_keys
@@ -31,11 +31,12 @@ def describe_run(inputs: Inputs, device: PlanDevice, *, details: bool = False) -
 
     `details`: also print the complete configuration, each pair of layers, and the cost of each part of a step.
     """
-    automatic = choose_automatic(inputs, device) if inputs.automatic else None
+    chosen_keys = inputs.automatic
+    automatic = choose_automatic(inputs, device) if chosen_keys else None
     inputs = inputs if automatic is None else automatic.inputs
     run = PlannedRun.of(inputs)
     memory = plan_memory(run, device)
-    for line in answer(inputs, memory):
+    for line in answer(inputs, memory, chosen_keys):
         print(line)
     if automatic is not None:
         for number, line in enumerate(automatic.lines()):
@@ -58,8 +59,11 @@ def describe_run(inputs: Inputs, device: PlanDevice, *, details: bool = False) -
         print(line)
 
 
-def answer(inputs: Inputs, memory: MemoryPlan) -> Iterator[str]:
-    """Yield the lines that say whether the run fits, and what to change if it does not. Plans each change."""
+def answer(inputs: Inputs, memory: MemoryPlan, chosen: Collection[str] = ()) -> Iterator[str]:
+    """Yield the lines that say whether the run fits, and what to change if it does not. Plans each change.
+
+    `chosen`: the keys of `inputs` whose values were chosen for `auto`.
+    """
     device = memory.device
     alone = memory.world_size == 1
     group = next(ranks for ranks in memory.peaks if memory.fullest[0] in ranks)
@@ -71,7 +75,7 @@ def answer(inputs: Inputs, memory: MemoryPlan) -> Iterator[str]:
             yield f"but        other programs use memory: only {gigabytes(device.free)} GB are free now"
     else:
         yield f"too large  {needed} GB are needed {memory.phase}, and there are {size} GB: {where}"
-        change = find_change(inputs, memory)
+        change = find_change(inputs, memory, chosen)
         if change is not None:
             yield f"change     {' '.join(_settings(change.settings))}"
             yield f"           then {gigabytes(change.memory.needed)} of {size} GB (planned again)"

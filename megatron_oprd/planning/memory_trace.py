@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
+_device = torch.ops.prim.device.default
 _DICT_VALUES = type({}.values())
 _COALESCED = (
     torch.ops.c10d.allreduce_coalesced_.default,
@@ -81,6 +82,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _device and isinstance(args[0], FakeTensor):  # most calls; autograd asks for each gradient
+            return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         inputs = list(_tensors((args, kwargs.values() if kwargs else ())))
         if inputs and not any(isinstance(tensor, FakeTensor) for tensor in inputs):
             with unset_fake_temporarily():  # the states of random generators have values

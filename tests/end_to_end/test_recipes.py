@@ -33,12 +33,17 @@ def test_parameter_counts_agree_with_the_model_cards(name):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "world", "rows"), [(DENSE, 64, 1), pytest.param(EXPERTS, 512, 2, marks=pytest.mark.nightly)]
+    ("recipe", "world", "rows", "settings"),
+    [
+        (DENSE, 64, 1, ["recompute.granularity=full"]),  # one trace of an update; a choice takes more
+        pytest.param(DENSE, 64, 1, [], marks=pytest.mark.nightly),
+        pytest.param(EXPERTS, 512, 2, [], marks=pytest.mark.nightly),
+    ],
 )
-def test_a_recipe_fits_into_80_gb(recipe, world, rows, tmp_path, monkeypatch):
+def test_a_recipe_fits_into_80_gb(recipe, world, rows, settings, tmp_path, monkeypatch):
     """The dry run needs no weights and no GPU. The limit leaves room for what differs on a GPU."""
     monkeypatch.chdir(ROOT)
-    arguments = ("--config", recipe, f"train.run_dir={tmp_path}/run", "--dry-run")
+    arguments = ("--config", recipe, f"train.run_dir={tmp_path}/run", "--dry-run", *settings)
     outcome = run(tmp_path, "train", *arguments, timeout_seconds=500)
     assert (outcome.code, outcome.stderr) == (0, "")
     text = outcome.stdout
@@ -52,7 +57,7 @@ def test_a_recipe_fits_into_80_gb(recipe, world, rows, tmp_path, monkeypatch):
         assert words in " ".join(text.split())
     assert len(re.findall(r"^ *\d+-\d+ ", text, re.MULTILINE)) == rows
     (peak,) = re.findall(r"^fits +([\d.]+) of 80.0 GB", text, re.MULTILINE)
-    assert 20 < float(peak) < 65
+    assert 20 < float(peak) < 73  # a choice leaves memory.margin free
 
 
 def test_a_recipe_is_refused_by_another_number_of_processes(tmp_path):

@@ -5,11 +5,10 @@ import dataclasses
 import pytest
 
 from megatron_oprd.config import load_config
-from megatron_oprd.launch.inputs import read_inputs
-from megatron_oprd.planning.advice import FULL, SELECTIVE, find_change
+from megatron_oprd.launch.inputs import AUTOMATIC, read_inputs
 from megatron_oprd.planning.dry_run import answer, gigabytes
 from megatron_oprd.planning.hardware import GPUS
-from megatron_oprd.planning.memory_plan import SAVES, TRAINS, MemoryPlan, plan_memory
+from megatron_oprd.planning.memory_plan import SAVES, MemoryPlan, plan_memory
 from megatron_oprd.planning.plan_device import PlanDevice
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint
@@ -87,33 +86,16 @@ def _on_a_device(plain, memory):
     return dataclasses.replace(plain, device=dataclasses.replace(CPU, memory=memory))
 
 
-def _two_changes(arguments):
-    """Return the settings recommended when one byte is missing, and when one more byte than these save is missing."""
-    inputs, plain = _plan(arguments)
-    limit, found = plain.needed - 1, []
-    for _ in range(2):
-        memory = _on_a_device(plain, limit)
-        assert not memory.fits and memory.phase == TRAINS
-        change = find_change(inputs, memory)
-        assert change.memory.fits
-        found.append(dict(change.settings))
-        limit = change.memory.needed - 1
-    return found
-
-
 def _answers(arguments):
-    """Return the answers of a plan when one byte is missing, and when all but one byte is missing."""
+    """Return the answers of a plan with one byte too little, with one byte, and after a choice that does not fit."""
     inputs, plain = _plan(arguments)
-    return [list(answer(inputs, _on_a_device(plain, memory))) for memory in (plain.needed - 1, 1)]
-
-
-def test_the_recommended_change_is_the_cheapest_that_fits(arguments):
-    """Selective recomputation is tried before recomputation of everything, which needs less memory."""
-    assert result_of(_two_changes, arguments) == [SELECTIVE, FULL]
+    answers = [list(answer(inputs, _on_a_device(plain, memory))) for memory in (plain.needed - 1, 1)]
+    return [*answers, list(answer(inputs, _on_a_device(plain, plain.needed - 1), chosen=AUTOMATIC))]
 
 
 def test_a_plan_that_does_not_fit_names_the_change_if_there_is_one(arguments):
-    (first, second, third), without = result_of(_answers, arguments)
-    assert first.startswith("too large  ") and second == "change     recompute.granularity=selective"
+    (first, second, third), without, chosen = result_of(_answers, arguments)
+    assert first.startswith("too large  ") and second == "change     recompute=auto"
     assert "(planned again)" in third
-    assert "no setting that was planned suffices; take smaller models or a GPU" in without[1]
+    for lines in (without, chosen):
+        assert "no setting that was planned suffices; take smaller models or a GPU" in lines[1]

@@ -54,14 +54,15 @@ def job_of(kind, layout, tokens=512):
     [
         ("dense", "two blocks"),
         pytest.param("experts", "two blocks", marks=pytest.mark.nightly),
+        pytest.param("experts", "first rank of a pipeline", marks=pytest.mark.nightly),
         *(pytest.param("dense", layout, marks=pytest.mark.nightly) for layout in list(LAYOUTS)[1:]),
     ],
 )
 def test_the_choice_is_the_cheapest_of_all_options_that_fit(kind, layout):
     options, needed, memory = result_of(traced_memory, job_of(kind, layout))
     known = dict(zip([option.recomputation for option in options], needed, strict=True))
-    low, high, traces = min(needed), max(needed), 0
-    assert high == needed[0]
+    # With a single block on the rank, some options need more than no recomputation does.
+    low, high, traces = min(needed), needed[0], 0
     for limit in (low + share * (high - low) / 40 for share in range(40)):
         tried = []
         choice = search(options, lambda one, tried=tried: tried.append(one) or known[one], memory, limit)
