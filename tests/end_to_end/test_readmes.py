@@ -111,6 +111,7 @@ RUNS = {
     "python benchmarks/gpu.py": "--tiny --repeats 1 --parts 'teacher pass'",
     "python benchmarks/objectives.py": OBJECTIVES,
     "python benchmarks/staleness.py": STALENESS,
+    "python benchmarks/methods.py": "--work {out} --output {out} --seeds 1 --steps 1 --only layers",
     "python benchmarks/real_model.py": None,  # test_real_model_demo.py, with a tiny model
     "python benchmarks/bridge.py": BRIDGES,
     "python benchmarks/step.py": "--hidden 64 --layers 2 --tokens 64 --repeats 1",
