@@ -14,7 +14,7 @@ from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.testing.distributed import run_distributed
-from megatron_oprd.testing.models import random_hf_model, save
+from megatron_oprd.testing.models import HYBRID, random_hf_model, save
 from megatron_oprd.training.global_batch import share_rollouts
 from megatron_oprd.types import Prompt
 
@@ -23,20 +23,33 @@ GREEDY = Sampling(temperature=0.0, max_new_tokens=20, samples_per_prompt=1)
 SAMPLED = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=20, samples_per_prompt=2)
 
 
-def prompts():
+def prompts(count=14):
     generator = torch.Generator().manual_seed(5)
-    lengths = torch.randint(1, 12, (14,), generator=generator).tolist()
+    lengths = torch.randint(1, 12, (count,), generator=generator).tolist()
     return [Prompt(i, tuple(torch.randint(0, 131, (n,), generator=generator).tolist())) for i, n in enumerate(lengths)]
 
 
-def generate(rank, folder, layout):
-    """Return the rollouts of all replicas, greedy and sampled, with fewer slots than prompts and with empty shares."""
+def open_stage(folder, layout):
     device = torch.device("cpu")
     start_process(device)
     topology = build_topology(ParallelConfig(**layout), device, seed=0)
     spec = dataclasses.replace(read_model_spec(folder), eos_token_ids=EOS)
     stage = build_model(spec, topology, torch.float32)
     load_weights(stage, folder, spec, topology)
+    return stage, spec, topology
+
+
+def generate_greedy(rank, folder, layout):
+    """Return the greedy responses of all replicas to 64 prompts, with five slots in each replica."""
+    stage, spec, topology = open_stage(folder, layout)
+    engine = EmbeddedEngine(stage, spec, topology, GREEDY, seed=3, max_batch=5)
+    rollouts = engine.generate(split(prompts(64), topology.replica_rank, topology.num_replicas), step=0)
+    return [rollout.response_ids for rollout in share_rollouts(rollouts, topology)]
+
+
+def generate(rank, folder, layout):
+    """Return the rollouts of all replicas, greedy and sampled, with fewer slots than prompts and with empty shares."""
+    stage, spec, topology = open_stage(folder, layout)
     stage.train()
     results = []
     for sampling in (GREEDY, SAMPLED):
@@ -99,3 +112,26 @@ CASES = [
 def test_every_layout_generates_the_tokens_of_one_rank(family, world, layout, folders, one_rank):
     for rank, result in enumerate(run_distributed(world, generate, folders[family], layout)):
         assert result == one_rank[family], f"rank {rank}"
+
+
+@pytest.fixture(scope="module", params=HYBRID)
+def hybrid(request, tmp_path_factory):
+    """Return a model with Gated DeltaNet in a folder, and the responses of Hugging Face's `generate` to 64 prompts."""
+    model = random_hf_model(request.param, num_hidden_layers=4)
+    arguments = {"do_sample": False, "max_new_tokens": GREEDY.max_new_tokens, "eos_token_id": list(EOS)}
+    responses = []
+    for prompt in prompts(64):
+        ids = torch.tensor([prompt.prompt_ids])
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **arguments)
+        responses.append(tuple(output[0, ids.shape[1] :].tolist()))
+    return save(model, tmp_path_factory.mktemp("hybrid") / request.param), responses
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}, {"expert": 2}], ids=str)
+def test_hybrid_models_generate_the_tokens_of_hugging_face(hybrid, layout):
+    folder, expected = hybrid
+    if "expert" in layout and not read_model_spec(folder).num_experts:
+        pytest.skip("a dense model has no experts to divide")
+    for rank, responses in enumerate(run_distributed(2, generate_greedy, folder, layout)):
+        assert responses == expected, f"rank {rank}"
