@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -131,6 +131,22 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class FlowGroups:
+    """The positions of the hidden-flow loss in a micro-batch, by sequence. The same numbers in both forms of a batch.
+
+    Ranks that share the tokens of a sequence gather their rows, in the order of the ranks.
+    """
+
+    rows_per_rank: tuple[int, ...]  # on each context-parallel rank, and there on each sequence-parallel rank
+    grid: (
+        torch.Tensor
+    )  # [sequences, positions] int64: places among the gathered rows; short sequences repeat their last
+    places: torch.Tensor  # [N] int64: the places of this rank's rows in `grid.flatten()`
+    lengths: torch.Tensor  # [sequences] int64: positions of each sequence, two or more
+    weights: torch.Tensor  # [sequences] float64: weight of each sequence in the global mean
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """A micro-batch of T tokens in its host form: whole sequences, one after the other. All tensors are on the CPU.
 
@@ -144,6 +160,8 @@ class PackedBatch:
     bounds: tuple[int, ...]  # [sequences + 1] cumulative lengths of the whole sequences, with padding
     representation: Selection  # tokens whose hidden states the representation loss compares
     output: Selection  # tokens whose next-token distributions the output-space objective compares
+    flow: Selection | None = None  # positions that the loss on hidden flow compares; None: no such loss
+    flow_groups: FlowGroups | None = None  # of `flow`, once the micro-batch is cut into the parts of the ranks
     # Context parallelism: [T * context size] int64, the place of each row among the gathered rows of all ranks.
     context_order: torch.Tensor | None = None
 
@@ -153,6 +171,9 @@ class PackedBatch:
 
     def selection(self, key: StateKey) -> Selection:
         """Return the tokens at which the states with this key are compared."""
+        if isinstance(key, FlowKey):
+            assert self.flow is not None
+            return self.flow
         return self.output if key == FINAL_STATES else self.representation
 
 
@@ -184,6 +205,8 @@ class DeviceBatch:
     representation: DeviceSelection
     output: DeviceSelection
     context_order: torch.Tensor | None
+    flow: DeviceSelection | None = None
+    flow_groups: FlowGroups | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -191,13 +214,24 @@ class DeviceBatch:
 
     def selection(self, key: StateKey) -> DeviceSelection:
         """Return the tokens at which the states with this key are compared."""
+        if isinstance(key, FlowKey):
+            assert self.flow is not None
+            return self.flow
         return self.output if key == FINAL_STATES else self.representation
 
 
 # The key of the final states (layer L after the final norm), which the LM head and output-space objectives read.
 FINAL_STATES: Final = "final_states"
-# The key of hidden states: a layer, numbered from 1 to L, or FINAL_STATES.
-StateKey = int | Literal["final_states"]
+
+
+class FlowKey(NamedTuple):
+    """The key of a layer's hidden states at the positions of the hidden-flow loss."""
+
+    layer: int
+
+
+# The key of hidden states: a layer, numbered from 1 to L, FINAL_STATES, or the key of another loss on a layer.
+StateKey = int | Literal["final_states"] | FlowKey
 
 
 @dataclass(frozen=True)

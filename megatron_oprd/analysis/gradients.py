@@ -108,7 +108,7 @@ def gradient(run: Run, loss: LossConfig, rollouts: Sequence[Rollout]) -> Gradien
     """
     (teacher,), config, topology = run.teachers, run.inputs.config, run.topology
     pairs = teacher.plan.pairs if loss.reads_layers else ()
-    plan = dataclasses.replace(teacher.plan, pairs=pairs, output=loss.reads_output)
+    plan = dataclasses.replace(teacher.plan, pairs=pairs, output=loss.reads_output, flow=())
     student, teacher = dataclasses.replace(run.student, plan=plan), dataclasses.replace(teacher, plan=plan)
     setup = run.inputs.setup
     batch = GlobalBatch(

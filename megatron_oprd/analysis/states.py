@@ -11,7 +11,7 @@ import torch
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.projection import StudentMap
-from megatron_oprd.models.taps import selected_rows
+from megatron_oprd.models.tap_rows import selected_rows
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
@@ -47,8 +47,8 @@ class ComparedModels:
 
     @property
     def plan(self) -> LayerPlan:
-        """Return the layer plan without next-token distributions."""
-        return dataclasses.replace(self.teacher.plan, output=False)
+        """Return the layer plan without next-token distributions and hidden flow."""
+        return dataclasses.replace(self.teacher.plan, output=False, flow=())
 
     @property
     def layer_pairs(self) -> tuple[LayerPair, ...]:

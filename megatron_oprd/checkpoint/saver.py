@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_oprd.checkpoint.average import FOLDER as AVERAGE
+from megatron_oprd.checkpoint.average import plan_average
 from megatron_oprd.checkpoint.megatron_format import describe_model, plan_model
 from megatron_oprd.checkpoint.optimizer_state import plan_optimizer, state_is_a_copy
 from megatron_oprd.checkpoint.pending_rollouts import write_pending
@@ -104,18 +106,24 @@ class Saving:
         self.target = folder / f"step_{state.step:07d}"
         rollouts = _pending_rollouts(state, self.topology)
         content.student.stage.wait_for_parameters()
-        self.partial = on_rank_zero(lambda: prepare_folders(self.target))
+        folders = ["model", "optimizer"] + ([AVERAGE] if content.student.average is not None else [])
+        self.partial = on_rank_zero(lambda: prepare_folders(self.target, folders))
         with self._discarded_on_failure():
             student = content.student
             model = plan_model(student.stage, self.partial / "model", self.topology)
             optimizer = plan_optimizer(student, self.topology, self.partial / "optimizer")
-            self._writes = (model, optimizer)
+            self._writes = [model, optimizer]
+            if student.average is not None:
+                average = plan_average(student.average, student.stage, self.topology, self.partial / AVERAGE)
+                self._writes.append(average)
             if student.map_optimizer is not None:
                 student.map_optimizer.save(self.partial)
             on_rank_zero(lambda: self._describe(content, state, rollouts))
             if asynchronous:
                 model.snapshot(copy=True)
                 optimizer.snapshot(copy=not state_is_a_copy(student))
+                if student.average is not None:
+                    average.snapshot(copy=False)
         self._thread = threading.Thread(target=self._write) if asynchronous else None
         if self._thread is not None:
             self._thread.start()

@@ -1,6 +1,7 @@
 """Training checkpoints: the student's weights, the optimizer's state and the position of the run.
 
     checkpoints/step_0000050/   model/ optimizer/ state.json complete
+                                average/ (only with teacher.ema)
                                 pending_rollouts.jsonl (only if rollouts were pending)
 
 `saver.py` writes a checkpoint under another name, forces it to the disk, renames it and then adds the file `complete`.
@@ -15,12 +16,14 @@ import contextlib
 import dataclasses
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_oprd.checkpoint.average import FOLDER as AVERAGE
+from megatron_oprd.checkpoint.average import load_average
 from megatron_oprd.checkpoint.megatron_format import check_files, describe_damage, load_model
 from megatron_oprd.checkpoint.optimizer_state import load_optimizer
 from megatron_oprd.checkpoint.pending_rollouts import read_pending
@@ -33,6 +36,7 @@ from megatron_oprd.runtime.files import explain_os_errors, prepare_partial
 from megatron_oprd.training.map_optimizer import FILE as MAPS
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.student import Student
+from megatron_oprd.training.teacher_average import TeacherAverage
 from megatron_oprd.types import ModelSpec, UserError
 
 MARK = "complete"  # the file that makes a checkpoint count
@@ -58,8 +62,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def prepare_folders(target: Path) -> Path:
-    """Make empty folders for a checkpoint beside `target` and return the outer one.
+def prepare_folders(target: Path, parts: Sequence[str] = ("model", "optimizer")) -> Path:
+    """Make an empty folder for each of `parts` of a checkpoint beside `target`, and return the outer folder.
 
     One rank calls this. Raises UserError when the disk does not accept the folders.
     """
@@ -68,7 +72,7 @@ def prepare_folders(target: Path) -> Path:
             shutil.rmtree(target)  # renamed by a process that died before it added the mark
     partial = prepare_partial(target)
     with explain_os_errors(partial):
-        for part in ("model", "optimizer"):
+        for part in parts:
             (partial / part).mkdir()
     return partial
 
@@ -119,10 +123,19 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
     # Weights come last: mcore initialises an optimizer in CPU memory by a step on random gradients.
     with _advise_to_remove():
         load_model(student.stage, checkpoint / "model", content.spec, topology)
+    if student.average is not None:
+        average = student.average
+        on_every_rank(lambda: _read_average(checkpoint / AVERAGE, average, content))
     # The learning rate is a function of the step and the configuration alone.
     student.scheduler.num_steps = 0
     student.scheduler.step(increment=state.step)
     return state
+
+
+def _read_average(folder: Path, average: TeacherAverage, content: CheckpointContent) -> None:
+    with _explain_damage(folder):
+        check_files(folder)
+        load_average(average, content.student.stage, content.topology, folder)
 
 
 def _complete(folder: Path) -> list[Path]:
@@ -169,6 +182,11 @@ def _check_teachers(checkpoint: Path, saved: Mapping[str, Identity], current: Ma
                 f"{checkpoint} was made {_from_base(saved[name].base)}, {teacher_section(name)}.base asks for a run "
                 f"{_from_base(teacher.base)}; continue as it was or name a new train.run_dir"
             )
+        if saved[name].ema != teacher.ema:
+            raise UserError(
+                f"{checkpoint} was made with {_ema(saved[name].ema)}, {teacher_section(name)}.ema asks for "
+                f"{_ema(teacher.ema)}; continue as it was or name a new train.run_dir"
+            )
 
 
 def _check_maps(checkpoint: Path, student: Student) -> None:
@@ -196,6 +214,10 @@ def _from_base(base: str | None) -> str:
         return "without a base"
     extrapolate, digest = base.split(" ")
     return f"with the base {digest[:19]} and extrapolate {extrapolate}"
+
+
+def _ema(rate: float | None) -> str:
+    return "a frozen teacher" if rate is None else f"a teacher that follows the student with ema {rate:g}"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from megatron_oprd.config.bridge import BridgeConfig
 from megatron_oprd.config.loss_schedule import ScheduleConfig
-from megatron_oprd.config.losses import LossConfig, OutputConfig, RepresentationConfig, StateMapConfig
+from megatron_oprd.config.losses import FlowConfig, LossConfig, OutputConfig, RepresentationConfig, StateMapConfig
 from megatron_oprd.config.models import (
     KeepBf16Config,
     ModelFolder,
@@ -35,6 +35,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "FlowConfig",
     "HealthConfig",
     "KeepBf16Config",
     "LoggingConfig",

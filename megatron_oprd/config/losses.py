@@ -186,11 +186,37 @@ class OutputConfig(Section):
         return self
 
 
+class FlowConfig(Section):
+    """The loss on hidden flow: how states turn from position to position of a response (PHF); docs/methods.md."""
+
+    weight: float = Field(0.0, ge=0.0, description="weight of this loss; 0 leaves it out")
+    layers: Literal["all", "last", "even", "odd"] | list[int] = Field(
+        "all", description="student layers to compare, as in loss.representation.layers"
+    )
+    positions: int = Field(
+        128, ge=2, description="most positions of a response, spread evenly", json_schema_extra=TOKENS
+    )
+    direction: float = Field(0.25, ge=0.0, description="share of the directions between neighbouring positions")
+    geometry: float = Field(0.25, ge=0.0, description="share of the angles between the directions of one layer")
+    adjacent: float = Field(
+        0.5, ge=0.0, description="share of the angles between the directions of neighbouring layers"
+    )
+
+    @model_validator(mode="after")
+    def _one_share_at_least(self) -> FlowConfig:
+        if self.weight and not (self.direction or self.geometry or self.adjacent):
+            raise ValueError(
+                "loss.flow.direction, geometry and adjacent are all 0; set one above 0, or loss.flow.weight=0"
+            )
+        return self
+
+
 class LossConfig(Section):
-    """The loss: a weighted sum of both parts."""
+    """The loss: a weighted sum of its parts."""
 
     representation: RepresentationConfig = RepresentationConfig()
     output: OutputConfig = OutputConfig()
+    flow: FlowConfig = FlowConfig()
     schedule: ScheduleConfig | None = Field(
         None, description="change the weights of both parts from step to step; null: they are constant"
     )
@@ -230,8 +256,15 @@ class LossConfig(Section):
         return self.output.objective != "none"
 
     @property
+    def reads_flow(self) -> bool:
+        """Return True if the loss compares the flow of hidden states."""
+        return self.flow.weight > 0
+
+    @property
     def first_tokens(self) -> int | None:
         """Return after how many sampled tokens of a response no loss compares one; None if the last one is compared."""
+        if self.reads_flow:  # its positions reach from the first sampled token to the last one
+            return None
         representation, output = self.representation, self.output
         terms = [(representation.positions, representation.k)] if self.reads_layers else []
         terms += [(output.positions, output.positions_k)] if self.reads_output else []
@@ -239,7 +272,7 @@ class LossConfig(Section):
 
     @model_validator(mode="after")
     def _one_part_at_least(self) -> LossConfig:
-        if not (self.reads_layers or self.reads_output):
+        if not (self.reads_layers or self.reads_output or self.reads_flow):
             raise ValueError(
                 "loss.representation.weight=0 and loss.output.objective=none leave nothing to learn; set one of them"
             )
@@ -250,7 +283,7 @@ class LossConfig(Section):
         # Between two points a multiplier is 0 only if it is 0 at both, so that the points speak for all steps.
         for step in self.schedule.steps if self.schedule else ():
             now = self.at(step)
-            if not (now.reads_layers or now.reads_output):
+            if not (now.reads_layers or now.reads_output or now.reads_flow):
                 raise ValueError(
                     f"loss.schedule leaves nothing to learn at step {step}, where the multiplier of every part that is "
                     "in use is 0; let one of them be above 0"

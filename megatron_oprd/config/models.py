@@ -52,7 +52,7 @@ class TeacherBaseConfig(ModelFolder):
 
 
 class TeacherConfig(ModelFolder):
-    """The frozen model that the student learns from."""
+    """The model that the student learns from: a frozen one, or a moving average of the student itself."""
 
     path: PathText = Field(description="Hugging Face folder or Megatron checkpoint of the teacher")
     parallel: TeacherParallelConfig | None = Field(
@@ -62,6 +62,18 @@ class TeacherConfig(ModelFolder):
     base: TeacherBaseConfig | None = Field(
         None, description="extrapolate the hidden states beyond the teacher; null: learn from the teacher's own"
     )
+    ema: float | None = Field(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="after each update the teacher's weights become ema * own + (1 - ema) * student's; 0: those of the "
+        "student, 1 or null: frozen. `path` has the first weights, in the student's architecture",
+    )
+
+    @property
+    def follows_student(self) -> bool:
+        """Return True if the teacher's weights change after each update."""
+        return self.ema is not None and self.ema < 1.0
 
     @property
     def extrapolates(self) -> bool:

@@ -91,6 +91,42 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _an_average_has_float32_weights_of_one_student(self) -> Config:
+        for name, teacher in self.named_teachers.items():
+            if not teacher.follows_student:
+                continue
+            optimizer = self.optimizer
+            obstacles = {
+                "several teachers; name it as teacher.path": bool(self.teachers),
+                "teachers_in_memory=one, which loads the weights of the files again; use all": (
+                    self.teachers_in_memory == "one"
+                ),
+                f"precision.teacher_fp8={self.precision.teacher_fp8}, because FP8 copies of weights are made once; "
+                "use off": self.precision.teacher_fp8 != "off",
+                "loss.representation.bridge, which is fitted to a frozen teacher; use null": (
+                    self.loss.representation.bridge is not None
+                ),
+                "optimizer.precision_aware=true, which has no float32 weights; use false": optimizer.precision_aware,
+                f"optimizer.cpu_offload={optimizer.cpu_offload:g}, which moves the float32 weights to CPU memory; use "
+                "0": optimizer.cpu_offload > 0,
+            }
+            for obstacle, present in obstacles.items():
+                if present:
+                    raise ValueError(
+                        f"{teacher_section(name)}.ema={teacher.ema:g} does not work with {obstacle}, or ema null"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _flow_has_one_teacher(self) -> Config:
+        if self.teachers and self.loss.reads_flow:
+            raise ValueError(
+                f"loss.flow.weight={self.loss.flow.weight:g} compares with one teacher; name it as teacher.path, or "
+                "use weight 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_map_has_one_teacher(self) -> Config:
         if self.teachers and self.loss.representation.has_map:
             raise ValueError(
@@ -116,6 +152,7 @@ class Config(Section):
             representation, output = self.loss.representation.positions, self.loss.output.positions
             terms = [f"loss.representation.positions={representation}"] if self.loss.reads_layers else []
             terms += [f"loss.output.positions={output}"] if self.loss.reads_output else []
+            terms += [f"loss.flow.weight={self.loss.flow.weight:g}"] if self.loss.reads_flow else []
             complete = " and ".join(term for term in terms if not term.endswith("=first_k"))
             raise ValueError(
                 f"rollout.horizon=auto cannot end a response early, because {complete} compares its last token; use "

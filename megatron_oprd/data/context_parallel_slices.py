@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_oprd.data.packing import rows_of_teacher
-from megatron_oprd.types import PackedBatch, Selection
+from megatron_oprd.types import FlowGroups, PackedBatch, Selection
 
 
 def zigzag_rows(bounds: Sequence[int], rank: int, size: int) -> torch.Tensor:
@@ -48,10 +48,11 @@ def cut(batch: PackedBatch, place: Slice) -> PackedBatch:
     once more, into `sequence_size` runs: `selected` counts from the start of this rank's run. `bounds` remain those of
     the whole sequences.
     """
-    rows, order = torch.arange(batch.num_tokens), None
+    of_ranks, order = [torch.arange(batch.num_tokens)], None
     if place.context_size > 1:
         of_ranks = [zigzag_rows(batch.bounds, rank, place.context_size) for rank in range(place.context_size)]
-        rows, order = of_ranks[place.context_rank], torch.cat(of_ranks).argsort()
+        order = torch.cat(of_ranks).argsort()
+    rows = of_ranks[place.context_rank]
     rank_of_row, place_of_row = torch.full((batch.num_tokens,), -1), torch.full((batch.num_tokens,), -1)
     for rank, own in enumerate(rows.chunk(place.sequence_size)):
         rank_of_row[own], place_of_row[own] = rank, torch.arange(len(own))
@@ -77,5 +78,42 @@ def cut(batch: PackedBatch, place: Slice) -> PackedBatch:
         bounds=batch.bounds,
         representation=part_of(batch.representation),
         output=part_of(batch.output),
+        flow=None if batch.flow is None else part_of(batch.flow),
+        flow_groups=None if batch.flow is None else _flow_groups(batch.flow, batch.bounds, of_ranks, place),
         context_order=order,
+    )
+
+
+def _flow_groups(
+    selection: Selection, bounds: Sequence[int], of_context_ranks: Sequence[torch.Tensor], place: Slice
+) -> FlowGroups:
+    """Return the positions of a whole micro-batch by sequence, and those of one rank among them.
+
+    Args:
+        selection: the positions of the whole micro-batch, sequence after sequence.
+        bounds: cumulative lengths of its sequences.
+        of_context_ranks: the rows of each context-parallel rank.
+        place: the rank.
+    """
+    rank_of_row, num_ranks = torch.empty(bounds[-1], dtype=torch.int64), 0
+    for rows in of_context_ranks:
+        for own in rows.chunk(place.sequence_size):
+            rank_of_row[own] = num_ranks
+            num_ranks += 1
+    ranks = rank_of_row[selection.selected]
+    gathered = ranks.argsort(stable=True).argsort()  # the place of each position among the gathered rows
+    sequences = torch.bucketize(selection.selected, torch.tensor(bounds), right=True)
+    _, lengths = sequences.unique_consecutive(return_counts=True)
+    first = lengths.cumsum(0) - lengths
+    width = int(lengths.max()) if len(lengths) else 0
+    steps = torch.arange(width).expand(len(lengths), width)
+    grid = gathered[first[:, None] + steps.minimum(lengths[:, None] - 1)]
+    in_grid = (torch.arange(width) < lengths[:, None]).flatten().nonzero().flatten()
+    own_rank = place.context_rank * place.sequence_size + place.sequence_rank
+    return FlowGroups(
+        rows_per_rank=tuple(ranks.bincount(minlength=num_ranks).tolist()),
+        grid=grid,
+        places=in_grid[ranks == own_rank],
+        lengths=lengths,
+        weights=selection.weights[first] * lengths,
     )

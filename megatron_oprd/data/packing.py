@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_oprd.config import OutputConfig, RepresentationConfig
+from megatron_oprd.config import FlowConfig, OutputConfig, RepresentationConfig
+from megatron_oprd.losses.flow import spread_positions
 from megatron_oprd.losses.positions import select_positions
 from megatron_oprd.losses.reduction import count, token_weight
-from megatron_oprd.types import DeviceBatch, DeviceSelection, GlobalCounts, PackedBatch, Rollout, Selection
+from megatron_oprd.types import DeviceBatch, DeviceSelection, FlowGroups, GlobalCounts, PackedBatch, Rollout, Selection
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,26 @@ def output_term(config: OutputConfig, rollouts: Sequence[Rollout]) -> Term:
     return _term(rollouts, positions, positions, config.aggregation, -1)
 
 
+def flow_term(config: FlowConfig, rollouts: Sequence[Rollout]) -> Term:
+    """Select the positions of each rollout between which the loss on hidden flow compares directions."""
+    positions = [tuple(spread_positions(rollout.response_mask, config.positions)) for rollout in rollouts]
+    return _term(rollouts, positions, positions, "sequence_mean", 0)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms of the loss over the global batch."""
+
+    representation: Term
+    output: Term
+    flow: Term | None = None  # None: no loss on hidden flow
+
+    def teacher_view(self) -> Terms:
+        """Return the terms with the positions of the teacher's tokens."""
+        flow = None if self.flow is None else self.flow.teacher_view()
+        return Terms(self.representation.teacher_view(), self.output.teacher_view(), flow)
+
+
 def _term(
     rollouts: Sequence[Rollout],
     positions: list[tuple[int, ...]],
@@ -105,8 +126,7 @@ class Padding:
 def pack(
     rollouts: Sequence[Rollout],
     numbers: Sequence[int],
-    representation: Term,
-    output: Term,
+    terms: Terms,
     teachers: Sequence[int],
     padding: Padding,
 ) -> PackedBatch:
@@ -117,8 +137,9 @@ def pack(
     which FP8 scales are computed.
 
     Args:
-        rollouts: in the tokens of the model that runs; the terms' positions too.
+        rollouts: in the tokens of the model that runs.
         numbers: which rollout of the global batch each one is.
+        terms: with positions in the tokens of the model that runs.
         teachers: the number of the teacher of each rollout.
     """
     tokens: list[int] = []
@@ -145,8 +166,9 @@ def pack(
         position_ids=torch.tensor(position_ids, dtype=torch.int64),
         lengths=torch.tensor(lengths, dtype=torch.int64),
         bounds=tuple(bounds),
-        representation=_select(representation, numbers, starts, teachers),
-        output=_select(output, numbers, starts, teachers),
+        representation=_select(terms.representation, numbers, starts, teachers),
+        output=_select(terms.output, numbers, starts, teachers),
+        flow=None if terms.flow is None else _select(terms.flow, numbers, starts, teachers),
     )
 
 
@@ -195,6 +217,10 @@ def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
             {teacher: copy(rows) for teacher, rows in selection.rows_of_teacher.items()},
         )
 
+    def copy_groups(groups: FlowGroups) -> FlowGroups:
+        tensors = (groups.grid, groups.places, groups.lengths, groups.weights)
+        return FlowGroups(groups.rows_per_rank, *map(copy, tensors))
+
     return DeviceBatch(
         batch,
         copy(batch.tokens),
@@ -203,6 +229,8 @@ def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
         copy_selection(batch.representation),
         copy_selection(batch.output),
         None if batch.context_order is None else copy(batch.context_order),
+        None if batch.flow is None else copy_selection(batch.flow),
+        None if batch.flow_groups is None else copy_groups(batch.flow_groups),
     )
 
 

@@ -22,7 +22,7 @@ from megatron_oprd.losses.representation import token_statistics
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads
 from megatron_oprd.models.state_map import StateMap
-from megatron_oprd.models.taps import selected_rows
+from megatron_oprd.models.tap_rows import selected_rows
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.collectives import sum_over
 from megatron_oprd.parallel.topology import Topology

@@ -15,6 +15,7 @@ from megatron_oprd.launch.models import (
     build_student_stage,
     build_teachers,
     build_trained_student,
+    follow_student,
     load_heads,
     output_loss,
     start_topologies,
@@ -125,6 +126,7 @@ def build_run(inputs: Inputs, *, identifies: bool = True) -> Run:
     student = build_trained_student(inputs.model_inputs, stage, topology)
     start_profile.enter("read weights")
     heads = load_heads(inputs.model_inputs, stage, topology) if setup.layer_plan.output else None
+    student = follow_student(inputs.model_inputs, student, models.teachers, heads)
     start_profile.enter("hash weights (the wait for it)")
     teachers = setup.teachers.items() if identifies else ()
     return Run(
@@ -193,11 +195,12 @@ def _identity(inputs: Inputs, teacher: PlannedTeacher, hashes: WeightHashes) -> 
     digest = on_rank_zero(lambda: hashes.of(teacher.config.path))
     pairs = tuple((pair.student, pair.teacher) for pair in teacher.plan.pairs)
     bridge = identify(inputs.bridge.maps) if inputs.bridge else None
+    ema = teacher.config.ema if teacher.config.follows_student else None
     base = teacher.config.base
     if base is None or not teacher.config.extrapolates:
-        return Identity(teacher.config.path, digest, pairs, bridge)
+        return Identity(teacher.config.path, digest, pairs, bridge, ema=ema)
     of_base = on_rank_zero(lambda: hashes.of(base.path))
-    return Identity(teacher.config.path, digest, pairs, bridge, f"{base.extrapolate} {of_base}")
+    return Identity(teacher.config.path, digest, pairs, bridge, f"{base.extrapolate} {of_base}", ema)
 
 
 def make_evaluator(config: Config, stage: Stage, spec: ModelSpec, topology: Topology) -> EmbeddedEngine:

@@ -131,6 +131,8 @@ def takes_teacher_answers(config: Config, prompts: PromptSet, has_other_tokenize
                 "evaluation.teacher_answers=false",
                 flush=True,
             )
+    elif config.teacher is not None and config.teacher.follows_student:
+        obstacle = f"teacher.ema={config.teacher.ema:g}, with which no answers stay the teacher's"
     elif has_other_tokenizer():
         obstacle = "a teacher with another tokenizer"
     if wanted is True and obstacle:

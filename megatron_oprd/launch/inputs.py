@@ -168,6 +168,11 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False,
             "rollout.horizon=auto needs a teacher with the student's tokenizer: the tokens of another tokenizer at the "
             "end of a response depend on what follows; use rollout.horizon={start, grow, every} or null"
         )
+    if aligner is not None and config.loss.reads_flow:
+        raise UserError(
+            f"loss.flow.weight={config.loss.flow.weight:g} needs a teacher with the student's tokenizer, because both "
+            "models are compared at the same positions; use such a teacher, or loss.flow.weight=0"
+        )
     _check_data_sources(config, prompts.prompts if prompts else replayed)
     _check_lengths(config, setup, prompts, evaluation_prompts, replayed, other_tokenizer=aligner is not None)
     if evaluation_prompts is not None:

@@ -49,6 +49,13 @@ def plan_teacher(
         own_layout,
         section,
     )
+    if config.named_teachers[name].follows_student:
+        if own_layout:
+            raise UserError(
+                f"{section}.ema needs a teacher in the student's layout, because both are averaged on the same ranks; "
+                f"leave {section}.parallel out"
+            )
+        plan = plan.along_student()
     _check_scheduled_overlap(config, plan)
     check_student_layout(config.parallel, student, None if own_layout else teacher, name)
     if own_layout:

@@ -15,10 +15,12 @@ def measured_models(run: Run, *, layers: bool) -> MeasuredModels:
     `layers`: compare the hidden states of the compared layers too, otherwise next-token distributions alone.
     """
     inputs, setup, stage = run.inputs, run.inputs.setup, run.student.stage
-    with_output = has_teacher_distribution(run.teachers) and inputs.aligner is None
+    output = setup.layer_plan.output
+    # The LM head of a teacher that follows the student is averaged only if the loss needs it.
+    has_head = output or run.student.average is None
+    with_output = has_head and has_teacher_distribution(run.teachers) and inputs.aligner is None
     heads = None
     if with_output:
-        output = setup.layer_plan.output
         heads = (lambda: run.heads) if output else partial(load_heads, inputs.model_inputs, stage, run.topology)
     compared = inputs.config.loss.representation if layers and inputs.config.loss.reads_layers else None
     return MeasuredModels(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from megatron_oprd.parallel.topology import Topology, build_topology, collective
 from megatron_oprd.runtime import platform, start_profile
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.teacher import Base, Teacher, build_frozen
+from megatron_oprd.training.teacher_average import TeacherAverage
 from megatron_oprd.types import LayerPair, ModelSpec, PairBridge
 
 
@@ -213,6 +215,19 @@ def load_heads(
         return Heads(head, tuple(of_teacher.to(topology.device, head.dtype) for of_teacher in rows), first)
 
     return on_every_rank(load)
+
+
+def follow_student(inputs: ModelInputs, student: Student, teachers: Sequence[Teacher], heads: Heads | None) -> Student:
+    """Return the student with the average of its weights that the teacher follows (`teacher.ema`), if one does.
+
+    No communication.
+    """
+    (config, *_), (teacher, *_) = inputs.config.named_teachers.values(), teachers
+    if not config.follows_student:
+        return student
+    assert config.ema is not None
+    average = TeacherAverage(student.stage, student.optimizer, teacher.load(), heads, config.ema)
+    return dataclasses.replace(student, average=average)
 
 
 def output_loss(

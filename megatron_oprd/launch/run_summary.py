@@ -42,6 +42,8 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
     yield "student", f"{config.student.path} ({_model(setup.student)})"
     for name, teacher in setup.teachers.items():
         yield teacher_title(name), f"{teacher.config.path} ({_model(teacher.spec)}{_own_layout(teacher)})"
+        if teacher.config.follows_student:
+            yield "average", f"after each update the teacher is {teacher.config.ema:g} x teacher + the rest x student"
         if teacher.config.base is not None and teacher.config.extrapolates:
             base = teacher.config.base
             yield "base", f"{base.path}; targets are base + {base.extrapolate:g} x (teacher - base)"
@@ -52,6 +54,9 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
         yield f"layers{f' {name}' if name else ''}", pairs_in_words(teacher.plan)
     if config.loss.reads_layers:
         yield "loss", _representation(config.loss.representation)
+    if config.loss.reads_flow:
+        flow = config.loss.flow
+        yield "loss", f"{flow.weight:g} x hidden flow at up to {flow.positions} positions of a response"
     if config.loss.reads_output:
         yield "loss", _output(config.loss.output)
     if config.loss.schedule is not None:

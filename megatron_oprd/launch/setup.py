@@ -96,6 +96,7 @@ def read_setup(
     specs = {name: _read_spec(teacher_section(name), teacher) for name, teacher in teachers.items()}
     for name, teacher in teachers.items():
         _check_base(teacher, specs[name], teacher_section(name))
+        _check_average(teacher, specs[name], student, teacher_section(name))
     planned = {name: plan_teacher(config, student, spec, name, world_size) for name, spec in specs.items()}
     stages = next((teacher.plan.student_stages for teacher in planned.values()), None) or plan_student(config, student)
     check_precision(config, precision, student, stages, planned)
@@ -106,21 +107,36 @@ def _check_base(teacher: TeacherConfig, spec: ModelSpec, section: str) -> None:
     """Raise UserError if the base of a teacher is a model of another shape. The teacher's spec builds both."""
     if teacher.base is None or not teacher.extrapolates:
         return
-    # The base may stop at other tokens and have been made for fewer positions.
-    ignored = {"eos_token_ids": (), "max_position_embeddings": 0}
-    base_spec = _read_spec(f"{section}.base", teacher.base)
-    of_teacher, base = (dataclasses.replace(one, **ignored) for one in (spec, base_spec))
-    names = [field.name for field in dataclasses.fields(ModelSpec) if field.compare]
-    differences = [
-        f"{name} {getattr(base, name)} instead of {getattr(of_teacher, name)}"
-        for name in names
-        if getattr(base, name) != getattr(of_teacher, name)
-    ]
+    differences = _differences(_read_spec(f"{section}.base", teacher.base), spec)
     if differences:
         raise UserError(
-            f"{section}.base.path={teacher.base.path} has {', '.join(differences)}; a base is the model that the "
-            "teacher was trained from, of the same shape"
+            f"{section}.base.path={teacher.base.path} has {differences}; a base is the model that the teacher was "
+            "trained from, of the same shape"
         )
+
+
+def _check_average(teacher: TeacherConfig, spec: ModelSpec, student: ModelSpec, section: str) -> None:
+    """Raise UserError if a teacher that follows the student is a model of another shape."""
+    if teacher.follows_student and (differences := _differences(spec, student)):
+        raise UserError(
+            f"{section}.path={teacher.path} has {differences}, and {section}.ema={teacher.ema:g} averages the weights "
+            "of teacher and student; name the student's first weights as the teacher's path, or use ema null"
+        )
+
+
+def _differences(spec: ModelSpec, expected: ModelSpec) -> str:
+    """Return how the shape of a model differs from the expected one, in words; '' if it does not.
+
+    The models may stop at other tokens and have been made for other numbers of positions.
+    """
+    ignored = {"eos_token_ids": (), "max_position_embeddings": 0}
+    one, other = (dataclasses.replace(model, **ignored) for model in (spec, expected))
+    names = [field.name for field in dataclasses.fields(ModelSpec) if field.compare]
+    return ", ".join(
+        f"{name} {getattr(one, name)} instead of {getattr(other, name)}"
+        for name in names
+        if getattr(one, name) != getattr(other, name)
+    )
 
 
 def _read_spec(section: str, model: ModelFolder) -> ModelSpec:

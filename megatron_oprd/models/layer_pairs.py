@@ -17,10 +17,13 @@ def map_layer(layer: int, student_layers: int, teacher_layers: int) -> int:
     return steps // (2 * (student_layers - 1)) + 1
 
 
-def select_layers(layers: str | Sequence[int], student_layers: int) -> list[int]:
+def select_layers(
+    layers: str | Sequence[int], student_layers: int, key: str = "loss.representation.layers"
+) -> list[int]:
     """Return the student layers of a mode (all, last, even, odd) or a list, in ascending order.
 
     Layers count from 1, but `even` and `odd` refer to layers counted from 0: even is 1, 3, 5, ... and odd 2, 4, 6, ...
+    Errors name `key`.
 
     Raises:
         UserError: no layer is selected, a layer does not exist, or a layer is named twice.
@@ -34,10 +37,9 @@ def select_layers(layers: str | Sequence[int], student_layers: int) -> list[int]
     selected = modes[layers] if isinstance(layers, str) else sorted(layers)
     if not selected:
         raise UserError(
-            f"loss.representation.layers={layers} selects no layer of a student with {student_layers}; use all, last "
-            "or a list of layers"
+            f"{key}={layers} selects no layer of a student with {student_layers}; use all, last or a list of layers"
         )
-    _check(selected, student_layers, "loss.representation.layers", "student")
+    _check(selected, student_layers, key, "student")
     return selected
 
 
@@ -46,6 +48,7 @@ def layer_pairs(
     teacher_layers: int,
     layers: str | Sequence[int] = "all",
     pairs: Sequence[tuple[int, int]] | None = None,
+    key: str = "loss.representation.layers",
 ) -> tuple[LayerPair, ...]:
     """Return the pairs of layers to compare, sorted by student layer. Layers count from 1.
 
@@ -53,13 +56,15 @@ def layer_pairs(
         student_layers, teacher_layers: the number of layers of each model.
         layers: the student layers to compare, as in `select_layers`; `map_layer` finds their teacher layers.
         pairs: (student layer, teacher layer) pairs that replace `layers` and the map.
+        key: the key of `layers`, which errors name.
 
     Raises:
         UserError: a layer does not exist or is named twice, or nothing is selected.
     """
     if pairs is None:
         chosen = [
-            (layer, map_layer(layer, student_layers, teacher_layers)) for layer in select_layers(layers, student_layers)
+            (layer, map_layer(layer, student_layers, teacher_layers))
+            for layer in select_layers(layers, student_layers, key)
         ]
     else:
         chosen = sorted(pairs)

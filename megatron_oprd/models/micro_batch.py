@@ -35,6 +35,7 @@ class MicroBatch(TappedSeqParams):
         None  # cos and `signed` sin [tokens, 1, rotary_dim]; set by the model
     )
     fused_packing: PackedSeqParams | None = None  # for Transformer Engine; set by the first layer
+    taps_input: bool = False  # True: the tap also gets the input of a chunk that is not the first
     chunks: ChunkPlan | None = None  # for Gated DeltaNet; set by the first such layer
     flash_bounds: tuple[torch.Tensor, int] | None = None  # set by the first layer that calls `bounds_on`
     logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head

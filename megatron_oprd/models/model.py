@@ -90,6 +90,9 @@ class HiddenStateModel(GPTModel):
         batch = micro_batch.of(kwargs)
         cos, sin = self.rotary(batch.position_ids, batch.lengths)
         batch.rotary = cos.to(self.config.params_dtype), signed(sin).to(self.config.params_dtype)
+        if batch.taps_input and batch.tap is not None and not self.pre_process:
+            # The input of this chunk is the output of the layer before it.
+            self.decoder.set_input_tensor(batch.tap(self.first_layer, self.decoder.input_tensor))
         prepared = super()._preprocess(*args, **kwargs)
         if self.config.recompute_granularity == "full" and torch.is_grad_enabled() and prepared[0] is not None:
             # Under a frozen embedding the input has no gradient, and recomputation would skip backward of the layers.

@@ -14,9 +14,11 @@ import torch
 
 from megatron_oprd.losses.reduction import layer_sums, square_sum
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
+from megatron_oprd.models.flow_tap import FlowTap
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.state_map import StateMap
-from megatron_oprd.types import FINAL_STATES, DeviceSelection, StateKey
+from megatron_oprd.models.tap_rows import add_rows, same_values, selected_rows
+from megatron_oprd.types import FINAL_STATES, DeviceSelection, FlowKey, StateKey
 
 
 class CaptureTap:
@@ -24,7 +26,7 @@ class CaptureTap:
 
     Args:
         selected: {key: [N] int64}, the rows to copy of each layer's states, counted in hidden_states.flatten(0, 1):
-            row s * batch_size + b is token s of sequence b.
+            row s * batch_size + b is token s of sequence b. FlowKey(l) stands for other rows of layer l.
         maps: for some layers, a function of the copied states whose result is stored instead of the states.
     """
 
@@ -39,9 +41,10 @@ class CaptureTap:
 
     def __call__(self, key: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return `hidden_states` unchanged."""
-        if key in self.selected:
-            states = selected_rows(hidden_states.detach(), self.selected[key])
-            self.states[key] = self.maps[key](states) if key in self.maps else states
+        for one in (key, FlowKey(key)) if isinstance(key, int) else (key,):
+            if one in self.selected:
+                states = selected_rows(hidden_states.detach(), self.selected[one])
+                self.states[one] = self.maps[one](states) if one in self.maps else states
         return hidden_states
 
 
@@ -137,14 +140,16 @@ class OutputTap:
 
 @dataclass(frozen=True)
 class StudentTap:
-    """The tap of one micro-batch of the student: the loss on its layers, and the objective on its final states."""
+    """The tap of one micro-batch of the student: the losses on its layers, and the objective on its final states."""
 
     layers: StageLoss
     output: OutputTap | None  # None: no output-space objective, or another stage computes the final states
+    flow: FlowTap | None = None  # None: no loss on hidden flow
 
     def __call__(self, key: StateKey, hidden_states: torch.Tensor) -> torch.Tensor:
         if key != FINAL_STATES:
-            return self.layers(key, hidden_states)
+            hidden_states = self.layers(key, hidden_states)
+            return hidden_states if self.flow is None else self.flow(key, hidden_states)
         return hidden_states if self.output is None else self.output(key, hidden_states)
 
 
@@ -164,7 +169,7 @@ class _WithStageLoss(torch.autograd.Function):
             loss.squares[layer] = square_sum(statistics.teacher_norm, compared.shape[-1])
         ctx.save_for_backward(hidden_states)
         ctx.loss, ctx.layer = loss, layer
-        return _same_values(hidden_states)
+        return same_values(hidden_states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -180,7 +185,7 @@ class _WithStageLoss(torch.autograd.Function):
         own = weighted_gradient(compared, target, loss.normalize, weights)
         if layer_map is not None:
             own = layer_map.pull_back(own, states)
-        return _add_rows(gradients[0], loss.selected, own), None, None
+        return add_rows(gradients[0], loss.selected, own), None, None
 
 
 class _WithGradient(torch.autograd.Function):
@@ -189,31 +194,8 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: torch.Tensor, gradient: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
         ctx.gradient, ctx.selected = gradient, selected
-        return _same_values(hidden_states)
+        return same_values(hidden_states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _add_rows(gradients[0], ctx.selected, ctx.gradient), None, None
-
-
-def _add_rows(gradient: torch.Tensor, selected: torch.Tensor, summands: torch.Tensor) -> torch.Tensor:
-    """Return gradient [sequence, batch, hidden] plus summands [N, hidden] at the selected rows.
-
-    The result is a new tensor: another branch of the graph may still use the incoming gradient.
-    """
-    total = gradient.clone(memory_format=torch.contiguous_format)
-    total.view(-1, gradient.shape[-1]).index_add_(0, selected, summands)
-    return total
-
-
-def _same_values(hidden_states: torch.Tensor) -> torch.Tensor:
-    """Return another tensor with the same memory. An autograd function that returns its input makes a view of it, and
-    pipeline schedules refuse to free views."""
-    output = torch.empty(0, dtype=hidden_states.dtype, device=hidden_states.device)
-    output.data = hidden_states.data
-    return output
-
-
-def selected_rows(hidden_states: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-    """Return a copy [N, hidden] of the selected rows of hidden_states.flatten(0, 1)."""
-    return hidden_states.flatten(0, 1).index_select(0, selected)
+        return add_rows(gradients[0], ctx.selected, ctx.gradient), None, None

@@ -21,7 +21,7 @@ def predict_memory(run: PlannedRun) -> dict[str, int]:
     - Weights have `precision.dtype`; for weights in FP8 see `linear_bytes`.
     - Gradients are fp32. Frozen parameters count as trained.
     - Optimizer state: `optimizer_state_bytes`. The distributed optimizer divides it over the ranks that have the same
-      parameters.
+      parameters, and the float32 average of `teacher.ema` in the same way.
     - Activations: `layer_activation_bytes` of every layer; with full recomputation the inputs of all layers and the
       activations of one. A pipeline has the activations of several micro-batches.
     """
@@ -46,11 +46,13 @@ def predict_memory(run: PlannedRun) -> dict[str, int]:
         with_state = max(dense // copies + experts // expert_copies for dense, experts in by_rank)
     else:
         with_state = trained
+    average = 4 * with_state if teachers[0].config.follows_student else 0
+    of_teachers = (sum if config.teachers_in_memory == "all" else max)(teacher_bytes)
     return {
         "student weights": trained * size + fp8_copies,
         "student gradients": trained * 4,
         "optimizer state": int(with_state * optimizer_state_bytes(config)),
-        "teacher weights": (sum if config.teachers_in_memory == "all" else max)(teacher_bytes) + heads * size,
+        "teacher weights": of_teachers + heads * size + average,
         "teacher states": 0 if teachers[0].config.offload_targets else _target_bytes(run, copies),
         "activations": _activation_bytes(run, copies // parallel.context),
     }

@@ -16,6 +16,7 @@ from megatron_oprd.launch.models import (
     build_student_stage,
     build_teachers,
     build_trained_student,
+    follow_student,
     load_heads,
     output_loss,
 )
@@ -87,6 +88,7 @@ def build_traced_models(
     with live.making("teacher_weights"):
         built = build_teachers(inputs, topologies, weights)
         heads = load_heads(inputs, stage, topology, weights) if setup.layer_plan.output else None
+        student = follow_student(inputs, student, built, heads)
     teachers = tuple(
         _count_weights(teacher, run.config, batch, live)
         for teacher, batch in zip(built, micro_batches.teachers, strict=True)

@@ -18,7 +18,7 @@ from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
 from megatron_oprd.models.state_map import make_maps
 from megatron_oprd.testing.output_reference import token_loss, token_metrics
-from megatron_oprd.testing.reference import aggregate, oprd_loss, selected_indices
+from megatron_oprd.testing.reference import aggregate, flow_parts, oprd_loss, selected_indices
 from megatron_oprd.testing.replayed_run import Teachers, make_config, some_rollouts
 from megatron_oprd.testing.update import Update
 from megatron_oprd.types import Rollout
@@ -49,6 +49,9 @@ def reference_update(
     loss = magnitude = torch.zeros((), dtype=torch.float64)
     if plan.pairs:
         loss = magnitude = _representation_loss(config, plan.student_layers, sequences)
+    if plan.flow:
+        flow = _flow_loss(config, plan, rollouts, student_model)
+        loss, magnitude = loss + flow, magnitude + flow
     if plan.output:
         of_tokens = _token_values(token_loss, config, logits)
         loss = loss + _output_loss(config, of_tokens)
@@ -136,7 +139,7 @@ def _run_models(
     if bridge is None and config.loss.representation.bridge:
         bridge = read_bridge(config.loss.representation.bridge)
     named = config.named_teachers
-    teachers = {name: _open_model(of.path, student.dtype) for name, of in named.items()}
+    teachers = dict(zip(named, _teachers(config, student), strict=True))
     bases = {
         name: _open_model(of.base.path, student.dtype)
         for name, of in named.items()
@@ -170,6 +173,19 @@ def _run_models(
         sequences.append((states, targets, 0, mask))
         logits.append((of_student[:, :vocab_size], of_teacher[:, :vocab_size], rollout))
     return plan, sequences, logits
+
+
+def _teachers(config: Config, student: transformers.PreTrainedModel) -> list[transformers.PreTrainedModel]:
+    """Return the teachers. One that follows the student has followed the student's weights once."""
+    teachers = []
+    for of in config.named_teachers.values():
+        teacher = _open_model(of.path, student.dtype)
+        if of.ema is not None:
+            with torch.no_grad():
+                for own, followed in zip(teacher.parameters(), student.parameters(), strict=True):
+                    own.mul_(of.ema).add_((1 - of.ema) * followed)
+        teachers.append(teacher)
+    return teachers
 
 
 def _bridged(states: dict, targets: dict, plan: LayerPlan, bridge: Bridge) -> tuple[dict, dict]:
@@ -206,6 +222,24 @@ def _representation_loss(config: Config, layers: Sequence[int], sequences: list)
         factors = [1 / _mean_square(layer, sequences, unshifted) for layer in layers]
     losses = [f * oprd_loss([(layer, layer)], sequences, unshifted) for f, layer in zip(factors, layers, strict=True)]
     return term.weight * sum(losses) / len(layers)
+
+
+def _flow_loss(
+    config: Config, plan: LayerPlan, rollouts: Sequence[Rollout] | None, student: transformers.PreTrainedModel
+) -> torch.Tensor:
+    """Return the weighted loss on hidden flow. One teacher with the student's tokens."""
+    (teacher,), sequences, pairs = _teachers(config, student), [], [(one.student, one.teacher) for one in plan.flow]
+    term = config.loss.representation.model_copy(update={"shift": 0})
+    at_token = config.model_copy(update={"loss": config.loss.model_copy(update={"representation": term})})
+    for rollout in some_rollouts(student.config.vocab_size) if rollouts is None else rollouts:
+        prompt_ids = rollout.prompt_ids if rollout.teacher_prompt_ids is None else rollout.teacher_prompt_ids
+        of_student, _ = _states(student, rollout.prompt_ids + rollout.response_ids, len(rollout.prompt_ids), at_token)
+        with torch.no_grad():
+            of_teacher, _ = _states(teacher, prompt_ids + rollout.response_ids, len(prompt_ids), at_token)
+        sequences.append((of_student, of_teacher, rollout.response_mask))
+    flow = config.loss.flow
+    direction, geometry, adjacent = flow_parts(pairs, sequences, flow.positions)
+    return flow.weight * (flow.direction * direction + flow.geometry * geometry + flow.adjacent * adjacent)
 
 
 def _mean_square(layer: int, sequences: list, term: RepresentationConfig) -> float:

@@ -14,7 +14,9 @@ from megatron_oprd.data.context_parallel_slices import Slice, cut
 from megatron_oprd.data.packing import (
     Padding,
     Term,
+    Terms,
     chosen_positions,
+    flow_term,
     num_tokens,
     output_term,
     pack,
@@ -55,6 +57,15 @@ class GlobalBatch:
     def output(self) -> Term:
         return output_term(self.loss.output, self.rollouts)
 
+    @cached_property
+    def flow(self) -> Term | None:
+        return flow_term(self.loss.flow, self.rollouts) if self.loss.reads_flow else None
+
+    @property
+    def terms(self) -> Terms:
+        """Return the terms of the loss."""
+        return Terms(self.representation, self.output, self.flow)
+
     def micro_batches(self, topology: Topology, *, teacher: int | None = None) -> list[DeviceBatch]:
         """Return this rank's micro-batches in a layout; every rank has the same number of them.
 
@@ -72,7 +83,7 @@ class GlobalBatch:
         useful = [
             number
             for number in range(len(self.rollouts))
-            if (self.representation.positions[number] or self.output.positions[number])
+            if any(term.positions[number] for term in (self.representation, self.output, self.flow) if term is not None)
             and teacher in (None, self.teachers[number])
         ]
         lengths = [max_num_tokens(self.rollouts[number]) for number in useful]
@@ -89,10 +100,10 @@ class GlobalBatch:
 
     def _micro_batch(self, numbers: Sequence[int], topology: Topology, *, as_teacher: bool) -> DeviceBatch:
         rollouts = [self.rollouts[number] for number in numbers]
-        terms = [self.representation, self.output]
+        terms = self.terms
         if as_teacher:
             rollouts = [teacher_view(rollout) for rollout in rollouts]
-            terms = [term.teacher_view() for term in terms]
+            terms = terms.teacher_view()
         sequence_multiple = 2 * topology.context_size if topology.context_size > 1 else 1
         sequence_size = topology.tensor_size if topology.sequence_parallel else 1
         batch_multiple = math.lcm(sequence_multiple, topology.context_size * self.pad_tokens) * sequence_size
@@ -103,7 +114,7 @@ class GlobalBatch:
             topology.tensor_rank if topology.sequence_parallel else 0,
             sequence_size,
         )
-        packed = pack(rollouts, numbers, *terms, teachers, Padding(sequence_multiple, batch_multiple))
+        packed = pack(rollouts, numbers, terms, teachers, Padding(sequence_multiple, batch_multiple))
         return to_device(cut(packed, place), topology.device)
 
     def metrics(self) -> dict[str, float]:
@@ -114,7 +125,7 @@ class GlobalBatch:
         lengths = [len(rollout.response_ids) for rollout in self.rollouts]
         truncated = sum(rollout.finish_reason == "length" for rollout in self.rollouts)
         total = max(len(lengths), 1)
-        terms = {"rep": self.representation, "output": self.output}
+        terms = {"rep": self.representation, "output": self.output} | ({"flow": self.flow} if self.flow else {})
         return {
             **{f"{name}/num_tokens": term.counts.tokens for name, term in terms.items() if any(term.positions)},
             "rollout/length_mean": sum(lengths) / total,

@@ -24,6 +24,7 @@ class PassSettings:
     last_layer: int | None = None  # layers above this one (1-based) are skipped; None: all layers run
     normed_layer: int | None = None  # the layer that is tapped after the final norm; None: no layer is
     forward_only: bool = True
+    taps_input: bool = False  # True: taps also get the inputs of all stages but the first, as the layers before them
 
 
 def run_schedule(
@@ -56,6 +57,7 @@ def run_schedule(
             tap=tap,
             last_layer=settings.last_layer,
             normed_layer=settings.normed_layer,
+            taps_input=settings.taps_input,
         )
         output = chunk(batch.tokens[None], batch.position_ids[None], None, packed_seq_params=micro_batch)
         return output, _no_pipeline_loss

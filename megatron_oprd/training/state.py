@@ -112,11 +112,13 @@ class Identity:
     pairs: tuple[tuple[int, int], ...]  # compared layers (student, teacher)
     bridge: str | None = None  # hash of the bridge between student and teacher
     base: str | None = None  # lambda and the hash of the base from which the teacher's states are extrapolated
+    ema: float | None = None  # of a teacher that follows the student; None: the teacher is frozen
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the identity as plain values, for a checkpoint. A teacher without a base has no key for it."""
-        values = asdict(self)
-        return values if self.base is not None else {key: value for key, value in values.items() if key != "base"}
+        """Return the identity as plain values, for a checkpoint. A frozen teacher has no `ema`, one without a base no
+        `base`."""
+        absent = {key for key in ("base", "ema") if getattr(self, key) is None}
+        return {key: value for key, value in asdict(self).items() if key not in absent}
 
 
 def due(step: int, every: int, steps: int, first: int | None = None) -> bool:

@@ -23,6 +23,7 @@ from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.training.map_optimizer import MapOptimizer
 from megatron_oprd.training.optimizer_arguments import optimizer_arguments
 from megatron_oprd.training.overlap import wrap
+from megatron_oprd.training.teacher_average import TeacherAverage
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Student:
     scheduler: OptimizerParamScheduler
     maps: Mapping[int, StateMap] = field(default_factory=dict)  # by student layer, those on this rank
     map_optimizer: MapOptimizer | None = None
+    average: TeacherAverage | None = None  # of the weights, for a teacher that follows the student
 
 
 def build_student(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_oprd.config import LossConfig
 from megatron_oprd.losses.output_space import METRICS
 from megatron_oprd.losses.reduction import layer_metrics, layer_weights, output_metrics
+from megatron_oprd.models.flow_tap import FlowTap, FlowTerms
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.output_loss import OutputLoss
 from megatron_oprd.models.tap_params import Tap
@@ -25,7 +26,7 @@ from megatron_oprd.training.layer_squares import mean_squares
 from megatron_oprd.training.overlap import start_gather
 from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.student import Student
-from megatron_oprd.types import FINAL_STATES, DeviceBatch, StepReport
+from megatron_oprd.types import FINAL_STATES, DeviceBatch, FlowKey, StepReport
 
 
 def student_step(
@@ -70,6 +71,8 @@ def student_step(
     start_gather(student.ddp)
     if student.map_optimizer is not None and plan.pairs:
         student.map_optimizer.step(learning_rate)
+    if student.average is not None:
+        student.average.update()
     student.scheduler.step(increment=1)
     total, metrics, squares = 0.0, {}, {}
     if plan.pairs:
@@ -79,6 +82,9 @@ def student_step(
         if loss.representation.layer_weights == "inverse_square" and counts.tokens:
             squares = mean_squares(_layer_squares(taps, plan), counts, topology)
             metrics |= {f"rep/factor/layer_{layer}": factor for layer, factor in global_batch.layer_factors.items()}
+    if plan.flow:
+        metrics |= _flow_metrics(taps, student, loss)
+        total += loss.flow.weight * metrics["flow/loss"]
     if plan.output:
         metrics |= output_metrics(_output_sums(taps, topology), global_batch.output.counts, with_metrics=with_metrics)
         total += loss.output.weight * metrics["output/loss"]
@@ -109,9 +115,18 @@ def stage_loss(
         maps=student.maps,
         release=targets.release,
     )
+    flow = _flow_tap(student, loss, batch, targets) if student.plan.flow else None
     if output is None or FINAL_STATES not in targets:
-        return StudentTap(layers, None)
-    return StudentTap(layers, OutputTap(output, batch.output, partial(targets.take, FINAL_STATES)))
+        return StudentTap(layers, None, flow)
+    return StudentTap(layers, OutputTap(output, batch.output, partial(targets.take, FINAL_STATES)), flow)
+
+
+def _flow_tap(student: Student, loss: LossConfig, batch: DeviceBatch, targets: MicroBatchTargets) -> FlowTap:
+    plan, topology = student.plan, student.topology
+    roles = plan.flow_roles(topology.stages)
+    terms = FlowTerms(loss.flow, roles, len(plan.flow), len(plan.flow_pairs))
+    assert batch.flow is not None and batch.flow_groups is not None  # the global batch has the same loss
+    return FlowTap(terms, batch.flow, batch.flow_groups, lambda layer: targets.take(FlowKey(layer)), topology)
 
 
 def accumulate_gradients(student: Student, micro_batches: Sequence[DeviceBatch], taps: Iterable[Tap]) -> None:
@@ -124,7 +139,9 @@ def accumulate_gradients(student: Student, micro_batches: Sequence[DeviceBatch],
         chunk.zero_grad_buffer()
     student.optimizer.zero_grad()
     plan = student.plan
-    settings = PassSettings(plan.student_last_layer, plan.student_normed_layer, forward_only=False)
+    settings = PassSettings(
+        plan.student_last_layer, plan.student_normed_layer, forward_only=False, taps_input=plan.flow_straddles
+    )
     run_schedule(student.ddp, student.topology, micro_batches, taps, settings)
 
 
@@ -154,6 +171,26 @@ def _layer_squares(taps: Sequence[StudentTap], plan: LayerPlan) -> dict[int, flo
         for layer, square in tap.layers.squares.items():
             sums[layer] += square.item()
     return sums
+
+
+def _flow_metrics(taps: Sequence[StudentTap], student: Student, loss: LossConfig) -> dict[str, float]:
+    """Return the three parts of the hidden-flow loss, as means over layers and sequences, and their weighted sum."""
+    topology, config, plan = student.topology, loss.flow, student.plan
+    local = torch.zeros(3, dtype=torch.float64, device=topology.device)
+    for tap in taps:
+        # Tensor- and context-parallel ranks have all sums alike.
+        if tap.flow is not None and topology.context_rank == 0:
+            local += tap.flow.sums
+    sums = _sum_over_all(local, [topology.groups.dp_cp, topology.groups.pp], topology)
+    direction, geometry = (total / len(plan.flow) for total in sums[:2])
+    adjacent = sums[2] / max(len(plan.flow_pairs), 1)
+    mean = config.direction * direction + config.geometry * geometry + config.adjacent * adjacent
+    return {
+        "flow/loss": mean,
+        "flow/direction": direction,
+        "flow/geometry": geometry,
+        "flow/adjacent": adjacent,
+    }
 
 
 def _output_sums(taps: Sequence[StudentTap], topology: Topology) -> list[float]:

@@ -13,7 +13,7 @@ from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.reshard import RankExchange, Shard, TargetShape, exchange, moved_bytes, plan_transfers
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import FINAL_STATES, DeviceBatch, StateKey
+from megatron_oprd.types import FINAL_STATES, DeviceBatch, FlowKey, StateKey
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TeacherStates:
 
     def shape(self, key: StateKey) -> TargetShape:
         """Return the format of the states with this key: with a bridge, layers have r columns."""
-        if key == FINAL_STATES or not self.teacher.maps:
+        if not isinstance(key, int) or not self.teacher.maps:
             return TargetShape(self.hidden_size, self.dtype)
         rank = next(iter(self.teacher.maps.values())).rank
         return TargetShape(rank, torch.promote_types(self.dtype, torch.float32))
@@ -90,7 +90,11 @@ def add_targets(
     teacher, plan, total_bytes = captured.teacher, captured.teacher.plan, 0
     readers = plan.readers(topology.stages)
     targets = list(targets)
-    terms: list[set[StateKey]] = [{pair.teacher for pair in plan.pairs}, {FINAL_STATES} if plan.output else set()]
+    terms: list[set[StateKey]] = [
+        {pair.teacher for pair in plan.pairs},
+        {FINAL_STATES} if plan.output else set(),
+        {FlowKey(pair.teacher) for pair in plan.flow},
+    ]
     for keys in filter(None, terms):  # each term of the loss selects its own tokens
         some_key = next(iter(keys))
         own_keys = tuple(key for key in plan.teacher_layers(teacher.topology.stages) if key in keys)

@@ -54,7 +54,8 @@ class Teacher:
     def targets_are_local(self, student_topology: Topology) -> bool:
         """Return True if no hidden state has to be sent between ranks, provided it is the only teacher."""
         rows_are_cut = student_topology.context_size > 1 or student_topology.sequence_parallel
-        return self.plan.aligned and self.topology is student_topology and not (self.own_prompts and rows_are_cut)
+        stays = self.plan.aligned and not self.plan.flow_straddles
+        return stays and self.topology is student_topology and not (self.own_prompts and rows_are_cut)
 
     def can_stream(self, student_topology: Topology) -> bool:
         """Return True if the targets of a micro-batch can be computed when the student starts that micro-batch.

@@ -132,13 +132,13 @@ def _load_base(teacher: Teacher) -> Stage | None:
 def _targets(teacher: Teacher, stage: Stage, base: Stage | None, micro_batches: Sequence[DeviceBatch]) -> list[States]:
     """Return the targets of the compared layers, for each micro-batch: the teacher's states, extrapolated from a base.
 
-    The teacher's final states stay as they are: distributions are not extrapolated.
+    The teacher's final states and its hidden flow stay as they are.
     """
     states = _capture(stage, teacher, micro_batches)
     if base is None:
         return states
     assert teacher.base is not None
-    of_layers = replace(teacher, plan=replace(teacher.plan, output=False))
+    of_layers = replace(teacher, plan=replace(teacher.plan, output=False, flow=()))
     for of_teacher, of_base in zip(states, _capture(base, of_layers, micro_batches), strict=True):
         for layer in [*of_base]:
             of_teacher[layer] = teacher.base.target(of_teacher[layer], of_base.pop(layer))

@@ -44,6 +44,8 @@ def make_saver(run, folder, *, asynchronous):
 def tensors_of(run):
     """Yield every tensor of the student and its optimizer that training changes."""
     yield from run.student.stage.parameters()
+    if run.student.average is not None:
+        yield from (one.values for one in run.student.average.parameters.values())
     for optimizer in run.student.optimizer.chained_optimizers:
         for group in optimizer.optimizer.param_groups:
             yield from group["params"]
@@ -73,6 +75,7 @@ def save_twice(rank, arguments, folder):
 SETTINGS = {
     "optimizer cut over the ranks": (),
     "optimizer on every rank": ("parallel.distributed_optimizer=false",),
+    "a teacher that follows the student": ("teacher.ema=0.9",),
     "bf16, tensor 2": ("precision.dtype=bf16", "parallel.tensor=2", "parallel.distributed_optimizer=false"),
 }
 

@@ -266,7 +266,7 @@ WITH_WANDB = "tensor 2"
 SETTINGS = {
     WITH_WANDB: (2, {}, "parallel.tensor=2"),
     "pipeline 2, tied embeddings": (2, {"tie_word_embeddings": True}, "parallel.pipeline=2"),
-    "data 2, bf16, distributed optimizer": (2, {}, "precision.dtype=bf16"),
+    "data 2, bf16, distributed optimizer": (2, {}, "precision.dtype=bf16", "teacher.ema=0.9"),
     "data 2, optimizer not distributed": (2, {}, "parallel.distributed_optimizer=false"),
     "bf16, optimizer not sharded": (1, {}, "precision.dtype=bf16", "parallel.distributed_optimizer=false"),
     "sgd": (1, {}, "optimizer.name=sgd", "optimizer.lr=0.1"),
@@ -282,6 +282,7 @@ SETTINGS = {
         "parallel.overlap_grad_reduce=true",
         "parallel.overlap_param_gather=true",
         "checkpoint.asynchronous=true",
+        "teacher.ema=0.5",
     ),
     "two teachers, one at a time": (1, {"sources": SOURCES}, *FULL_KL, "teachers_in_memory=one"),
 }

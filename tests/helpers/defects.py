@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_oprd.data.balance import assign
-from megatron_oprd.data.packing import Term, num_tokens
+from megatron_oprd.data.packing import Terms, num_tokens
 from megatron_oprd.losses.reduction import count
 from megatron_oprd.models import attention, delta_net, taps, targets
 from megatron_oprd.models.layer_plan import even_stages
@@ -40,14 +40,12 @@ def mean_of_micro_batch_means() -> Iterator[None]:
     """Weights sum to one in each micro-batch, and micro-batches are averaged."""
     pack, pack_all = global_batch.pack, global_batch.GlobalBatch.micro_batches
 
-    def pack_by_own_counts(
-        rollouts: Any, numbers: Sequence[int], representation: Term, output: Term, *arguments: Any
-    ) -> PackedBatch:
+    def pack_by_own_counts(rollouts: Any, numbers: Sequence[int], terms: Terms, *arguments: Any) -> PackedBatch:
         own = (
             dataclasses.replace(term, counts=count(len(term.positions[number]) for number in numbers))
-            for term in (representation, output)
+            for term in (terms.representation, terms.output)
         )
-        return pack(rollouts, numbers, *own, *arguments)
+        return pack(rollouts, numbers, Terms(*own), *arguments)
 
     def average(global_batch: Any, topology: Any, **kwargs: Any) -> list[DeviceBatch]:
         batches = pack_all(global_batch, topology, **kwargs)

@@ -57,6 +57,10 @@ SETTINGS = {
     "headless": ("loss.representation.weight=0",),
     "extrapolated": ("teacher.base={path: unused, extrapolate: 1.5}",),
     "inverse-square": ("loss.representation.layer_weights=inverse_square",),
+    "flow": ("loss.flow.weight=0.7", "loss.flow.positions=4"),
+    "all-flow": ("loss.flow={weight: 0.7, positions: 128, direction: 0.3, geometry: 0.2, adjacent: 0.9}",),
+    "wide-flow": ("loss.flow={weight: 2.0, direction: 0}",),
+    "ema": ("teacher.ema=0.75",),
     # Multipliers at step 0: of both terms, and of the loss on hidden states alone.
     "scheduled": ("loss.schedule={representation: [[0, 0.75], [9, 0]], output: [[0, 0.25], [9, 1]]}",),
     "before-output": ("loss.schedule.output=[[0, 0], [9, 1]]",),
@@ -89,6 +93,7 @@ WIDTHS = {"bridge": 64, "bridge-wide": 96, "bridge-narrow": 48}
 SETTINGS |= {word: ("loss.representation.bridge=unused",) for word in WIDTHS}
 # A trained map to the width of the teacher.
 MAP_WIDTHS = {"linear-wide": 96, "mlp-narrow": 48}
+FLOW_WIDTHS = {"wide-flow": 96}  # without directions, which compare states of one width
 SETTINGS |= {word: (f"loss.representation.map.kind={word.partition('-')[0]}",) for word in MAP_WIDTHS}
 SETTINGS |= {word: tuple(f"loss.output.{key}" for key in keys) for word, keys in (OBJECTIVES | MORE_OBJECTIVES).items()}
 # One process and each way to cut the tokens or the layers of a dense model over two, for tests of other things:
@@ -178,7 +183,7 @@ def parse(line: str) -> Case:
     for word in words:
         if word in SETTINGS:
             overrides += SETTINGS[word]
-            widths = WIDTHS | MAP_WIDTHS
+            widths = WIDTHS | MAP_WIDTHS | FLOW_WIDTHS
             models |= {"teacher_width": widths[word]} if word in widths else {}
         elif word in ROLLOUTS:
             models["rollouts"] = word
@@ -330,8 +335,11 @@ OVERLAPS = (
 )
 OVERLAP_CASES = tuple(map(parse, OVERLAPS))
 # Methods beyond the paper: schedules that weigh both losses or leave one out at step 0, trained maps, layers that count
-# alike, extrapolated targets, and more divergences. The first ones run in CI.
+# alike, extrapolated targets, more divergences, hidden flow, and a teacher that has followed the student once. The
+# first ones run in CI.
 METHODS = (
+    "4 qwen3 tp2 sp pp2 vp2 4of4 uniform1 flow ema",
+    "4 moe tp2 cp2 sp ep2 distopt block unpacked tied flow ema reverse",
     "4 qwen3 tp2 sp pp2 crossing mlp-narrow reverse scheduled",
     "4 qwen2 pp2 vp2 distopt uniform1 unpacked teacher-tp2 middle tied few forward before-output",
     "4 moe tp2 cp2 sp ep2 middle inverse-square",
@@ -344,8 +352,20 @@ METHODS = (
     "2 qwen2 tp2 warm chunk1 skew",
     "2 qwen3 tp2 sp headless chunk7 gated",
     "2 qwen3 cp2 headless topk-skew",
+    "1 qwen3 headless all-flow",
+    "2 qwen2 tp2 headless flow",
+    "2 qwen3 cp2 many all-flow",
+    "4 qwen2 pp2 cp2 vp2 distopt tied teacher-tp2 4of6 flow",
+    "4 qwen3 pp4 many headless flow selective",
+    "2 qwen3 headless wide-flow",
+    "4 qwen3 tp2 sp pp2 crossing bridge-wide wide-flow",
+    "2 qwen2 distopt many ema",
+    "4 moe tp2 sp ep2 distopt tied ema reverse",
+    "4 qwen3 pp2 vp2 distopt tied ema reverse 4of4",
+    "4 moe pp2 ep2 distopt middle ema",
+    "4 qwen3 cp2 tp2 distopt ema reverse",
 )
-METHODS_IN_CI = 4
+METHODS_IN_CI = 6
 METHOD_CASES = tuple(map(parse, METHODS))
 # The heads, the state and the convolution of Gated DeltaNet in each way to place tokens and layers.
 HYBRID_LINES = (

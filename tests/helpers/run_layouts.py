@@ -29,7 +29,7 @@ from megatron_oprd.testing.replayed_run import some_rollouts
 from megatron_oprd.testing.update import Difference, Update, difference, measure_update, undo_step
 from megatron_oprd.train import one_step
 from megatron_oprd.training.global_batch import GlobalBatch
-from megatron_oprd.types import FINAL_STATES, Rollout
+from megatron_oprd.types import FlowKey, Rollout
 from tests.helpers.bridges import save_random_bridge
 from tests.helpers.layouts import ROLLOUTS, Case
 from tests.helpers.training import make_run, small_buckets
@@ -91,7 +91,9 @@ class References:
     def update(self, case: Case) -> Update:
         exact = [one for one in self.overrides(case) if not one.startswith("loss.output.chunk_tokens")]
         loss = tuple(
-            override for override in exact if override.startswith(("loss.", "rollout.temperature", "teacher.base"))
+            override
+            for override in exact
+            if override.startswith(("loss.", "rollout.temperature", "teacher.base", "teacher.ema"))
         )
         return self._update(*self.models(case), case.rollouts, loss)
 
@@ -173,6 +175,8 @@ def _run_job(case: Case, student: Path, teacher: Path, overrides: tuple[str, ...
     with small_buckets() if overlaps else nullcontext():
         run = make_run(student, teacher, *overrides, rollouts=rollouts_of(case.rollouts))
     fewest = _fewest_bytes(run)
+    if run.student.average is not None:
+        run.student.average.update()
     if overlaps:
         undo_step(run, one_step)  # Megatron-Core overlaps from the second step on, when it knows how full a bucket is
     return Result(measure_update(run, one_step), fewest, time.perf_counter() - begin)
@@ -197,9 +201,10 @@ def _fewest_bytes(run: Run) -> int:
     readers = plan.readers(run.topology.stages)
     (planned,) = run.inputs.setup.teachers.values()
     width, total = planned.spec.hidden_size, 0
-    for term in ("representation", "output"):
+    kinds = {"representation": int, "output": str} | ({"flow": FlowKey} if plan.flow else {})
+    for term, kind in kinds.items():
         born, read = (
-            tuple(sorted(layer for layer in set(layers) if (layer == FINAL_STATES) == (term == "output")))
+            tuple(sorted(layer for layer in set(layers) if isinstance(layer, kind)))
             for layers in (plan.teacher_layers(teacher.topology.stages), readers.values())
         )
         source = Shard(born, _selected_rows(run, teacher.topology, term))

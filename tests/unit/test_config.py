@@ -136,7 +136,7 @@ def test_a_value_of_several_types_has_one_message(override, message):
         (["teachers=m"], "teachers='m': Input should be a valid dictionary"),
         (
             ["teachers.math=m"],
-            "teachers.math='m' must be a section with path, hf, parallel, offload_targets, base; "
+            "teachers.math='m' must be a section with path, hf, parallel, offload_targets, base, ema; "
             "write teachers.math.path=m",
         ),
         (["teachers.math.parallel.tensor=2"], "teachers.math.path is required"),

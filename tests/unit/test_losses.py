@@ -8,7 +8,7 @@ import torch
 from megatron_oprd.config import OutputConfig, RepresentationConfig
 from megatron_oprd.data.balance import assign
 from megatron_oprd.data.context_parallel_slices import Slice, cut, zigzag_rows
-from megatron_oprd.data.packing import Padding, num_tokens, output_term, pack, representation_term
+from megatron_oprd.data.packing import Padding, Terms, num_tokens, output_term, pack, representation_term
 from megatron_oprd.losses.positions import select_positions
 from megatron_oprd.losses.reduction import layer_sums, layer_weights
 from megatron_oprd.losses.representation import token_statistics, weighted_gradient
@@ -119,8 +119,7 @@ def every_rank(rollouts, config, data, context, sequence, limit):
         full_batch = pack(
             [rollouts[useful[i]] for i in members],
             [useful[i] for i in members],
-            term,
-            output,
+            Terms(term, output),
             [0] * len(members),
             Padding(multiple, multiple * sequence),
         )
@@ -150,7 +149,7 @@ def full_states(full_batch, states, side, layer):
 
 def test_a_batch_of_padding_selects_nothing():
     terms = representation_term(RepresentationConfig(), []), output_term(OutputConfig(), [])
-    batch = pack([], [], *terms, [], Padding(batch_multiple=4))
+    batch = pack([], [], Terms(*terms), [], Padding(batch_multiple=4))
     assert batch.num_tokens == 4 and len(batch.representation) == len(batch.output) == 0
     assert batch.bounds == (0, 4)
 
@@ -158,6 +157,6 @@ def test_a_batch_of_padding_selects_nothing():
 def test_lengths_are_those_without_padding_on_every_context_parallel_rank():
     rollouts = [Rollout((9,) * 3, (1,) * n, (1,) * n, "replay") for n in (2, 6)]
     terms = representation_term(RepresentationConfig(), rollouts), output_term(OutputConfig(), rollouts)
-    full_batch = pack(rollouts, [0, 1], *terms, [0, 0], Padding(4, 8))
+    full_batch = pack(rollouts, [0, 1], Terms(*terms), [0, 0], Padding(4, 8))
     assert full_batch.lengths.tolist() == [5] * 8 + [9] * 12 + [4] * 4
     assert [cut(full_batch, Slice(rank, 2)).lengths.tolist() for rank in (0, 1)] == [[5] * 4 + [9] * 6 + [4] * 2] * 2

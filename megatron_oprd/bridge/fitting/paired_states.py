@@ -9,7 +9,7 @@ import torch
 
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
-from megatron_oprd.models.taps import selected_rows
+from megatron_oprd.models.tap_rows import selected_rows
 from megatron_oprd.models.targets import MicroBatchTargets
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.training.global_batch import GlobalBatch
