@@ -21,6 +21,7 @@ IGNORED_WARNINGS = (
     (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron\.core"),
     (r"`load_state_dict` is deprecated", r"megatron\.core"),
     (r"`torch\.distributed\.\w+` is deprecated", r"torch\.distributed"),
+    (r"Please use DTensor instead", r"torch\.distributed"),
     (r"Using a large number of experts .* without fp32 routing", r"megatron\.core"),
     (r"`sequence_parallel` is set to `True`", r"megatron\.core"),  # for experts, which are never split
 )
