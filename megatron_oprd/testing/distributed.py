@@ -134,6 +134,9 @@ def _rank_main(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_seconds),
         )
+        # A rank can have connected before its peers have noticed. A `function` that destroys the group at once would
+        # close connections that other ranks are still making: "connectFullMesh failed ... Connection closed by peer".
+        dist.barrier()
         message = (None, function(rank, *args))
         dist.barrier()
     except BaseException:
