@@ -46,7 +46,8 @@ def plan_chunks(bounds: Sequence[int], device: torch.device) -> ChunkPlan:
     for sequence, length in enumerate(lengths):
         tokens = torch.arange(length)
         places.append((first_slots[tokens // CHUNK] + ranks[sequence]) * CHUNK + tokens % CHUNK)
-    numbers = torch.arange(1, len(lengths) + 1).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    repeats = torch.tensor(lengths, dtype=torch.int64)
+    numbers = torch.arange(1, len(lengths) + 1).repeat_interleave(repeats, output_size=sum(lengths))
     return ChunkPlan(
         tuple(steps),
         torch.tensor(order, dtype=torch.int64, device=device),
@@ -115,16 +116,33 @@ def gated_delta_rule(
     remaining = sums[..., -1].exp()[..., None, None]
 
     state = query.new_zeros(plan.steps[0], value.shape[1], key.shape[-1], value.shape[-1])
+    outputs, states = pass_states((updates, from_state, query, key, inside, remaining), state, plan.steps)
+    return _by_token(outputs, plan).to(value.dtype), torch.empty_like(states).index_copy(0, plan.order, states)
+
+
+def pass_states(
+    chunks: tuple[torch.Tensor, ...], state: torch.Tensor, steps: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pass the states of all sequences from chunk to chunk.
+
+    Args:
+        chunks: Of each chunk its updates without a state before it, its reading of that state, queries, keys, weights
+            inside the chunk and the decay of the state, [chunks, heads, ...] each.
+        state: The states before the first chunks, [sequences, heads, key_dim, value_dim].
+        steps: The sequences of each step.
+
+    Returns:
+        The outputs [chunks, heads, CHUNK, value_dim] and the states after the last chunk of each sequence.
+    """
     outputs, states = [], []
-    for start, end in itertools.pairwise((0, *itertools.accumulate(plan.steps))):
-        ended, state = state[end - start :], state[: end - start]
+    # The gradient of a split is one concatenation; that of a slice would be a tensor of all chunks in every step.
+    for update, from_state, query, key, inside, remaining in zip(*(x.split(steps) for x in chunks), strict=True):
+        ended, state = state[len(update) :], state[: len(update)]
         states.append(ended)
-        chunk = slice(start, end)
-        new = updates[chunk] - from_state[chunk] @ state
-        outputs.append(query[chunk] @ state + inside[chunk] @ new)
-        state = state * remaining[chunk] + key[chunk].transpose(-1, -2) @ new
-    last = torch.cat([state, *reversed(states)])
-    return _by_token(torch.cat(outputs), plan).to(value.dtype), torch.empty_like(last).index_copy(0, plan.order, last)
+        new = update - from_state @ state
+        outputs.append(query @ state + inside @ new)
+        state = state * remaining + key.transpose(-1, -2) @ new
+    return torch.cat(outputs), torch.cat([state, *reversed(states)])
 
 
 def delta_rule_step(

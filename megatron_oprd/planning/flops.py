@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_oprd.planning.delta_net_costs import rule_flops
 from megatron_oprd.types import ModelSpec
 
 
@@ -16,13 +17,21 @@ def linear_flops(spec: ModelSpec, layer: int) -> int:
 
     In a layer with experts, only the experts that process the token and the shared expert count.
     """
-    query_width, key_width = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
-    attention = spec.hidden_size * (query_width + 2 * key_width) + query_width * spec.hidden_size
+    attention = spec.hidden_size * _projected_width(spec, layer)
     if layer in spec.sparse_layers:
         experts = spec.experts_per_token * 3 * spec.hidden_size * spec.moe_ffn_hidden_size
         shared = spec.hidden_size * (3 * spec.shared_ffn_hidden_size + (spec.shared_ffn_hidden_size > 0))  # its gate
         return 2 * (attention + spec.hidden_size * spec.num_experts + experts + shared)
     return 2 * (attention + 3 * spec.hidden_size * spec.ffn_hidden_size)
+
+
+def _projected_width(spec: ModelSpec, layer: int) -> int:
+    """Return the outputs of the projections before attention or Gated DeltaNet, and the inputs of the one after."""
+    if spec.delta_net is not None and layer in spec.linear_layers:
+        sizes = spec.delta_net
+        return sizes.num_key_heads * sizes.projected + sizes.num_value_heads * sizes.value_dim
+    queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
+    return (3 if spec.output_gate else 2) * queries + 2 * keys
 
 
 def attention_flops(spec: ModelSpec, lengths: Sequence[int], *, window: int = 0) -> int:
@@ -37,8 +46,17 @@ def attention_flops(spec: ModelSpec, lengths: Sequence[int], *, window: int = 0)
 
 def _attention_of_layers(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
     windowed = sum(layer < layers for layer in spec.windowed_layers)
-    full = (layers - windowed) * attention_flops(spec, lengths)
+    full = (layers - windowed - _linear_layers(spec, layers)) * attention_flops(spec, lengths)
     return full + windowed * attention_flops(spec, lengths, window=spec.sliding_window)
+
+
+def _linear_layers(spec: ModelSpec, layers: int) -> int:
+    """Return the number of layers with Gated DeltaNet among the lowest `layers`."""
+    return sum(layer < layers for layer in spec.linear_layers)
+
+
+def _rules_of_layers(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
+    return 0 if spec.delta_net is None else _linear_layers(spec, layers) * rule_flops(spec.delta_net, lengths)
 
 
 def forward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
@@ -47,17 +65,19 @@ def forward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
     `lengths`: tokens of each sequence.
     """
     linear = sum(linear_flops(spec, layer) for layer in range(layers))
-    return linear * sum(lengths) + _attention_of_layers(spec, layers, lengths)
+    rules = _rules_of_layers(spec, layers, lengths)
+    return linear * sum(lengths) + _attention_of_layers(spec, layers, lengths) + rules
 
 
 def backward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
     """Return the operations of the backward pass of `forward_flops`: gradients of activations and of weights.
 
-    Each matrix product needs two products in the backward pass. Attention needs five products where the forward pass
-    has two, because its scores are computed again (Dao, arXiv 2307.08691).
+    Each matrix product, also inside the gated delta rule, needs two products in the backward pass. Attention needs five
+    products where the forward pass has two, because its scores are computed again (Dao, arXiv 2307.08691).
     """
     linear = sum(linear_flops(spec, layer) for layer in range(layers))
-    return 2 * linear * sum(lengths) + math.ceil(2.5 * _attention_of_layers(spec, layers, lengths))
+    products = linear * sum(lengths) + _rules_of_layers(spec, layers, lengths)
+    return 2 * products + math.ceil(2.5 * _attention_of_layers(spec, layers, lengths))
 
 
 def head_flops(spec: ModelSpec, tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Everything in torch and Megatron-Core that is replaced while an update is traced, and why.
+"""Everything that is replaced while an update is traced, and why.
 
 A traced process is one rank of many, the other ranks do not exist, and its tensors have shapes but no values.
 """
@@ -19,6 +19,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from torch.nn.attention import bias as attention_bias
 
+from megatron_oprd.models import delta_rule
 from megatron_oprd.models.model import Stage
 from megatron_oprd.planning import balanced_experts
 from megatron_oprd.planning.memory_trace import LiveBytes
@@ -58,6 +59,7 @@ def tracing_patches(live: LiveBytes) -> list[Patch]:
         Patch(MoEAlltoAllTokenDispatcher, "preprocess", balanced_experts.preprocess, "a router without values"),
         Patch(token_dispatcher, "permute", balanced_experts.permute_with(live), "a routing map without values"),
         Patch(token_dispatcher, "sort_chunks_by_idxs", balanced_experts.sort_chunks, "indices without values"),
+        Patch(delta_rule, "pass_states", _pass_states, "a loop over chunks is thousands of calls"),
         Patch(SequentialMLP, "__init__", balanced_experts.init_experts, "one module for all experts of a rank"),
         Patch(SequentialMLP, "forward", balanced_experts.forward_experts, "one module for all experts of a rank"),
     ]
@@ -89,6 +91,16 @@ def _stay(module: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module
 
 def _no_mask(*lengths: int) -> None:
     return None
+
+
+def _pass_states(
+    chunks: tuple[torch.Tensor, ...], state: torch.Tensor, steps: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Have the memory of `delta_rule.pass_states`, which stores a state and the new values of each chunk."""
+    update, from_state, query, key, inside, _ = chunks
+    states = key.transpose(-1, -2) @ update
+    new = update - from_state @ states
+    return (query @ states).add_(inside @ new), states[: steps[0]]
 
 
 def _l2_norm(

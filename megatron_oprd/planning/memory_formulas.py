@@ -8,6 +8,7 @@ import sys
 from megatron_oprd.config import Config, LossConfig, ParallelConfig
 from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.models.layer_plan import PlannedTeacher
+from megatron_oprd.planning.delta_net_costs import stored_bytes
 from megatron_oprd.planning.device_formulas import BYTES, linear_bytes, may_be_fp8, optimizer_state_bytes
 from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
 from megatron_oprd.planning.planned_run import PlannedRun
@@ -64,19 +65,20 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
     For modules without fused kernels, in bf16:
 
     - 16 per hidden unit: input, norms, residuals
-    - 8 per unit of the queries, 6 per unit of the keys, and 6 more per unit of both if they have norms
+    - 8 per unit of the queries, 6 per unit of the keys, and 6 more per unit of both if they have norms; 6 more per unit
+      of the queries with an output gate
+    - 4 per hidden unit and 2 per unit of queries and keys for norms that multiply by 1 + weight
+    - in a layer with Gated DeltaNet `stored_bytes` in place of queries and keys
     - 6 per unit of a dense MLP
     - in a layer with experts: for each expert of a token 2 per hidden unit and 8 per unit of the expert; 9 per expert
       for the router; with a shared expert 2 per hidden unit and 6 per unit of that expert
 
-    Tensor parallelism divides queries, keys, the dense MLP and the shared expert. Sequence parallelism divides the
-    rest.
+    Tensor parallelism divides queries, keys, Gated DeltaNet, the dense MLP and the shared expert. Sequence parallelism
+    divides the rest.
     `tests/unit/test_memory_formulas.py` compares this formula with traced updates.
     """
     hidden = spec.hidden_size / (parallel.tensor if parallel.sequence else 1)
-    queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
-    norms = 6 * (queries + keys) if spec.qk_norm else 0
-    total = 16 * hidden + (8 * queries + 6 * keys + norms) / parallel.tensor
+    total = (20 if spec.zero_centered_norms else 16) * hidden + _mixing_bytes(spec, layer) / parallel.tensor
     if layer not in spec.sparse_layers:
         return (total + 6 * spec.ffn_hidden_size / parallel.tensor) * bytes_per_number / 2
     rows = 1 / (parallel.tensor if parallel.sequence else 1)
@@ -84,6 +86,15 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
     if spec.shared_ffn_hidden_size:
         total += 2 * hidden + 6 * spec.shared_ffn_hidden_size / parallel.tensor
     return (total + rows * (spec.experts_per_token * per_expert + 9 * spec.num_experts)) * bytes_per_number / 2
+
+
+def _mixing_bytes(spec: ModelSpec, layer: int) -> float:
+    """Return the bytes per token of attention, or of Gated DeltaNet, on all tensor-parallel ranks."""
+    if spec.delta_net is not None and layer in spec.linear_layers:
+        return stored_bytes(spec.delta_net)
+    queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
+    norms = (8 if spec.zero_centered_norms else 6) * (queries + keys) if spec.qk_norm else 0
+    return (14 if spec.output_gate else 8) * queries + 6 * keys + norms
 
 
 def most_selected_tokens(loss: LossConfig) -> int:
@@ -122,7 +133,7 @@ def _activation_bytes(run: PlannedRun, data_size: int) -> int:
     size = BYTES[config.precision.dtype]
     tokens = config.batch.max_tokens_per_micro_batch // parallel.context
     layers = _layers_in_flight(run, data_size)
-    kinds = {0, *student.sparse_layers[:1]}
+    kinds = {0, *student.sparse_layers[:1], *student.linear_layers[:1]}
     one_layer = max(layer_activation_bytes(student, layer, parallel, size) for layer in kinds)
     if config.recompute.granularity == "full":
         layer_input = student.hidden_size * size / (parallel.tensor if parallel.sequence else 1)

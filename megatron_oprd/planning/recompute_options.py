@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from megatron_oprd.models.recompute import Recomputation, available_parts
+from megatron_oprd.planning.delta_net_costs import rule_flops
 from megatron_oprd.planning.flops import attention_flops, linear_flops
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.types import ModelSpec
@@ -69,7 +70,9 @@ def forward_operations(run: PlannedRun, pipeline_rank: int) -> float:
 
 def _block_operations(run: PlannedRun, layer: int) -> float:
     spec, tokens = run.setup.student, run.lengths.sequence
-    return tokens * linear_flops(spec, layer) + attention_flops(spec, [tokens])
+    linear = spec.delta_net if layer in spec.linear_layers else None
+    mixing = attention_flops(spec, [tokens]) if linear is None else rule_flops(linear, [tokens])
+    return tokens * linear_flops(spec, layer) + mixing
 
 
 def _mlp_operations(run: PlannedRun, layer: int) -> float:

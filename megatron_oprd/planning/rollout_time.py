@@ -12,6 +12,7 @@ from megatron_oprd.config import Config, ParallelConfig
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.layer_plan import even_stages
+from megatron_oprd.planning.delta_net_costs import MOVED_FORWARD, moved_bytes, state_bytes
 from megatron_oprd.planning.device_formulas import BYTES
 from megatron_oprd.planning.flops import forward_flops, head_flops
 from megatron_oprd.planning.hardware import Cost, Hardware, Links
@@ -89,7 +90,8 @@ def rollout_costs(run: PlannedRun, links: Links) -> list[Cost]:
     models, size, prompt = generators(run), BYTES[config.precision.dtype], lengths.sequence - lengths.response
     layout, rows = models.layout, models.rows * models.rounds
     prefill_flops = forward_flops(spec, spec.num_layers, [prompt] * rollouts)
-    prefill_seconds = prefill_flops / (models.devices * links.hardware.flops_rate(spec, in_fp8=False))
+    moved = moved_bytes(spec, spec.num_layers, prompt * rollouts, MOVED_FORWARD) / links.hardware.memory_rate()
+    prefill_seconds = (prefill_flops / links.hardware.flops_rate(spec, in_fp8=False) + moved) / models.devices
     prefill_traffic = forward_traffic(spec, layout, spec.num_layers, rows * prompt, size)
     decode_flops = forward_flops(spec, spec.num_layers, [lengths.sequence] * rollouts) - prefill_flops
     decode_flops += head_flops(spec, rollouts * lengths.response)
@@ -127,8 +129,9 @@ def decode_seconds(
 ) -> float:
     """Return the seconds in which a model generates one token for each of `rows` sequences.
 
-    This is the time to read the weights and the KV cache, or `layer_seconds` for each layer if that takes longer. The
-    average cache has the longest prompt and half of the longest response. Pipeline stages work one after the other.
+    This is the time to read the weights and the KV cache, and to read and write the states of Gated DeltaNet, or
+    `layer_seconds` for each layer if that takes longer. The average cache has the longest prompt and half of the
+    longest response. Pipeline stages work one after the other.
     """
     parallel, size = config.parallel, BYTES[config.precision.dtype]
     dense, experts = rank_parameters(spec, divide(spec, parallel), 0, lm_head=True)
@@ -137,7 +140,12 @@ def decode_seconds(
         used_experts = 1 - (1 - spec.experts_per_token / spec.num_experts) ** (rows * parallel.expert)
     cached_tokens = lengths.sequence - lengths.response / 2
     groups = spec.num_query_groups / parallel.tensor
-    keys_and_values = 2 * spec.num_layers / parallel.pipeline * groups * spec.head_dim * size * cached_tokens
-    bytes_read = (dense + experts * used_experts) * size + rows * keys_and_values
-    seconds = bytes_read / hardware.memory_rate()
+    with_cache = spec.num_layers - len(spec.linear_layers)
+    keys_and_values = 2 * with_cache / parallel.pipeline * groups * spec.head_dim * size * cached_tokens
+    states = 0.0
+    if spec.delta_net is not None:
+        divided = parallel.pipeline * parallel.tensor
+        states = 2 * len(spec.linear_layers) * state_bytes(spec.delta_net) / divided
+    bytes_moved = (dense + experts * used_experts) * size + rows * (keys_and_values + states)
+    seconds = bytes_moved / hardware.memory_rate()
     return parallel.pipeline * max(seconds, layer_seconds * spec.num_layers / parallel.pipeline)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megatron_oprd.config import ParallelConfig
 from megatron_oprd.models.layer_plan import PlannedTeacher
+from megatron_oprd.planning.delta_net_costs import MOVED_BACKWARD, MOVED_FORWARD, moved_bytes
 from megatron_oprd.planning.device_formulas import BYTES, linear_bytes, optimizer_state_bytes
 from megatron_oprd.planning.flops import backward_flops, forward_flops, head_flops
 from megatron_oprd.planning.hardware import H100, Cost, Hardware, Links
@@ -117,7 +118,9 @@ def _teacher_pass(run: PlannedRun, teacher: PlannedTeacher, rollouts: int, links
     traffic = forward_traffic(teacher.spec, layout, layers, sum(sequences) / replicas, size)
     rate = links.hardware.flops_rate(teacher.spec, in_fp8=config.precision.teacher_fp8 != "off")
     idle = bubble(layout, _micro_batches(run, layout, rollouts))
-    return links.cost("teacher pass", flops, flops / (run.setup.world_size * rate) * (1 + idle), traffic, layout)
+    moved = len(teacher.folders) * moved_bytes(teacher.spec, layers, sum(sequences), MOVED_FORWARD)
+    seconds = (flops / rate + moved / links.hardware.memory_rate()) / run.setup.world_size * (1 + idle)
+    return links.cost("teacher pass", flops, seconds, traffic, layout)
 
 
 def _target_traffic(run: PlannedRun) -> Traffic:
@@ -143,20 +146,24 @@ def _student_passes(run: PlannedRun, links: Links) -> list[Cost]:
     tokens = sum(sequences)
     replicas = run.setup.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
     idle = bubble(parallel, _micro_batches(run, parallel, run.rollouts_per_step))
-    rate = links.hardware.flops_rate(student, in_fp8=config.precision.fp8 is not None) / (1 + idle)
+    rate = links.hardware.flops_rate(student, in_fp8=config.precision.fp8 is not None)
+
+    def seconds(flops: float, moved_per_stored_byte: float) -> float:
+        moved = moved_bytes(student, layers, tokens, moved_per_stored_byte)
+        return (flops / rate + moved / links.hardware.memory_rate()) / run.setup.world_size * (1 + idle)
 
     forward = forward_flops(student, layers, sequences)
     sent = forward_traffic(student, parallel, layers, tokens / replicas, size)
     # The loss computes the gradients of the student's head at once. The teachers' heads have a forward pass only.
     heads = 3 * head_flops(student, tokens) + sum(head_flops(one.spec, tokens) for one in run.setup.teachers.values())
     flops = forward + (heads if plan.output else 0)
-    costs = [links.cost("student forward", flops, flops / (run.setup.world_size * rate), sent, parallel)]
+    costs = [links.cost("student forward", flops, seconds(flops, MOVED_FORWARD), sent, parallel)]
     if config.recompute.granularity == "full":
-        sent_again, seconds = dataclasses.replace(sent, pipeline=0.0), forward / (run.setup.world_size * rate)
-        costs.append(links.cost("student recompute", forward, seconds, sent_again, parallel))
+        sent_again = dataclasses.replace(sent, pipeline=0.0)
+        costs.append(links.cost("student recompute", forward, seconds(forward, MOVED_FORWARD), sent_again, parallel))
     flops = backward_flops(student, layers, sequences)
     sent = backward_traffic(student, parallel, layers, tokens / replicas, size)
-    return [*costs, links.cost("student backward", flops, flops / (run.setup.world_size * rate), sent, parallel)]
+    return [*costs, links.cost("student backward", flops, seconds(flops, MOVED_BACKWARD), sent, parallel)]
 
 
 def _update(run: PlannedRun, links: Links) -> Cost:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
 
 from megatron_oprd.hf.config import read_model_spec
@@ -21,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 BATCH = ROOT / "examples" / "slurm" / "train.sbatch"
 DENSE = "examples/qwen3_32b_to_4b_64xh100.yaml"
 EXPERTS = "examples/qwen3_235b_a22b_to_30b_a3b_512xh100.yaml"
+HYBRID = "examples/qwen35_27b_to_4b_64xh100.yaml"
 # Parameters in billions, from the models' cards.
 CARDS = {"Qwen3-4B": 4.02, "Qwen3-32B": 32.8, "Qwen3-30B-A3B": 30.5, "Qwen3-235B-A22B": 235.1}
 
@@ -32,12 +35,23 @@ def test_parameter_counts_agree_with_the_model_cards(name):
     assert spec.eos_token_ids == (151645, 151643)
 
 
+@pytest.mark.parametrize("name", ["Qwen3.5-4B", "Qwen3.5-27B"])
+def test_parameter_counts_of_hybrid_models_agree_with_transformers(name):
+    folder = ROOT / "examples" / "models" / name
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.Qwen3_5ForCausalLM(config.text_config)
+    model.tie_weights()
+    assert count_parameters(read_model_spec(folder)) == sum(parameter.numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("recipe", "world", "rows", "settings"),
     [
         (DENSE, 64, 1, ["recompute.granularity=full"]),  # one trace of an update; a choice takes more
         pytest.param(DENSE, 64, 1, [], marks=pytest.mark.nightly),
         pytest.param(EXPERTS, 512, 2, [], marks=pytest.mark.nightly),
+        pytest.param(HYBRID, 64, 1, [], marks=pytest.mark.nightly),
     ],
 )
 def test_a_recipe_fits_into_80_gb(recipe, world, rows, settings, tmp_path, monkeypatch):

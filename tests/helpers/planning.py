@@ -12,7 +12,7 @@ from megatron_oprd.models.precision import Precision
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
 from megatron_oprd.testing.distributed import result_of
-from megatron_oprd.types import ModelSpec, Rollout
+from megatron_oprd.types import DeltaNet, ModelSpec, Rollout
 
 LENGTHS = Lengths(sequence=128, response=64)
 
@@ -52,6 +52,14 @@ def shared_expert_spec(*, layers: int, hidden: int, vocabulary: int) -> ModelSpe
     """Return a model with a shared expert beside 8 experts in every layer."""
     family = dict(architecture="Qwen2MoeForCausalLM", qkv_bias=True, qk_norm=False, shared_ffn_hidden_size=2 * hidden)
     return expert_spec(layers=layers, hidden=hidden, vocabulary=vocabulary, **family)
+
+
+def hybrid_spec(*, layers: int, hidden: int, vocabulary: int, **changes: object) -> ModelSpec:
+    """Return a dense model with Gated DeltaNet in three of four layers."""
+    linear = tuple(layer for layer in range(layers) if layer % 4 != 3)
+    family = dict(architecture="Qwen3_5ForCausalLM", qkv_bias=False, qk_norm=True, output_gate=True)
+    sizes = dict(zero_centered_norms=True, delta_net=DeltaNet(4, 8, 32, 32, 4), linear_layers=linear)
+    return dense_spec(layers=layers, hidden=hidden, vocabulary=vocabulary, **{**family, **sizes, **changes})
 
 
 def replay_config(tokens: int, *overrides: str) -> Config:

@@ -1,6 +1,7 @@
 """Parameter counts agree with real models, and the memory formulas with traced updates."""
 
 import dataclasses
+import functools
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from tests.helpers.planning import (
     dense_spec,
     expert_spec,
     filling_rollouts,
+    hybrid_spec,
     planned_run,
     replay_config,
     shared_expert_spec,
@@ -239,10 +241,17 @@ def test_memory_of_fp8_weights_and_of_the_optimizer(specs):
         assert predict(specs, name, 1, f"optimizer.{setting}")["optimizer state"] == count * bytes_each
 
 
+def linear_spec(linear_layers, **sizes):
+    """Return a hybrid model with Gated DeltaNet in these layers."""
+    return hybrid_spec(**sizes, linear_layers=tuple(layer for layer in linear_layers if layer < sizes["layers"]))
+
+
 ACTIVATIONS = {
     "dense": (dense_spec, 1, ()),
     "experts": (expert_spec, 1, ()),
     "tensor": (dense_spec, 2, ("parallel.tensor=2",)),
+    "Gated DeltaNet in every layer": (functools.partial(linear_spec, range(8)), 1, ()),
+    "gated attention": (functools.partial(linear_spec, ()), 1, ()),
     "a shared expert, sequence": (
         shared_expert_spec,
         2,

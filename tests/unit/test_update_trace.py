@@ -27,6 +27,7 @@ from tests.helpers.planning import (
     dense_spec,
     expert_spec,
     filling_rollouts,
+    hybrid_spec,
     peaks_of_two_traces,
     planned_run,
     replay_config,
@@ -35,7 +36,7 @@ from tests.helpers.planning import (
 
 DEVICE = torch.device("cpu")
 FULL = ("recompute.granularity=full", "recompute.method=uniform", "recompute.num_layers=1")
-SPECS = {"dense": dense_spec, "experts": expert_spec}
+SPECS = {"dense": dense_spec, "experts": expert_spec, "hybrid": hybrid_spec}
 
 
 def measure(tokens, kind, sizes, overrides):
@@ -63,6 +64,8 @@ def update(tokens, spec, overrides):
         pytest.param("dense", ("precision.dtype=bf16", *FULL), marks=pytest.mark.nightly),
         pytest.param("experts", ("precision.dtype=fp32",), marks=pytest.mark.nightly),
         pytest.param("experts", ("precision.dtype=bf16", *FULL), marks=pytest.mark.nightly),
+        pytest.param("hybrid", ("precision.dtype=fp32",), marks=pytest.mark.nightly),
+        pytest.param("hybrid", ("precision.dtype=bf16", *FULL), marks=pytest.mark.nightly),
     ],
 )
 def test_the_traced_peak_is_the_peak_of_a_real_update(kind, overrides):
