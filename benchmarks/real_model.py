@@ -1,45 +1,49 @@
-"""The demo's real model, healed by every method from the same start: perplexity by step and by second of CPU time.
+"""The demo's real model, healed by every method from the same start: perplexity by step and by second.
 
     python benchmarks/real_model.py [--work DIR --output DIR --seeds 0 1 2 --methods hidden_states full_kl ...
-                                     --learning-rates 1e-4 2e-4 ... --equal-time]
-    python benchmarks/real_model.py --page-only    # the table and the plots again, from real_model.json
+                                     --learning-rates 1e-4 2e-4 ... --equal-time --parallel 14 --minutes 10]
+    python benchmarks/real_model.py --page-only    # the tables and the plots again, from real_model.json
 
 The models, the prompts and the recipe are those of `examples/run_oprd_qwen.sh demo=real_model`. The pruned model, the
 held-out instructions and the teacher's answers to them are the same in all runs; a seed changes the order of the
-prompts and the rollouts. `--equal-time` trains each method again for as many steps as fit into the CPU time of the
-demo's recipe. Each finished run leaves a file in --work and is not run again, so an interrupted benchmark goes on.
-Writes real_model.json with all finished runs and two plots into --output (docs/results) after each run, and prints the
-table of docs/real_model.md.
+prompts and the rollouts. The trials run in the order of what they tell: all methods with the recipe's learning rate,
+then other learning rates of four methods, then equal time, then methods beyond the paper, then more seeds of the
+learning rates. `--equal-time` trains a method again for as many steps as fit into the time of the demo's recipe: CPU
+time, or on a GPU the time of its steps. With `--parallel` trials share a GPU, and so do their times.
+
+Each finished trial leaves a file in --work and is not run again, so an interrupted benchmark goes on. Writes
+real_model.json with all finished trials and the plots into --output (docs/results) after each trial, and prints the
+tables of docs/real_model.md. Trials of another device in real_model.json are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
-import resource
 import shutil
+import signal
 import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 import yaml
 
 from benchmarks.objectives import once
 from benchmarks.pages import installed_versions
-from benchmarks.real_model_page import plot_over_seconds, plot_over_steps, table
+from benchmarks.real_model_answers import OwnAnswers, teacher_rollouts
+from benchmarks.real_model_methods import EQUAL_TIME, LATER, METHODS, REFERENCE, SWEPT
+from benchmarks.real_model_page import plots, tables
+from benchmarks.trial_pool import TrialPool
 from examples.demo.run import RECIPES
 from examples.real_model.pipeline import TEACHER, prepare
-from megatron_oprd.config import DataConfig
-from megatron_oprd.data.prompts import PromptState, load_prompts, take
-from megatron_oprd.data.tokenizer import load_tokenizer
 from megatron_oprd.models.layer_pairs import pairs_of_kept_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,21 +52,10 @@ RECIPE_VALUES = yaml.safe_load(RECIPE.read_text())
 STEPS, RATE = RECIPE_VALUES["train"]["steps"], float(RECIPE_VALUES["optimizer"]["lr"])
 PROMPTS_PER_STEP = RECIPE_VALUES["rollout"]["prompts_per_step"]
 LONGEST_ANSWER = RECIPE_VALUES["rollout"]["max_new_tokens"]
-REFERENCE = "both"  # the demo's recipe
 EVALUATIONS = 3  # besides the one before the training
-HIDDEN = ("loss.representation.weight=1", "loss.output.objective=none")
-ALONE = "loss.representation.weight=0"
-# Names in braces are values that `_placeholders` returns.
-METHODS: dict[str, tuple[str, ...]] = {
-    REFERENCE: (),
-    "hidden_states": HIDDEN,
-    "hidden_next_input": (*HIDDEN, "loss.representation.pairs={next_input_pairs}"),
-    "hidden_proportional": (*HIDDEN, "loss.representation.pairs=null"),
-    "hidden_last": (*HIDDEN, "loss.representation.pairs={last_pair}"),
-    "hidden_off_policy": (*HIDDEN, "rollout.engine=replay", "rollout.path={teacher_rollouts}"),
-    "full_kl": (ALONE,),
-    "top16": (ALONE, "loss.output.objective=topk_surrogate", "loss.output.k=16"),
-}
+WARM_UP_STEPS = 3  # without time: the first steps on a GPU compile functions and capture graphs
+PRUNED = "pruned"  # the start model, among the answers of students
+PARTS = ("step", "rollout", "teacher", "student")  # of the time of a step
 
 
 @dataclass(frozen=True)
@@ -73,69 +66,144 @@ class Trial:
     seed: int
     learning_rate: float = RATE
     steps: int = STEPS
+    equal_time: bool = False  # as many steps as fit into the time of the recipe; `for_equal_time` counts them
 
     @property
     def name(self) -> str:
         """Return the name of the run's folder; values of the recipe are left out."""
         rate = "" if self.learning_rate == RATE else f"-lr{self.learning_rate:g}"
-        return f"{self.method}-{self.seed}{rate}" + ("" if self.steps == STEPS else f"-steps{self.steps}")
+        steps = "" if self.steps == STEPS else f"-steps{self.steps}"
+        return f"{self.method}-{self.seed}{rate}" + ("-time" if self.equal_time else steps)
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Bench:
+    """What all trials of a call of this benchmark share."""
+
+    work: Path
+    output: Path
+    device: str  # "CPU" or the name of the GPU
+    settings: Sequence[str]  # key=value arguments of every trial, besides those of its method
+    pool: TrialPool
+    own_answers: OwnAnswers
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "real_model", help="models and finished runs")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "real_model", help="models and finished trials")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[RATE])
-    parser.add_argument("--equal-time", action="store_true", help="also run each method for the recipe's CPU time")
+    parser.add_argument("--equal-time", action="store_true", help="also run methods for the time of the recipe")
+    parser.add_argument("--parallel", type=int, default=1, help="trials at the same time, each in its own process")
+    parser.add_argument("--minutes", type=float, help="stop after this time, begin no trial that cannot end before")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all trials")
     parser.add_argument("--page-only", action="store_true", help="run nothing")
     options = parser.parse_args()
-    file = options.output / "real_model.json"
+    failed = 0
     if not options.page_only:
         options.work.mkdir(parents=True, exist_ok=True)
         prepare(options.work / TEACHER, options.work)
-        trials = [
-            Trial(method, seed, rate)
-            for seed in options.seeds
-            for rate in options.learning_rates
-            for method in options.methods
-        ]
-        for trial in trials:
-            measure(options.work, file, trial)
-        if options.equal_time:
-            for trial in trials:
-                measure(options.work, file, for_equal_time(options.work, trial))
-    runs = json.loads(file.read_text())["runs"]
-    (options.output / "real_model-steps.svg").write_text(plot_over_steps(runs))
-    (options.output / "real_model-seconds.svg").write_text(plot_over_seconds(runs))
-    print("\n".join(table(runs)))
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        pool = TrialPool(options.parallel, options.minutes)
+        own = OwnAnswers(options.work / "own", options.work / TEACHER, options.work / "heldout.jsonl", LONGEST_ANSWER)
+        bench = Bench(options.work, options.output, device, options.set, pool, own)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # ends the trials too
+        failed = run_trials(bench, planned_trials(options))
+    record = json.loads((options.output / "real_model.json").read_text())
+    for name, plot in plots(record).items():
+        (options.output / f"real_model-{name}.svg").write_text(plot)
+    print("\n".join(tables(record)))
+    return int(failed > 0)
 
 
-def measure(work: Path, file: Path, trial: Trial) -> dict[str, Any]:
-    """Run a trial unless it is finished, write `file` with all finished runs, and return the trial's figures."""
-    figures = once(work / f"{trial.name}.json", partial(run_trial, work, trial))
-    finished = [json.loads(path.read_text()) for path in work.glob("*-*.json")]
+def planned_trials(options: argparse.Namespace) -> list[Trial]:
+    """Return the trials of a call, those that tell most first."""
+    seeds, methods = options.seeds, options.methods
+    swept = [method for method in methods if method in SWEPT] or methods
+    rates = [rate for rate in options.learning_rates if rate != RATE]
+    sweep = [Trial(method, seed, rate) for seed in seeds for rate in rates for method in swept]
+    for_one_seed = len(rates) * len(swept)
+    same_time = [method for method in methods if method in EQUAL_TIME] or methods
+    at_rate = {
+        later: [Trial(method, seed) for seed in seeds for method in methods if (method in LATER) == later]
+        for later in (False, True)
+    }
+    return [
+        *(at_rate[False] if RATE in options.learning_rates else []),
+        *sweep[:for_one_seed],
+        *(Trial(method, seed, equal_time=True) for seed in seeds for method in same_time if options.equal_time),
+        *(at_rate[True] if RATE in options.learning_rates else []),
+        *sweep[for_one_seed:],
+    ]
+
+
+def run_trials(bench: Bench, trials: Sequence[Trial]) -> int:
+    """Run the trials that are not finished, and return how many failed."""
+
+    def ready(trial: Trial) -> bool:
+        needed = {Trial(trial.method, trial.seed).name, Trial(REFERENCE, trial.seed).name} if trial.equal_time else ()
+        return all((bench.work / f"{name}.json").exists() for name in needed)
+
+    def run(trial: Trial) -> None:
+        fixed = for_equal_time(bench.work, trial) if trial.equal_time else trial
+        once(bench.work / f"{trial.name}.json", lambda: run_trial(bench, fixed))
+        student = bench.work / "students" / trial.name
+        if student.exists():
+            bench.own_answers.begin(trial.name, student)
+
+    (bench.work / "students").mkdir(exist_ok=True)
+    bench.own_answers.begin(PRUNED, bench.work / "student", delete=False)
+    try:
+        failed = bench.pool.run(trials, ready, run, lambda: write_results(bench))
+        bench.own_answers.finish()
+        return failed
+    finally:
+        bench.own_answers.cancel()
+        write_results(bench)
+
+
+def write_results(bench: Bench) -> None:
+    """Write real_model.json: the finished trials, and those of other devices that the file has already."""
+    file = bench.output / "real_model.json"
+    old = json.loads(file.read_text()) if file.exists() else {"devices": {}, "runs": []}
+    others = [run for run in old["runs"] if run["device"] != bench.device]
+    finished = [
+        json.loads(path.read_text()) | {"device": bench.device, "own_answers": bench.own_answers.figures(path.stem)}
+        for path in bench.work.glob("*-*.json")
+    ]
     order = list(METHODS)
-    runs = sorted(finished, key=lambda run: (order.index(run["method"]), run["learning_rate"], run["seed"]))
-    file.write_text(json.dumps({"versions": installed_versions(), "runs": runs}, indent=1) + "\n")
-    return figures
+    runs = sorted(
+        finished,
+        key=lambda run: (order.index(run["method"]), run["learning_rate"], run["equal_time"], run["seed"]),
+    )
+    facts = {
+        "versions": installed_versions(),
+        "parallel": bench.pool.parallel,
+        "settings": list(bench.settings),
+        "own_answers_before": bench.own_answers.figures(PRUNED),
+    }
+    devices = {**old["devices"], bench.device: facts}
+    file.write_text(json.dumps({"devices": devices, "runs": [*others, *runs]}, indent=1) + "\n")
 
 
 def for_equal_time(work: Path, trial: Trial) -> Trial:
-    """Return the trial with as many steps as fit into the CPU time of the recipe's run with the same seed."""
-    names = (trial.name, Trial(REFERENCE, trial.seed).name)
-    own, budget = (json.loads((work / f"{name}.json").read_text())["cpu_seconds_per_step"] for name in names)
-    return Trial(trial.method, trial.seed, trial.learning_rate, round(STEPS * budget / own))
+    """Return the trial with as many steps as fit into the time of the recipe's run with the same seed."""
+    names = (Trial(trial.method, trial.seed, trial.learning_rate).name, Trial(REFERENCE, trial.seed).name)
+    own, budget = (json.loads((work / f"{name}.json").read_text())["seconds_per_step"] for name in names)
+    return dataclasses.replace(trial, steps=round(STEPS * budget / own))
 
 
-def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
+def run_trial(bench: Bench, trial: Trial) -> dict[str, Any]:
     """Train the pruned model and return the metrics of the evaluations. The run folder is deleted afterwards.
 
-    `cpu_seconds` is the user time of the run. `cpu_seconds_per_step` leaves out start and evaluations, as their share
-    of the wall time.
+    `seconds_per_step` has no start and no evaluations. On a GPU it is the median time of a step; on a CPU the user time
+    of the run times the share of its steps in the wall time.
+
+    Raises TrialFailed and TimeIsUp.
     """
-    folder = work / trial.name
+    work, folder = bench.work, bench.work / trial.name
     values = _placeholders(work, trial)
     settings = [
         f"student.path={work / 'student'}",
@@ -150,28 +218,38 @@ def run_trial(work: Path, trial: Trial) -> dict[str, Any]:
         f"train.steps={trial.steps}",
         f"train.seed={trial.seed}",
         f"train.run_dir={folder}",
-        "checkpoint.export_hf=false",
+        "checkpoint.export_dtype=fp32",
         *(setting.format(**values) for setting in METHODS[trial.method]),
+        *bench.settings,
     ]
     shutil.rmtree(folder, ignore_errors=True)
-    begin, before = time.perf_counter(), _user_seconds()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    with (work / "log.txt").open("a") as log:
-        command = [sys.executable, "-m", "megatron_oprd", "train", "--config", str(RECIPE), *settings]
-        subprocess.run(command, check=True, env=environment, stdout=log)
-    user_seconds, seconds = _user_seconds() - before, time.perf_counter() - begin
+    if bench.pool.parallel > 1:
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_oprd", "train", "--config", str(RECIPE), *settings]
+    log = work / "logs" / f"{trial.name}.txt"
+    log.parent.mkdir(exist_ok=True)
+    user_seconds, seconds = bench.pool.run_process(command, environment, log)
     measured = _measured(folder)
-    figures = {
+    step_seconds = measured["by_step"]["time/step"]
+    if bench.device == "CPU":
+        per_step = user_seconds * statistics.mean(step_seconds) / seconds
+    else:
+        per_step = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
+    (folder / "hf").rename(work / "students" / trial.name)
+    shutil.rmtree(folder)
+    return {
         "method": trial.method,
         "seed": trial.seed,
         "learning_rate": trial.learning_rate,
         "steps": trial.steps,
+        "equal_time": trial.equal_time,
+        "device": bench.device,
+        "seconds": seconds,
         "cpu_seconds": user_seconds,
-        "cpu_seconds_per_step": user_seconds * statistics.mean(measured["by_step"]["time/step"]) / seconds,
+        "seconds_per_step": per_step,
         **measured,
     }
-    shutil.rmtree(folder)
-    return figures
 
 
 def _measured(folder: Path) -> dict[str, Any]:
@@ -181,7 +259,7 @@ def _measured(folder: Path) -> dict[str, Any]:
         for name in ("metrics", "evaluations")
     )
     by_step = {item["step"]: next(iter(item["data"].values())) for item in evaluations}
-    kept = ("loss", "grad_norm", "rep/cosine", "output/reverse_kl", "time/step")
+    kept = ("loss", "grad_norm", "rep/cosine", "output/reverse_kl", *(f"time/{part}" for part in PARTS))
     return {
         "before": by_step[0],
         "after": by_step[max(by_step)],
@@ -200,41 +278,18 @@ def _placeholders(work: Path, trial: Trial) -> dict[str, str]:
         "last_pair": str([[len(kept), depth]]),
     }
     if any("{teacher_rollouts}" in setting for setting in METHODS[trial.method]):
-        values["teacher_rollouts"] = str(teacher_rollouts(work, trial))
+        values["teacher_rollouts"] = str(
+            teacher_rollouts(
+                work / f"teacher_rollouts-{trial.seed}.jsonl",
+                work / TEACHER,
+                work / "train.jsonl",
+                number=trial.steps * PROMPTS_PER_STEP,
+                seed=trial.seed,
+                max_new_tokens=LONGEST_ANSWER,
+            )
+        )
     return values
 
 
-def teacher_rollouts(work: Path, trial: Trial) -> Path:
-    """Return a replay file with one answer of the teacher to each prompt of a run, in the order of the run.
-
-    The answers are sampled at temperature 1 with as many tokens as the student's, by transformers.
-    """
-    path = work / f"teacher_rollouts-{trial.seed}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    number = trial.steps * PROMPTS_PER_STEP
-    if len(lines) < number:
-        import torch
-        import transformers
-
-        tokenizer = load_tokenizer(work / TEACHER)
-        prompts = load_prompts([str(work / "train.jsonl")], tokenizer, DataConfig()).prompts
-        chosen, _ = take(prompts, PromptState(), number, seed=trial.seed, shuffle=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(work / TEACHER, dtype=torch.float32).eval()
-        torch.manual_seed(trial.seed)
-        sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        lines = []
-        for prompt in chosen:
-            ids = torch.tensor([prompt.prompt_ids])
-            answer = model.generate(ids, max_new_tokens=LONGEST_ANSWER, **sampling)[0, ids.shape[1] :]
-            lines.append(json.dumps({"prompt_ids": prompt.prompt_ids, "response_ids": answer.tolist()}))
-        path.write_text("".join(f"{line}\n" for line in lines))
-    return path
-
-
-def _user_seconds() -> float:
-    """Return the user time of all processes that this one has started and waited for."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

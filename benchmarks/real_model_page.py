@@ -1,13 +1,17 @@
-"""The table and the plots of docs/real_model.md, from the runs of real_model.json."""
+"""The tables and the plots of docs/real_model.md, from real_model.json."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.pages import table_lines
+from benchmarks.real_model_methods import NAMES
 from megatron_oprd.analysis.figures import line_plot
 
+Run = Mapping[str, Any]
+RATE = 2e-4  # of the recipe
 # metric of an evaluation -> name in the table
 METRICS = {
     "perplexity": "perplexity",
@@ -15,36 +19,63 @@ METRICS = {
     "reverse_kl": "KL(student, teacher)",
     "argmax_agreement": "most likely token in common",
 }
-NAMES = {
-    "both": "hidden states and full KL",
-    "hidden_states": "hidden states",
-    "hidden_next_input": "hidden states, next-input pairs",
-    "hidden_proportional": "hidden states, proportional pairs",
-    "hidden_last": "hidden states, last layer only",
-    "hidden_off_policy": "hidden states, teacher's answers",
-    "full_kl": "full KL",
-    "top16": "top 16, as the authors",
-}
 
 
-def table(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the lines of the table: a row for the start model, then one for each run."""
-    head = ["trained on", "learning rate", "steps", "seed", *METRICS.values(), "gap closed", "CPU s per step"]
-    rows: list[list[Any]] = [["nothing: the pruned model", "", "", "", *_figures(runs[0]["before"]), "", ""]]
-    for run in runs:
-        seconds = run.get("cpu_seconds_per_step")
+def tables(record: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the tables, one for each device, with a line above that names the device."""
+    lines: list[str] = []
+    for device, facts in record["devices"].items():
+        runs = [run for run in record["runs"] if run["device"] == device]
+        if runs:
+            lines += [*([""] if lines else []), f"**{device}**", "", *table(runs, facts.get("own_answers_before"))]
+    return lines
+
+
+def table(runs: Sequence[Run], own_answers_before: Mapping[str, float] | None = None) -> list[str]:
+    """Return the lines of a table: a row for the start model, then one for the runs that differ in the seed alone.
+
+    A figure is the mean over seeds; ranges go from the lowest to the highest.
+    """
+    head = [
+        "trained on",
+        "learning rate",
+        "steps",
+        "seeds",
+        *METRICS.values(),
+        "gap closed",
+        "own answers",
+        "s per step",
+    ]
+    before = runs[0]["before"]
+    own = f"{own_answers_before['reverse_kl']:.3f}" if own_answers_before else ""
+    rows: list[list[Any]] = [
+        ["nothing: the pruned model", "", "", "", *(f"{before[name]:.3f}" for name in METRICS), "", own]
+    ]
+    for same in grouped(runs).values():
+        own_kl = [run["own_answers"]["reverse_kl"] for run in same if run.get("own_answers")]
+        seconds = [run["seconds_per_step"] for run in same if run.get("seconds_per_step")]
+        steps = [run["steps"] for run in same]
         rows.append(
             [
-                NAMES[run["method"]],
-                f"{run['learning_rate']:g}",
-                run["steps"],
-                run["seed"],
-                *_figures(run["after"]),
-                f"{gap_closed(run):.0%}",
-                f"{seconds:.1f}" if seconds else "",
+                NAMES[same[0]["method"]],
+                f"{same[0]['learning_rate']:g}",
+                _range(steps, "g"),
+                len(same),
+                *(_mean_and_range([run["after"][name] for run in same], ".3f") for name in METRICS),
+                _mean_and_range([gap_closed(run) for run in same], ".0%"),
+                _mean_and_range(own_kl, ".3f"),
+                f"{statistics.mean(seconds):.3g}" if seconds else "",
             ]
         )
     return table_lines(head, rows)
+
+
+def grouped(runs: Sequence[Run]) -> dict[tuple[Any, ...], list[Run]]:
+    """Return the runs that differ in the seed alone: of each method, learning rate and equal steps or equal time."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run["method"], run["learning_rate"], run["equal_time"]), []).append(run)
+    return groups
 
 
 def gradient_table(analysis: Mapping[str, Any]) -> list[str]:
@@ -65,40 +96,62 @@ def gradient_table(analysis: Mapping[str, Any]) -> list[str]:
     return table_lines(head, rows)
 
 
-def gap_closed(run: Mapping[str, Any]) -> float:
+def gap_closed(run: Run) -> float:
     """Return the part of the perplexity lost by pruning that the training brought back."""
     gap, rest = (run[name]["perplexity"] - run[name]["teacher_perplexity"] for name in ("before", "after"))
     return float(1 - rest / gap)
 
 
-def plot_over_steps(runs: Sequence[dict[str, Any]]) -> str:
-    """Return a plot of the perplexity on the teacher's answers by step, the mean over seeds of each method."""
-    return _plot(runs, "step", {_line(run): 1.0 for run in runs})
+def plots(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return the plots by name: perplexity by step and by second for the recipe's steps, and by learning rate.
+
+    They show the device with the most runs.
+    """
+    devices = [run["device"] for run in record["runs"]]
+    runs = [run for run in record["runs"] if run["device"] == max(devices, key=devices.count)]
+    at_rate = [run for run in runs if run["learning_rate"] == RATE and not run["equal_time"]]
+    timed = [run for run in at_rate if run.get("seconds_per_step")]
+    titled = "Perplexity of the teacher's held-out answers by "
+    rates: dict[str, list[tuple[float, float]]] = {}
+    for (method, rate, equal_time), same in grouped(runs).items():
+        if not equal_time:
+            mean = statistics.mean(run["after"]["perplexity"] for run in same)
+            rates.setdefault(NAMES[method], []).append((1e5 * rate, mean))
+    return {
+        "steps": line_plot(f"{titled}step", _curves(at_rate, lambda run: 1.0), "step"),
+        "seconds": line_plot(f"{titled}second", _curves(timed, lambda run: run["seconds_per_step"]), "seconds"),
+        "rates": line_plot(
+            f"{titled}learning rate",
+            {name: sorted(points) for name, points in rates.items() if len(points) > 1},
+            "learning rate / 1e-5",
+        ),
+    }
 
 
-def plot_over_seconds(runs: Sequence[dict[str, Any]]) -> str:
-    """Return the same plot by seconds of CPU time, of the methods whose time was measured."""
-    seconds = {_line(run): run["cpu_seconds_per_step"] for run in runs if run.get("cpu_seconds_per_step")}
-    return _plot([run for run in runs if _line(run) in seconds], "seconds of CPU time", seconds)
-
-
-def _plot(runs: Sequence[dict[str, Any]], x_label: str, scales: Mapping[str, float]) -> str:
+def _curves(runs: Sequence[Run], scale: Callable[[Run], float]) -> dict[str, list[tuple[float, float]]]:
+    """Return the points of each method, the means over seeds at the steps that all its runs were evaluated at."""
     lines: dict[str, list[tuple[float, float]]] = {}
-    for name in dict.fromkeys(map(_line, runs)):
-        curves = [run["evaluations"] for run in runs if _line(run) == name]
+    for (method, *_), same in grouped(runs).items():
         by_step: dict[int, list[float]] = {}
-        for point in (point for curve in curves for point in curve):
+        for point in (point for run in same for point in run["evaluations"]):
             by_step.setdefault(point["step"], []).append(point["perplexity"])
-        common = [(step, values) for step, values in sorted(by_step.items()) if len(values) == len(curves)]
-        lines[name] = [(step * scales[name], sum(values) / len(values)) for step, values in common]
-    return line_plot(f"Perplexity of the teacher's held-out answers by {x_label}", lines, x_label)
+        unit = statistics.mean(map(scale, same))
+        lines[NAMES[method]] = [
+            (step * unit, statistics.mean(values))
+            for step, values in sorted(by_step.items())
+            if len(values) == len(same)
+        ]
+    return lines
 
 
-def _line(run: Mapping[str, Any]) -> str:
-    """Return the name of a run's line; runs that differ in the seed alone share it."""
-    rate = "" if run["learning_rate"] == 2e-4 else f", {run['learning_rate']:g}"
-    return NAMES[run["method"]] + rate + ("" if run["steps"] == 24 else f", {run['steps']} steps")
+def _mean_and_range(values: Sequence[float], form: str) -> str:
+    """Return the mean and, of several values, in brackets the lowest and the highest one."""
+    if not values:
+        return ""
+    mean = format(statistics.mean(values), form)
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
-def _figures(metrics: Mapping[str, float]) -> list[str]:
-    return [f"{metrics[name]:.3f}" for name in METRICS]
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = min(values), max(values)
+    return format(low, form) if low == high else f"{low:{form}} to {high:{form}}"
