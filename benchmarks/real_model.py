@@ -105,6 +105,7 @@ def main() -> int:
     if not options.page_only:
         options.work.mkdir(parents=True, exist_ok=True)
         prepare(options.work / TEACHER, options.work)
+        torch.set_num_threads(1)  # the trials need the other cores
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         pool = TrialPool(options.parallel, options.minutes)
         own = OwnAnswers(options.work / "own", options.work / TEACHER, options.work / "heldout.jsonl", LONGEST_ANSWER)
