@@ -1,13 +1,17 @@
-"""The demo with a real model: its instructions, what it says without a network, and a run with a tiny model."""
+"""The demo with a real model and its benchmark: instructions, messages, the page, and runs with a tiny model."""
 
+import argparse
 import gc
 import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.real_model import METHODS, Trial, run_trial
-from benchmarks.real_model_page import NAMES, gradient_table, plot_over_seconds, plot_over_steps, table
+from benchmarks.real_model import Bench, Trial, planned_trials, run_trials, write_results
+from benchmarks.real_model_answers import OwnAnswers
+from benchmarks.real_model_methods import EQUAL_TIME, LATER, METHODS, NAMES, SWEPT
+from benchmarks.real_model_page import gradient_table, plots, table, tables
+from benchmarks.trial_pool import TrialPool
 from examples.demo.run import run_demo as run_example
 from examples.real_model import pipeline
 from examples.real_model.instructions import NUM_HELD_OUT, all_instructions, write_instructions
@@ -43,15 +47,44 @@ def test_without_a_network_the_demo_says_what_to_do(tmp_path, monkeypatch):
         download(tmp_path)
 
 
-def test_the_table_and_the_plots_of_the_page_are_those_of_the_measured_runs():
+def test_the_tables_and_the_plots_of_the_page_are_those_of_the_measured_runs():
     results = ROOT / "docs" / "results"
-    runs = json.loads((results / "real_model.json").read_text())["runs"]
-    assert "\n".join(table(runs)) in (ROOT / "docs" / "real_model.md").read_text()
-    assert plot_over_steps(runs) == (results / "real_model-steps.svg").read_text()
-    assert plot_over_seconds(runs) == (results / "real_model-seconds.svg").read_text()
-    assert set(NAMES) == set(METHODS)
+    record = json.loads((results / "real_model.json").read_text())
+    page = (ROOT / "docs" / "real_model.md").read_text()
+    for lines in "\n".join(tables(record)).split("\n\n"):
+        assert lines in page
+    for name, plot in plots(record).items():
+        assert plot == (results / f"real_model-{name}.svg").read_text()
+    assert set(NAMES) == set(METHODS) >= {*SWEPT, *EQUAL_TIME, *LATER}
     analysis = json.loads((results / "real_model_analysis.json").read_text())
-    assert "\n".join(gradient_table(analysis)) in (ROOT / "docs" / "real_model.md").read_text()
+    assert "\n".join(gradient_table(analysis)) in page
+
+
+def test_trials_run_in_the_order_of_what_they_tell():
+    options = argparse.Namespace(
+        seeds=[0, 1], methods=["both", "full_kl", "skew_kl"], learning_rates=[2e-4, 4e-4], equal_time=True
+    )
+    assert [trial.name for trial in planned_trials(options)] == [
+        *("both-0", "full_kl-0", "both-1", "full_kl-1"),
+        *("both-0-lr0.0004", "full_kl-0-lr0.0004"),
+        *("full_kl-0-time", "full_kl-1-time"),
+        *("skew_kl-0", "skew_kl-1"),
+        *("both-1-lr0.0004", "full_kl-1-lr0.0004"),
+    ]
+
+
+def test_trials_of_another_device_stay_in_the_results(tmp_path):
+    (tmp_path / "real_model.json").write_text(
+        json.dumps({"devices": {"GPU": {}}, "runs": [{"device": "GPU", "seed": 5}]}), encoding="utf-8"
+    )
+    (tmp_path / "both-0.json").write_text(
+        json.dumps({"method": "both", "learning_rate": 2e-4, "equal_time": False, "seed": 0}), encoding="utf-8"
+    )
+    own = OwnAnswers(tmp_path / "own", tmp_path, tmp_path, 1)
+    write_results(Bench(tmp_path, tmp_path, "CPU", [], TrialPool(1, None), own))
+    record = json.loads((tmp_path / "real_model.json").read_text())
+    assert [(run["device"], run["seed"]) for run in record["runs"]] == [("GPU", 5), ("CPU", 0)]
+    assert list(record["devices"]) == ["GPU", "CPU"]
 
 
 def test_the_demo_runs_with_the_garbage_collector(monkeypatch):
@@ -72,11 +105,18 @@ def test_the_demo_prunes_distils_and_compares(tmp_path):
     assert outcome.code == 0, outcome.stderr
     assert "3 of 7 blocks" in outcome.stdout and "gap to the teacher's perplexity" in outcome.stdout
     assert (tmp_path / "both-0" / "hf" / "config.json").exists()
-    # A trial of the benchmark, on the demo's models.
-    (tmp_path / "both-0" / pipeline.TEACHER).symlink_to(teacher)
-    figures = run_trial(tmp_path / "both-0", Trial("hidden_off_policy", 0, steps=1))
-    assert figures["after"]["perplexity"] != figures["before"]["perplexity"]
-    assert [line.split(" | ")[0] for line in table([figures])[2:]] == [
+    # Trials of the benchmark, two at a time, on the demo's models.
+    work = tmp_path / "both-0"
+    (work / pipeline.TEACHER).symlink_to(teacher)
+    own = OwnAnswers(work / "own", teacher, work / "heldout.jsonl", 4)
+    bench = Bench(work, tmp_path, "CPU", ["rollout.max_new_tokens=4"], TrialPool(2, None), own)
+    assert run_trials(bench, [Trial("hidden_off_policy", 0, steps=1), Trial("both", 0, steps=1)]) == 0
+    record = json.loads((tmp_path / "real_model.json").read_text())
+    for trial in record["runs"]:
+        assert trial["after"]["perplexity"] != trial["before"]["perplexity"]
+        assert trial["own_answers"]["reverse_kl"] > 0
+    assert [line.split(" | ")[0] for line in table(record["runs"])[2:]] == [
         "| nothing: the pruned model",
+        f"| {NAMES['both']}",
         f"| {NAMES['hidden_off_policy']}",
     ]
