@@ -107,11 +107,14 @@ def print_results(folder: Path, teacher_answers: Path, seconds: float) -> None:
 
 
 def print_answers(folder: Path, teacher_answers: Path, last_step: int) -> None:
-    """Print the answers to the first held-out prompts: by the teacher, and by the student before and after."""
+    """Print the answers to the first held-out prompts: by the teacher, and by the student before and after.
+
+    With `evaluation.samples=0` the student has given none, and nothing is printed.
+    """
     teacher = {line["prompt"]: line for path in teacher_answers.glob("*.jsonl") for line in read_jsonl(path)}
     before, after = (read_jsonl(folder / "evaluations" / f"step_{step:07d}.jsonl") for step in (0, last_step))
     questions = [line["prompt"] for line in read_jsonl(folder / "heldout.jsonl")]
-    for number in range(NUM_SHOWN):
+    for number in range(min(NUM_SHOWN, len(before), len(after))):
         print(f"\n{questions[number]}")
         answers = {"before": before[number], "after": after[number], "teacher": teacher[before[number]["prompt"]]}
         for name, answer in answers.items():

@@ -94,6 +94,15 @@ def test_the_demo_runs_with_the_garbage_collector(monkeypatch):
     assert collects == [True]
 
 
+def test_without_answers_of_the_student_the_demo_prints_none(tmp_path, capsys):
+    (tmp_path / "evaluations").mkdir()
+    write_instructions(tmp_path)
+    for step in (0, 2):
+        (tmp_path / "evaluations" / f"step_{step:07d}.jsonl").touch()
+    pipeline.print_answers(tmp_path, tmp_path / "teacher_answers", 2)
+    assert capsys.readouterr().out.strip() == ""
+
+
 @pytest.mark.nightly
 def test_the_demo_prunes_distils_and_compares(tmp_path):
     sizes = {"num_hidden_layers": 7, "vocab_size": 259, "eos_token_id": 258, "max_position_embeddings": 512}
