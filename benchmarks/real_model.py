@@ -78,7 +78,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all trials of a call of this benchmark share."""
+    """The settings that all trials of a call of this benchmark share."""
 
     work: Path
     output: Path
