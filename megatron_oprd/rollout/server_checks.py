@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from megatron_oprd.hf.names import QWEN3_NEXT
 from megatron_oprd.rollout.server_answers import excluded_ids
 from megatron_oprd.rollout.server_client import GenerateRequest, RequestRefused, ServerClient, ServerError
 from megatron_oprd.types import LongRope, ModelSpec, UserError, YarnScaling
@@ -18,8 +19,11 @@ def check_student(spec: ModelSpec, vocab_size: int, longest_row: int) -> None:
         vocab_size: only token ids below it may be sampled.
         longest_row: most tokens of a prompt and its answer.
     """
-    if spec.linear_layers:
-        raise UserError(f"rollout.engine=vllm has not been tried with {spec.architecture}; use rollout.engine=replay")
+    if spec.linear_layers and spec.architecture != QWEN3_NEXT:
+        raise UserError(
+            f"rollout.engine=vllm does not support {spec.architecture}: vLLM needs torchvision for Qwen3.5, for text "
+            "too, and has not been tried with it; use rollout.engine=megatron"
+        )
     excluded_ids(spec, vocab_size)
     scaling = spec.rope_scaling
     if isinstance(scaling, LongRope) and longest_row > scaling.original_positions:

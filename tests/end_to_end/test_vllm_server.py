@@ -71,10 +71,10 @@ def make_folders(model, folder, count):
     return [save(random_hf_model(family, seed, **settings), folder / f"weights{seed}") for seed in range(count)]
 
 
-def server_settings(folder, model, **changes):
+def server_settings(folder, model, dtype="float32", **changes):
     """Return the settings of a server for the model of a Hugging Face folder."""
     write_model_folder(folder / "model", read_model_spec(model))
-    settings = ServerSettings(PYTHON, folder / "model", folder / "server.log", "float32", MODEL_LEN)
+    settings = ServerSettings(PYTHON, folder / "model", folder / "server.log", dtype, MODEL_LEN)
     environment = {"OMP_NUM_THREADS": "1", **changes.pop("environment", {})}
     return dataclasses.replace(settings, environment=environment, **changes)
 
@@ -107,12 +107,12 @@ def server_answers(client, prompts):
         return list(threads.map(client.generate, requests))
 
 
-def open_stage(folder, layout):
+def open_stage(folder, layout, dtype=torch.float32):
     device = torch.device("cpu")
     start_process(device)
     topology = build_topology(ParallelConfig(**layout), device, seed=0)
     spec = dataclasses.replace(read_model_spec(folder), eos_token_ids=EOS)
-    return build_model(spec, topology, torch.float32), spec, topology
+    return build_model(spec, topology, dtype), spec, topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +183,36 @@ def test_every_layout_makes_the_server_answer_like_the_embedded_engine(model, sh
         assert comparison.equal == comparison.answers, case
         assert comparison.difference < 1e-4, case
         assert comparison.metrics["sync/canary_difference"] < 1e-4, case
+
+
+def follow_hybrid_updates(rank, address, folders, layout, work):
+    """Compare before the first push and after pushes of all weights. The student computes in bfloat16."""
+    stage, spec, topology = open_stage(folders[0], layout, torch.bfloat16)
+    client = ServerClient(address)
+    sync = WeightSync(stage, spec, topology, [client], settings_for("file", work, "hybrid"))
+    load_weights(stage, folders[0], spec, topology)
+    results = [compare(stage, spec, topology, client, {})]
+    for version, folder in enumerate(folders):
+        load_weights(stage, folder, spec, topology)
+        results.append(compare(stage, spec, topology, client, sync.push(version)))
+    return results
+
+
+def test_a_server_follows_the_updates_of_a_model_with_gated_deltanet(tmp_path, shared_memory):
+    """vLLM's kernels of Gated DeltaNet on a CPU take heads of 128 dimensions in bfloat16."""
+    sizes = {**SIZES, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    folders = [save(random_hf_model("Qwen3Next", seed, **sizes), tmp_path / f"weights{seed}") for seed in range(2)]
+    server = ManagedServer(server_settings(tmp_path, folders[0], "bfloat16"))
+    try:
+        layout = {"tensor": 2, "expert": 2}
+        results = run_distributed(2, follow_hybrid_updates, server.start(), folders, layout, shared_memory)[0]
+    finally:
+        server.stop()
+    before, *after = results
+    assert before.difference > 0.5, "a server without the student's weights answers differently"
+    for comparison in after:
+        assert comparison.difference < 0.05 and comparison.equal >= comparison.answers / 2, comparison
+        assert comparison.metrics["sync/canary_difference"] < 0.02
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from megatron_oprd.rollout import server_process
 from megatron_oprd.rollout.server_process import PLUGIN_VERSION, ManagedServer, ServerSettings, check_environment
 from megatron_oprd.rollout.server_supervisor import session_processes
 from megatron_oprd.testing.models import random_hf_model, save
-from megatron_oprd.types import UserError
+from megatron_oprd.types import DeltaNet, UserError
 
 ROOT = Path(__file__).parents[2]
 # Stands in for vLLM: a process with a child that ignores SIGTERM, as an engine core that hangs does.
@@ -148,6 +148,18 @@ def test_a_head_without_a_kernel_on_the_cpu_is_refused(tmp_path):
     with pytest.raises(UserError, match="no attention for heads of 24 dimensions, only for 32, 64"):
         server.check_model(spec)
     server.check_model(dataclasses.replace(spec, head_dim=32))
+
+
+def test_gated_deltanet_without_a_kernel_on_the_cpu_is_refused(tmp_path):
+    settings = make_settings(tmp_path)
+    model = random_hf_model("Qwen3Next", num_hidden_layers=1, head_dim=32)
+    spec = dataclasses.replace(read_model_spec(save(model, tmp_path / "hf")), delta_net=DeltaNet(2, 4, 128, 128, 4))
+    with pytest.raises(UserError, match=r"in bfloat16 only; use precision.dtype=bf16"):
+        ManagedServer(dataclasses.replace(settings, dtype="float32")).check_model(spec)
+    server = ManagedServer(dataclasses.replace(settings, dtype="bfloat16"))
+    server.check_model(spec)
+    with pytest.raises(UserError, match="for keys of 32 and values of 128 dimensions, only for 128"):
+        server.check_model(dataclasses.replace(spec, delta_net=DeltaNet(2, 4, 32, 128, 4)))
 
 
 def test_a_python_that_does_not_exist_is_refused(tmp_path):

@@ -18,6 +18,13 @@ SPEC = ModelSpec(
 LONG_ROPE = dataclasses.replace(SPEC, rope_scaling=LongRope((1.0,), (2.0,), 1000, 1.0))
 
 
+def test_hybrid_models_that_have_not_been_tried_are_refused_by_name():
+    hybrid = dataclasses.replace(SPEC, architecture="Qwen3_5MoeForCausalLM", linear_layers=(0,))
+    with pytest.raises(UserError, match=r"does not support Qwen3_5MoeForCausalLM: .* use rollout.engine=megatron"):
+        check_student(hybrid, 131, 100)
+    check_student(dataclasses.replace(hybrid, architecture="Qwen3NextForCausalLM"), 131, 100)
+
+
 def refusal(server, spec=SPEC, longest_row=4096):
     with pytest.raises(UserError) as caught:
         check_server(ServerClient(server.address), spec, longest_row)
