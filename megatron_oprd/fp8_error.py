@@ -63,8 +63,9 @@ def measuring_config(config: Config) -> Config:
 
     Raises UserError if no teacher runs in FP8 or no hidden states are compared.
     """
-    if config.precision.teacher_fp8 == "off":
-        raise UserError("precision.teacher_fp8=off: there is nothing to measure; set it to compute or weights")
+    value = config.precision.teacher_fp8
+    if value in ("auto", "off"):
+        raise UserError(f"precision.teacher_fp8={value}: there is nothing to measure; set it to compute or weights")
     if not config.loss.reads_layers:
         raise UserError("loss.representation.weight=0 compares no hidden states; there is no error of them to measure")
     changes = {

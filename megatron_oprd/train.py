@@ -29,6 +29,7 @@ from megatron_oprd.launch.earlier_run import check_run_folder
 from megatron_oprd.launch.inputs import read_inputs
 from megatron_oprd.launch.run_folder import open_run_folder
 from megatron_oprd.launch.step_data import align, make_global_batch
+from megatron_oprd.launch.teacher_precision import choose_teacher_precision
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.planning.automatic import settle
 from megatron_oprd.report.write import write_report
@@ -84,6 +85,7 @@ def fit(run: Run) -> tuple[TrainState, Stop | None]:
 
     while state.step < last_step() and signal is None:
         state, metrics, rollouts = one_step(run, state)
+        state = choose_teacher_precision(run, state, metrics, rollouts)
         saver.after_step()
         state = observers.after_step(state, metrics, rollouts)
         signal = received_by_any(run.topology, state.step)

@@ -174,6 +174,8 @@ class Saving:
             values["best"] = dataclasses.asdict(state.best)
         if state.squares.steps:
             values["layer_squares"] = state.squares.to_dict()
+        if state.teacher_in_fp8 is not None:
+            values["teacher_in_fp8"] = state.teacher_in_fp8
         if state.pending is not None:
             values["pending"] = dataclasses.asdict(write_pending(self.partial, state.pending, rollouts))
         write_json(self.partial / "state.json", values)

@@ -38,6 +38,7 @@ class StateFile:
     best: BestEvaluation | None = None
     layer_squares: LayerSquares | None = None
     pending: PendingEntry | None = None
+    teacher_in_fp8: bool | None = None
 
     def find_problem(self, name: str) -> str | None:
         """Return which values the checkpoint with this folder name cannot have, or None."""

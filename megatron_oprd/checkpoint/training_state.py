@@ -102,6 +102,7 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
     student, topology = content.student, content.topology
     saved = read_state_file(checkpoint)
     state = TrainState(saved.step, PromptState.from_dict(dataclasses.asdict(saved.prompts)), best=saved.best)
+    state = dataclasses.replace(state, teacher_in_fp8=saved.teacher_in_fp8)
     if saved.layer_squares is not None:
         state = dataclasses.replace(state, squares=saved.layer_squares)
     if saved.pending is not None:

@@ -153,8 +153,16 @@ class PrecisionConfig(Section):
     )
     fp8: Literal["hybrid", "e4m3"] | None = Field(None, description="FP8 format of the student; null: no FP8")
     recipe: Literal["tensorwise", "blockwise", "delayed", "mxfp8"] = Field("tensorwise", description="FP8 scaling")
-    teacher_fp8: Literal["off", "compute", "weights"] = Field(
-        "off", description="FP8 of the teacher: none, in its matrix products, or in its stored weights only"
+    teacher_fp8: Literal["auto", "off", "compute", "weights"] = Field(
+        "auto",
+        description="FP8 of the teacher: none, in its matrix products, or in its stored weights only; auto: weights "
+        "from step 2 on if teacher_fp8_share allows it, with compute capability 9.0 and Transformer Engine, else off",
+    )
+    teacher_fp8_share: float = Field(
+        0.01,
+        gt=0.0,
+        le=1.0,
+        description="auto chooses FP8 if the error of the teacher's states is at most this share of the first rep/mse",
     )
     keep_bf16: KeepBf16Config = KeepBf16Config()
     pad_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
@@ -168,6 +176,11 @@ class PrecisionConfig(Section):
     @classmethod
     def _accept_names_of_torch(cls, value: Any) -> Any:
         return _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+
+    @property
+    def first_teacher_fp8(self) -> Literal["off", "compute", "weights"]:
+        """Return `teacher_fp8` of the first step, in which `auto` is off."""
+        return "off" if self.teacher_fp8 == "auto" else self.teacher_fp8
 
     @field_validator("teacher_fp8", mode="before")
     @classmethod

@@ -102,7 +102,7 @@ class Config(Section):
                     self.teachers_in_memory == "one"
                 ),
                 f"precision.teacher_fp8={self.precision.teacher_fp8}, because FP8 copies of weights are made once; "
-                "use off": self.precision.teacher_fp8 != "off",
+                "use off": self.precision.first_teacher_fp8 != "off",
                 "loss.representation.bridge, which is fitted to a frozen teacher; use null": (
                     self.loss.representation.bridge is not None
                 ),

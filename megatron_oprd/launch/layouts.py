@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
@@ -240,11 +241,32 @@ def check_precision(
     layout = ModelLayout(parallel, student_stages, "student", "parallel")
     check_dimensions(precision.student, recipe, student, layout)
     check_head_exchange(precision.student, student, layout)
+    _check_teachers(config, precision, teachers)
+
+
+def _check_teachers(config: Config, precision: Precision, teachers: Mapping[str, PlannedTeacher]) -> None:
+    recipe, parallel = config.precision.recipe, config.parallel
     for name, teacher in teachers.items():
         key = f"{teacher_section(name)}.parallel" if teacher.layout else "parallel"
         layout = ModelLayout(teacher.layout or parallel, teacher.plan.teacher_stages, teacher_title(name), key)
         check_dimensions(precision.teacher, recipe, teacher.spec, layout)
         check_head_exchange(precision.teacher, teacher.spec, layout)
+
+
+def supports_fp8_candidate(config: Config, precision: Precision, teachers: Mapping[str, PlannedTeacher]) -> bool:
+    """Return True if the error of the teachers in FP8 can be measured in step 1, and their sizes support FP8.
+
+    A teacher that follows the student has other weights after each update, which FP8 would round.
+    """
+    follows = any(teacher.config.follows_student for teacher in teachers.values())
+    if precision.fp8_candidate is None or follows or not config.loss.at(0).reads_layers:
+        return False
+    candidate = dataclasses.replace(precision, teacher=precision.fp8_candidate)
+    try:
+        _check_teachers(config, candidate, teachers)
+    except UserError:
+        return False
+    return True
 
 
 def check_experts(expert: int, specs: Sequence[ModelSpec], key: str = "parallel") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
+from megatron_oprd.models.precision import ModelPrecision
 from megatron_oprd.models.projection import student_maps, teacher_maps
 from megatron_oprd.models.scaled_linear import quantize_weights
 from megatron_oprd.models.state_map import StateMap, make_maps
@@ -23,7 +24,7 @@ from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology, build_topology, collective_timeout, start_process
 from megatron_oprd.runtime import platform, start_profile
 from megatron_oprd.training.student import Student, build_student
-from megatron_oprd.training.teacher import Base, Teacher, build_frozen
+from megatron_oprd.training.teacher import Base, FrozenModel, Teacher, build_frozen
 from megatron_oprd.training.teacher_average import TeacherAverage
 from megatron_oprd.types import LayerPair, ModelSpec, PairBridge
 
@@ -155,8 +156,8 @@ def build_teacher(
     """
     config, precision = inputs.config, inputs.setup.precision.teacher
 
-    def loader(folder: str) -> Callable[[], Stage]:
-        def load() -> Stage:
+    def loader(folder: str) -> FrozenModel:
+        def load(precision: ModelPrecision) -> Stage:
             stage = build_frozen(teacher, topology, DTYPES[config.precision.dtype], precision)
             with topology.active():
                 weights.fill(stage, folder, teacher.spec, topology)
@@ -165,8 +166,7 @@ def build_teacher(
             stage.eval().requires_grad_(False)
             return stage
 
-        loaded = load() if config.teachers_in_memory == "all" else None
-        return load if loaded is None else lambda: loaded
+        return FrozenModel(load, precision, stays=config.teachers_in_memory == "all")
 
     base = teacher.config.base if teacher.config.extrapolates else None
     return Teacher(

@@ -16,6 +16,7 @@ from megatron_oprd.launch.assemble import Run
 from megatron_oprd.launch.earlier_run import find_changes, in_words
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.run_summary import run_summary
+from megatron_oprd.launch.teacher_precision import restore_teacher_precision
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import start_profile
@@ -36,6 +37,7 @@ def open_run_folder(run: Run) -> TrainState:
     state = TrainState() if checkpoint is None else load_checkpoint(checkpoint, run.checkpoint_content)
     if state.best is not None and state.best.metric != run.inputs.config.evaluation.best:
         state = dataclasses.replace(state, best=None)  # the best by another metric
+    restore_teacher_precision(run, state)
     on_rank_zero(lambda: record_configuration(run.inputs, state.step + 1))
     on_rank_zero(lambda: describe(run))
     if checkpoint is not None and run.topology.rank == 0:

@@ -21,6 +21,7 @@ from megatron_oprd.launch.layouts import (
     plan_student,
     plan_teacher,
     planned_world,
+    supports_fp8_candidate,
 )
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.precision import Precision, plan_precision
@@ -100,6 +101,8 @@ def read_setup(
     planned = {name: plan_teacher(config, student, spec, name, world_size) for name, spec in specs.items()}
     stages = next((teacher.plan.student_stages for teacher in planned.values()), None) or plan_student(config, student)
     check_precision(config, precision, student, stages, planned)
+    if precision.fp8_candidate is not None and not (trains and supports_fp8_candidate(config, precision, planned)):
+        precision, _ = _plan_precision(without_teacher_fp8(config), trains=trains, dry_run=dry_run)
     return Setup(student, stages, planned, precision, world_size, planned_device)
 
 
@@ -160,7 +163,7 @@ def with_dtype(config: Config) -> Config:
         return config
     needs_bf16 = (
         precision.fp8 is not None
-        or precision.teacher_fp8 != "off"
+        or precision.first_teacher_fp8 != "off"
         or precision.attention == "te"
         or config.optimizer.precision_aware
         or config.optimizer.cpu_offload > 0
@@ -168,6 +171,11 @@ def with_dtype(config: Config) -> Config:
     on_cpu = platform.choose_device(config.train.device).type == "cpu"
     dtype = "fp32" if on_cpu and not needs_bf16 else "bf16"
     return config.model_copy(update={"precision": precision.model_copy(update={"dtype": dtype})})
+
+
+def without_teacher_fp8(config: Config) -> Config:
+    """Return the configuration without FP8 of the teacher."""
+    return config.model_copy(update={"precision": config.precision.model_copy(update={"teacher_fp8": "off"})})
 
 
 def without_automatic(config: Config, tokens: int = DEFAULT_TOKENS) -> Config:

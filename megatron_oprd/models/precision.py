@@ -6,7 +6,7 @@ Megatron-Core silently ignores settings that it cannot follow. They are refused 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_oprd.config import ParallelConfig, PrecisionConfig
@@ -44,6 +44,7 @@ class Precision:
     student: ModelPrecision = PLAIN
     teacher: ModelPrecision = PLAIN  # of all teachers
     pad_tokens: int = 1  # the tokens of a rank in a micro-batch are padded to a multiple of this number
+    fp8_candidate: ModelPrecision | None = None  # that `teacher_fp8: auto` may choose for all teachers after step 1
 
     @property
     def exact_teacher(self) -> ModelPrecision:
@@ -68,6 +69,8 @@ def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: M
     Raises:
         UserError: The machine or Megatron-Core does not support a setting (table in docs/precision_table.md).
     """
+    if config.teacher_fp8 == "auto":
+        return _plan_automatic(config, parallel, machine)
     te = _takes_transformer_engine(config, machine)
     if not te and parallel.cp_comm_type in ("p2p", "a2a"):
         raise UserError(
@@ -104,6 +107,19 @@ def plan_precision(config: PrecisionConfig, parallel: ParallelConfig, machine: M
         ModelPrecision(te, scaled, (first, last) if teacher_in_fp8 else (0, 0), plain | teacher_fp8),
         _pad_tokens(config, in_te=bool(student_fp8 or teacher_fp8)),
     )
+
+
+def _plan_automatic(config: PrecisionConfig, parallel: ParallelConfig, machine: Machine) -> Precision:
+    """Return the precision without FP8 of the teacher, and the FP8 weights that the machine supports, if any."""
+    off, weights = (config.model_copy(update={"teacher_fp8": value}) for value in ("off", "weights"))
+    precision = plan_precision(off, parallel, machine)
+    if not precision.teacher.transformer_engine or machine.capability is None or machine.capability < (9, 0):
+        return precision
+    try:
+        in_fp8 = plan_precision(weights, parallel, machine)
+    except UserError:
+        return precision
+    return replace(precision, pad_tokens=in_fp8.pad_tokens, fp8_candidate=in_fp8.teacher)
 
 
 @dataclass(frozen=True)

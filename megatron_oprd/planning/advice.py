@@ -114,7 +114,7 @@ def _further(inputs: Inputs, memory: MemoryPlan) -> Iterator[Settings]:
             smaller = min(config.batch.max_tokens_per_micro_batch, longest)
             yield {"rollout.max_new_tokens": tokens, TOKENS: smaller}
         return
-    if config.precision.teacher_fp8 == "off" and config.precision.dtype == "bf16":
+    if config.precision.first_teacher_fp8 == "off" and config.precision.dtype == "bf16":
         yield {"precision.teacher_fp8": "weights"}
     world = inputs.setup.world_size
     for tensor in (2, 4, 8):

@@ -53,7 +53,7 @@ def linear_bytes(config: Config, *, teacher: bool) -> int:
     size = BYTES[config.precision.dtype]
     if not teacher:
         return size + (2 if config.precision.fp8 else 0)
-    return {"off": size, "compute": size + 1, "weights": 1}[config.precision.teacher_fp8]
+    return {"off": size, "compute": size + 1, "weights": 1}[config.precision.first_teacher_fp8]
 
 
 def may_be_fp8(name: str, config: Config, depth: int) -> bool:

@@ -116,7 +116,7 @@ def _teacher_pass(run: PlannedRun, teacher: PlannedTeacher, rollouts: int, links
     flops = len(teacher.folders) * forward_flops(teacher.spec, layers, sequences)
     size = BYTES[config.precision.dtype]
     traffic = forward_traffic(teacher.spec, layout, layers, sum(sequences) / replicas, size)
-    rate = links.hardware.flops_rate(teacher.spec, in_fp8=config.precision.teacher_fp8 != "off")
+    rate = links.hardware.flops_rate(teacher.spec, in_fp8=config.precision.first_teacher_fp8 != "off")
     idle = bubble(layout, _micro_batches(run, layout, rollouts))
     moved = len(teacher.folders) * moved_bytes(teacher.spec, layers, sum(sequences), MOVED_FORWARD)
     seconds = (flops / rate + moved / links.hardware.memory_rate()) / run.setup.world_size * (1 + idle)

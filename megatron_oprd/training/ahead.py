@@ -9,7 +9,7 @@ weights that train on them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -58,7 +58,7 @@ class RolloutSource:
                 metrics = self.engine.sync_weights(state.step)
             following = self._submit(state.step + 1, pending.prompts, version=state.step)
         metrics = {**metrics, "rollout/staleness": state.step - pending.version}
-        return rollouts, metrics, TrainState(state.step + 1, pending.prompts, following, state.best, state.squares)
+        return rollouts, metrics, replace(state, step=state.step + 1, prompts=pending.prompts, pending=following)
 
     def _wait_for_all_replicas(self) -> None:
         """Return when every replica has its rollouts: replicas share servers, whose weights are replaced next."""

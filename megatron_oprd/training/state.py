@@ -93,6 +93,9 @@ class TrainState:
     # Of the teacher's layers so far (loss.representation.layer_weights=inverse_square)
     squares: LayerSquares = field(default_factory=LayerSquares)
 
+    # Chosen by precision.teacher_fp8=auto after the first step; None: nothing was chosen
+    teacher_in_fp8: bool | None = None
+
     def after_update(self, report: StepReport) -> TrainState:
         """Return the state with what the last update measured."""
         return replace(self, squares=self.squares.after(report.layer_squares))

@@ -15,6 +15,27 @@ from megatron_oprd.models.projection import TeacherMap
 from megatron_oprd.parallel.topology import Topology
 
 
+class FrozenModel:
+    """This rank's chunks of a frozen model, whose precision may change between two passes."""
+
+    def __init__(self, build: Callable[[ModelPrecision], Stage], precision: ModelPrecision, *, stays: bool) -> None:
+        """Build the model now if it stays in memory, otherwise anew for each pass. Collective over the world."""
+        self._build, self._precision, self._stays = build, precision, stays
+        self._stage = build(precision) if stays else None
+
+    def __call__(self) -> Stage:
+        """Return the chunks with their weights. Collective over the world if they have to be built."""
+        if not self._stays:
+            return self._build(self._precision)
+        if self._stage is None:
+            self._stage = self._build(self._precision)
+        return self._stage
+
+    def switch(self, precision: ModelPrecision) -> None:
+        """Build the model in another precision when it is called next. Its memory is free until then."""
+        self._stage, self._precision = None, precision
+
+
 @dataclass(frozen=True)
 class Base:
     """The frozen model that the teacher was trained from, built like the teacher."""
@@ -64,6 +85,13 @@ class Teacher:
         schedule has no place for them.
         """
         return self.targets_are_local(student_topology) and self.topology.pipeline_size == 1
+
+
+def switch_precision(teacher: Teacher, precision: ModelPrecision) -> None:
+    """Build a teacher, and the base from which its states are extrapolated, in another precision for the next pass."""
+    for load in (teacher.load, teacher.base.load if teacher.base is not None else None):
+        if isinstance(load, FrozenModel):
+            load.switch(precision)
 
 
 def build_frozen(

@@ -36,5 +36,5 @@ def test_the_demo_learns_from_a_teacher_in_fp8(demo, tmp_path):
 def test_there_is_nothing_to_measure_without_fp8(demo, tmp_path):
     arguments = ("--config", f"{demo.folder}/config.yaml", f"train.run_dir={tmp_path / 'run'}")
     outcome = run(tmp_path, "fp8_error", *arguments)
-    assert outcome.code == 2 and outcome.stderr.startswith("error: precision.teacher_fp8=off: there is nothing to")
+    assert outcome.code == 2 and outcome.stderr.startswith("error: precision.teacher_fp8=auto: there is nothing to")
     assert not (tmp_path / "run").exists()

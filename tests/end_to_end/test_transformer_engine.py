@@ -115,3 +115,12 @@ def test_fp8_weights_are_the_same_from_either_kind_of_folder(runs):
         arguments, folder / "other", *IN_FP8, f"teacher.path={folder / 'megatron-teacher'}", "train.steps=1"
     )
     assert first == metrics[:1]
+
+
+@pytest.mark.nightly  # a run with our own FP8 weights in place of the stand-in's: tests/distributed/test_fp8_teacher.py
+def test_automatic_fp8_of_the_teacher_begins_after_step_1(runs):
+    folder, arguments, _ = runs
+    _, printed = train(arguments, folder / "auto", "precision.teacher_fp8_share=1.0")
+    assert "FP8 weights from step 2 on" in printed
+    state = json.loads((folder / "auto" / "checkpoints" / "step_0000001" / "state.json").read_text())
+    assert state["teacher_in_fp8"] is True

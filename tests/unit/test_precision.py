@@ -36,7 +36,7 @@ TABLE = [row for row in ROW.findall(PAGE.read_text()) if row[0] in MACHINES]
 
 
 def precision_of(settings):
-    overrides = [f"precision.{setting}" for setting in ("dtype=bf16", *settings.split())]
+    overrides = [f"precision.{setting}" for setting in ("dtype=bf16", "teacher_fp8=off", *settings.split())]
     required = ("student.path=s", "teacher.path=t", "train.run_dir=r", "rollout.engine=replay", "rollout.path=f")
     return load_config(None, [*required, *overrides]).precision
 
@@ -116,6 +116,19 @@ def test_whatever_is_asked_for_is_done_or_refused():
                 teacher == "weights"
             )
     assert refused > done > 100
+
+
+@pytest.mark.parametrize("name", ["H100", "A100", "CPU", "H100 without TE"])
+def test_automatic_fp8_of_the_teacher_has_a_candidate_on_hopper_and_nothing_else_elsewhere(name):
+    off, weights, automatic = (precision_of(f"teacher_fp8={value}") for value in ("off", "weights", "auto"))
+    machine = MACHINES[name]
+    plain, chosen = (plan_precision(one, ParallelConfig(), machine) for one in (off, automatic))
+    assert dataclasses.replace(chosen, fp8_candidate=None, pad_tokens=1) == plain
+    if name == "H100":
+        assert chosen.fp8_candidate == plan_precision(weights, ParallelConfig(), machine).teacher
+        assert chosen.pad_tokens == 16
+    else:
+        assert chosen == plain
 
 
 def test_a_bare_off_in_yaml_is_off():
