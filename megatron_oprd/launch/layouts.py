@@ -207,11 +207,6 @@ def check_student_layout(
     check_experts(parallel.expert, list(models.values()))
     for model, spec in models.items():
         check_divisible(spec, parallel.tensor, parallel.expert, model=model)
-        if spec.linear_layers and parallel.context > 1:
-            raise UserError(
-                f"parallel.context={parallel.context}: the {model}'s Gated DeltaNet layers pass a state from token to "
-                "token, which is not divided over ranks; use parallel.context=1"
-            )
         check_window(spec, parallel, "parallel", model)
     if student.num_experts and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(

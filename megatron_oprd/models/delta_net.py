@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.delta_rule import ChunkPlan, causal_convolution, gated_delta_rule, plan_chunks
+from megatron_oprd.models.micro_batch import ContextPart
 from megatron_oprd.types import DeltaNet
 
 
@@ -37,7 +41,11 @@ class GatedDeltaNet(MegatronModule):
     tensor-parallel group has consecutive key heads. Under sequence parallelism `in_proj` gathers the tokens and
     `out_proj` divides them again.
 
-    Communicates over: the tensor-parallel group.
+    The state passes from token to token, so a context-parallel rank gathers the inputs of the convolution, decay and
+    beta, computes the rule for complete sequences and keeps the outputs of its own rows. Backward sums the gradients of
+    the gathered rows. Context parallelism therefore divides everything but the rule.
+
+    Communicates over: the tensor-parallel group, and the context-parallel group if there is one.
     """
 
     def __init__(
@@ -90,17 +98,31 @@ class GatedDeltaNet(MegatronModule):
         if batch.chunks is None:
             batch.chunks = plan_chunks(batch.bounds, projected.device)
         if self.training and self.checkpoint_core_attention:
-            chunks = batch.chunks
-            mixed = tensor_parallel.checkpoint(lambda states: self._mix(states, chunks), False, projected)
+            chunks, context = batch.chunks, batch.context
+            mixed = tensor_parallel.checkpoint(lambda states: self._mix(states, chunks, context), False, projected)
         else:
-            mixed = self._mix(projected, batch.chunks)
+            mixed = self._mix(projected, batch.chunks, batch.context)
         return self.out_proj(mixed[:, None])[0], None
 
-    def _mix(self, projected: torch.Tensor, chunks: ChunkPlan) -> torch.Tensor:
+    def _mix(self, projected: torch.Tensor, chunks: ChunkPlan, context: ContextPart | None) -> torch.Tensor:
+        if context is None:
+            return self.mix(
+                projected,
+                lambda inputs, weight: causal_convolution(inputs, weight, chunks),
+                lambda *arguments: gated_delta_rule(*arguments, chunks)[0],
+            )
+
+        def gather(rows: torch.Tensor) -> torch.Tensor:
+            return gather_from_sequence_parallel_region(rows, group=context.group)[context.order]
+
+        def own_outputs(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
+        ) -> torch.Tensor:
+            outputs, _ = gated_delta_rule(query, key, value, gather(decay), gather(beta), chunks)
+            return outputs[context.order.argsort().chunk(context.size)[context.rank]]
+
         return self.mix(
-            projected,
-            lambda inputs, weight: causal_convolution(inputs, weight, chunks),
-            lambda *arguments: gated_delta_rule(*arguments, chunks)[0],
+            projected, lambda inputs, weight: causal_convolution(gather(inputs), weight, chunks), own_outputs
         )
 
     def mix(
@@ -113,8 +135,9 @@ class GatedDeltaNet(MegatronModule):
 
         Args:
             projected: outputs [tokens, n] of `in_proj`.
-            convolve: the convolution of inputs [tokens, channels] with `conv_weight`.
-            rule: the delta rule of query, key, values, decay and beta, as `gated_delta_rule` takes them.
+            convolve: the convolution of inputs [tokens, channels] with `conv_weight`; it may return more rows.
+            rule: the delta rule of query, key, values, decay and beta, as `gated_delta_rule` takes them. The first
+                three have the rows that `convolve` returns; decay, beta and the result have those of `projected`.
         """
         mixed, gate, beta, alpha = self.split(projected)
         mixed = torch.nn.functional.silu(convolve(mixed, self.conv_weight))

@@ -58,6 +58,11 @@ def moved_bytes(spec: ModelSpec, layers: int, tokens: int, per_stored_byte: floa
     return sum(layer < layers for layer in spec.linear_layers) * tokens * per_stored_byte * stored_bytes(spec.delta_net)
 
 
+def gathered_bytes(sizes: DeltaNet, bytes_per_number: int) -> int:
+    """Return the bytes per token of the numbers that context-parallel ranks gather; the decay is float32."""
+    return sizes.num_key_heads * sizes.convolved * bytes_per_number + sizes.num_value_heads * (4 + bytes_per_number)
+
+
 def state_bytes(sizes: DeltaNet) -> int:
     """Return the bytes of the float32 state of one sequence in one layer."""
     return 4 * sizes.num_value_heads * sizes.key_dim * sizes.value_dim

@@ -78,7 +78,9 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
     `tests/unit/test_memory_formulas.py` compares this formula with traced updates.
     """
     hidden = spec.hidden_size / (parallel.tensor if parallel.sequence else 1)
-    total = (20 if spec.zero_centered_norms else 16) * hidden + _mixing_bytes(spec, layer) / parallel.tensor
+    total = (20 if spec.zero_centered_norms else 16) * hidden + _mixing_bytes(
+        spec, layer, parallel.context
+    ) / parallel.tensor
     if layer not in spec.sparse_layers:
         return (total + 6 * spec.ffn_hidden_size / parallel.tensor) * bytes_per_number / 2
     rows = 1 / (parallel.tensor if parallel.sequence else 1)
@@ -88,10 +90,10 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
     return (total + rows * (spec.experts_per_token * per_expert + 9 * spec.num_experts)) * bytes_per_number / 2
 
 
-def _mixing_bytes(spec: ModelSpec, layer: int) -> float:
-    """Return the bytes per token of attention, or of Gated DeltaNet, on all tensor-parallel ranks."""
+def _mixing_bytes(spec: ModelSpec, layer: int, context: int) -> float:
+    """Return the bytes per token of attention, or of Gated DeltaNet for the tokens of all context-parallel ranks."""
     if spec.delta_net is not None and layer in spec.linear_layers:
-        return stored_bytes(spec.delta_net)
+        return context * stored_bytes(spec.delta_net)
     queries, keys = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
     norms = (8 if spec.zero_centered_norms else 6) * (queries + keys) if spec.qk_norm else 0
     return (14 if spec.output_gate else 8) * queries + 6 * keys + norms

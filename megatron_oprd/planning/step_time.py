@@ -118,7 +118,7 @@ def _teacher_pass(run: PlannedRun, teacher: PlannedTeacher, rollouts: int, links
     traffic = forward_traffic(teacher.spec, layout, layers, sum(sequences) / replicas, size)
     rate = links.hardware.flops_rate(teacher.spec, in_fp8=config.precision.first_teacher_fp8 != "off")
     idle = bubble(layout, _micro_batches(run, layout, rollouts))
-    moved = len(teacher.folders) * moved_bytes(teacher.spec, layers, sum(sequences), MOVED_FORWARD)
+    moved = len(teacher.folders) * moved_bytes(teacher.spec, layers, sum(sequences) * layout.context, MOVED_FORWARD)
     seconds = (flops / rate + moved / links.hardware.memory_rate()) / run.setup.world_size * (1 + idle)
     return links.cost("teacher pass", flops, seconds, traffic, layout)
 
@@ -149,7 +149,7 @@ def _student_passes(run: PlannedRun, links: Links) -> list[Cost]:
     rate = links.hardware.flops_rate(student, in_fp8=config.precision.fp8 is not None)
 
     def seconds(flops: float, moved_per_stored_byte: float) -> float:
-        moved = moved_bytes(student, layers, tokens, moved_per_stored_byte)
+        moved = moved_bytes(student, layers, tokens * parallel.context, moved_per_stored_byte)
         return (flops / rate + moved / links.hardware.memory_rate()) / run.setup.world_size * (1 + idle)
 
     forward = forward_flops(student, layers, sequences)

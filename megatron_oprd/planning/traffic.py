@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_oprd.config import ParallelConfig
+from megatron_oprd.planning.delta_net_costs import gathered_bytes
 from megatron_oprd.types import ModelSpec
 
 
@@ -35,7 +36,7 @@ def forward_traffic(
 
     - tensor: two exchanges around attention and two around a dense MLP or a shared expert. Each gathers or scatters
       all rows.
-    - context: keys and values of all rows.
+    - context: keys and values of all rows; with Gated DeltaNet the inputs of its convolution, decay and beta.
     - expert: the row of a token to each of its experts, and back.
     - pipeline: the rows at each boundary between stages.
 
@@ -51,11 +52,15 @@ def forward_traffic(
     divided_mlps = layers_per_rank - (0 if spec.shared_ffn_hidden_size else sparse)
     all_rows = tokens / layout.context * spec.hidden_size * bytes_per_number
     own_rows = all_rows / layout.tensor if layout.sequence else all_rows
-    keys_and_values = 2 * tokens * spec.num_query_groups * spec.head_dim * bytes_per_number / layout.tensor
+    linear = sum(layer < layers for layer in spec.linear_layers) / layout.pipeline
+    keys_and_values = 2 * spec.num_query_groups * spec.head_dim * bytes_per_number
+    gathered = (layers_per_rank - linear) * keys_and_values
+    if spec.delta_net is not None:
+        gathered += linear * gathered_bytes(spec.delta_net, bytes_per_number)
     boundaries = (layout.pipeline * (layout.virtual_pipeline or 1) - 1) / layout.pipeline
     return Traffic(
         tensor=(2 * layers_per_rank + 2 * divided_mlps + 1 / layout.pipeline) * all_rows * _sent_share(layout.tensor),
-        context=layers_per_rank * keys_and_values * _sent_share(layout.context),
+        context=tokens * gathered / layout.tensor * _sent_share(layout.context),
         expert=2 * sparse * own_rows * spec.experts_per_token * _sent_share(layout.expert),
         pipeline=boundaries * own_rows,
     )

@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.layouts import (
     HYBRID_CASES,
+    HYBRIDS_IN_CI,
     METHOD_CASES,
     METHODS_IN_CI,
     OBJECTIVE_CASES,
@@ -20,7 +21,8 @@ from tests.helpers.layouts import (
 )
 from tests.helpers.run_layouts import References, run_cases
 
-IN_CI = (*covering(), *two_cuts_each(), *OVERLAP_CASES, *METHOD_CASES[:METHODS_IN_CI], *HYBRID_CASES[2:5])
+IN_CI = (*covering(), *two_cuts_each(), *OVERLAP_CASES, *METHOD_CASES[:METHODS_IN_CI])
+IN_CI += tuple(HYBRID_CASES[number] for number in HYBRIDS_IN_CI)
 NIGHTLY = [case for case in (*OBJECTIVE_CASES, *METHOD_CASES, *HYBRID_CASES) if case not in IN_CI]
 CASES = [
     *IN_CI,

@@ -371,8 +371,10 @@ METHOD_CASES = tuple(map(parse, METHODS))
 HYBRID_LINES = (
     *("1 qwen35 some", "2 qwen35 tp2", "2 qwen35 tp2 sp selective reverse", "2 qwen35 distopt many unpacked"),
     *("2 qwen35 pp2 tied", "4 qwen35 tp2 sp pp2 vp2 uniform1 4of4 many", "4 qwen35 tp2 pp2 block teacher-dp 4of6"),
-    *("2 qwen35moe ep2", "2 qwennext tp2 sp"),
+    *("2 qwen35moe ep2", "2 qwennext tp2 sp", "2 qwen35 cp2 uniform1 reverse", "4 qwennext cp2 tp2 sp selective tied"),
+    *("4 qwen35moe cp2 pp2 ep2 many", "8 qwen35 tp2 sp pp2 cp2 distopt 4of6"),
 )
+HYBRIDS_IN_CI = (2, 3, 4, 9)
 HYBRID_CASES = tuple(map(parse, HYBRID_LINES))
 MATRIX = tuple(parse(line) for part in (ALONE, MIXED, EIGHT_RANKS) for line in part.strip().splitlines())
 FEATURES = tuple(_features(MATRIX[0]))

@@ -119,7 +119,7 @@ CASES = {
         (),
         1,
     ),
-    "Gated DeltaNet, sequence": (hybrid_spec, ("parallel.tensor=2", "parallel.sequence=true"), (), 0),
+    "Gated DeltaNet, context": (hybrid_spec, ("parallel.context=2",), (), 0),
     "experts, recomputed": (expert_spec, ("parallel.expert=2",), FULL, 0),
     "data": (dense_spec, (), (), 0),
     "data, undivided optimizer": (dense_spec, ("parallel.distributed_optimizer=false",), (), 1),
