@@ -239,7 +239,8 @@ def _expert_fields(values: dict[str, Any], family: Family, where: str) -> dict[s
     """Return the ModelSpec fields of a mixture of experts; an empty dictionary if every layer is dense."""
     # transformers 5 writes num_local_experts and accepts both names.
     key = "num_local_experts" if "num_local_experts" in values else "num_experts"
-    check_integers(values, (key,), where, least=0)
+    # Qwen3.5-MoE has experts in every layer; the other families are dense models without experts.
+    check_integers(values, (key,), where, least=int(family.model_type.startswith("qwen3_5_moe")))
     if values.get("num_experts", values[key]) != values[key]:
         raise UserError(
             f"{where}: num_experts={values['num_experts']!r} contradicts {key}={values[key]}; remove the wrong one"
@@ -319,6 +320,7 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
     if values.get("sliding_window") is not None:
         check_integers(values, ("sliding_window",), where, least=int(family.always_slides))
     slides = family.layer_types or family.always_slides
+    always_normalises = family.model_type.startswith("qwen3_5_moe")
     unsupported = {
         "use_sliding_window": not slides and bool(values.get("use_sliding_window")),
         f"layer_types {sorted(layer_types)}": bool(layer_types - known),
@@ -326,7 +328,8 @@ def _refuse_unsupported(values: dict[str, Any], family: Family, where: str) -> N
         "attention_bias": not family.qkv_bias and bool(values.get("attention_bias")),
         "mlp_bias": bool(values.get("mlp_bias")),
         # transformers always normalises the probabilities of Qwen3.5's experts, whatever the key says.
-        "norm_topk_prob false": family.model_type.startswith("qwen3_5_moe") and values.get("norm_topk_prob") is False,
+        "norm_topk_prob false": always_normalises and values.get("norm_topk_prob") is False,
+        "norm_topk_prob null": always_normalises and values.get("norm_topk_prob", True) is None,
         "qkv_bias false": family.qkv_bias and values.get("qkv_bias") is False,
         **{key: bool(values.get(key)) for key in SHARED_EXPERTS if not (family.shared_expert and key == SHARED_EXPERT)},
         **{f"{key} {values.get(key)}": bool(values.get(key)) for key in DROPOUTS},

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.reader import HFReader
-from megatron_oprd.testing.models import EXPERTS, LLAMA3_SCALING, longrope
+from megatron_oprd.testing.models import EXPERTS, HYBRID, LLAMA3_SCALING, longrope
 from megatron_oprd.types import UserError
 from tests.fuzz.budget import examples
+from tests.helpers.config_keys import config_class_of
 from tests.helpers.opened_folder import HEAD, assert_as_transformers, load
 
-FAMILIES = ("Qwen2", "Qwen3", "Qwen3Moe", "Llama", "Phi3")
+FAMILIES = ("Qwen2", "Qwen3", "Qwen3Moe", "Llama", "Phi3", *HYBRID)
 EMBEDDING = "model.embed_tokens.weight"
 # Fields that a folder may lack. The default of every other field would make the model large.
 OPTIONAL = (
@@ -47,6 +48,7 @@ OPTIONAL = (
     "norm_topk_prob",
     "decoder_sparse_step",
     "mlp_only_layers",
+    "full_attention_interval",
 )
 # Folders that transformers loads and the product refuses.
 STRICTER = re.compile(
@@ -91,7 +93,9 @@ def configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
         values["rope_parameters"] = dict(LLAMA3_SCALING)
     if family == "Phi3":
         values |= draw(st.sampled_from([{}, longrope(head_dim // 2, partial=0.5)]))
-    written = getattr(transformers, f"{family}Config")(**values, architectures=[f"{family}ForCausalLM"]).to_dict()
+    if family in HYBRID:
+        values |= draw(hybrid_sizes(family, values["num_hidden_layers"]))
+    written = config_class_of(family)(**values, architectures=[f"{family}ForCausalLM"]).to_dict()
     if draw(st.booleans()):  # the form of transformers 4
         rope = written.pop("rope_parameters")
         written["rope_theta"] = rope.pop("rope_theta")
@@ -107,6 +111,31 @@ def configs(draw: st.DrawFn, family: str) -> dict[str, Any]:
         else:
             written[key] = None
     return written
+
+
+@st.composite
+def hybrid_sizes(draw: st.DrawFn, family: str, layers: int) -> dict[str, Any]:
+    """Return the fields of a config.json that models with Gated DeltaNet add, for `layers` layers."""
+    keys = draw(st.integers(1, 3))
+    sizes: dict[str, Any] = {
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": keys * draw(st.integers(1, 3)),
+        "linear_key_head_dim": draw(st.sampled_from([4, 6])),
+        "linear_value_head_dim": draw(st.sampled_from([4, 10])),
+        "linear_conv_kernel_dim": draw(st.integers(1, 4)),
+        "head_dim": draw(st.sampled_from([8, 16])),
+    }
+    if draw(st.booleans()):
+        kinds = st.sampled_from(["linear_attention", "full_attention"])
+        sizes["layer_types"] = draw(st.lists(kinds, min_size=layers, max_size=layers))
+    else:
+        sizes["full_attention_interval"] = draw(st.integers(1, 4))
+    if family != "Qwen3_5":
+        sizes |= {"num_experts": draw(st.integers(2, 5)), "num_experts_per_tok": 2}
+        sizes |= {"moe_intermediate_size": draw(st.integers(3, 12)), "shared_expert_intermediate_size": 7}
+    if family == "Qwen3Next":
+        sizes |= {"norm_topk_prob": draw(st.booleans()), "mlp_only_layers": draw(st.sampled_from([[], [0]]))}
+    return sizes
 
 
 def add_head(tensors: dict[str, torch.Tensor], _: str) -> None:

@@ -32,6 +32,7 @@ VALUES: dict[str, list[Any]] = {
     "attention_chunk_size": [8, "8"],
     "attention_dropout": [0, 0.1],
     "attn_implementation": ["eager", ["sdpa"]],
+    "attn_output_gate": [True, False],
     "auto_map": [{"AutoConfig": "code.Config"}, 3],
     "bos_token_id": [0, -1],
     "chunk_size_feed_forward": [4],
@@ -42,6 +43,7 @@ VALUES: dict[str, list[Any]] = {
     "embd_pdrop": [0, 0.1],
     "eos_token_id": [0, [5, 6], -1],
     "experts_implementation": ["eager", 3],
+    "full_attention_interval": [1, 3, 0, "2"],
     "fusion_config": [{}, {"norm": True}],
     "gradient_checkpointing": [True],
     "head_dim": [8, 12, 7],
@@ -55,7 +57,15 @@ VALUES: dict[str, list[Any]] = {
     "is_causal": [True, False, 1],
     "is_encoder_decoder": [True],
     "label2id": [{"a": 0}],
-    "layer_types": [["full_attention"] * 2, ["attention"] * 2, ["sliding_attention"] * 2, ["full_attention"]],
+    "layer_types": [
+        *(["full_attention"] * 2, ["attention"] * 2, ["sliding_attention"] * 2, ["full_attention"]),
+        *(["linear_attention"] * 2, ["full_attention", "linear_attention"], []),
+    ],
+    "linear_conv_kernel_dim": [1, 2, 0],
+    "linear_key_head_dim": [8, 0, 12.0],
+    "linear_num_key_heads": [1, 4, 3, 0],
+    "linear_num_value_heads": [2, 6, 3],
+    "linear_value_head_dim": [8, "20"],
     "max_position_embeddings": [10, 20.0],
     "max_window_layers": [0, 1],
     "mlp_bias": [True, False],
@@ -130,17 +140,31 @@ STRANGE: list[Any] = [True, False, 0, -1, 1, 1.5, 10**30, "", "text", "1", [], [
 NAMES_KERNELS = {"_attn_implementation", "attn_implementation", "experts_implementation"}
 
 
+def config_class_of(family: str) -> Any:
+    """Return the config class of the text model of a family."""
+    return getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
+
+
 def keys_of_transformers(family: str) -> set[str]:
     """Return the keys of a config.json that the config class and the model of a family use in transformers."""
-    config_class = getattr(transformers, f"{family}Config")
+    config_class = config_class_of(family)
     keys = {field.name for field in dataclasses.fields(config_class)}
     keys |= set(config_class.attribute_map) | set(config_class.attribute_map.values())
     module = importlib.import_module(config_class.__module__.replace("configuration_", "modeling_"))
     for code in (module, importlib.import_module("transformers.masking_utils"), transformers.modeling_utils):
         keys |= _attributes_of_configs(code)
-    for code in (transformers.PreTrainedConfig.__post_init__, RotaryEmbeddingConfigMixin):
+    for code in (transformers.PreTrainedConfig.__post_init__, RotaryEmbeddingConfigMixin, config_class.__post_init__):
         keys |= _keywords(code)
-    return keys - NOT_IN_FILES
+    return keys - NOT_IN_FILES - _of_images(family)
+
+
+def _of_images(family: str) -> set[str]:
+    """Return the keys that describe images alone. The same module of transformers has the text model."""
+    if not hasattr(transformers, f"{family}VisionConfig"):
+        return set()
+    every = {"image_token_id", "video_token_id", "vision_config"}
+    every |= {field.name for field in dataclasses.fields(getattr(transformers, f"{family}VisionConfig"))}
+    return every - {field.name for field in dataclasses.fields(config_class_of(family))}
 
 
 def keys_of_rope() -> set[str]:

@@ -9,7 +9,7 @@ import transformers
 
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.models.rotary import Rotary
-from megatron_oprd.types import LongRope, ModelSpec
+from megatron_oprd.types import DeltaNet, LongRope, ModelSpec
 
 HEAD = "lm_head.weight"
 
@@ -47,11 +47,14 @@ def assert_same_spec(spec: ModelSpec, model: torch.nn.Module) -> None:
     assert spec.num_layers == len(layers)
     assert (spec.vocab_size, spec.hidden_size) == model.model.embed_tokens.weight.shape
     assert (spec.num_attention_heads, spec.num_query_groups) == (config.num_attention_heads, config.num_key_value_heads)
-    assert spec.head_dim == layers[0].self_attn.head_dim
-    assert spec.ffn_hidden_size == config.intermediate_size
-    assert {spec.norm_epsilon} == {
-        module.variance_epsilon for module in model.modules() if "RMSNorm" in str(module)[:20]
-    }
+    attention = [layer.self_attn for layer in layers if hasattr(layer, "self_attn")]
+    assert {one.head_dim for one in attention} <= {spec.head_dim}
+    assert_same_delta_net(spec, layers)
+    dense = {len(layer.mlp.up_proj.weight) for layer in layers if hasattr(layer.mlp, "up_proj")}
+    dense |= {len(layer.mlp.gate_up_proj.weight) // 2 for layer in layers if hasattr(layer.mlp, "gate_up_proj")}
+    assert dense <= {spec.ffn_hidden_size}
+    norms = [module for module in model.modules() if "RMSNorm" in type(module).__name__]
+    assert {spec.norm_epsilon} == {getattr(norm, "variance_epsilon", None) or norm.eps for norm in norms}
     assert spec.max_position_embeddings == config.max_position_embeddings
     assert spec.tied_embeddings is (model.lm_head.weight is model.model.embed_tokens.weight)
     assert spec.eos_token_ids == end_tokens(model)
@@ -67,7 +70,18 @@ def assert_same_spec(spec: ModelSpec, model: torch.nn.Module) -> None:
         assert (spec.num_experts, 2 * spec.moe_ffn_hidden_size) == mlp.experts.gate_up_proj.shape[:2]
         shared = getattr(mlp, "shared_expert", None)
         assert spec.shared_ffn_hidden_size == (0 if shared is None else len(shared.up_proj.weight))
-        assert (spec.experts_per_token, spec.norm_topk_prob) == (mlp.gate.top_k, mlp.gate.norm_topk_prob)
+        normalises = getattr(mlp.gate, "norm_topk_prob", True)  # Qwen3.5-MoE always does
+        assert (spec.experts_per_token, spec.norm_topk_prob) == (mlp.gate.top_k, normalises)
+
+
+def assert_same_delta_net(spec: ModelSpec, layers: torch.nn.ModuleList) -> None:
+    """Compare the Gated DeltaNet layers of a specification with the modules that transformers built."""
+    linear = {number: layer.linear_attn for number, layer in enumerate(layers) if hasattr(layer, "linear_attn")}
+    assert spec.linear_layers == tuple(linear)
+    for module in linear.values():
+        assert spec.delta_net == DeltaNet(
+            module.num_k_heads, module.num_v_heads, module.head_k_dim, module.head_v_dim, module.conv_kernel_size
+        )
 
 
 def load(folder: Path, dtype: torch.dtype | str) -> torch.nn.Module | None:

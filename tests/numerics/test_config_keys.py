@@ -15,16 +15,23 @@ from megatron_oprd.testing import models
 from megatron_oprd.testing.models import random_hf_model
 from megatron_oprd.types import UserError
 from tests.fuzz.budget import FACTOR
-from tests.helpers.config_keys import NAMES_KERNELS, STRANGE, VALUES, keys_of_rope, keys_of_transformers
+from tests.helpers.config_keys import (
+    NAMES_KERNELS,
+    STRANGE,
+    VALUES,
+    config_class_of,
+    keys_of_rope,
+    keys_of_transformers,
+)
 from tests.helpers.opened_folder import end_tokens, load
 from tests.numerics.test_parity import megatron_states, relative
 
-# Families with linear attention have further keys, and a config inside of a config, which were not decided yet.
-FAMILIES = [family for family in models.FAMILIES if family not in models.HYBRID]
+FAMILIES = list(models.FAMILIES)
 SEQUENCE = torch.randint(0, 30, (26,), generator=torch.Generator().manual_seed(1))
 # Without them, the model of transformers is large.
 SIZES = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_experts"}
 OF_ROTARY = {"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"}
+OF_HYBRIDS = {"attn_output_gate", "full_attention_interval", "norm_topk_prob"}
 ROPE_KEYS = {
     *("rope_theta", "rope_type", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
     *("attention_factor", "beta_fast", "beta_slow", "short_factor", "long_factor", "low_freq_factor"),
@@ -52,10 +59,9 @@ def keys(family):
     """Return the keys to try: those of all families for one of them; for the others those that Llama does not have."""
     if family == "Llama" or FACTOR > 1:
         return list(VALUES)
-    fields, of_llama = (
-        {field.name for field in dataclasses.fields(getattr(transformers, f"{one}Config"))} for one in (family, "Llama")
-    )
+    fields, of_llama = ({field.name for field in dataclasses.fields(config_class_of(one))} for one in (family, "Llama"))
     own = (fields - of_llama) | OF_ROTARY | {"head_dim", "num_local_experts"}
+    own |= OF_HYBRIDS if family in models.HYBRID else set()
     return [key for key in VALUES if key in own]
 
 
@@ -97,7 +103,7 @@ def describe_difference(folder, topology):
         return None if "\n" not in str(error) and str(folder) in str(error) else f"the refusal is {error}"
     try:
         model = of_transformers(folder)
-        expected = None if model is None else model(SEQUENCE[None]).logits[0].detach()
+        expected = None if model is None else model(SEQUENCE[None], use_cache=False).logits[0].detach()
     except Exception as error:  # transformers refuses a config in many ways
         return f"opened, although transformers fails with {type(error).__name__}: {error}"[:200]
     try:
