@@ -8,6 +8,7 @@ from megatron_oprd.config import ParallelConfig, RecomputeConfig, load_config
 from megatron_oprd.launch.layouts import (
     check_experts,
     check_optimizer,
+    check_precision,
     check_student_layout,
     check_tp_overlap,
     check_window,
@@ -17,9 +18,10 @@ from megatron_oprd.launch.layouts import (
 )
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import even_stages
+from megatron_oprd.models.precision import ModelPrecision, Precision
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime.environment import Machine
-from megatron_oprd.types import UserError
+from megatron_oprd.types import DeltaNet, UserError
 from tests.helpers.specs import tiny_spec
 
 DENSE = tiny_spec()
@@ -169,6 +171,24 @@ def test_context_parallelism_does_not_divide_a_sliding_window(key, model):
         f"{key}.context=2 does not support the {model}'s sliding window of 100 tokens; use {key}.context=1"
     )
     check_window(spec, ParallelConfig(tensor=2), key, model)
+
+
+HYBRID = tiny_spec(linear_layers=(0,), delta_net=DeltaNet(2, 4, 8, 8, 4))
+TE, IN_FP8 = ModelPrecision(True, False), ModelPrecision(True, False, (1, 1), {"fp8": "hybrid"})
+
+
+@pytest.mark.parametrize("own", [TE, IN_FP8], ids=["Transformer Engine", "FP8"])
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_gated_deltanet_runs_without_transformer_engine_and_fp8(own, model):
+    config = load_config(
+        None, ["student.path=s", "teacher.path=t", "train.run_dir=r", "rollout.engine=replay", "rollout.path=p"]
+    )
+    specs = {"student": tiny_spec(), "teacher": tiny_spec(), model: HYBRID}
+    precision = dataclasses.replace(Precision(), **{model: own})
+    teacher = plan_teacher(config, tiny_spec(), specs["teacher"], "", 1)
+    message = f"the {model} has Gated DeltaNet layers, which run without Transformer Engine and FP8; use precision.att"
+    with pytest.raises(UserError, match=message):
+        check_precision(config, precision, specs["student"], (2,), {"": teacher})
 
 
 def test_layouts_that_divide_a_model():
