@@ -29,7 +29,15 @@ from megatron_oprd.training.teacher_pass import teacher_pass
 from megatron_oprd.types import DeviceBatch
 
 OPRD = "OPRD, last tokens"
-Part = Literal["student update", "teacher pass", "blocks, forward and backward", "blocks, forward", "cost"]
+COST_ON_TE = "cost with Transformer Engine"
+Part = Literal[
+    "student update",
+    "teacher pass",
+    "blocks, forward and backward",
+    "blocks, forward",
+    "cost with Transformer Engine",
+    "cost",
+]
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Case:
     passes: int = 0
     repeated: int = 0
     trained: int = 0  # parameters that the optimizer updates in a run
+    in_a_row: int = 1  # runs without a wait between them, like the micro-batches of an update; the time is one run's
 
     @property
     def flops(self) -> Flops:
@@ -77,6 +86,8 @@ STUDENTS: dict[str, tuple[Modules, tuple[str, ...]]] = {
     "FP8 tensorwise": ("tensorwise", (TE, "precision.fp8=hybrid")),
     "FP8 blockwise": ("blockwise", (TE, "precision.fp8=hybrid", BLOCKWISE)),
 }
+# Only in the case of blocks: this recipe keeps no blocks in bf16.
+DELAYED: tuple[Modules, tuple[str, ...]] = ("tensorwise", (TE, "precision.fp8=hybrid", "precision.recipe=delayed"))
 TEACHERS: dict[str, tuple[Modules, tuple[str, ...]]] = {
     "bf16, Transformer Engine": ("bf16", (TE,)),
     "FP8 weights, tensorwise": ("tensorwise", (TE, "precision.teacher_fp8=weights")),
@@ -99,9 +110,11 @@ def all_cases(model: Workload, blocks: Workload, lengths: Iterable[int]) -> list
         Case("teacher pass", name, model, settings, modules, passes=1) for name, (modules, settings) in TEACHERS.items()
     ]
     parts: tuple[tuple[Part, int], ...] = (("blocks, forward and backward", 3), ("blocks, forward", 1))
-    for name, (modules, settings) in STUDENTS.items():
+    for name, (modules, settings) in {**STUDENTS, "FP8 delayed": DELAYED}.items():
         kept = ALL_BLOCKS if "FP8" in name else ()
-        cases += [Case(part, name, blocks, settings + kept, modules, passes=passes) for part, passes in parts]
+        cases += [Case(part, name, blocks, settings + kept, modules, passes, in_a_row=4) for part, passes in parts]
+    compared = (OPRD, "OPRD, all tokens", "top-16", "full KL", AUTHORED)
+    cases += [Case(COST_ON_TE, method, model, (TE,)) for method in compared]
     for length in lengths:
         workload = dataclasses.replace(model, responses=(length - model.prompt,))
         cases += [Case("cost", method, workload) for method in [*METHODS, AUTHORED]]
@@ -117,6 +130,10 @@ def prepare(case: Case, device: torch.device, machine: Machine) -> Prepared:
     """
     if case.part == "cost":
         return Prepared(megatron_update(case.workload, case.name, device))
+    if case.part == COST_ON_TE:
+        config = case.workload.config(case.name, *case.settings)
+        precision = plan_precision(config.precision, config.parallel, machine)
+        return Prepared(megatron_update(case.workload, case.name, device, precision))
     if case.part == "teacher pass":
         return teacher_case(Scene.of(case, device, machine))
     return student_case(Scene.of(case, device, machine), case.part)

@@ -32,7 +32,7 @@ def tables(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
     made = []
     for part in dict.fromkeys(row["part"] for row in rows):
         own = [row for row in rows if row["part"] == part]
-        if part == "cost":
+        if part.startswith("cost"):
             made.append(_table(part, COST, [_cost_cells(row, own) for row in own]))
         else:
             made.append(_table(part, SPEED, [_speed_cells(row, device) for row in own]))

@@ -28,6 +28,7 @@ from megatron_oprd.config import Config, load_config
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
+from megatron_oprd.models.precision import Precision
 from megatron_oprd.runtime import platform
 from megatron_oprd.testing.random_update import build_random_update
 from megatron_oprd.types import DeviceBatch, ModelSpec, Rollout
@@ -127,9 +128,12 @@ class Workload:
         return load_config(None, [*paths, *settings, *of_method, *changes])
 
 
-def megatron_update(workload: Workload, method: str, device: torch.device) -> Update:
-    """Return an update as `train` runs it, with random weights."""
-    random_update = build_random_update(workload.config(method), workload.spec, workload.rollouts(), device)
+def megatron_update(
+    workload: Workload, method: str, device: torch.device, precision: Precision | None = None
+) -> Update:
+    """Return an update as `train` runs it, with random weights; `precision` as in `build_random_update`."""
+    config = workload.config(method)
+    random_update = build_random_update(config, workload.spec, workload.rollouts(), device, precision)
 
     def update() -> None:
         if method == AUTHORED:

@@ -15,7 +15,13 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch.nn.attention import bias as attention_bias
 
 from megatron_oprd.models import micro_batch
-from megatron_oprd.models.flash import flash_attention, flash_attention_works
+from megatron_oprd.models.flash import (
+    cudnn_attention,
+    cudnn_attention_works,
+    divide_by_kernel,
+    flash_attention,
+    flash_attention_works,
+)
 from megatron_oprd.models.micro_batch import ContextPart
 from megatron_oprd.models.rotary import rotate
 
@@ -85,10 +91,25 @@ class PackedAttention(torch.nn.Module):
             assert not self.window  # launch/layouts.py refuses it
             return self._context_parts(query, key, value, batch.bounds, batch.context)
         if not self.window and flash_attention_works(query.device, query.dtype, query.shape[-1]):
-            bounds, longest = batch.bounds_on(query.device)
-            output = flash_attention((query, key, value), (bounds, bounds), (longest, longest), self.scale)
-            return output.reshape(len(query), 1, -1)
+            return self._packed_sequences(query, key, value, batch)
         return self._sequences(query, key, value, batch.bounds)
+
+    def _packed_sequences(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: micro_batch.MicroBatch
+    ) -> torch.Tensor:
+        """Compute the same as `_sequences` by CUDA kernels for several sequences."""
+        if batch.attention_calls is None:
+            cudnn = cudnn_attention_works(query.device, query.shape[-1])
+            batch.attention_calls = divide_by_kernel(batch.bounds, query.device, cudnn=cudnn)
+        outputs = []
+        for call in batch.attention_calls:
+            inputs = (query[call.start : call.end], key[call.start : call.end], value[call.start : call.end])
+            if call.bounds is None:
+                outputs.append(cudnn_attention(*inputs, self.scale))
+            else:
+                outputs.append(flash_attention(inputs, (call.bounds,) * 2, (call.longest,) * 2, self.scale))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output.reshape(len(query), 1, -1)
 
     def _sequences(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Sequence[int]

@@ -41,6 +41,7 @@ def transformer_config(
     Raises UserError if the layout does not divide the model.
     """
     check_divisible(spec, topology.tensor_size, topology.expert_size)
+    grouped_experts = precision.transformer_engine and spec.num_experts > 0
     return TransformerConfig(
         num_layers=sum(stages),
         hidden_size=spec.hidden_size,
@@ -60,16 +61,16 @@ def transformer_config(
         # Megatron's defaults are 0.1: distillation compares two deterministic models.
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Without Transformer Engine, our own modules compute exactly what Hugging Face computes.
-        bias_activation_fusion=precision.transformer_engine,
+        # Grouped experts multiply by the router's weights in Megatron-Core's fused activation.
+        bias_activation_fusion=grouped_experts,
         # The name means that the MLP builds its activation from the layer spec: SwiGLU of this package, not of TE.
-        use_te_activation_func=not precision.transformer_engine,
-        bias_dropout_fusion=precision.transformer_engine,
+        use_te_activation_func=not grouped_experts,
+        bias_dropout_fusion=False,  # without bias and dropout, one addition is left
         masked_softmax_fusion=False,
         **_window_arguments(spec, sum(stages)),
         apply_rope_fusion=False,  # the core attention applies the rotary embedding
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,  # needs a CUDA extension of Apex
+        gradient_accumulation_fusion=False,  # needs a CUDA extension of Apex; see training/student.py
         **precision.arguments,
         params_dtype=dtype,
         pipeline_dtype=dtype,

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_oprd.models.delta_rule import ChunkPlan
+from megatron_oprd.models.flash import Sequences
 from megatron_oprd.models.tap_params import TappedSeqParams
 
 
@@ -37,15 +38,16 @@ class MicroBatch(TappedSeqParams):
     fused_packing: PackedSeqParams | None = None  # for Transformer Engine; set by the first layer
     taps_input: bool = False  # True: the tap also gets the input of a chunk that is not the first
     chunks: ChunkPlan | None = None  # for Gated DeltaNet; set by the first such layer
-    flash_bounds: tuple[torch.Tensor, int] | None = None  # set by the first layer that calls `bounds_on`
+    device_bounds: tuple[torch.Tensor, int] | None = None  # set by the first layer that calls `bounds_on`
+    attention_calls: list[Sequences] | None = None  # for `models/flash.py`; set by the first layer that has its kernels
     logit_rows: torch.Tensor | None = None  # [rows] int64: tokens for which the last stage applies the LM head
 
     def bounds_on(self, device: torch.device) -> tuple[torch.Tensor, int]:
         """Return `bounds` as an int32 tensor on a device, and the length of the longest sequence. Copies them once."""
-        if self.flash_bounds is None:
+        if self.device_bounds is None:
             bounds = torch.tensor(self.bounds, dtype=torch.int32)
-            self.flash_bounds = bounds.to(device), int(bounds.diff().max())
-        return self.flash_bounds
+            self.device_bounds = bounds.to(device), int(bounds.diff().max())
+        return self.device_bounds
 
     def for_layer(self) -> MicroBatch:
         """Return the micro-batch itself: the attention of this package needs all of it."""

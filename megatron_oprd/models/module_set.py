@@ -19,5 +19,5 @@ class ModuleSet:
     row: type  # row-parallel linear layer (attention output, second of the MLP)
     core_attention: type
     experts: ModuleSpec
-    activation: type | None = None  # the activation of the MLP; None: Megatron-Core's function
+    activation: type  # the activation of the MLP; Megatron-Core's function replaces it beside grouped experts
     checkpoint_names: Mapping[str, str] = field(default_factory=dict)  # parameter names -> names in a checkpoint

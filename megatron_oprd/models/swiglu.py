@@ -1,4 +1,4 @@
-"""The activation of the MLP without Transformer Engine."""
+"""The activation of the MLP."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import MegatronModule
 
-from megatron_oprd.runtime.fused import fused
+from megatron_oprd.models.pointwise import kernels_for
 
 
 class SwiGLU(MegatronModule):
@@ -27,21 +27,16 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate_and_up)
-        return _activated(gate_and_up)
+        if (kernels := kernels_for(gate_and_up)) is not None:
+            return kernels.swiglu(gate_and_up.contiguous())
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return _gradient(gradients[0], *ctx.saved_tensors)
-
-
-@fused
-def _activated(gate_and_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate).mul_(up)
-
-
-@fused
-def _gradient(gradient: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
-    gate, up = gate_and_up.chunk(2, dim=-1)
-    for_up = torch.nn.functional.silu(gate).mul_(gradient)
-    return torch.cat((torch.ops.aten.silu_backward(gradient * up, gate), for_up), dim=-1)
+        (gate_and_up,) = ctx.saved_tensors
+        if (kernels := kernels_for(gate_and_up)) is not None:
+            return kernels.swiglu_gradient(gradients[0].contiguous(), gate_and_up.contiguous())
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        for_up = torch.nn.functional.silu(gate).mul_(gradients[0])
+        return torch.cat((torch.ops.aten.silu_backward(gradients[0] * up, gate), for_up), dim=-1)

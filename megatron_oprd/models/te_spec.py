@@ -30,6 +30,7 @@ from megatron_oprd.models.attention import PackedAttention
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.module_set import ModuleSet
 from megatron_oprd.models.rotary import rotate
+from megatron_oprd.models.swiglu import SwiGLU
 
 
 class FusedAttention(PackedAttention):
@@ -93,5 +94,6 @@ MODULES = ModuleSet(
         TEGroupedMLP,
         submodules=MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear),
     ),
+    activation=SwiGLU,
     checkpoint_names=FUSED_NORMS,
 )

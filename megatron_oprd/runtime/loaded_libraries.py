@@ -6,12 +6,15 @@ installations fail in the middle of a step: `CUDNN_STATUS_SUBLIBRARY_LOADING_FAI
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.abc
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Library -> the names of its files without `.so.<version>`. All files of a library must lie in one folder.
 LIBRARIES = {
@@ -23,6 +26,8 @@ LIBRARIES = {
 }
 _FILE = re.compile(r"(?P<name>[\w-]+)\.so\.(?P<major>\d+)[\d.]*")
 SEARCHED = "LD_LIBRARY_PATH"
+# Loaded first: the loader would look for them itself when it loads the other files.
+_NEEDED_BY_OTHERS = ("libcudnn_graph", "libcudnn_ops")  # in this order, which is also that of their names
 
 
 @dataclass(frozen=True)
@@ -74,18 +79,35 @@ def find_doubled_library(mapped: Iterable[str] | None = None) -> DoubledLibrary 
     return None
 
 
+class LoadBeforeTransformerEngine(importlib.abc.MetaPathFinder):
+    """Calls `load_cudnn_of_torch` as soon as anything looks for the package `transformer_engine`; finds no module."""
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
+        if fullname == "transformer_engine":
+            load_cudnn_of_torch()
+
+
 def load_cudnn_of_torch() -> None:
     """Load every file of the cuDNN that pip installed for torch; torch itself loads most of them at their first use.
 
     Transformer Engine needs all files. It would take those that are not loaded from the cuDNN of the system, and two
-    versions would be mixed. Does nothing in a container whose torch uses the cuDNN of the system.
+    versions would be mixed. Does nothing in a container whose torch uses the cuDNN of the system. A file that cannot
+    be loaded ends this quietly: `find_doubled_library` then finds the files of two installations.
     """
-    home = _pip_cudnn(_mapped_files())
+    mapped = _mapped_files()
+    home = _pip_cudnn(mapped)
     if home is None:
         return
     os.environ.setdefault("CUDNN_HOME", str(home))
-    for path in sorted((home / "lib").glob("libcudnn*.so.*")):
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    nvrtc = next(
+        (path for path in map(Path, mapped) if _major("NVRTC", path.name) and "site-packages" in path.parts), None
+    )
+    if nvrtc is not None:
+        os.environ.setdefault("NVRTC_HOME", str(nvrtc.parent))  # Transformer Engine loads NVRTC from there
+    files = (home / "lib").glob("libcudnn*.so.*")
+    with contextlib.suppress(OSError):
+        for path in sorted(files, key=lambda path: (_name(path) not in _NEEDED_BY_OTHERS, path.name)):
+            ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
 
 
 def _pip_cudnn(mapped: Iterable[str]) -> Path | None:

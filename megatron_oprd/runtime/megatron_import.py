@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import sys
 import warnings
@@ -12,8 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-
-from megatron_oprd.runtime.loaded_libraries import load_cudnn_of_torch
 
 # Messages that Megatron-Core and torch print at every start, with the module that prints each.
 IGNORED_WARNINGS = (
@@ -41,8 +38,6 @@ def import_megatron() -> None:
         warnings.filterwarnings("ignore", message=message, module=module)
     if on_cpu:  # a CUDA build of torch logs that it found nvcc and no device
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    if importlib.util.find_spec("transformer_engine") is not None:  # Megatron-Core imports it
-        load_cudnn_of_torch()
     with _compile_on_first_call(), _without("wandb"):
         import megatron.core  # noqa: F401
 

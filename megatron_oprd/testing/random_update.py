@@ -12,6 +12,7 @@ from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
+from megatron_oprd.models.precision import Precision
 from megatron_oprd.parallel.topology import Topology, build_topology, start_process
 from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.student import Student, build_student
@@ -46,7 +47,11 @@ class RandomUpdate:
 
 
 def build_random_update(
-    config: Config, spec: ModelSpec, rollouts: Sequence[Rollout], device: torch.device
+    config: Config,
+    spec: ModelSpec,
+    rollouts: Sequence[Rollout],
+    device: torch.device,
+    precision: Precision | None = None,
 ) -> RandomUpdate:
     """Build an update of a student and a teacher of the same shape.
 
@@ -55,20 +60,24 @@ def build_random_update(
         spec: the shape of both models.
         rollouts: those of all ranks.
         device: of this process. Without a process group, one of a single process is started.
+        precision: the modules of both models; None: those of this package, without FP8.
     """
     start_process(device)
     topology = build_topology(config.parallel, device, seed=0)
     planned = plan_teacher(config, spec, spec)
     plan, dtype = planned.plan, DTYPES[config.precision.dtype]
-    stage = build_model(spec, topology, dtype, ModelPart(plan.student_stages), recompute=config.recompute)
-    frozen = build_frozen(planned, topology, dtype)
+    precision = precision or Precision()
+    part = ModelPart(plan.student_stages)
+    stage = build_model(spec, topology, dtype, part, recompute=config.recompute, precision=precision.student)
+    frozen = build_frozen(planned, topology, dtype, precision.teacher)
     fill_randomly(stage, frozen)
     frozen.eval().requires_grad_(False)
     heads = None
     if plan.output:
         head = stage[-1].lm_head
         heads = Heads(head, (torch.randn_like(head).mul_(STANDARD_DEVIATION),), 0)
-    global_batch = GlobalBatch(tuple(rollouts), (0,) * len(rollouts), config.loss, config.batch, spec)
+    teachers = (0,) * len(rollouts)
+    global_batch = GlobalBatch(tuple(rollouts), teachers, config.loss, config.batch, spec, precision.pad_tokens)
     return RandomUpdate(
         config,
         topology,

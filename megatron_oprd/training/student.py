@@ -59,6 +59,8 @@ def build_student(
     )  # SGD has no state to divide
     with cpu_stand_ins.cpu_devices():
         ddp = wrap(stage, config.parallel, distributed=distributed)
+        if topology.device.type == "cuda":
+            _add_to_main_grads(stage)
         bf16 = config.precision.dtype == "bf16"
         arguments = optimizer_arguments(config.optimizer, bf16=bf16, distributed=distributed)
         optimizer = get_megatron_optimizer(MegatronOptimizerConfig(**arguments), ddp)
@@ -77,6 +79,16 @@ def build_student(
         if representation.trains_maps
         else None,
     )
+
+
+def _add_to_main_grads(stage: Stage) -> None:
+    """Let the products that compute weights' gradients add them to `main_grad`, in Transformer Engine's layers.
+
+    Megatron-Core's setting for it, gradient_accumulation_fusion, would also need Apex for embedding and LM head.
+    """
+    for module in stage.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def freeze_unreached(stage: Stage, config: Config, plan: LayerPlan) -> None:

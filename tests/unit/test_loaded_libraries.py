@@ -105,14 +105,15 @@ def test_a_mixed_cudnn_is_refused_with_transformer_engine_and_a_warning_without(
 def test_all_files_of_the_cudnn_of_torch_are_loaded_before_transformer_engine_is(install, tmp_path):
     """Torch has loaded the first. Transformer Engine would take the others from the system's installation."""
     names = ("libcudnn.so.9", "libcudnn_adv.so.9", "libcudnn_engines_precompiled.so.9")
+    (tmp_path / "transformer_engine.py").touch()
     first, *others = install(*(f"{PIP}/{name}" for name in names))
     code = f"""
-import ctypes, os
-from megatron_oprd.runtime.loaded_libraries import load_cudnn_of_torch
-load_cudnn_of_torch()
-print(os.environ.get("CUDNN_HOME"))
+import ctypes, os, sys
+import megatron_oprd
+sys.path.insert(0, {str(tmp_path)!r})
 ctypes.CDLL({first!r})
-load_cudnn_of_torch()
+print(os.environ.get("CUDNN_HOME"))
+import transformer_engine
 print(os.environ["CUDNN_HOME"])
 print([path in open("/proc/self/maps").read() for path in {others!r}])
 """
