@@ -11,9 +11,10 @@ then other learning rates of four methods, then equal time, then methods beyond 
 learning rates. `--equal-time` trains a method again for as many steps as fit into the time of the demo's recipe: CPU
 time, or on a GPU the time of its steps. With `--parallel` trials share a GPU, and so do their times.
 
-Each finished trial leaves a file in --work and is not run again, so an interrupted benchmark goes on. Writes
-real_model.json with all finished trials and the plots into --output (docs/results) after each trial, and prints the
-tables of docs/real_model.md. Trials of another device in real_model.json are kept.
+Each finished trial leaves a file in --work and is not run again, so an interrupted benchmark goes on. A trial that
+ended early leaves its evaluations in --work/stopped, and is run again. Writes real_model.json with all trials into
+--output (docs/results) after each of them, plots at the end, and prints the tables of docs/real_model.md. Trials of
+another device in real_model.json are kept.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ from benchmarks.pages import installed_versions
 from benchmarks.real_model_answers import OwnAnswers, teacher_rollouts
 from benchmarks.real_model_methods import EQUAL_TIME, LATER, METHODS, REFERENCE, SWEPT
 from benchmarks.real_model_page import plots, tables
-from benchmarks.trial_pool import TrialPool
+from benchmarks.trial_pool import TimeIsUp, TrialFailed, TrialPool
 from examples.demo.run import RECIPES
 from examples.real_model.pipeline import TEACHER, prepare
 from megatron_oprd.models.layer_pairs import pairs_of_kept_blocks
 
+GPU_BYTES_OF_A_TRIAL, GPU_BYTES_OF_THIS_PROCESS = 7e9, 4e9  # measured on an H100: up to 6.5 GiB, and 3.8
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = RECIPES["real_model"]
 RECIPE_VALUES = yaml.safe_load(RECIPE.read_text())
@@ -107,7 +109,7 @@ def main() -> int:
         prepare(options.work / TEACHER, options.work)
         torch.set_num_threads(1)  # the trials need the other cores
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        pool = TrialPool(options.parallel, options.minutes)
+        pool = TrialPool(min(options.parallel, trials_that_fit()), options.minutes)
         own = OwnAnswers(options.work / "own", options.work / TEACHER, options.work / "heldout.jsonl", LONGEST_ANSWER)
         bench = Bench(options.work, options.output, device, options.set, pool, own)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # ends the trials too
@@ -117,6 +119,13 @@ def main() -> int:
         (options.output / f"real_model-{name}.svg").write_text(plot)
     print("\n".join(tables(record)))
     return int(failed > 0)
+
+
+def trials_that_fit() -> int:
+    """Return how many trials have room on the GPU at the same time; without one, as many as there are cores."""
+    if not torch.cuda.is_available():
+        return os.cpu_count() or 1
+    return max(1, int((torch.cuda.mem_get_info()[0] - GPU_BYTES_OF_THIS_PROCESS) // GPU_BYTES_OF_A_TRIAL))
 
 
 def planned_trials(options: argparse.Namespace) -> list[Trial]:
@@ -149,7 +158,11 @@ def run_trials(bench: Bench, trials: Sequence[Trial]) -> int:
 
     def run(trial: Trial) -> None:
         fixed = for_equal_time(bench.work, trial) if trial.equal_time else trial
-        once(bench.work / f"{trial.name}.json", lambda: run_trial(bench, fixed))
+        try:
+            once(bench.work / f"{trial.name}.json", lambda: run_trial(bench, fixed))
+        except (TimeIsUp, TrialFailed):
+            keep_evaluations(bench, fixed)
+            raise
         student = bench.work / "students" / trial.name
         if student.exists():
             bench.own_answers.begin(trial.name, student)
@@ -171,12 +184,17 @@ def write_results(bench: Bench) -> None:
     old = json.loads(file.read_text()) if file.exists() else {"devices": {}, "runs": []}
     others = [run for run in old["runs"] if run["device"] != bench.device]
     finished = [
-        json.loads(path.read_text()) | {"device": bench.device, "own_answers": bench.own_answers.figures(path.stem)}
+        json.loads(path.read_text()) | {"own_answers": bench.own_answers.figures(path.stem)}
         for path in bench.work.glob("*-*.json")
+    ]
+    stopped = [
+        json.loads(path.read_text())
+        for path in bench.work.glob("stopped/*.json")
+        if not (bench.work / path.name).exists()
     ]
     order = list(METHODS)
     runs = sorted(
-        finished,
+        [*finished, *stopped],
         key=lambda run: (order.index(run["method"]), run["learning_rate"], run["equal_time"], run["seed"]),
     )
     facts = {
@@ -239,18 +257,26 @@ def run_trial(bench: Bench, trial: Trial) -> dict[str, Any]:
         per_step = statistics.median(step_seconds[WARM_UP_STEPS:] or step_seconds)
     (folder / "hf").rename(work / "students" / trial.name)
     shutil.rmtree(folder)
-    return {
-        "method": trial.method,
-        "seed": trial.seed,
-        "learning_rate": trial.learning_rate,
-        "steps": trial.steps,
-        "equal_time": trial.equal_time,
-        "device": bench.device,
-        "seconds": seconds,
-        "cpu_seconds": user_seconds,
-        "seconds_per_step": per_step,
-        **measured,
-    }
+    figures = {"seconds": seconds, "cpu_seconds": user_seconds, "seconds_per_step": per_step}
+    return described(bench, trial) | figures | measured
+
+
+def keep_evaluations(bench: Bench, trial: Trial) -> None:
+    """Write the evaluations of a trial that ended early, if there are any besides the one before the training."""
+    folder = bench.work / trial.name
+    if (folder / "metrics.jsonl").exists() and (folder / "evaluations.jsonl").exists():
+        measured = _measured(folder)
+        step = measured["evaluations"][-1]["step"]
+        if step > 0:
+            (bench.work / "stopped").mkdir(exist_ok=True)
+            record = described(bench, trial) | {"stopped_after": step} | measured
+            (bench.work / "stopped" / f"{trial.name}.json").write_text(json.dumps(record) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def described(bench: Bench, trial: Trial) -> dict[str, Any]:
+    """Return what the record of a trial says about its settings."""
+    return dataclasses.asdict(trial) | {"device": bench.device}
 
 
 def _measured(folder: Path) -> dict[str, Any]:

@@ -26,15 +26,46 @@ def tables(record: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for device, facts in record["devices"].items():
         runs = [run for run in record["runs"] if run["device"] == device]
-        if runs:
-            lines += [*([""] if lines else []), f"**{device}**", "", *table(runs, facts.get("own_answers_before"))]
+        finished = [run for run in runs if "stopped_after" not in run]
+        if finished:
+            lines += [*([""] if lines else []), f"**{device}**", "", *table(finished, facts)]
+        if len(runs) > len(finished):
+            lines += ["", f"**{device}, by step**", "", *table_by_step(runs)]
     return lines
 
 
-def table(runs: Sequence[Run], own_answers_before: Mapping[str, float] | None = None) -> list[str]:
+def has_time(run: Run, facts: Mapping[str, Any]) -> bool:
+    """Return True if the time of a step was measured while no other trial used the device."""
+    return bool(run.get("seconds_per_step")) and facts["parallel"] == 1
+
+
+def table_by_step(runs: Sequence[Run]) -> list[str]:
+    """Return the lines of a table with the perplexity at each evaluation, of trials that ended early too."""
+    runs = [run for run in runs if run["learning_rate"] == RATE and not run["equal_time"]]
+    steps = sorted({point["step"] for run in runs for point in run["evaluations"]} - {0})
+    rows = []
+    for same in grouped(runs).values():
+        at_steps = [_perplexities(same, step) for step in steps]
+        cells = [f"{_mean_and_range(values, '.3f')}{_of_seeds(len(values))}" for values in at_steps]
+        rows.append([NAMES[same[0]["method"]], *cells])
+    return table_lines(["trained on", *(f"{step} steps" for step in steps)], rows)
+
+
+def _perplexities(runs: Sequence[Run], step: int) -> list[float]:
+    return [point["perplexity"] for run in runs for point in run["evaluations"] if point["step"] == step]
+
+
+def _of_seeds(count: int) -> str:
+    return "" if count < 2 else f", {count} seeds"
+
+
+def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> list[str]:
     """Return the lines of a table: a row for the start model, then one for the runs that differ in the seed alone.
 
-    A figure is the mean over seeds; ranges go from the lowest to the highest.
+    A figure is the mean over seeds; ranges go from the lowest to the highest. Trials that shared a device have no time.
+
+    Args:
+        facts: the entry of the device in real_model.json.
     """
     head = [
         "trained on",
@@ -47,13 +78,13 @@ def table(runs: Sequence[Run], own_answers_before: Mapping[str, float] | None = 
         "s per step",
     ]
     before = runs[0]["before"]
-    own = f"{own_answers_before['reverse_kl']:.3f}" if own_answers_before else ""
+    own = f"{facts['own_answers_before']['reverse_kl']:.3f}" if facts.get("own_answers_before") else ""
     rows: list[list[Any]] = [
         ["nothing: the pruned model", "", "", "", *(f"{before[name]:.3f}" for name in METRICS), "", own]
     ]
     for same in grouped(runs).values():
         own_kl = [run["own_answers"]["reverse_kl"] for run in same if run.get("own_answers")]
-        seconds = [run["seconds_per_step"] for run in same if run.get("seconds_per_step")]
+        seconds = [run["seconds_per_step"] for run in same if has_time(run, facts)]
         steps = [run["steps"] for run in same]
         rows.append(
             [
@@ -105,19 +136,21 @@ def gap_closed(run: Run) -> float:
 def plots(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the plots by name: perplexity by step and by second for the recipe's steps, and by learning rate.
 
-    They show the device with the most runs.
+    They show the device with the most runs, and by second all runs whose time was measured. A plot without points is
+    left out.
     """
     devices = [run["device"] for run in record["runs"]]
     runs = [run for run in record["runs"] if run["device"] == max(devices, key=devices.count)]
     at_rate = [run for run in runs if run["learning_rate"] == RATE and not run["equal_time"]]
-    timed = [run for run in at_rate if run.get("seconds_per_step")]
+    timed = [run for run in record["runs"] if run["learning_rate"] == RATE and not run["equal_time"]]
+    timed = [run for run in timed if has_time(run, record["devices"][run["device"]])]
     titled = "Perplexity of the teacher's held-out answers by "
     rates: dict[str, list[tuple[float, float]]] = {}
     for (method, rate, equal_time), same in grouped(runs).items():
-        if not equal_time:
+        if not equal_time and "stopped_after" not in same[0]:
             mean = statistics.mean(run["after"]["perplexity"] for run in same)
             rates.setdefault(NAMES[method], []).append((1e5 * rate, mean))
-    return {
+    made = {
         "steps": line_plot(f"{titled}step", _curves(at_rate, lambda run: 1.0), "step"),
         "seconds": line_plot(f"{titled}second", _curves(timed, lambda run: run["seconds_per_step"]), "seconds"),
         "rates": line_plot(
@@ -126,12 +159,17 @@ def plots(record: Mapping[str, Any]) -> dict[str, str]:
             "learning rate / 1e-5",
         ),
     }
+    return {name: plot for name, plot in made.items() if plot}
 
 
 def _curves(runs: Sequence[Run], scale: Callable[[Run], float]) -> dict[str, list[tuple[float, float]]]:
-    """Return the points of each method, the means over seeds at the steps that all its runs were evaluated at."""
+    """Return the points of each method, the means over seeds at the steps that all its runs were evaluated at.
+
+    Runs that ended early count for methods without any finished run.
+    """
     lines: dict[str, list[tuple[float, float]]] = {}
-    for (method, *_), same in grouped(runs).items():
+    for (method, *_), group in grouped(runs).items():
+        same = [run for run in group if "stopped_after" not in run] or group
         by_step: dict[int, list[float]] = {}
         for point in (point for run in same for point in run["evaluations"]):
             by_step.setdefault(point["step"], []).append(point["perplexity"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -109,7 +110,7 @@ class TrialPool:
     def run_process(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> tuple[float, float]:
         """Run a command with its output in `log`, and return its user seconds and its wall seconds.
 
-        Raises TrialFailed with the last line of the log, or TimeIsUp at the limit.
+        Raises TrialFailed with the error in the log, or TimeIsUp at the limit.
         """
         begin = time.perf_counter()
         with log.open("w") as output:
@@ -128,8 +129,7 @@ class TrialPool:
         if killed:
             raise TimeIsUp
         if process.returncode:
-            last = (log.read_text().strip().splitlines() or ["no output"])[-1]
-            raise TrialFailed(f"exit code {process.returncode}: {last} (see {log})")
+            raise TrialFailed(f"exit code {process.returncode}: {error_line(log.read_text())} (see {log})")
         return usage.ru_utime, time.perf_counter() - begin
 
     def _kill(self, process: int) -> None:
@@ -137,3 +137,9 @@ class TrialPool:
         self.processes.discard(process)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process, signal.SIGKILL)
+
+
+def error_line(output: str) -> str:
+    """Return the last line of an output that names an error, or the last line at all."""
+    lines = output.strip().splitlines() or ["no output"]
+    return next((line for line in reversed(lines) if re.search(r"(?i)error\b", line)), lines[-1])[:300]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.real_model import Bench, Trial, planned_trials, run_trials, write_results
+from benchmarks.real_model import Bench, Trial, keep_evaluations, planned_trials, run_trials, write_results
 from benchmarks.real_model_answers import OwnAnswers
 from benchmarks.real_model_methods import EQUAL_TIME, LATER, METHODS, NAMES, SWEPT
 from benchmarks.real_model_page import gradient_table, plots, table, tables
@@ -78,13 +78,33 @@ def test_trials_of_another_device_stay_in_the_results(tmp_path):
         json.dumps({"devices": {"GPU": {}}, "runs": [{"device": "GPU", "seed": 5}]}), encoding="utf-8"
     )
     (tmp_path / "both-0.json").write_text(
-        json.dumps({"method": "both", "learning_rate": 2e-4, "equal_time": False, "seed": 0}), encoding="utf-8"
+        json.dumps({"method": "both", "learning_rate": 2e-4, "equal_time": False, "seed": 0, "device": "CPU"}),
+        encoding="utf-8",
     )
     own = OwnAnswers(tmp_path / "own", tmp_path, tmp_path, 1)
     write_results(Bench(tmp_path, tmp_path, "CPU", [], TrialPool(1, None), own))
     record = json.loads((tmp_path / "real_model.json").read_text())
     assert [(run["device"], run["seed"]) for run in record["runs"]] == [("GPU", 5), ("CPU", 0)]
     assert list(record["devices"]) == ["GPU", "CPU"]
+
+
+def test_the_evaluations_of_a_stopped_trial_are_kept_until_it_has_run(tmp_path):
+    bench = Bench(
+        tmp_path, tmp_path, "CPU", [], TrialPool(1, None), OwnAnswers(tmp_path / "own", tmp_path, tmp_path, 1)
+    )
+    trial = Trial("both", 0)
+    run_folder = tmp_path / trial.name
+    run_folder.mkdir()
+    (run_folder / "metrics.jsonl").write_text('{"loss": 1.0, "time/step": 1.0}\n')
+    lines = [{"step": step, "data": {"heldout": {"perplexity": 5.0 - step}}} for step in (0, 2)]
+    (run_folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keep_evaluations(bench, trial)
+    write_results(bench)
+    (kept,) = json.loads((tmp_path / "real_model.json").read_text())["runs"]
+    assert (kept["stopped_after"], kept["after"]["perplexity"]) == (2, 3.0) and not run_folder.exists()
+    (tmp_path / "both-0.json").write_text(json.dumps({**kept, "stopped_after": None}))
+    write_results(bench)
+    assert len(json.loads((tmp_path / "real_model.json").read_text())["runs"]) == 1
 
 
 def test_the_demo_runs_with_the_garbage_collector(monkeypatch):
@@ -124,7 +144,7 @@ def test_the_demo_prunes_distils_and_compares(tmp_path):
     for trial in record["runs"]:
         assert trial["after"]["perplexity"] != trial["before"]["perplexity"]
         assert trial["own_answers"]["reverse_kl"] > 0
-    assert [line.split(" | ")[0] for line in table(record["runs"])[2:]] == [
+    assert [line.split(" | ")[0] for line in table(record["runs"], record["devices"]["CPU"])[2:]] == [
         "| nothing: the pruned model",
         f"| {NAMES['both']}",
         f"| {NAMES['hidden_off_policy']}",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.trial_pool import TrialFailed, TrialPool
+from benchmarks.trial_pool import TrialFailed, TrialPool, error_line
 
 
 def test_as_many_trials_run_as_are_allowed_and_a_trial_waits_for_what_it_needs():
@@ -64,3 +64,8 @@ def test_user_time_is_that_of_the_process_alone(tmp_path: Path):
     assert idle < user <= wall + 0.1
     with pytest.raises(TrialFailed):
         pool.run_process([sys.executable, "-c", "raise SystemExit(3)"], {}, tmp_path / "failed")
+
+
+def test_the_line_of_a_failed_trial_is_the_error_and_no_warning_behind_it():
+    assert error_line("start\ntorch.OutOfMemoryError: no memory\n[W] warning of NCCL\n").startswith("torch.OutOf")
+    assert error_line("start\nend\n") == "end" and error_line("") == "no output"
