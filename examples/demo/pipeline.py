@@ -1,6 +1,6 @@
 """The steps of the demo: make a tiny teacher-student pair, distil, export, evaluate before and after.
 
-The same-architecture demo first converts both models to Megatron checkpoints; the other demos first fit a bridge.
+The demos whose models have one architecture first convert both to Megatron checkpoints; the others first fit a bridge.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from examples.demo.hybrid import make_hybrid
 from examples.demo.make_bridge_pair import make_bridge_pair
 from examples.demo.make_pair import TargetMissed, make_pair
-from examples.demo.run import EXAMPLES, SAME_ARCHITECTURE, DemoRun, run_folder
+from examples.demo.run import EXAMPLES, HYBRID, SAME_ARCHITECTURE, DemoRun, run_folder
 from megatron_oprd import train
 from megatron_oprd.bridge import fit
 from megatron_oprd.config import load_config
@@ -40,10 +41,10 @@ def run_pipeline(run: DemoRun) -> None:
     start_process(platform.choose_device(config.train.device))
     folder = on_rank_zero(lambda: run_folder(run))
     pair = folder / "pair"
-    same_architecture = run.kind == SAME_ARCHITECTURE
+    same_architecture = run.kind in (SAME_ARCHITECTURE, HYBRID)
     on_rank_zero(
         lambda: (
-            make_and_convert(pair, config.train.seed)
+            make_and_convert(pair, config.train.seed, hybrid=run.kind == HYBRID)
             if same_architecture
             else make_unlike(pair, run.kind, config.train.seed)
         )
@@ -83,7 +84,7 @@ def make_unlike(pair: Path, kind: str, seed: int) -> None:
         raise UserError(f"the pair could not be made ({error}); use another train.seed") from None
 
 
-def make_and_convert(pair: Path, seed: int) -> None:
+def make_and_convert(pair: Path, seed: int, *, hybrid: bool = False) -> None:
     """Make both models in Hugging Face format, then convert them to Megatron checkpoints by the converter's command.
 
     Does nothing if both checkpoints exist. Raises UserError if a model does not learn or a conversion fails.
@@ -93,6 +94,8 @@ def make_and_convert(pair: Path, seed: int) -> None:
     print("making the teacher-student pair", flush=True)
     try:
         make_pair(pair, seed, steps=1000)
+        if hybrid:
+            make_hybrid(pair, seed)
     except TargetMissed as error:
         raise UserError(f"the pair could not be made ({error}); use another train.seed") from None
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

@@ -16,9 +16,11 @@ from megatron_oprd.types import UserError
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 SAME_ARCHITECTURE = "same_architecture"
+HYBRID = "hybrid"
 REAL_MODEL = "real_model"
 RECIPES = {
     SAME_ARCHITECTURE: EXAMPLES / "demo.yaml",
+    HYBRID: EXAMPLES / "demo_hybrid.yaml",
     "cross_architecture": EXAMPLES / "demo_cross_architecture.yaml",
     "cross_tokenizer": EXAMPLES / "demo_cross_tokenizer.yaml",
     REAL_MODEL: EXAMPLES / "demo_real_model.yaml",

@@ -35,13 +35,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
             printed.parent.mkdir(exist_ok=True)
             output = run_demo(folder)
             printed.write_text(output)
-    output = printed.read_text()
+    return read_demo(folder, printed.read_text())
+
+
+def read_demo(folder: Path, output: str) -> Demo:
     rows = re.findall(r"│ (student before|student after|teacher) +│ ([\d.]+) % +│ ([\d.]+) %", output)
     return Demo(folder, output, {name: (float(greedy), float(warm)) for name, greedy, warm in rows})
 
 
-def run_demo(folder: Path) -> str:
-    command = ["bash", "examples/run_oprd_qwen.sh", f"train.run_dir={folder}"]
+def run_demo(folder: Path, *arguments: str) -> str:
+    command = ["bash", "examples/run_oprd_qwen.sh", f"train.run_dir={folder}", *arguments]
     environment = {**os.environ, "PYTHON": sys.executable}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

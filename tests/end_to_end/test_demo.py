@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 import torch
 import transformers
+
+from tests.end_to_end.conftest import read_demo, run_demo
 
 
 def test_the_student_goes_from_half_to_almost_all(demo):
@@ -25,3 +28,10 @@ def test_the_exported_student_is_as_good_in_plain_transformers(demo):
     answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = sum(a.strip() == row["reward_model"]["ground_truth"] for a, row in zip(answers, rows, strict=True))
     assert abs(100 * right / len(rows) - demo.accuracies["student after"][0]) <= 0.2
+
+
+@pytest.mark.nightly
+def test_with_hybrid_models_the_student_recovers_most_of_the_teachers_lead(tmp_path):
+    accuracies = read_demo(tmp_path, run_demo(tmp_path / "run", "demo=hybrid")).accuracies
+    before, after, teacher = (accuracies[name][0] for name in ("student before", "student after", "teacher"))
+    assert after - before >= 0.95 * (teacher - before)
