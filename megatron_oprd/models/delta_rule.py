@@ -126,8 +126,9 @@ def pass_states(
     """Pass the states of all sequences from chunk to chunk.
 
     Args:
-        chunks: Of each chunk its updates without a state before it, its reading of that state, queries, keys, weights
-            inside the chunk and the decay of the state, [chunks, heads, ...] each.
+        chunks: Six tensors [chunks, heads, ...]: the updates that a chunk makes if the state before it is zero, the
+            factors [CHUNK, key_dim] by which that state changes the updates, queries, keys, the weights
+            [CHUNK, CHUNK] of earlier updates in each output, and the decay of the state over the chunk.
         state: The states before the first chunks, [sequences, heads, key_dim, value_dim].
         steps: The sequences of each step.
 

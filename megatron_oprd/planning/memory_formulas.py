@@ -78,9 +78,8 @@ def layer_activation_bytes(spec: ModelSpec, layer: int, parallel: ParallelConfig
     `tests/unit/test_memory_formulas.py` compares this formula with traced updates.
     """
     hidden = spec.hidden_size / (parallel.tensor if parallel.sequence else 1)
-    total = (20 if spec.zero_centered_norms else 16) * hidden + _mixing_bytes(
-        spec, layer, parallel.context
-    ) / parallel.tensor
+    mixing = _mixing_bytes(spec, layer, parallel.context)
+    total = (20 if spec.zero_centered_norms else 16) * hidden + mixing / parallel.tensor
     if layer not in spec.sparse_layers:
         return (total + 6 * spec.ffn_hidden_size / parallel.tensor) * bytes_per_number / 2
     rows = 1 / (parallel.tensor if parallel.sequence else 1)
