@@ -36,6 +36,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied_with_bias": {"qk_layernorm": False, "add_qkv_bias": True, "tied": True},
     "padded_vocabulary": {"real_vocabulary": VOCAB - 9},
     "experts": EXPERTS,
+    "shared_expert": {
+        **{**EXPERTS, "qk_layernorm": False, "add_qkv_bias": True},
+        **{"moe_shared_expert_intermediate_size": 48, "moe_shared_expert_gate": True},
+    },
     "dense_and_sparse": {**EXPERTS, "moe_layer_freq": [0, 1, 1]},
 }
 
@@ -58,6 +62,8 @@ def arguments_of(model: GPTModel, **changes: Any) -> Namespace:
     copied += ("normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "moe_layer_freq", "moe_router_topk")
     values = {
         **{name: getattr(config, name) for name in (*copied, "moe_ffn_hidden_size", "moe_router_pre_softmax")},
+        "moe_shared_expert_intermediate_size": config.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": config.moe_shared_expert_gate,
         "group_query_attention": True,
         "norm_epsilon": config.layernorm_epsilon,
         "num_experts": config.num_moe_experts,
