@@ -73,9 +73,8 @@ def save_twice(rank, arguments, folder):
 
 
 SETTINGS = {
-    "optimizer cut over the ranks": (),
+    "optimizer and average cut over the ranks": ("teacher.ema=0.9",),
     "optimizer on every rank": ("parallel.distributed_optimizer=false",),
-    "a teacher that follows the student": ("teacher.ema=0.9",),
     "bf16, tensor 2": ("precision.dtype=bf16", "parallel.tensor=2", "parallel.distributed_optimizer=false"),
 }
 
