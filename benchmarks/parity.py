@@ -50,7 +50,8 @@ Between unlike models, through a bridge of rank 6: `bridge-wide` a teacher of wi
 of the student's 64. Teacher bytes are then six float32 numbers a token and layer.
 Through a trained map to the teacher's width: `linear-wide` a matrix to 96, `mlp-narrow` two matrices to 48.
 
-`extrapolated` targets lie beyond the teacher: half of its difference to a base is added. `inverse-square` divides the
+`extrapolated` targets lie beyond the teacher: half of its difference to a base is added, to hidden states, to logits
+(`extrapolated-output`) or to both (`extrapolated-both`). `inverse-square` divides the
 loss of each layer by the teacher's mean square there. `skew` and `topk-skew` are KL divergences to a mixture of both
 distributions; `gated` adds the forward KL at uncertain tokens to `sampled`.
 

@@ -213,8 +213,8 @@ def _with(bridge: str | None) -> str:
 def _from_base(base: str | None) -> str:
     if not base:
         return "without a base"
-    extrapolate, digest = base.split(" ")
-    return f"with the base {digest[:19]} and extrapolate {extrapolate}"
+    extrapolate, digest, *space = base.split(" ")
+    return " ".join([f"with the base {digest[:19]} and extrapolate {extrapolate}", *(f"({one})" for one in space)])
 
 
 def _ema(rate: float | None) -> str:

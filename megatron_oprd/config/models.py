@@ -49,6 +49,10 @@ class TeacherBaseConfig(ModelFolder):
         gt=0.0,
         description="lambda: targets are base + lambda (teacher - base). 1 is the teacher, and the base is not opened",
     )
+    space: Literal["representation", "output", "both"] = Field(
+        "representation",
+        description="what is extrapolated: the hidden states, the logits before the teacher's temperature, or both",
+    )
 
 
 class TeacherConfig(ModelFolder):
@@ -60,7 +64,7 @@ class TeacherConfig(ModelFolder):
     )
     offload_targets: bool = Field(False, description="keep the teacher's hidden states in CPU memory")
     base: TeacherBaseConfig | None = Field(
-        None, description="extrapolate the hidden states beyond the teacher; null: learn from the teacher's own"
+        None, description="extrapolate the targets beyond the teacher; null: learn from the teacher's own"
     )
     ema: float | None = Field(
         None,
@@ -77,8 +81,18 @@ class TeacherConfig(ModelFolder):
 
     @property
     def extrapolates(self) -> bool:
-        """Return True if the hidden states of a base are needed."""
+        """Return True if a base is needed."""
         return self.base is not None and self.base.extrapolate != 1.0
+
+    @property
+    def extrapolates_layers(self) -> bool:
+        """Return True if the hidden states are extrapolated."""
+        return self.base is not None and self.extrapolates and self.base.space != "output"
+
+    @property
+    def extrapolates_output(self) -> bool:
+        """Return True if the logits are extrapolated."""
+        return self.base is not None and self.extrapolates and self.base.space != "representation"
 
 
 class ParallelConfig(Section):

@@ -81,12 +81,17 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_base_needs_hidden_states(self) -> Config:
+    def _a_base_needs_its_loss(self) -> Config:
         for name, teacher in self.named_teachers.items():
-            if teacher.extrapolates and not self.loss.reads_layers:
+            if teacher.extrapolates_layers and not self.loss.reads_layers:
                 raise ValueError(
                     f"{teacher_section(name)}.base extrapolates hidden states, and loss.representation.weight=0 "
-                    "compares none; leave the base out, or set a weight"
+                    "compares none; leave the base out, set a weight, or set base.space=output"
+                )
+            if teacher.extrapolates_output and not self.loss.reads_output:
+                raise ValueError(
+                    f"{teacher_section(name)}.base extrapolates distributions, and loss.output.objective=none compares "
+                    "none; set an objective, or base.space=representation"
                 )
         return self
 

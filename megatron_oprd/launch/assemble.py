@@ -200,7 +200,8 @@ def _identity(inputs: Inputs, teacher: PlannedTeacher, hashes: WeightHashes) -> 
     if base is None or not teacher.config.extrapolates:
         return Identity(teacher.config.path, digest, pairs, bridge, ema=ema)
     of_base = on_rank_zero(lambda: hashes.of(base.path))
-    return Identity(teacher.config.path, digest, pairs, bridge, f"{base.extrapolate} {of_base}", ema)
+    space = "" if base.space == "representation" else f" {base.space}"
+    return Identity(teacher.config.path, digest, pairs, bridge, f"{base.extrapolate} {of_base}{space}", ema)
 
 
 def make_evaluator(config: Config, stage: Stage, spec: ModelSpec, topology: Topology) -> EmbeddedEngine:

@@ -15,7 +15,7 @@ from megatron_oprd.launch.setup import Setup
 from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
-from megatron_oprd.models.output_loss import Heads, OutputLoss
+from megatron_oprd.models.output_loss import BaseHead, Heads, OutputLoss
 from megatron_oprd.models.precision import ModelPrecision
 from megatron_oprd.models.projection import student_maps, teacher_maps
 from megatron_oprd.models.scaled_linear import quantize_weights
@@ -174,9 +174,14 @@ def build_teacher(
         topology,
         teacher.plan,
         inputs.setup.widest_teacher,
+        inputs.setup.widest_final_states,
         own_prompts=inputs.own_teacher_prompts,
         offload=teacher.config.offload_targets,
-        base=None if base is None else Base(loader(base.path), base.extrapolate),
+        base=None
+        if base is None
+        else Base(
+            loader(base.path), base.extrapolate, teacher.config.extrapolates_layers, teacher.config.extrapolates_output
+        ),
         maps=teacher_maps(inputs.bridge, topology.device),
     )
 
@@ -210,9 +215,17 @@ def load_heads(
         head = stage[-1].lm_head
         first = topology.tensor_rank * len(head)
         end = max(min(first + len(head), inputs.vocab_size), first)
-        teachers = inputs.setup.teachers.values()
-        rows = (weights.lm_head(teacher.config.path, teacher.spec, first, end) for teacher in teachers)
-        return Heads(head, tuple(of_teacher.to(topology.device, head.dtype) for of_teacher in rows), first)
+
+        def rows(folder: str, teacher: PlannedTeacher) -> torch.Tensor:
+            return weights.lm_head(folder, teacher.spec, first, end).to(topology.device, head.dtype)
+
+        teachers = list(inputs.setup.teachers.values())
+        bases = {
+            number: BaseHead(rows(teacher.config.base.path, teacher), teacher.config.base.extrapolate)
+            for number, teacher in enumerate(teachers)
+            if teacher.config.base is not None and teacher.config.extrapolates_output
+        }
+        return Heads(head, tuple(rows(teacher.config.path, teacher) for teacher in teachers), first, bases)
 
     return on_every_rank(load)
 

@@ -17,6 +17,7 @@ OBJECTIVES = {
     "topk_kl": "KL on the top {k} tokens",
     "full_kl": "KL over the vocabulary",
 }
+EXTRAPOLATED = {"representation": "targets", "output": "the teacher's logits", "both": "targets and logits"}
 
 
 def run_summary(inputs: Inputs, machine: str) -> list[str]:
@@ -46,7 +47,8 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
             yield "average", f"after each update the teacher is {teacher.config.ema:g} x teacher + the rest x student"
         if teacher.config.base is not None and teacher.config.extrapolates:
             base = teacher.config.base
-            yield "base", f"{base.path}; targets are base + {base.extrapolate:g} x (teacher - base)"
+            what = EXTRAPOLATED[base.space]
+            yield "base", f"{base.path}; {what} are base + {base.extrapolate:g} x (teacher - base)"
     if inputs.tokenizer is not None:
         other = "the teacher's is another one" if inputs.aligner else "all models read its token ids"
         yield "tokenizer", f"{len(inputs.tokenizer):,} tokens, of the student; {other}"

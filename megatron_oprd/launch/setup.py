@@ -64,6 +64,13 @@ class Setup:
         """Return the largest hidden size of the teachers."""
         return max(teacher.spec.hidden_size for teacher in self.teachers.values())
 
+    @property
+    def widest_final_states(self) -> int:
+        """Return the largest width of the final states of a teacher, which the states of its base may follow."""
+        return max(
+            teacher.spec.hidden_size * (1 + teacher.config.extrapolates_output) for teacher in self.teachers.values()
+        )
+
 
 def with_end_tokens(setup: Setup, end_tokens: EndTokens) -> Setup:
     """Return the setup with the tokens at which the student's answers stop."""

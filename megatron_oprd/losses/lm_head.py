@@ -28,6 +28,8 @@ class HeadInput:
 
     states: Tensor  # [N, d], after the final norm
     head: Tensor  # [rows, d]
+    base: HeadInput | None = None  # the model from which the logits are extrapolated; None: they are the model's own
+    extrapolate: float = 1.0  # lambda: logits are base + lambda (model - base)
 
 
 # Computes the objective of a slice from the logits [n, rows] of student and teacher, both of which it may overwrite.
@@ -94,7 +96,12 @@ def add_head_gradient_(target: Tensor, for_logits: Tensor, states: Tensor) -> No
 
 
 def _logits(model: HeadInput) -> Tensor:
-    return model.states @ model.head.t()
+    """Return logits [n, rows]; in the form z + (lambda - 1) (z - z_base), which is exactly z for equal models."""
+    logits = model.states @ model.head.t()
+    if model.base is None:
+        return logits
+    of_base = _logits(model.base)
+    return logits.add_(torch.sub(logits, of_base, out=of_base), alpha=model.extrapolate - 1)
 
 
 def _wide(logits: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ exists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,6 +30,14 @@ from megatron_oprd.types import DeviceSelection
 
 
 @dataclass(frozen=True)
+class BaseHead:
+    """The LM head of the model from which the logits of a teacher are extrapolated."""
+
+    rows: torch.Tensor  # [rows, d_T], for the same token ids as the teacher's
+    extrapolate: float  # lambda: logits are base + lambda (teacher - base)
+
+
+@dataclass(frozen=True)
 class Heads:
     """The LM heads of all models on one rank of the student's last stage, with rows for the same token ids.
 
@@ -38,6 +47,7 @@ class Heads:
     student: torch.nn.Parameter  # [padded vocabulary / tensor size, d_S]
     teachers: tuple[torch.Tensor, ...]  # each [rows, d_T], without rows beyond the smallest vocabulary
     first: int  # the token id of the first row
+    bases: Mapping[int, BaseHead] = field(default_factory=dict)  # by the teacher's number
 
     @property
     def rows(self) -> int:
@@ -70,7 +80,8 @@ class OutputLoss:
 
         Args:
             student: [N, d_S], the student's final states at the selected tokens of this rank.
-            teacher: [N, d_T of the widest teacher], the final states of each token's own teacher.
+            teacher: [N, width], the final states of each token's own teacher, followed by those of its base if its
+                logits are extrapolated. `width` is that of the widest row.
             selection: the selected tokens.
 
         Returns:
@@ -88,7 +99,7 @@ class OutputLoss:
         sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=student.device)
         for number, head in enumerate(self.heads.teachers):
             for chunk in self._chunks(selection, number):
-                teacher_part = HeadInput(teacher[chunk][:, : head.shape[1]], head)
+                teacher_part = _teacher_input(teacher[chunk], head, self.heads.bases.get(number))
                 gradient[chunk], chunk_sums = self._chunk(
                     student[chunk], teacher_part, token_ids[chunk], weights[chunk]
                 )
@@ -158,6 +169,16 @@ class OutputLoss:
             return list(slices(num_rows, size))
         rows = selection.rows_of_teacher.get(teacher)
         return [] if rows is None else list(rows.split(size))
+
+
+def _teacher_input(rows: torch.Tensor, head: torch.Tensor, base: BaseHead | None) -> HeadInput:
+    """Return the input of a teacher's head from rows of targets, and that of its base."""
+    width = head.shape[1]
+    if base is None:
+        return HeadInput(rows[:, :width], head)
+    # Copies: a product with a part of wider rows may round differently, and equal models shall change no bit.
+    of_teacher, of_base = (rows[:, start : start + width].contiguous() for start in (0, width))
+    return HeadInput(of_teacher, head, HeadInput(of_base, base.rows), base.extrapolate)
 
 
 def _gradient_buffer(head: torch.nn.Parameter) -> torch.Tensor:

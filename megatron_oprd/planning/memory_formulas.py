@@ -42,7 +42,8 @@ def predict_memory(run: PlannedRun) -> dict[str, int]:
         len(teacher.folders) * _teacher_bytes(config, teacher, teacher.layout or parallel) for teacher in teachers
     ]
     head_rows = padded_vocab_size(student, parallel.tensor) // parallel.tensor
-    heads = sum(head_rows * teacher.spec.hidden_size for teacher in teachers) if plan.output else 0
+    widths = [teacher.spec.hidden_size * (1 + teacher.config.extrapolates_output) for teacher in teachers]
+    heads = head_rows * sum(widths) if plan.output else 0
     if parallel.distributed_optimizer and config.optimizer.name == "adamw":
         with_state = max(dense // copies + experts // expert_copies for dense, experts in by_rank)
     else:

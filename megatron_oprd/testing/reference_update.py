@@ -158,9 +158,12 @@ def _run_models(
             read = rollout.response_ids if rollout.alignment is None else rollout.alignment.teacher_ids
             targets, of_teacher = _states(teachers[name], prompt_ids + read, len(prompt_ids), config)
             if name in bases:
-                of_base, _ = _states(bases[name], prompt_ids + read, len(prompt_ids), config)
+                of_base, base_logits = _states(bases[name], prompt_ids + read, len(prompt_ids), config)
                 share = named[name].base.extrapolate
-                targets = {layer: share * state + (1 - share) * of_base[layer] for layer, state in targets.items()}
+                if named[name].base.space != "output":
+                    targets = {layer: share * state + (1 - share) * of_base[layer] for layer, state in targets.items()}
+                if named[name].base.space != "representation":
+                    of_teacher = share * of_teacher + (1 - share) * base_logits
         plan = plans[name]
         targets = {pair.student: targets[pair.teacher] for pair in plan.pairs}
         if bridge is not None:

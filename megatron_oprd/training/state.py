@@ -114,7 +114,7 @@ class Identity:
     hash: str  # of the teacher's weights
     pairs: tuple[tuple[int, int], ...]  # compared layers (student, teacher)
     bridge: str | None = None  # hash of the bridge between student and teacher
-    base: str | None = None  # lambda and the hash of the base from which the teacher's states are extrapolated
+    base: str | None = None  # lambda, hash of the base that targets are extrapolated from, space but representation
     ema: float | None = None  # of a teacher that follows the student; None: the teacher is frozen
 
     def to_dict(self) -> dict[str, Any]:

@@ -36,6 +36,9 @@ class TeacherStates:
 
     def shape(self, key: StateKey) -> TargetShape:
         """Return the format of the states with this key: with a bridge, layers have r columns."""
+        if key == FINAL_STATES:
+            has_base = self.teacher.base is not None and self.teacher.base.output
+            return TargetShape(self.hidden_size * (1 + has_base), self.dtype)
         if not isinstance(key, int) or not self.teacher.maps:
             return TargetShape(self.hidden_size, self.dtype)
         rank = next(iter(self.teacher.maps.values())).rank
@@ -112,7 +115,7 @@ def add_targets(
             teacher,
         )
         total_bytes += sent_bytes
-        width = shape.width if teacher.maps else teacher.row_width  # a bridge has a single teacher
+        width = shape.width if teacher.maps else teacher.width_of_rows(some_key)  # a bridge has a single teacher
         for key in needed_keys:
             students = [student for student, of_teacher in readers.items() if of_teacher == key]
             parts = received.pop(key).split([len(place) for place in places])

@@ -13,6 +13,7 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.precision import PLAIN, ModelPrecision
 from megatron_oprd.models.projection import TeacherMap
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.types import FINAL_STATES, StateKey
 
 
 class FrozenModel:
@@ -42,6 +43,8 @@ class Base:
 
     load: Callable[[], Stage]
     extrapolate: float  # lambda: targets are base + lambda (teacher - base)
+    layers: bool = True  # True: the hidden states are extrapolated
+    output: bool = False  # True: the logits are, so that the base's final states lie beside the teacher's
 
     def target(self, teacher: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
         """Return the extrapolated states, computed in float32 at least, in the dtype of `teacher`.
@@ -61,12 +64,17 @@ class Teacher:
     topology: Topology  # the teacher's layout; the same object as the student's if both share one
     plan: LayerPlan
     row_width: int  # width of a row of targets: the hidden size of the widest teacher
+    final_row_width: int | None = None  # the same for rows with the key FINAL_STATES; None: row_width
     own_prompts: bool = False  # True if a rollout may have other tokens for the teacher (own prompt or own tokenizer)
     offload: bool = False  # True if targets wait in CPU memory
     base: Base | None = None  # None: the targets are the teacher's own hidden states
     maps: Mapping[int, TeacherMap] = field(
         default_factory=dict
     )  # of a bridge, by teacher layer: targets have r columns
+
+    def width_of_rows(self, key: StateKey) -> int:
+        """Return the width of a row of targets: that of the teacher with the widest rows."""
+        return self.final_row_width if key == FINAL_STATES and self.final_row_width is not None else self.row_width
 
     def shares_micro_batches(self, student_topology: Topology) -> bool:
         """Return True if the teacher can run on the student's own micro-batches, provided it is the only teacher."""

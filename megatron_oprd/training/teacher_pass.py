@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.taps import CaptureTap
@@ -21,7 +23,7 @@ from megatron_oprd.training.target_transfer import (
     exchange_rows,
 )
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import DeviceBatch
+from megatron_oprd.types import FINAL_STATES, DeviceBatch
 
 
 @dataclass
@@ -126,22 +128,29 @@ def _run_teacher(teacher: Teacher, number: int, micro_batches: Sequence[DeviceBa
 
 def _load_base(teacher: Teacher) -> Stage | None:
     """Return the base that the pass needs, if any."""
-    return teacher.base.load() if teacher.base is not None and teacher.plan.pairs else None
+    base, plan = teacher.base, teacher.plan
+    if base is None or not ((base.layers and plan.pairs) or (base.output and plan.output)):
+        return None
+    return base.load()
 
 
 def _targets(teacher: Teacher, stage: Stage, base: Stage | None, micro_batches: Sequence[DeviceBatch]) -> list[States]:
     """Return the targets of the compared layers, for each micro-batch: the teacher's states, extrapolated from a base.
 
-    The teacher's final states and its hidden flow stay as they are.
+    If the logits are extrapolated, a final state has the base's columns behind the teacher's: only the LM heads turn
+    both into logits. The hidden flow stays the teacher's own.
     """
     states = _capture(stage, teacher, micro_batches)
     if base is None:
         return states
     assert teacher.base is not None
-    of_layers = replace(teacher, plan=replace(teacher.plan, output=False, flow=()))
-    for of_teacher, of_base in zip(states, _capture(base, of_layers, micro_batches), strict=True):
-        for layer in [*of_base]:
-            of_teacher[layer] = teacher.base.target(of_teacher[layer], of_base.pop(layer))
+    plan = teacher.plan
+    pairs = plan.pairs if teacher.base.layers else ()
+    plan = replace(plan, pairs=pairs, output=plan.output and teacher.base.output, flow=())
+    for of_teacher, of_base in zip(states, _capture(base, replace(teacher, plan=plan), micro_batches), strict=True):
+        for key in [*of_base]:
+            both = of_teacher[key], of_base.pop(key)
+            of_teacher[key] = torch.cat(both, dim=-1) if key == FINAL_STATES else teacher.base.target(*both)
     return states
 
 

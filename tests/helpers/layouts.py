@@ -56,6 +56,8 @@ SETTINGS = {
     "last3": ("loss.output.positions=last_k", "loss.output.positions_k=3"),
     "headless": ("loss.representation.weight=0",),
     "extrapolated": ("teacher.base={path: unused, extrapolate: 1.5}",),
+    "extrapolated-output": ("teacher.base={path: unused, extrapolate: 1.5, space: output}",),
+    "extrapolated-both": ("teacher.base={path: unused, extrapolate: 1.5, space: both}",),
     "inverse-square": ("loss.representation.layer_weights=inverse_square",),
     "flow": ("loss.flow.weight=0.7", "loss.flow.positions=4"),
     "all-flow": ("loss.flow={weight: 0.7, positions: 128, direction: 0.3, geometry: 0.2, adjacent: 0.9}",),
@@ -344,6 +346,7 @@ METHODS = (
     "4 qwen2 pp2 vp2 distopt uniform1 unpacked teacher-tp2 middle tied few forward before-output",
     "4 moe tp2 cp2 sp ep2 middle inverse-square",
     "4 qwen2 pp2 cp2 vp2 uniform1 teacher-tp2 4of6 tied extrapolated",
+    "4 qwen2 tp2 pp2 teacher-tp2 middle tied reverse extrapolated-both",
     "4 qwen3 tp2 sp pp2 tied reverse scheduled",
     "2 qwen3 tp2 sp crossing extrapolated bridge-wide reverse",
     "4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied reverse after-layers",
@@ -352,6 +355,7 @@ METHODS = (
     "2 qwen2 tp2 warm chunk1 skew",
     "2 qwen3 tp2 sp headless chunk7 gated",
     "2 qwen3 cp2 headless topk-skew",
+    "2 qwen3 tp2 sp headless warm chunk7 topk-union extrapolated-output",
     "1 qwen3 headless all-flow",
     "2 qwen2 tp2 headless flow",
     "2 qwen3 cp2 many all-flow",
@@ -365,7 +369,7 @@ METHODS = (
     "4 moe pp2 ep2 distopt middle ema",
     "4 qwen3 cp2 tp2 distopt ema reverse",
 )
-METHODS_IN_CI = 6
+METHODS_IN_CI = 7
 METHOD_CASES = tuple(map(parse, METHODS))
 # The heads, the state and the convolution of Gated DeltaNet in each way to place tokens and layers.
 HYBRID_LINES = (

@@ -200,7 +200,7 @@ def _fewest_bytes(run: Run) -> int:
     plan, (teacher,) = run.inputs.setup.layer_plan.for_loss(run.inputs.config.loss.at(0)), run.teachers
     readers = plan.readers(run.topology.stages)
     (planned,) = run.inputs.setup.teachers.values()
-    width, total = planned.spec.hidden_size, 0
+    total = 0
     kinds = {"representation": int, "output": str} | ({"flow": FlowKey} if plan.flow else {})
     for term, kind in kinds.items():
         born, read = (
@@ -211,8 +211,12 @@ def _fewest_bytes(run: Run) -> int:
         wanted = Shard(read, _selected_rows(run, run.topology, term))
         shards = gather_objects((source, wanted), dist.group.WORLD)
         rows = minimum_rows([of_rank for of_rank, _ in shards], [of_rank for _, of_rank in shards])
-        bridge = run.inputs.bridge if term == "representation" else None
-        total += rows * (bridge.rank if bridge else width)
+        width = planned.spec.hidden_size
+        if term == "representation" and run.inputs.bridge:
+            width = run.inputs.bridge.rank
+        if term == "output" and planned.config.extrapolates_output:
+            width *= 2  # the final states of the base, which has the teacher's width
+        total += rows * width
     return total * torch.float32.itemsize
 
 

@@ -40,10 +40,11 @@ def update_at(step, models, *overrides):
     return measure_update(make_run(*models, *overrides), one)
 
 
-def assert_same_bits(actual, expected):
-    """Assert equal bits, but for the gradient norm: its partial sums depend on which parameters have a gradient."""
+def assert_same_bits(actual, expected, other_metrics=()):
+    """Assert equal bits, but for `other_metrics` and for the gradient norm: its partial sums depend on which parameters
+    have a gradient."""
     assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-6)
-    kept = {name for name in expected.metrics if not name.startswith("time/")} - VARYING
+    kept = {name for name in expected.metrics if not name.startswith("time/")} - VARYING - {*other_metrics}
     assert {name: actual.metrics[name] for name in kept} == {name: expected.metrics[name] for name in kept}
     assert actual.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
@@ -145,9 +146,10 @@ def test_a_factor_of_one_never_opens_the_base(models, tmp_path):
     assert_same_bits(update_at(0, models, base), update_at(0, models))
 
 
-def test_a_base_that_is_the_teacher_changes_no_bit(models):
-    base = f"teacher.base={{path: {models[1]}, extrapolate: 1.7}}"
-    assert_same_bits(update_at(0, models, base), update_at(0, models))
+@pytest.mark.parametrize("space", ["representation", "output", "both"])
+def test_a_base_that_is_the_teacher_changes_no_bit(models, space):
+    base = f"teacher.base={{path: {models[1]}, extrapolate: 1.7, space: {space}}}"
+    assert_same_bits(update_at(0, models, *BOTH, base), update_at(0, models, *BOTH), ("teacher/target_bytes",))
 
 
 def test_a_student_that_is_the_base_begins_with_the_square_of_the_factor_times_the_loss(models):
@@ -156,10 +158,24 @@ def test_a_student_that_is_the_base_begins_with_the_square_of_the_factor_times_t
     assert update.loss == pytest.approx(1.25**2 * plain.loss, rel=1e-6)
 
 
-def test_a_base_of_another_shape_and_a_base_without_hidden_states_are_refused(models, tmp_path):
+def test_a_base_of_another_shape_and_a_base_without_its_loss_are_refused(models, tmp_path):
     narrow = save(random_hf_model("Qwen3", 3, num_hidden_layers=2), tmp_path / "narrow")
     config = make_config(*models, f"teacher.base.path={narrow}")
     with pytest.raises(UserError, match="has num_layers 2 instead of 3; a base is the model that the teacher"):
         read_setup(config, config.named_teachers)
     with pytest.raises(UserError, match=r"teacher.base extrapolates hidden states, and loss.representation.weight=0"):
         make_config(*models, *OUTPUT, f"teacher.base.path={models[0]}")
+    with pytest.raises(UserError, match=r"teacher.base extrapolates distributions, and loss.output.objective=none"):
+        make_config(*models, f"teacher.base.path={models[0]}", "teacher.base.space=both")
+
+
+def test_teachers_with_and_without_a_base_teach_one_student(models):
+    """Final states of one teacher have twice the width of the other's; each rollout is compared with its own."""
+    teachers = {"math": models[1], "code": models[0]}
+    settings = (*OUTPUT, f"teachers.math.base={{path: {models[0]}, extrapolate: 1.5, space: output}}")
+    rollouts = [
+        dataclasses.replace(rollout, data_source=name)
+        for rollout, name in zip(some_rollouts(131), ["math", "code"] * 9, strict=False)
+    ]
+    update = measure_update(make_run(models[0], teachers, *settings, rollouts=rollouts), one_step)
+    assert_same_update(update, reference_update(models[0], teachers, *settings, rollouts=rollouts))
