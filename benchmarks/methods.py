@@ -215,6 +215,8 @@ def run_trial(work: Path, trial: Trial, steps: int) -> dict[str, Any]:
         [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "evaluations.jsonl")
     )
+    if len(metrics) < steps:
+        raise RuntimeError(f"{trial.name} was ended after {len(metrics)} of {steps} steps")
     names = ("rep/num_tokens", "output/num_tokens")
     result = asdict(trial) | {
         "accuracy": [
