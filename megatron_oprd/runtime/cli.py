@@ -26,6 +26,7 @@ from megatron_oprd.types import ServiceFailed, UserError
 STOPPED = 3  # exit code of a run that the health watch ended
 PLAN_DEVICES = ("h100", "h200")  # the GPUs for which `planning/hardware.py` has a data sheet
 CONFIG_HELP = "YAML file; `megatron-oprd config` lists the keys"
+MISTAKE = 2  # the exit code after a mistake of the user
 SECONDS_FOR_RANK_ZERO = 5.0  # the time that rank 0 has to print a mistake before another rank exits
 
 
@@ -172,7 +173,7 @@ def _report(message: str) -> int:
         # torchrun ends all ranks when the first one exits. It must not end rank 0 before that has printed the line.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_FOR_RANK_ZERO)
-    return 2
+    return MISTAKE
 
 
 def _is_rank_zero() -> bool:

@@ -4,7 +4,9 @@ import signal
 import time
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_oprd import torchrun as command
 from megatron_oprd.runtime import cli
 from megatron_oprd.types import UserError
 
@@ -39,3 +41,20 @@ def test_other_ranks_of_torchrun_wait_until_rank_0_has_printed(
     assert stop.value.code == 2
     assert capsys.readouterr().err == printed
     assert waited == seconds
+
+
+@pytest.mark.parametrize(("exit_code", "result"), [(cli.MISTAKE, cli.MISTAKE), (1, ChildFailedError)])
+def test_the_command_torchrun_ends_like_a_process_after_a_mistake(exit_code, result, monkeypatch):
+    def fail(arguments):
+        raise ChildFailedError("ranks", {0: ProcessFailure(0, 1, exit_code, "<N/A>")})
+
+    monkeypatch.setattr(command.run, "main", fail)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        if result is ChildFailedError:
+            with pytest.raises(ChildFailedError):
+                command.main([])
+        else:
+            assert command.main([]) == result
+    finally:
+        signal.signal(signal.SIGINT, before)
