@@ -113,7 +113,7 @@ def test_a_wrong_option_of_a_tool_is_reported_before_the_slow_imports(command):
 def test_an_unknown_demo_is_reported_before_the_slow_imports():
     result = run(str(EXAMPLE), "demo=other")
     assert (result.returncode, result.stdout) == (2, "imported:\n")
-    known = "same_architecture, cross_architecture, cross_tokenizer, real_model"
+    known = "same_architecture, hybrid, cross_architecture, cross_tokenizer, real_model"
     assert result.stderr == f"error: demo=other: there are {known}\n"
 
 
