@@ -99,10 +99,7 @@ def load_cudnn_of_torch() -> None:
     if home is None:
         return
     os.environ.setdefault("CUDNN_HOME", str(home))
-    nvrtc = next(
-        (path for path in map(Path, mapped) if _major("NVRTC", path.name) and "site-packages" in path.parts), None
-    )
-    if nvrtc is not None:
+    if (nvrtc := _file_of_pip("NVRTC", mapped)) is not None:
         os.environ.setdefault("NVRTC_HOME", str(nvrtc.parent))  # Transformer Engine loads NVRTC from there
     files = (home / "lib").glob("libcudnn*.so.*")
     with contextlib.suppress(OSError):
@@ -112,10 +109,14 @@ def load_cudnn_of_torch() -> None:
 
 def _pip_cudnn(mapped: Iterable[str]) -> Path | None:
     """Return the folder nvidia/cudnn of site-packages if one of the loaded files is there, else None."""
-    for path in map(Path, mapped):
-        if _major("cuDNN", path.name) is not None and "site-packages" in path.parts:
-            return path.parent.parent  # of nvidia/cudnn/lib/libcudnn.so.9
-    return None
+    path = _file_of_pip("cuDNN", mapped)
+    return None if path is None else path.parent.parent  # of nvidia/cudnn/lib/libcudnn.so.9
+
+
+def _file_of_pip(library: str, mapped: Iterable[str]) -> Path | None:
+    """Return the first loaded file of a library that lies in site-packages, or None."""
+    files = (path for path in map(Path, mapped) if _major(library, path.name) is not None)
+    return next((path for path in files if "site-packages" in path.parts), None)
 
 
 def _found_first(loaded: Sequence[Path], major: str) -> Path | None:
