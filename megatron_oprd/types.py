@@ -349,6 +349,11 @@ class DeltaNet:
         """Return the outputs of the input projection for one key head: query, key, values, gates, beta and alpha."""
         return self.convolved + self.values_per_key * (self.value_dim + 2)
 
+    @property
+    def state_size(self) -> int:
+        """Return the numbers in the state of one sequence in one layer."""
+        return self.num_value_heads * self.key_dim * self.value_dim
+
 
 @dataclass(frozen=True)
 class ModelSpec:

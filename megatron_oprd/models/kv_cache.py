@@ -30,7 +30,7 @@ def rollout_cache_bytes(
     row_bytes = min(length, spec.max_position_embeddings) * token_bytes
     if spec.delta_net is not None:
         sizes, key_heads = spec.delta_net, spec.delta_net.num_key_heads // tensor_size
-        states = key_heads * sizes.values_per_key * sizes.key_dim * sizes.value_dim * state_dtype(dtype).itemsize
+        states = sizes.state_size // tensor_size * state_dtype(dtype).itemsize
         tails = key_heads * sizes.convolved * (sizes.kernel - 1) * dtype.itemsize
         row_bytes += linear * (states + tails)
     return rows * row_bytes

@@ -16,6 +16,11 @@ from megatron_oprd.types import DeltaNet, ModelSpec
 MOVED_FORWARD, MOVED_BACKWARD = 4.6, 8.4
 
 
+def linear_layers_below(spec: ModelSpec, layers: int) -> int:
+    """Return the number of layers with Gated DeltaNet among the lowest `layers`."""
+    return sum(layer < layers for layer in spec.linear_layers)
+
+
 def rule_flops(sizes: DeltaNet, lengths: Sequence[int]) -> int:
     """Return the operations of convolution and delta rule in the forward pass.
 
@@ -55,14 +60,9 @@ def moved_bytes(spec: ModelSpec, layers: int, tokens: int, per_stored_byte: floa
     """
     if spec.delta_net is None:
         return 0.0
-    return sum(layer < layers for layer in spec.linear_layers) * tokens * per_stored_byte * stored_bytes(spec.delta_net)
+    return linear_layers_below(spec, layers) * tokens * per_stored_byte * stored_bytes(spec.delta_net)
 
 
 def gathered_bytes(sizes: DeltaNet, bytes_per_number: int) -> int:
     """Return the bytes per token of the numbers that context-parallel ranks gather; the decay is float32."""
     return sizes.num_key_heads * sizes.convolved * bytes_per_number + sizes.num_value_heads * (4 + bytes_per_number)
-
-
-def state_bytes(sizes: DeltaNet) -> int:
-    """Return the bytes of the float32 state of one sequence in one layer."""
-    return 4 * sizes.num_value_heads * sizes.key_dim * sizes.value_dim

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_oprd.planning.delta_net_costs import rule_flops
+from megatron_oprd.planning.delta_net_costs import linear_layers_below, rule_flops
 from megatron_oprd.types import ModelSpec
 
 
@@ -46,17 +46,12 @@ def attention_flops(spec: ModelSpec, lengths: Sequence[int], *, window: int = 0)
 
 def _attention_of_layers(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
     windowed = sum(layer < layers for layer in spec.windowed_layers)
-    full = (layers - windowed - _linear_layers(spec, layers)) * attention_flops(spec, lengths)
+    full = (layers - windowed - linear_layers_below(spec, layers)) * attention_flops(spec, lengths)
     return full + windowed * attention_flops(spec, lengths, window=spec.sliding_window)
 
 
-def _linear_layers(spec: ModelSpec, layers: int) -> int:
-    """Return the number of layers with Gated DeltaNet among the lowest `layers`."""
-    return sum(layer < layers for layer in spec.linear_layers)
-
-
 def _rules_of_layers(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:
-    return 0 if spec.delta_net is None else _linear_layers(spec, layers) * rule_flops(spec.delta_net, lengths)
+    return 0 if spec.delta_net is None else linear_layers_below(spec, layers) * rule_flops(spec.delta_net, lengths)
 
 
 def forward_flops(spec: ModelSpec, layers: int, lengths: Sequence[int]) -> int:

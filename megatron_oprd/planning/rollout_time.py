@@ -12,7 +12,7 @@ from megatron_oprd.config import Config, ParallelConfig
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.layer_plan import even_stages
-from megatron_oprd.planning.delta_net_costs import MOVED_FORWARD, moved_bytes, state_bytes
+from megatron_oprd.planning.delta_net_costs import MOVED_FORWARD, moved_bytes
 from megatron_oprd.planning.device_formulas import BYTES
 from megatron_oprd.planning.flops import forward_flops, head_flops
 from megatron_oprd.planning.hardware import Cost, Hardware, Links
@@ -145,7 +145,7 @@ def decode_seconds(
     states = 0.0
     if spec.delta_net is not None:
         divided = parallel.pipeline * parallel.tensor
-        states = 2 * len(spec.linear_layers) * state_bytes(spec.delta_net) / divided
+        states = 2 * len(spec.linear_layers) * BYTES["fp32"] * spec.delta_net.state_size / divided
     bytes_moved = (dense + experts * used_experts) * size + rows * (keys_and_values + states)
     seconds = bytes_moved / hardware.memory_rate()
     return parallel.pipeline * max(seconds, layer_seconds * spec.num_layers / parallel.pipeline)

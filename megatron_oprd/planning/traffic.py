@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_oprd.config import ParallelConfig
-from megatron_oprd.planning.delta_net_costs import gathered_bytes
+from megatron_oprd.planning.delta_net_costs import gathered_bytes, linear_layers_below
 from megatron_oprd.types import ModelSpec
 
 
@@ -52,7 +52,7 @@ def forward_traffic(
     divided_mlps = layers_per_rank - (0 if spec.shared_ffn_hidden_size else sparse)
     all_rows = tokens / layout.context * spec.hidden_size * bytes_per_number
     own_rows = all_rows / layout.tensor if layout.sequence else all_rows
-    linear = sum(layer < layers for layer in spec.linear_layers) / layout.pipeline
+    linear = linear_layers_below(spec, layers) / layout.pipeline
     keys_and_values = 2 * spec.num_query_groups * spec.head_dim * bytes_per_number
     gathered = (layers_per_rank - linear) * keys_and_values
     if spec.delta_net is not None:
