@@ -35,6 +35,7 @@ from megatron_oprd.models.output_loss import Heads, OutputLoss
 from megatron_oprd.parallel.topology import build_topology, start_process
 from megatron_oprd.runtime import platform
 from megatron_oprd.runtime.cli import run_command
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import DeviceSelection
 
 OLD_CHUNK = 2**27 // 4  # numbers in a chunk: the size `auto` before products decided it
@@ -151,7 +152,7 @@ def measure(inputs: Inputs, repeats: int) -> list[dict[str, Any]]:
                 row["peak"] = torch.cuda.max_memory_allocated(device) - before
             running[name] = (run, row)
         except Exception as error:  # the other cases still run
-            row["note"] = f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            row["note"] = f"{type(error).__name__}: {error_line(error, 150)}"
     for _ in range(repeats):
         for run, row in running.values():
             clear_gradients(inputs)

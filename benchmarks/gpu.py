@@ -36,6 +36,7 @@ from benchmarks.updates import AUTHORED, Update, Workload, peak_of, seconds_of
 from megatron_oprd.runtime import platform
 from megatron_oprd.runtime.cli import run_command
 from megatron_oprd.runtime.environment import Machine, find_machine
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +102,7 @@ def measure(case: Case, device: torch.device, machine: Machine, repeats: int) ->
         row = not_run(case, f"refused: {error}")
     except Exception as error:
         traceback.print_exc()
-        row = not_run(case, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        row = not_run(case, f"failed: {type(error).__name__}: {error_line(error)}")
     gc.collect()
     torch.cuda.empty_cache()
     return row

@@ -16,6 +16,7 @@ from benchmarks.rollout_engines import Generate, Side
 from benchmarks.rollout_page import line
 from benchmarks.rollout_workloads import Workload
 from benchmarks.updates import peak_of
+from megatron_oprd.runtime.readable import error_line
 
 SHORT_TOKENS = 16  # the first steps capture graphs
 
@@ -131,4 +132,4 @@ class _SideRun:
             self.row["note"] = "out of memory"
         except Exception as error:
             traceback.print_exc()
-            self.row["note"] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            self.row["note"] = f"failed: {type(error).__name__}: {error_line(error)}"

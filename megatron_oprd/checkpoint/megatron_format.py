@@ -46,6 +46,7 @@ from megatron_oprd.runtime.files import (
     read_json,
     write_json,
 )
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import ModelSpec, UserError
 
 FORMAT_VERSION = 1
@@ -214,7 +215,7 @@ def describe_damage(error: BaseException) -> str:
     """Describe an exception that torch or mcore raised for a damaged file, in one short line."""
     if isinstance(error, UnpicklingError):  # its text gives advice about torch.load
         return "a .distcp file is corrupt"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {error_line(error)}"
 
 
 def check_model(folder: str | Path, spec: ModelSpec) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import UserError
 
 INDEX = ".metadata"
@@ -67,7 +68,7 @@ def read_index(folder: Path) -> Metadata:
     except FileNotFoundError:
         raise UserError(f"{path} is missing", COPY_AGAIN) from None
     except Exception as error:  # a damaged pickle can raise any exception
-        raise UserError(f"{path} is truncated or corrupt: {' '.join(str(error).split())[:200]}", COPY_AGAIN) from None
+        raise UserError(f"{path} is truncated or corrupt: {error_line(error)}", COPY_AGAIN) from None
     if problem:
         raise UserError(f"{path} is corrupt: {problem}", COPY_AGAIN)
     _check_files(folder, index)

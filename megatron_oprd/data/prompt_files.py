@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_oprd.config import DataConfig
 from megatron_oprd.data.ground_truth import GroundTruth, read_ground_truth
 from megatron_oprd.data.messages import Message, read_prompt
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import UserError
 
 _Keys = dict[str, str]  # configuration key -> name of a column that every row must have
@@ -147,7 +148,7 @@ def _parquet(path: Path, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]
             records = parquet.read(columns=columns).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:  # text that is not UTF-8 shows as a ValueError
         raise UserError(
-            f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}; copy it again, or save it anew"
+            f"{path} cannot be read as Parquet: {error_line(error)}; copy it again, or save it anew"
         ) from None
     return ((f"{path}, row {number}", record) for number, record in enumerate(records, start=1))
 
@@ -158,9 +159,9 @@ def _hub(name: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # network, hub and builder errors share no base class
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the prompts {name} are not a file here, and no such data set could be loaded from the hub ({reason}); "
+            f"the prompts {name} are not a file here, and no such data set could be loaded from the hub "
+            f"({error_line(error)}); "
             "without network, name a Parquet or JSONL file"
         ) from None
     if "train" not in loaded and len(loaded) != 1:

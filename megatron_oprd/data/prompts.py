@@ -15,6 +15,7 @@ from megatron_oprd.config import DataConfig
 from megatron_oprd.data.chat_template import as_messages, check_arguments, check_generation_prompt, encode, render_text
 from megatron_oprd.data.messages import Message
 from megatron_oprd.data.prompt_files import Row, read_rows
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import Prompt, UserError
 
 INSTRUCTION = " Please reason step by step, and put your final answer within \\boxed{}."
@@ -221,7 +222,7 @@ def _render(
         except UnicodeEncodeError:
             failures[index] = "the text contains half of a surrogate pair, which is no character"
         except Exception as error:  # a template is a program and may raise any exception
-            failures[index] = " ".join(str(error).split())[:200] or type(error).__name__
+            failures[index] = error_line(error)
     rendered: dict[int, tuple[str, tuple[int, ...]]] = {}
     for (index, text), ids in zip(texts.items(), encode(list(texts.values()), tokenizer), strict=True):
         if ids:

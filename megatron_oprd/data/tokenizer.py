@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_oprd.runtime.files import check_model_folder
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import ModelSpec, UserError
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -37,7 +38,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         )
         tokenizer("a")  # some invalid settings raise only now
     except Exception as error:  # the parsers raise exceptions of any class
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = error_line(error)
         raise UserError(f"the tokenizer files in {folder} cannot be read: {reason}; copy them again") from None
     if not tokenizer.get_vocab():
         raise UserError(f"the tokenizer in {folder} has no tokens: its vocabulary file is empty; copy it again")

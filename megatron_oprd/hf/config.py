@@ -15,6 +15,7 @@ from megatron_oprd.hf.hybrid import hybrid_fields, with_hybrid_defaults
 from megatron_oprd.hf.other_keys import refuse_other_models
 from megatron_oprd.hf.rope import rope_fields
 from megatron_oprd.runtime.files import check_model_folder, read_json
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import ModelSpec, UserError
 
 
@@ -217,7 +218,7 @@ def _check_with_transformers(values: dict[str, Any], config_class: Any, where: s
         rest = {key: value for key, value in values.items() if key not in ("rope_scaling", "rope_parameters")}
         config = config_class.from_dict(rest)
     except Exception as error:  # each version raises classes of its own
-        raise UserError(f"{where}: transformers refuses it, correct it: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{where}: transformers refuses it, correct it: {error_line(error, 300)}") from None
     finally:
         logging.set_verbosity(verbosity)
     if getattr(config, "head_dim", 0) is None:

@@ -16,6 +16,7 @@ from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import FINAL_STATES, ModelSpec, UserError
 
 
@@ -155,7 +156,7 @@ def open_hf_model(folder: str | Path, stored: torch.dtype, compute: torch.dtype)
     except ImportError as error:
         reader = HFReader(folder)
         if not reader.quantized:
-            reason = " ".join(str(error).split())
+            reason = error_line(error, None)
             raise UserError(f"transformers cannot open {folder}: {reason}; install what it names") from None
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         del config.quantization_config

@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from megatron_oprd.runtime.readable import error_line
+
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -24,7 +26,7 @@ def _compiled_kernels() -> ModuleType | None:
 
         pointwise_kernels.swiglu(torch.ones(1, 2, device="cuda"))
     except Exception as error:  # no Triton, no C compiler, or a device that Triton does not know
-        reason = " ".join(str(error).split())[:200]
+        reason = error_line(error)
         warnings.warn(
             f"Triton does not work, so rotary embedding and SwiGLU run several kernels each: {reason}", stacklevel=2
         )

@@ -26,6 +26,7 @@ from megatron_oprd.resilience.watchdog import Watchdog
 from megatron_oprd.runtime import progress
 from megatron_oprd.runtime.cli import RankFailed
 from megatron_oprd.runtime.files import DISK_ERRORS
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import UserError
 
 # A rank that only lost its connections waits this long for the record of the rank that failed first.
@@ -109,7 +110,7 @@ class _Guard:
         failures.write(self._run_dir, failures.from_exception(error, progress.here(), time.time()))
         time.sleep(0 if rank == 0 else COMPARE_SECONDS)
         if rank != 0 and all(failure.first != 0 for failure in failures.read(self._run_dir, self._since)):
-            _print_error(" ".join(str(error).split()))
+            _print_error(error_line(error, None))
 
     def fail(self, error: BaseException) -> NoReturn:
         """Write this rank's failure record, print the first failure, and raise RankFailed."""

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_oprd.runtime.readable import error_line
+
 Result = TypeVar("Result")
 
 
@@ -39,7 +41,7 @@ def fused(function: Callable[..., Result]) -> Callable[..., Result]:
             return compiled(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             works = False
-            reason = " ".join(str(error).split())[:200]
+            reason = error_line(error)
             warnings.warn(f"torch.compile fails, so {function.__name__} runs several kernels: {reason}", stacklevel=2)
             return function(*args)
 

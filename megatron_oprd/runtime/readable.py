@@ -1,4 +1,4 @@
-"""Numbers, times and sizes as people write them."""
+"""Numbers, times, sizes and errors as people read them."""
 
 from __future__ import annotations
 
@@ -42,3 +42,8 @@ def duration(seconds: float) -> str:
         return f"{hours} h {minutes} min"
     days, hours = divmod(hours + (minutes >= 30), 24)
     return f"{days} d {hours} h"
+
+
+def error_line(error: BaseException, most: int | None = 200) -> str:
+    """Return the text of an exception as one line of at most `most` characters, or the name of its class."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_oprd.config import WandbConfig
 from megatron_oprd.runtime.files import explain_os_errors, write_text
+from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import UserError
 
 ID_FILE = "wandb/run_id"  # in the run folder
@@ -60,9 +61,7 @@ class WandbCurves:
                 settings=wandb.Settings(console="off", silent=True),
             )
         except wandb.Error as error:
-            raise UserError(
-                f"logging.wandb: {' '.join(str(error).split())}; logging.wandb.mode=offline works"
-            ) from None
+            raise UserError(f"logging.wandb: {error_line(error, None)}; logging.wandb.mode=offline works") from None
         offline = self._settings.mode == "offline"
         where = f"offline; `wandb sync {Path(self._run.dir).parent}` sends it" if offline else self._run.url
         print(f"Weights & Biases: {where}", flush=True)
