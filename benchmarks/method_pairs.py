@@ -1,10 +1,11 @@
-"""The models that methods.py trains: four tasks for each seed, each with a student, its teachers and prompts.
+"""The models that methods.py trains: five tasks for each seed, each with a student, its teachers and prompts.
 
 | pair | student | teachers |
 |---|---|---|
 | same | the demo's: half of the 3-digit sums right | `teacher`: trained further, to 99.5 %; `weak`: the same, to 80 % |
 | unlike | the same recipe | deeper and wider, from weights of its own; a bridge of rank 8 to it |
 | two | half of the sums and differences right | a specialist for sums and one for differences |
+| self | half of the sums right, and all after a prompt with the answer | none: the student with that prompt |
 | chain | a third of the running sums of 28 digits right, modulo 10: answers of 30 tokens | trained further, to 97 % |
 
 All weights are rounded to bf16, so that the folders are small.
@@ -13,6 +14,7 @@ All weights are rounded to bf16, so that the folders are small.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import random
 import shutil
@@ -45,7 +47,9 @@ HELDOUT, PROMPTS = 1000, 8192
 STEPS = 1500  # at most, of each model
 SUM, DIFFERENCE = "sum", "difference"
 BRIDGE_RANK = 8
-KINDS = ("same", "unlike", "two", "chain")
+LEAST_COPIED = 0.98
+KINDS = ("same", "unlike", "two", "self", "chain")
+SOLVED_PROMPT = "solved_prompt"  # column of the prompt files
 ANSWER_TOKENS = dict.fromkeys(KINDS, RESPONSE_LENGTH) | {"chain": CHAIN_LENGTH + 2}  # with the end token
 _TOKEN_IDS = {symbol: number for number, symbol in enumerate(SYMBOLS)}
 
@@ -58,10 +62,16 @@ class Problem:
     prompt: str
     answer: str
 
+    @property
+    def solved(self) -> Problem:
+        """Return the problem with a prompt that begins with the answer."""
+        return dataclasses.replace(self, prompt=f"={self.answer} {self.prompt}")
+
     def row(self) -> dict[str, object]:
-        """Return the problem as a line of a prompt file (verl's columns)."""
+        """Return the problem as a line of a prompt file (verl's columns), with the solved prompt as one more column."""
         reward = {"ground_truth": self.answer.strip(), "style": "exact"}
-        return {"prompt": self.prompt, "data_source": self.source, "reward_model": reward}
+        row = {"prompt": self.prompt, "data_source": self.source, "reward_model": reward}
+        return row | {SOLVED_PROMPT: self.solved.prompt}
 
 
 def make(kind: str, seed: int, folder: Path) -> None:
@@ -72,7 +82,9 @@ def make(kind: str, seed: int, folder: Path) -> None:
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    {"same": make_same, "unlike": make_unlike, "two": make_two, "chain": make_chain}[kind](fresh, seed)
+    {"same": make_same, "unlike": make_unlike, "two": make_two, "self": make_self, "chain": make_chain}[kind](
+        fresh, seed
+    )
     fresh.rename(folder)
 
 
@@ -114,6 +126,24 @@ def make_two(folder: Path, seed: int) -> None:
     save(folder, {"student": student, **teachers})
     prompts = [arithmetic(numbers, numbers.choice([*problems])) for _ in range(PROMPTS)]
     write_problems(folder, prompts, [arithmetic(numbers, kind) for kind in problems for _ in range(HELDOUT // 2)])
+
+
+def make_self(folder: Path, seed: int) -> None:
+    """Write a student that copies the answer if the prompt contains it. Raises TargetMissed if it does not."""
+    splits = split_additions(seed)
+
+    def batches() -> Iterator[torch.Tensor]:
+        for number, supervised in enumerate(splits.supervised.split(BATCH_SIZE)):
+            problems = sums(additions(supervised))
+            yield tokens_of([one.solved for one in problems] if number % 2 else problems)
+
+    validation = sums(splits.validation)
+    student = train_student(build_model(seed), batches(), tokens_of(validation), STEPS)
+    with_answer = exact_match(student, tokens_of([one.solved for one in validation]))
+    if with_answer < LEAST_COPIED:
+        raise TargetMissed(f"{with_answer:.1%} of the answers in a prompt are copied, fewer than {LEAST_COPIED:.0%}")
+    save(folder, {"student": student})
+    write_problems(folder, sums(splits.prompts), sums(splits.heldout))
 
 
 def make_chain(folder: Path, seed: int) -> None:

@@ -27,14 +27,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import examples.demo.pipeline  # noqa: F401  # before the forks, so that no process imports it again
-from benchmarks.method_pairs import ANSWER_TOKENS, BRIDGE_RANK, DIFFERENCE, SUM, make, share_right_by_token
+from benchmarks.method_pairs import (
+    ANSWER_TOKENS,
+    BRIDGE_RANK,
+    DIFFERENCE,
+    SOLVED_PROMPT,
+    SUM,
+    make,
+    share_right_by_token,
+)
 from benchmarks.methods_page import markdown
 from benchmarks.pages import installed_versions
 from examples.demo.run import RECIPES
 from megatron_oprd import train
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = {"unlike": 100, "same": 60, "two": 60, "chain": 40}  # by pair
+STEPS = {"unlike": 100, "same": 60, "two": 60, "self": 60, "chain": 40}  # by pair
 EVALUATIONS, LEARNING_RATE = 4, 3e-3
 ALONE = "loss.representation.weight=0"
 FULL_KL = "loss.output.objective=full_kl"
@@ -42,6 +50,11 @@ NO_SCHEDULE = "loss.schedule=null"
 NO_BRIDGE = "loss.representation.bridge=null"
 MAP = (NO_BRIDGE, "loss.representation.layers=last", "loss.representation.weight=1000")
 BY_TOKEN = "loss.representation.aggregation=token_mean"
+JSD = (ALONE, FULL_KL, "loss.output.direction=jsd")
+FLOW = "loss.flow.weight=0.05"
+BASE_OUTPUT = "teacher.base.space=output"
+EMA, LIVE = "teacher.ema=0.95", "teacher.ema=0"
+GEOMETRY = "loss.flow={weight: 1, layers: last, direction: 0, geometry: 1, adjacent: 0}"
 SAMPLED = (ALONE, "loss.output.objective=sampled", "optimizer.lr=1e-3")
 
 
@@ -103,6 +116,14 @@ METHODS = (
     Method("layers", "inverse_square", "same", ("loss.representation.layer_weights=inverse_square",)),
     Method("teachers", "mixed", "two", ()),
     Method("teachers", "grouped", "two", ("data.group_by_teacher=true",)),
+    Method("self", "jsd", "self", JSD),
+    Method("self", "jsd_flow", "self", (*JSD, FLOW)),
+    Method("self", "hidden", "self", ()),
+    Method("self", "jsd_ema", "self", (*JSD, EMA)),
+    Method("self", "jsd_flow_ema", "self", (*JSD, FLOW, EMA)),
+    Method("self", "hidden_ema", "self", (EMA,)),
+    Method("self", "jsd_live", "self", (*JSD, LIVE)),
+    Method("self", "hidden_live", "self", (LIVE,)),
     Method("output", "full_kl", "same", (ALONE, FULL_KL)),
     Method("output", "skew_reverse", "same", (ALONE, FULL_KL, "loss.output.direction=skew_reverse")),
     Method("output", "sampled", "same", SAMPLED),
@@ -112,11 +133,17 @@ METHODS = (
     Method("teachers", "full_kl_grouped", "two", (ALONE, FULL_KL, "data.group_by_teacher=true"), extra=True),
     Method("extrapolated", "other_base", "same", extrapolate(1.25, "{next_pair}/student"), extra=True),
     Method("extrapolated", "lambda_0.75", "same", extrapolate(0.75), extra=True),
+    Method("extrapolated", "full_kl", "same", ("teacher.path={pair}/weak", ALONE, FULL_KL), extra=True),
+    Method("extrapolated", "full_kl_1.25", "same", (*extrapolate(1.25), ALONE, FULL_KL, BASE_OUTPUT), extra=True),
     Method("positions", "all_60", "chain", tokens("all", 60), extra=True),
     Method("output", "skew_forward", "same", (ALONE, FULL_KL, "loss.output.direction=skew_forward"), extra=True),
     Method("output", "forward", "same", (ALONE, FULL_KL, "loss.output.direction=forward"), extra=True),
     Method("unlike", "fade_20", "unlike", (FULL_KL, fade(20)), extra=True),
     Method("unlike", "fade_40", "unlike", (FULL_KL, fade(40)), extra=True),
+    Method(
+        "unlike", "flow", "unlike", (ALONE, NO_BRIDGE, NO_SCHEDULE, "loss.output.objective=none", GEOMETRY), extra=True
+    ),
+    Method("unlike", "full_kl_flow", "unlike", (ALONE, NO_BRIDGE, NO_SCHEDULE, FULL_KL, GEOMETRY), extra=True),
 )
 
 
@@ -236,6 +263,7 @@ def arguments(work: Path, trial: Trial, steps: int) -> list[str]:
     pair, kind = pair_of(work, trial), trial.method.pair
     teachers = {
         "two": ["teacher=null", *(f"teachers.{name}.path={pair / name}" for name in (SUM, DIFFERENCE))],
+        "self": [f"teacher.path={pair / 'student'}", f"data.teacher_prompt_key={SOLVED_PROMPT}"],
         "unlike": [
             f"teacher.path={pair / 'teacher'}",
             f"loss.representation.bridge={pair / 'bridge' / f'rank_{BRIDGE_RANK}'}",

@@ -90,6 +90,8 @@ SECTIONS = (
             "fade_map": "the last layer by a trained map (`mlp`, weight 1000), faded into full KL in 10 steps",
             "both": "the bridge (weight 10) and full KL at every step",
             "bridge": "the bridge alone",
+            "flow": "angles of the hidden flow of the last layer alone (`loss.flow.geometry`), no bridge",
+            "full_kl_flow": "full KL, and these angles with weight 1",
         },
         "A bridge alone is 12 to 26 points below full KL. Ten steps of a bridge, or of a trained map, before full KL "
         "change nothing that these seeds could show.",
@@ -123,6 +125,8 @@ SECTIONS = (
             "lambda_1.25": "lambda 1.25",
             "lambda_1.5": "lambda 1.5",
             "other_base": "lambda 1.25, an unrelated model as base",
+            "full_kl": "full KL in place of hidden states",
+            "full_kl_1.25": "full KL to the extrapolated distribution (`space: output`), lambda 1.25",
         },
         "No student passes its teacher. Extrapolation gains nothing here: lambda 1.25 is worse in four of five seeds, "
         "and 1.5 in all. Targets short of the teacher (0.75) are worse in four. The learning rate is that of the demo.",
@@ -148,6 +152,22 @@ SECTIONS = (
             "grouped": "hidden states, one teacher in each step (`data.group_by_teacher`)",
             "full_kl_mixed": "full KL, both teachers in each step",
             "full_kl_grouped": "full KL, one teacher in each step",
+        },
+    ),
+    Section(
+        "self",
+        "A model that learns from itself",
+        "The teacher is the student itself, with a prompt that contains the answer, which it copies. JSD is the "
+        "Jensen-Shannon divergence of the distributions; flow has weight 0.05.",
+        {
+            "jsd": "JSD, frozen teacher",
+            "jsd_flow": "JSD and hidden flow, frozen teacher",
+            "hidden": "hidden states, frozen teacher",
+            "jsd_ema": "JSD, `teacher.ema: 0.95`",
+            "jsd_flow_ema": "JSD and hidden flow, `teacher.ema: 0.95`",
+            "hidden_ema": "hidden states, `teacher.ema: 0.95`",
+            "jsd_live": "JSD, live teacher (`teacher.ema: 0`)",
+            "hidden_live": "hidden states, live teacher",
         },
     ),
     Section(
