@@ -53,7 +53,8 @@ Through a trained map to the teacher's width: `linear-wide` a matrix to 96, `mlp
 `extrapolated` targets lie beyond the teacher: half of its difference to a base is added, to hidden states, to logits
 (`extrapolated-output`) or to both (`extrapolated-both`). `inverse-square` divides the
 loss of each layer by the teacher's mean square there. `skew` and `topk-skew` are KL divergences to a mixture of both
-distributions; `gated` adds the forward KL at uncertain tokens to `sampled`.
+distributions, `adaptive` and `topk-adaptive` a mean of both KL divergences; `gated` adds the forward KL at uncertain
+tokens to `sampled`.
 
 `flow` adds the loss on hidden flow at four positions of each response, `all-flow` at all of them with other shares of
 its parts, `wide-flow` without directions to a teacher of width 96. With `ema` the teacher has followed the student

@@ -137,10 +137,10 @@ class OutputConfig(Section):
     k: int = Field(16, ge=1, description="number of tokens of the top-k objectives", json_schema_extra=TOKENS)
     support: Literal["student", "teacher", "union"] = Field("student", description="whose top-k tokens are compared")
     tail_bucket: bool = Field(False, description="topk_kl: treat all other tokens as one more outcome")
-    direction: Literal["reverse", "forward", "jsd", "skew_reverse", "skew_forward"] = Field(
+    direction: Literal["reverse", "forward", "jsd", "skew_reverse", "skew_forward", "adaptive"] = Field(
         "reverse",
-        description="KL of student to teacher, of teacher to student, Jensen-Shannon divergence, or KL to a mixture of "
-        "both",
+        description="KL of student to teacher, of teacher to student, Jensen-Shannon divergence, KL to a mixture of "
+        "both, or both KL with weights that depend on where they differ (adaptive)",
     )
     beta: float = Field(0.5, ge=0.0, le=1.0, description="mixture of jsd: forward at 0, reverse at 1")
     skew: float = Field(

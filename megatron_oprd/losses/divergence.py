@@ -17,11 +17,14 @@ from megatron_oprd.losses.vocabulary import VocabularyShard
 
 
 def divergence(
-    log_p: Tensor, log_q: Tensor, shard: VocabularyShard, direction: str, beta: float
+    log_p: Tensor, log_q: Tensor, shard: VocabularyShard, direction: str, beta: float, tail: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return KL(p || q) (`reverse`), KL(q || p) (`forward`), the generalised JSD(beta) (`jsd`, arXiv 2306.13649), or
     the skew divergence KL(p || beta p + (1 - beta) q) (`skew_reverse`) or KL(q || beta q + (1 - beta) p)
-    (`skew_forward`) of DistiLLM (arXiv 2402.03898), which is the KL divergence for beta 0.
+    (`skew_forward`) of DistiLLM (arXiv 2402.03898), which is the KL divergence for beta 0, or the mean of both KL
+    divergences in `adaptive_kl` (`adaptive`).
+
+    `tail` [n, width] is the tail of the teacher for `adaptive`; None: `shard.lower_half(log_q)`.
 
     JSD(beta) = beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p. It vanishes for beta 0 and 1. As
     in TRL, beta 0 means the limit of JSD(beta) / beta, which is the forward KL, and beta 1 the limit of
@@ -37,6 +40,8 @@ def divergence(
         return skew_reverse_kl(log_p, log_q, shard, beta)
     if direction == "skew_forward":
         return skew_forward_kl(log_p, log_q, shard, beta)
+    if direction == "adaptive":
+        return adaptive_kl(log_p, log_q, shard, shard.lower_half(log_q) if tail is None else tail)
     raise ValueError(f"unknown direction {direction!r}")
 
 
@@ -93,6 +98,23 @@ def skew_forward_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard, skew: 
     part = of_mixture.expm1_().neg_()  # 1 - q / m, exactly 0 if p = q
     value, mean = shard.sum(torch.stack([value, (p * part).sum(-1)]))
     return value, p.mul_(part.sub_(mean[:, None])).mul_(1 - skew)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, shard: VocabularyShard, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """Return w KL(q || p) + (1 - w) KL(p || q) of AKL (arXiv 2404.02657), with w held constant.
+
+    w is the part of the sum of |q - p| that lies outside of `tail` [n, width], which holds the teacher's less likely
+    tokens (`VocabularyShard.lower_half`). Allocates three temporaries [n, width].
+    """
+    ratio = log_p - log_q
+    p, q = log_p.exp_(), log_q.exp_()
+    gap = (p - q).abs_()
+    head_gap, tail_gap = gap.masked_fill(tail, 0).sum(-1), gap.mul_(tail).sum(-1)
+    forward, reverse = -torch.mul(q, ratio, out=gap).sum(-1), torch.mul(p, ratio, out=gap).sum(-1)
+    head_gap, tail_gap, forward, reverse = shard.sum(torch.stack([head_gap, tail_gap, forward, reverse]))
+    share = head_gap / (head_gap + tail_gap).clamp_min_(torch.finfo(gap.dtype).tiny)
+    of_reverse = ratio.sub_(reverse[:, None]).mul_(p).mul_((1 - share)[:, None])
+    return share * forward + (1 - share) * reverse, p.sub_(q).mul_(share[:, None]).add_(of_reverse)
 
 
 def _log_mixture_over_student(teacher_ratio: Tensor, beta: float) -> Tensor:

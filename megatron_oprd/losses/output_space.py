@@ -62,11 +62,14 @@ def token_objective(
         token_ids: [n] int64, the sampled tokens y_t.
 
     Communicates over `shard.group`: 3 all_reduces; one all_gather for each ranking of a top-k objective; 2 more
-    all_reduces with the tail bucket, and 2 more with metrics.
+    all_reduces with the tail bucket, 2 more with metrics, and those of `VocabularyShard.lower_half` for the adaptive
+    divergence over the whole vocabulary.
     """
     is_topk = config.forward_above_entropy is not None or config.objective in ("topk_surrogate", "topk_kl")
     # Rank before subtracting the log-sum-exp: its rounding depends on the number of ranks and can make logits equal.
     top = _rankings(student_logits, teacher_logits, shard, config, with_metrics) if is_topk or with_metrics else {}
+    needs_tail = config.objective == "full_kl" and config.direction == "adaptive"
+    tail = shard.lower_half(teacher_logits) if needs_tail else None
     shard.normalize_(student_logits, teacher_logits)
     log_p, log_q = student_logits, teacher_logits
     metrics = _metrics(log_p, log_q, token_ids, top, shard, config) if with_metrics else None
@@ -80,7 +83,7 @@ def token_objective(
     elif config.objective == "topk_kl":
         value, gradient = _topk_kl(log_p, log_q, _support(top, config), shard, config)
     elif config.objective == "full_kl":
-        value, gradient = divergence(log_p, log_q, shard, config.direction, config.mixture)
+        value, gradient = divergence(log_p, log_q, shard, config.direction, config.mixture, tail)
     else:
         raise ValueError(f"no objective {config.objective!r}")
     return TokenObjective(value, gradient, metrics)

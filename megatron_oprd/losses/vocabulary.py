@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_oprd.runtime.fused import fused
+
 _NO_ID = 2**40  # stands for a missing candidate of a shard narrower than k; sorts after every real id
 
 
@@ -75,6 +77,24 @@ class VocabularyShard:
             ids = ids[:, : int((ids[0] < _NO_ID).sum())]
         return ids
 
+    def lower_half(self, logits: Tensor) -> Tensor:
+        """Return True [n, width] for the least likely tokens whose probabilities sum to at most one half.
+
+        Tokens with equal logits are all in this half or all outside of it. The result therefore does not depend on how
+        many ranks share the vocabulary. The sums are in float64.
+
+        A bisection over the bits of the logits: 34 all_reduces of [n] in float32, 66 in float64. Temporaries with the
+        bytes of four float32 tensors [n, width] on a CPU; on a GPU the result alone.
+        """
+        highest = self.max(_highest(logits))
+        half = self.sum(_mass_up_to(logits, highest, highest)).div_(2)
+        low, high = _ordered_bits(torch.full_like(highest, -torch.inf)), _ordered_bits(highest)
+        for _ in range(8 * logits.itemsize):  # the mass up to `low` is at most a half, up to `high` above it
+            middle = (low & high) + ((low ^ high) >> 1)  # their mean, without overflow
+            is_lower = self.sum(_mass_up_to(logits, highest, _from_ordered_bits(middle))) <= half
+            low, high = torch.where(is_lower, middle, low), torch.where(is_lower, high, middle)
+        return logits <= _from_ordered_bits(low)[:, None]
+
     def normalize_(self, *values: Tensor) -> Tensor:
         """Replace each tensor [n, width] by its log-softmax over the vocabulary of all ranks, in place.
 
@@ -113,6 +133,25 @@ class VocabularyShard:
 
 def _highest(values: Tensor) -> Tensor:
     return values.amax(-1) if values.shape[1] else values.new_full(values.shape[:1], -torch.inf)
+
+
+@fused
+def _mass_up_to(logits: Tensor, highest: Tensor, bound: Tensor) -> Tensor:
+    """Return the sum [n] in float64 of exp(logit - highest) over the logits [n, width] up to `bound` [n]."""
+    mass = (logits - highest[:, None]).exp()
+    return torch.where(logits <= bound[:, None], mass, 0.0).sum(-1, dtype=torch.float64)
+
+
+def _ordered_bits(values: Tensor) -> Tensor:
+    """Return integers of the size of the floats in `values` and in the same order. No float lies between neighbours."""
+    bits = values.view(torch.int32 if values.itemsize == 4 else torch.int64)
+    return bits ^ ((bits >> (8 * values.itemsize - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def _from_ordered_bits(keys: Tensor) -> Tensor:
+    """Invert `_ordered_bits`."""
+    bits = keys ^ ((keys >> (8 * keys.itemsize - 1)) & torch.iinfo(keys.dtype).max)
+    return bits.view(torch.float32 if keys.itemsize == 4 else torch.float64)
 
 
 def _top_columns(logits: Tensor, k: int) -> Tensor:

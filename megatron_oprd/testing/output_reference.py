@@ -3,6 +3,7 @@
 They are written to be obviously right, not fast, and have no closed-form gradient: autograd differentiates them.
 """
 
+import itertools
 import math
 
 import torch
@@ -51,6 +52,9 @@ def divergence(log_p, log_q, config):
         shares = math.log(config.skew), math.log(1 - config.skew)
         mixture = [torch.logaddexp(shares[0] + a, shares[1] + b) for a, b in zip(first, second, strict=True)]
         return kl(first, mixture)
+    if config.direction == "adaptive":
+        share = share_outside_of_the_tail(*([one.exp().item() for one in side] for side in (log_p, log_q)))
+        return share * kl(log_q, log_p) + (1 - share) * kl(log_p, log_q)
     beta = config.beta
     if config.direction == "reverse" or (config.direction == "jsd" and beta == 1):
         return kl(log_p, log_q)
@@ -58,6 +62,22 @@ def divergence(log_p, log_q, config):
         return kl(log_q, log_p)
     log_m = [torch.logaddexp(math.log(1 - beta) + p, math.log(beta) + q) for p, q in zip(log_p, log_q, strict=True)]
     return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def share_outside_of_the_tail(p, q):
+    """Return the part of the sum of |q - p| outside of the least likely outcomes of q, which have at most half of q.
+
+    Outcomes of equal probability are all in the tail or all outside of it.
+    """
+    head, tail, mass = 0.0, 0.0, 0.0
+    for probability, outcomes in itertools.groupby(sorted(zip(q, p, strict=True)), key=lambda outcome: outcome[0]):
+        gaps = [abs(of_q - of_p) for of_q, of_p in outcomes]
+        mass += probability * len(gaps)
+        if mass <= 0.5:
+            tail += sum(gaps)
+        else:
+            head += sum(gaps)
+    return head / (head + tail) if head + tail else 0.0
 
 
 def kl(log_a, log_b):

@@ -87,6 +87,13 @@ def test_objectives_do_not_depend_on_the_number_of_ranks(ranks, vocabulary):
     assert all(other == bits[0] for other in bits)
 
 
+def lower_half(values):
+    """Return for each token whether those that are not likelier have at most half of the probability."""
+    probabilities = values.double().softmax(-1)
+    not_likelier = values[:, None] <= values[:, :, None]
+    return (not_likelier * probabilities[:, None]).sum(-1) <= 0.5
+
+
 def check_shard(rank, ranks, vocabulary):
     shard, columns = shard_of(rank, ranks, vocabulary)
     generator = torch.Generator().manual_seed(0)
@@ -99,6 +106,9 @@ def check_shard(rank, ranks, vocabulary):
         for k in (1, 2, 3, vocabulary - 1, vocabulary, vocabulary + 9):
             for one in (shard, unknown):
                 assert one.top(values[:, columns], k).tolist() == [top_ids(row, k) for row in values]
+    for values in (smooth, tied, 9 * smooth, tied.double(), smooth.round().bfloat16().float(), 0 * tied):
+        half = lower_half(values)
+        assert torch.equal(shard.lower_half(values[:, columns]), half[:, columns])
     for values in (smooth, smooth.double()):
         assert torch.equal(shard.gather(values[:, columns], ids), values.gather(1, ids))
         added = shard.add_(torch.zeros_like(values[:, columns]), ids[:, :1], values[:, :1])
@@ -108,6 +118,7 @@ def check_shard(rank, ranks, vocabulary):
         torch.testing.assert_close(normalized, values.log_softmax(-1)[:, columns])
         torch.testing.assert_close(log_sum[0], values.logsumexp(-1))
     assert shard.top(smooth[:0, columns], 3).shape[0] == 0
+    assert shard.lower_half(smooth[:0, columns]).shape == (0, columns.stop - columns.start)
     assert shard.gather(smooth[:0, columns], ids[:0]).shape == (0, 7)
     assert shard.sum(torch.tensor([1.0 + rank])).item() == ranks * (ranks + 1) / 2
     assert shard.max(torch.tensor([1.0 + rank])).item() == ranks

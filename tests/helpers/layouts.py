@@ -88,6 +88,8 @@ OBJECTIVES = {
 MORE_OBJECTIVES = {
     "skew": ("objective=full_kl", "direction=skew_reverse", "skew=0.3"),
     "topk-skew": ("objective=topk_kl", "k=5", "tail_bucket=true", "direction=skew_forward"),
+    "adaptive": ("objective=full_kl", "direction=adaptive"),
+    "topk-adaptive": ("objective=topk_kl", "k=5", "direction=adaptive"),
     "gated": ("objective=sampled", "forward_above_entropy=4.5", "k=5"),
 }
 # A bridge to a teacher that is as wide as the student, wider or narrower.
@@ -356,6 +358,8 @@ METHODS = (
     "2 qwen3 tp2 sp headless chunk7 gated",
     "2 qwen3 cp2 headless topk-skew",
     "2 qwen3 tp2 sp headless warm chunk7 topk-union extrapolated-output",
+    "4 qwen2 tp4 tied headless warm chunk7 adaptive",
+    "2 qwen3 cp2 headless topk-adaptive",
     "1 qwen3 headless all-flow",
     "2 qwen2 tp2 headless flow",
     "2 qwen3 cp2 many all-flow",

@@ -7,7 +7,11 @@ from megatron_oprd.config import OutputConfig
 DIRECTIONS = [{"direction": "reverse"}, {"direction": "forward"}] + [
     {"direction": "jsd", "beta": beta} for beta in (0.0, 0.1, 0.5, 1.0)
 ]
-SKEWED = [{"direction": "skew_reverse", "skew": 0.1}, {"direction": "skew_forward", "skew": 0.3}]
+LATER = [
+    {"direction": "skew_reverse", "skew": 0.1},
+    {"direction": "skew_forward", "skew": 0.3},
+    {"direction": "adaptive"},
+]
 
 
 def every_config(ks):
@@ -15,7 +19,7 @@ def every_config(ks):
     supports = [{"support": support, "k": k} for support in ("student", "teacher", "union") for k in ks]
     yield OutputConfig(objective="sampled")
     yield OutputConfig(objective="sampled", forward_above_entropy=2.0, k=ks[1])
-    for direction in SKEWED:
+    for direction in LATER:
         yield OutputConfig(objective="full_kl", **direction)
         yield OutputConfig(objective="topk_kl", tail_bucket=True, k=ks[1], **direction)
     for direction in DIRECTIONS:

@@ -85,7 +85,8 @@ def test_the_last_override_wins_over_the_file(tmp_path):
         ("loss.output.tail_bucket=2", "loss.output.tail_bucket=2: Input should be a valid boolean"),
         (
             "loss.output.direction=up",
-            "loss.output.direction='up': Input should be 'reverse', 'forward', 'jsd', 'skew_reverse' or 'skew_forward'",
+            "loss.output.direction='up': Input should be 'reverse', 'forward', 'jsd', 'skew_reverse', 'skew_forward' "
+            "or 'adaptive'",
         ),
         ("loss.output.beta=2", "loss.output.beta=2: Input should be less than or equal to 1"),
         ("loss.output.beta=-0.1", "loss.output.beta=-0.1: Input should be greater than or equal to 0"),

@@ -12,7 +12,12 @@ from tests.helpers.output_objectives import every_config
 VOCABULARY, TOKENS = 23, 4
 CONFIGS = list(every_config(ks=(1, 3, 16, VOCABULARY)))
 EXTREME_CONFIGS = list(every_config(ks=(1, 3, VOCABULARY, 1000)))
-EXACT = [config for config in EXTREME_CONFIGS if config.objective in ("topk_kl", "full_kl")]
+# The adaptive divergence holds its weights constant, so its gradient is not that of its value.
+EXACT = [
+    config
+    for config in EXTREME_CONFIGS
+    if config.objective in ("topk_kl", "full_kl") and config.direction != "adaptive"
+]
 
 
 def name(config):
@@ -145,6 +150,21 @@ def test_a_skew_of_zero_is_the_plain_divergence(direction):
         plain = compute(*random_logits(), OutputConfig(**options, direction=direction))
         skewed = compute(*random_logits(), OutputConfig(**options, direction=f"skew_{direction}", skew=0.0))
         assert torch.equal(plain.value, skewed.value) and torch.equal(plain.gradient, skewed.gradient)
+
+
+def test_the_adaptive_divergence_weighs_by_where_the_models_differ():
+    """The divergence is forward KL if only likely tokens differ, and reverse KL if only tokens of the tail differ."""
+    teacher = torch.tensor([[0.4, 0.2, 0.2, 0.1, 0.1]], dtype=torch.float64)  # the tail: 0.1 and 0.1, not 0.2
+    moved = {
+        "forward": torch.tensor([[-0.3, 0.2, 0.1, 0.0, 0.0]], dtype=torch.float64),
+        "reverse": torch.tensor([[0.0, 0.0, 0.0, 0.05, -0.05]], dtype=torch.float64),
+    }
+    for direction, change in moved.items():
+        models = (teacher + change).log(), teacher.log(), torch.zeros(1, dtype=torch.int64)
+        for options in ({"objective": "full_kl"}, {"objective": "topk_kl", "k": 5}):
+            adaptive, plain = (compute(*models, OutputConfig(**options, direction=d)) for d in ("adaptive", direction))
+            torch.testing.assert_close(adaptive.value, plain.value, rtol=1e-12, atol=0)
+            torch.testing.assert_close(adaptive.gradient, plain.gradient, rtol=1e-12, atol=1e-15)
 
 
 def test_an_entropy_that_no_token_exceeds_is_the_sampled_objective():
