@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.data.sharding import split
@@ -25,10 +26,15 @@ FILE = "pending_rollouts.jsonl"
 
 @dataclass(frozen=True)
 class PromptsEntry:
-    """A PromptState in state.json, where no key may be missing."""
+    """A PromptState in state.json, where epoch and position may not be missing."""
 
     epoch: int
     position: int
+    of_source: dict[str, int] = field(default_factory=dict)  # only with data.group_by_teacher
+
+    def state(self) -> PromptState:
+        """Return the position in the prompts."""
+        return PromptState.from_dict(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,10 @@ class PendingEntry:
     version: int  # updates that the sampling weights have seen
     prompts: PromptsEntry  # prompts taken so far, those of the pending rollouts included
     sha256: str  # of the file with the rollouts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry as plain values, as state.json has it."""
+        return {**asdict(self), "prompts": self.prompts.state().to_dict()}
 
 
 def write_pending(folder: Path, pending: PendingStep, rollouts: Sequence[Rollout]) -> PendingEntry:
@@ -64,7 +74,7 @@ def read_pending(folder: Path, entry: PendingEntry, topology: Topology) -> Pendi
         raise UserError(f"{folder / FILE} is truncated or corrupt: its hash is not that in state.json")
     rollouts = rollouts_from_text(content.decode())
     local_rollouts = split(rollouts, topology.replica_rank, topology.num_replicas)
-    return PendingStep(entry.version, PromptState.from_dict(asdict(entry.prompts)), FinishedRollouts(local_rollouts))
+    return PendingStep(entry.version, entry.prompts.state(), FinishedRollouts(local_rollouts))
 
 
 def _digest(content: bytes) -> str:

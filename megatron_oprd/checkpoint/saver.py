@@ -177,7 +177,7 @@ class Saving:
         if state.teacher_in_fp8 is not None:
             values["teacher_in_fp8"] = state.teacher_in_fp8
         if state.pending is not None:
-            values["pending"] = dataclasses.asdict(write_pending(self.partial, state.pending, rollouts))
+            values["pending"] = write_pending(self.partial, state.pending, rollouts).to_dict()
         write_json(self.partial / "state.json", values)
 
     def _commit(self) -> None:

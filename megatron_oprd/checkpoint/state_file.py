@@ -43,6 +43,7 @@ class StateFile:
     def find_problem(self, name: str) -> str | None:
         """Return which values the checkpoint with this folder name cannot have, or None."""
         counts = {"step": self.step, "prompts.epoch": self.prompts.epoch, "prompts.position": self.prompts.position}
+        counts |= {f"prompts.of_source.{source}": taken for source, taken in self.prompts.of_source.items()}
         if self.best is not None:
             counts |= {"best.step": self.best.step, "best.later": self.best.later}
         if self.pending is not None:

@@ -29,7 +29,6 @@ from megatron_oprd.checkpoint.optimizer_state import load_optimizer
 from megatron_oprd.checkpoint.pending_rollouts import read_pending
 from megatron_oprd.checkpoint.state_file import REMOVE, StudentEntry, read_state_file
 from megatron_oprd.config import teacher_section
-from megatron_oprd.data.prompts import PromptState
 from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import explain_os_errors, prepare_partial
@@ -101,7 +100,7 @@ def load_checkpoint(checkpoint: Path, content: CheckpointContent) -> TrainState:
     """
     student, topology = content.student, content.topology
     saved = read_state_file(checkpoint)
-    state = TrainState(saved.step, PromptState.from_dict(dataclasses.asdict(saved.prompts)), best=saved.best)
+    state = TrainState(saved.step, saved.prompts.state(), best=saved.best)
     state = dataclasses.replace(state, teacher_in_fp8=saved.teacher_in_fp8)
     if saved.layer_squares is not None:
         state = dataclasses.replace(state, squares=saved.layer_squares)

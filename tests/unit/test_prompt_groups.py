@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_oprd.checkpoint.pending_rollouts import write_pending
+from megatron_oprd.checkpoint.state_file import read_state_file
 from megatron_oprd.data.prompts import PromptState, take_of_one_source
+from megatron_oprd.rollout.engine import FinishedRollouts
 from megatron_oprd.testing.replayed_run import make_config
+from megatron_oprd.training.state import PendingStep
 from megatron_oprd.types import Prompt, UserError
 
 TEACHERS = {"math": Path("a"), "code": Path("b")}
@@ -49,6 +53,18 @@ def test_a_stored_state_continues_with_the_same_prompts(done):
     _, state = steps(of, 3, done)
     restored = PromptState.from_dict(json.loads(json.dumps(state.to_dict())))
     assert steps(of, 3, 8 - done, restored) == (all_at_once[done:], end)
+
+
+def test_a_checkpoint_has_the_position_in_the_prompts_of_each_source(tmp_path):
+    _, state = steps(prompts(math=5, code=9), 3, 4)
+    checkpoint = tmp_path / "step_0000004"
+    checkpoint.mkdir()
+    pending = write_pending(checkpoint, PendingStep(3, state, FinishedRollouts([])), []).to_dict()
+    values = {"step": 4, "prompts": state.to_dict(), "teachers": {}, "pending": pending}
+    (checkpoint / "state.json").write_text(json.dumps(values))
+    saved = read_state_file(checkpoint)
+    assert state.of_source and saved.pending is not None
+    assert saved.prompts.state() == saved.pending.prompts.state() == state
 
 
 def test_a_state_without_groups_has_the_form_of_earlier_checkpoints():
