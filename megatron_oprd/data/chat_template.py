@@ -13,6 +13,8 @@ from megatron_oprd.data.messages import Message
 from megatron_oprd.types import UserError
 
 FIXED_ARGUMENTS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continue_final_message"})
+# Headers of a question in the chat templates of well-known models.
+_HEADERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]")
 _PROBE = [{"role": "user", "content": "question"}]
 
 
@@ -180,9 +182,9 @@ def _check_nothing_is_left_out(messages: list[Message], text: str) -> None:
 
 
 def _check_not_rendered_before(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> None:
-    for token in _special_tokens(tokenizer, str(tokenizer.chat_template)):
+    for token in (*_special_tokens(tokenizer, str(tokenizer.chat_template)), *_HEADERS):
         if any(token in message["content"] for message in messages):
-            raise ValueError(f"the text contains {token!r}, which the chat template writes; store the plain question")
+            raise ValueError(f"the text contains {token!r}, which a chat template writes; store the plain question")
 
 
 @lru_cache(maxsize=8)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from megatron_oprd.config import DataConfig
-from megatron_oprd.data.ground_truth import GroundTruth, read_ground_truth
-from megatron_oprd.data.messages import Message, read_prompt
+from megatron_oprd.data.json_lines import parse_object, read_lines
+from megatron_oprd.data.prompt_rows import Row, column_advice, columns_to_read, read_row
 from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import UserError
 
 _Keys = dict[str, str]  # configuration key -> name of a column that every row must have
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# Usual names, in lower case.
-_ANSWER_COLUMNS = (
-    *("answer", "final_answer", "expected_answer", "correct_answer", "ground_truth", "gold"),
-    *("answers", "target", "label", "solution"),
-)
-_PROMPT_COLUMNS = ("prompt", "messages", "conversations", "conversation", "problem", "question", "instruction", "input")
-_MEDIA_COLUMNS = ("images", "image", "videos", "video", "audios", "audio")
 # First bytes of files that are neither Parquet nor JSONL, and what to do.
 _OTHER_FILES = (
     (b"\x1f\x8b", "is compressed; unpack it with gunzip"),
@@ -38,19 +29,6 @@ _OTHER_FILES = (
     (b"\xfe\xff", "is UTF-16 text; save it as UTF-8"),
 )
 _FILE_SUFFIXES = {".parquet", ".jsonl", ".json", ".ndjson", ".txt", ".csv", ".gz", ".zst"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a prompt file. A missing column leaves the default."""
-
-    prompt: str | list[Message]  # plain text or a conversation
-    data_source: str = ""
-    ability: str = ""
-    ground_truth: GroundTruth | None = None
-    answer_style: Literal["rule", "exact"] = "rule"
-    teacher_prompt: str | list[Message] | None = None  # the prompt for the teacher; None: the student's prompt
-    answer_column: str = ""  # a column that may contain the right answer and that nothing reads
 
 
 def read_rows(sources: Iterable[str], config: DataConfig) -> list[Row]:
@@ -75,7 +53,7 @@ def read_rows(sources: Iterable[str], config: DataConfig) -> list[Row]:
     for source in sources:
         before = len(rows)
         for where, record in _records(source, keys):
-            rows.append(_row(where, record, config, Path(source).stem))
+            rows.append(read_row(where, record, config, Path(source).stem))
         if len(rows) == before:
             raise UserError(f"the prompt file {source} has no rows; name a file with prompts")
     return rows
@@ -109,29 +87,14 @@ def _records(source: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # A column-wise reader needs one type for each column and cannot name the wrong line. Split at \n alone:
-    # str.splitlines also splits at characters that a JSON string may contain.
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"{where}: not UTF-8 text; save the file as UTF-8") from None
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line"
-            ) from None
-        except RecursionError:
-            raise UserError(
-                f"{where}: JSON nested too deeply; a row is one object of text, numbers and messages"
-            ) from None
-        if not isinstance(record, dict):
-            raise UserError(
-                f"{where}: a {type(record).__name__}; write one JSON object a line, with a key for each column"
-            )
-        yield where, record
+    # A column-wise reader needs one type for each column and cannot name the wrong line.
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, parse_object(line)
+            except ValueError as error:
+                raise UserError(f"{where}: {error}") from None
 
 
 def _parquet(path: Path, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -174,75 +137,10 @@ def _hub(name: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _columns_to_read(source: str, columns: list[str], keys: _Keys) -> list[str]:
     for setting, key in keys.items():
         if key not in columns:
-            advice = _advice(setting, columns)
+            advice = column_advice(setting, columns)
             raise UserError(f"{source} has no column {key!r} ({setting}); it has: {', '.join(columns)}{advice}")
-    wanted = {*keys.values(), "data_source", "ability", "reward_model", *_MEDIA_COLUMNS, "input"}
-    return [name for name in columns if name in wanted or name.lower() in _ANSWER_COLUMNS]
-
-
-def _advice(setting: str, columns: Iterable[str]) -> str:
-    """Return which key to set for a column that does not exist, with the most likely column."""
-    usual = _ANSWER_COLUMNS if setting == "data.answer_key" else _PROMPT_COLUMNS
-    names = {name.lower(): name for name in map(str, columns)}
-    return next(
-        (f"; did you mean {setting}={names[name]}?" for name in usual if name in names),
-        f"; set {setting} to one of them",
-    )
-
-
-def _row(where: str, record: Mapping[str, Any], config: DataConfig, file_name: str) -> Row:
-    reward = record.get("reward_model") or {}
-    if not isinstance(reward, Mapping):
-        raise UserError(
-            f"{where}: reward_model is a {type(reward).__name__}; store an object with the key ground_truth"
-        )
-    _check_nothing_is_unread(where, record, config)
-    if config.answer_key is not None:
-        column, truth = config.answer_key, _value(where, record, config.answer_key, "data.answer_key")
-    else:
-        column, truth = "reward_model.ground_truth", reward.get("ground_truth")
-    try:
-        ground_truth = read_ground_truth(truth)
-    except ValueError as error:
-        raise UserError(f"{where}: {column} {error}") from None
-    unused = next((name for name, value in record.items() if name.lower() in _ANSWER_COLUMNS and value is not None), "")
-    teacher_key = config.teacher_prompt_key
-    return Row(
-        prompt=_prompt(where, record, config.prompt_key, "data.prompt_key", config),
-        data_source=_label(where, record, "data_source") or file_name,
-        ability=_label(where, record, "ability"),
-        ground_truth=ground_truth,
-        answer_style="exact" if str(reward.get("style")).lower() == "exact" else "rule",
-        teacher_prompt=teacher_key and _prompt(where, record, teacher_key, "data.teacher_prompt_key", config),
-        answer_column=unused if ground_truth is None else "",
-    )
-
-
-def _check_nothing_is_unread(where: str, record: Mapping[str, Any], config: DataConfig) -> None:
-    """Raise UserError for a row whose question is also in a column that nothing reads."""
-    for name in _MEDIA_COLUMNS:
-        if record.get(name):
-            raise UserError(f"{where}: {name!r} is not empty; only text is supported, so leave the row out")
-    if config.prompt_key == "instruction" and record.get("input"):
-        raise UserError(f"{where}: 'instruction' comes with 'input', which nothing reads; join both into one column")
-
-
-def _label(where: str, record: Mapping[str, Any], key: str) -> str:
-    value = record.get(key)
-    if isinstance(value, list | Mapping):
-        raise UserError(f"{where}: {key} is a {type(value).__name__}; use text")
-    return "" if value is None else str(value)
-
-
-def _prompt(where: str, record: Mapping[str, Any], key: str, setting: str, config: DataConfig) -> str | list[Message]:
-    try:
-        return read_prompt(_value(where, record, key, setting), drop_final_answer=config.drop_final_answer)
-    except ValueError as error:
-        raise UserError(f"{where}: {key!r} {error}") from None
-
-
-def _value(where: str, record: Mapping[str, Any], key: str, setting: str) -> Any:
-    if key not in record:
-        known = ", ".join(map(str, record)) or "-"
-        raise UserError(f"{where}: no {key!r} ({setting}); it has: {known}{_advice(setting, record)}")
-    return record[key]
+    wanted = columns_to_read(columns, keys.values())
+    twice = next((name for name in wanted if wanted.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{source} has two columns {twice!r}; rename one of them")
+    return wanted

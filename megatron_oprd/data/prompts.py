@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from megatron_oprd.config import DataConfig
@@ -19,6 +20,8 @@ from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import Prompt, UserError
 
 INSTRUCTION = " Please reason step by step, and put your final answer within \\boxed{}."
+# No prompt has so many characters a token. Longer texts are not tokenised, which takes minutes for 100 MB.
+_CHARACTERS_PER_TOKEN = 1000
 _MATH_SOURCE = re.compile(r"math|aime|aimo|amc|gsm|olympiad", re.IGNORECASE)
 
 
@@ -96,14 +99,14 @@ def load_prompts(
     """
     _check_templates(tokenizer, teacher_tokenizer, config)
     rows = read_rows(sources, config)
-    instruction, kwargs = config.append_instruction, config.chat_template_kwargs
-    rendered, failures = _render([row.prompt for row in rows], rows, tokenizer, kwargs, instruction)
+    kwargs, longest = config.chat_template_kwargs, _CHARACTERS_PER_TOKEN * config.max_prompt_tokens
+    rendered, failures = _render([row.prompt for row in rows], rows, tokenizer, kwargs, config)
     teacher_rendered: dict[int, tuple[str, tuple[int, ...]]] = {}
     teacher_failures: dict[int, str] = {}
     if config.own_teacher_prompts or teacher_tokenizer is not None:
         teacher_prompts = [row.prompt if row.teacher_prompt is None else row.teacher_prompt for row in rows]
         teacher_rendered, teacher_failures = _render(
-            teacher_prompts, rows, teacher_tokenizer or tokenizer, config.teacher_kwargs, instruction
+            teacher_prompts, rows, teacher_tokenizer or tokenizer, config.teacher_kwargs, config
         )
     failures = {index: f"the teacher's prompt: {reason}" for index, reason in teacher_failures.items()} | failures
     prompts: list[Prompt] = []
@@ -113,7 +116,9 @@ def load_prompts(
             continue
         text, prompt_ids = rendered[index]
         teacher_prompt_ids = teacher_rendered[index][1] if index in teacher_rendered else None
-        if max(len(prompt_ids), len(teacher_prompt_ids or ())) > config.max_prompt_tokens:
+        texts = [one[index][0] for one in (rendered, teacher_rendered) if index in one]
+        num_tokens = max(len(prompt_ids), len(teacher_prompt_ids or ()))
+        if num_tokens > config.max_prompt_tokens or max(map(len, texts)) > longest:
             too_long += 1
         else:
             about = (text, row.data_source, row.ground_truth, row.answer_style)
@@ -206,25 +211,35 @@ def _render(
     rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
     kwargs: dict[str, Any],
-    append_instruction: bool | str,
+    config: DataConfig,
 ) -> tuple[dict[int, tuple[str, tuple[int, ...]]], dict[int, str]]:
-    """Return (text, token ids) by row, and the reason by row for prompts that cannot be used."""
+    """Return (text, token ids) by row, and the reason by row for prompts that cannot be used.
+
+    Of a text that is certainly too long, the token ids are those of its beginning.
+    """
     texts: dict[int, str] = {}
     failures: dict[int, str] = {}
     for index, prompt in enumerate(prompts):
         try:
-            if not any(message["content"].strip() for message in as_messages(prompt)):
+            messages = as_messages(prompt)
+            if not any(message["content"].strip() for message in messages):
                 raise ValueError("the prompt is empty")
-            with_instruction = _with_instruction(prompt, rows[index], append_instruction)
+            if messages[-1]["role"] == "user" and not messages[-1]["content"].strip():
+                raise ValueError("the last message of the user is empty")
+            with_instruction = _with_instruction(prompt, rows[index], config.append_instruction)
             text = render_text(with_instruction, tokenizer, kwargs)
             text.encode("utf-8")  # a lone surrogate, which JSON can contain, would fail the tokenizer for all rows
             texts[index] = text
         except UnicodeEncodeError:
             failures[index] = "the text contains half of a surrogate pair, which is no character"
+        except TemplateError as error:
+            failures[index] = f"the chat template fails: {error_line(error)}"
         except Exception as error:  # a template is a program and may raise any exception
             failures[index] = error_line(error)
     rendered: dict[int, tuple[str, tuple[int, ...]]] = {}
-    for (index, text), ids in zip(texts.items(), encode(list(texts.values()), tokenizer), strict=True):
+    longest = _CHARACTERS_PER_TOKEN * config.max_prompt_tokens
+    encoded = encode([text[:longest] for text in texts.values()], tokenizer)
+    for (index, text), ids in zip(texts.items(), encoded, strict=True):
         if ids:
             rendered[index] = (text, ids)
         else:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_oprd.data.json_lines import parse_object, read_lines
 from megatron_oprd.data.sharding import split
 from megatron_oprd.rollout.engine import ImmediateEngine
 from megatron_oprd.types import Prompt, Rollout, UserError
+
+_MASKS = ("loss_mask", "mask", "action_mask", "responses_mask")  # other programs' names of response_mask
 
 
 def load_replay(
@@ -35,7 +37,7 @@ def load_replay(
         UserError: the file cannot be read, or a line is invalid. Names the file and the line.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        lines = read_lines(Path(path))
     except OSError as error:
         raise UserError(f"rollout.path: cannot read {path}: {error.strerror}; name a JSONL file of rollouts") from None
     rollouts = []
@@ -111,13 +113,11 @@ def parse_rollout(
 ) -> Rollout:
     """Return the rollout of line number `index`; the arguments are those of `load_replay`."""
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise _BadLineError("not UTF-8 text; save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise _BadLineError(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise _BadLineError(f"an object with prompt_ids and response_ids is wanted, not a {type(record).__name__}")
+        record = parse_object(line)
+    except ValueError as error:
+        raise _BadLineError(str(error)) from None
+    if "response_mask" not in record and (other := next((name for name in _MASKS if name in record), None)):
+        raise _BadLineError(f"{other} is not read; name it response_mask")
     response_ids = _ids(record, "response_ids", vocab_size)
     teacher_prompt_ids = None
     if record.get("teacher_prompt_ids") is not None:

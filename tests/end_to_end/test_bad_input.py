@@ -526,7 +526,7 @@ REPLAYS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "empty": (b"", ("replay.jsonl holds no rollouts",)),
     "not UTF-8": (GOOD_ROLLOUT + b'{"x": "\xff"}', ("replay.jsonl, line 2", "not UTF-8")),
     "not JSON": (b"{", ("line 1", "not JSON")),
-    "no object": (b"3", ("line 1", "an object with prompt_ids")),
+    "no object": (b"3", ("line 1", "a int; write one JSON object")),
     "no prompt": (b'{"response_ids": [1]}', ("line 1", "prompt_ids is missing")),
     "empty prompt": (b'{"prompt_ids": [], "response_ids": [1]}', ("line 1", "prompt_ids is empty")),
     "text for ids": (b'{"prompt_ids": "ab", "response_ids": [1]}', ("line 1", "list of integers")),

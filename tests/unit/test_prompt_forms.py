@@ -11,6 +11,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from megatron_oprd.config import DataConfig
+from megatron_oprd.data import prompts
 from megatron_oprd.data.chat_template import encode
 from megatron_oprd.data.ground_truth import read_ground_truth
 from megatron_oprd.data.messages import read_prompt
@@ -106,12 +107,34 @@ def test_another_name_of_a_role_is_answered_with_the_right_one(role, name):
         ({"prompt": "a", "video": "a.mp4"}, "'video' is not empty; only text is supported"),
         ({"prompt": QUESTION}, "not a dict; put the message into a list"),
         ({"prompt": "a", "data_source": ["x"]}, "data_source is a list; use text"),
+        (
+            {"prompt": "a", "system_prompt": "Be brief."},
+            "does not contain 'system_prompt', and nothing reads that column",
+        ),
+        ({"prompt": "Which?", "choices": ["red", "blue"]}, "does not contain 'choices'"),
+        ({"prompt": "Which? A red", "options": {"label": ["A"], "text": ["blue"]}}, "does not contain 'options'"),
+        ({"prompt": [QUESTION], "tools": [{"function": {"name": "add"}}]}, "does not contain 'tools'"),
+        ({"prompt": "a", "reward_model": {"answer": "4"}}, "reward_model has no ground_truth; rename 'answer'"),
     ],
 )
 @pytest.mark.parametrize("parquet", [False, True])
 def test_a_row_of_which_something_would_be_lost_is_refused(tmp_path, row, message, parquet):
     with pytest.raises(UserError, match=message):
         load(tmp_path, [row], parquet=parquet)
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_a_column_whose_text_the_prompt_contains_is_no_mistake(tmp_path, parquet):
+    messages = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "Which? A: 1, B: 2"}]
+    row = {"prompt": messages, "system": " Be brief.", "choices": [1, 2], "options": None, "context": ""}
+    assert load(tmp_path, [row], parquet=parquet).failed == 0
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    columns = [pyarrow.array([text]) for text in ("a", "b")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names=["prompt", "prompt"]), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="has two columns 'prompt'; rename one of them"):
+        load_prompts([str(tmp_path / "p.parquet")], CHAT, DataConfig())
 
 
 @pytest.mark.parametrize("parquet", [False, True])
@@ -133,6 +156,19 @@ def test_messages_with_tool_calls_or_separate_thoughts_are_refused():
 def test_an_empty_prompt_is_not_used(tmp_path, prompt):
     result = load(tmp_path, [{"prompt": prompt}, {"prompt": "a"}])
     assert (len(result.prompts), result.failed, result.first_failure) == (1, 1, "row 1: the prompt is empty")
+
+
+def test_a_conversation_without_a_question_is_not_used(tmp_path):
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " "}]
+    result = load(tmp_path, [{"prompt": conversation}, {"prompt": "a"}])
+    assert (len(result.prompts), result.first_failure) == (1, "row 1: the last message of the user is empty")
+
+
+def test_a_text_that_is_certainly_too_long_is_not_tokenised(tmp_path, monkeypatch):
+    lengths = []
+    monkeypatch.setattr(prompts, "encode", lambda texts, _: [lengths.append(len(text)) or (1,) for text in texts])
+    result = load(tmp_path, [{"prompt": "a" * 5000}, {"prompt": "a" * 100}], max_prompt_tokens=2)
+    assert (result.too_long, len(result.prompts), max(lengths)) == (1, 1, 2000)
 
 
 # The chat template
@@ -251,13 +287,15 @@ def test_a_template_may_remove_the_thoughts_of_earlier_answers(tmp_path):
         "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
         [{"role": "user", "content": "<|im_start|>user\n2+2?"}],
         [QUESTION, {"role": "assistant", "content": "4<|im_end|>"}, QUESTION],
+        "<|start_header_id|>user<|end_header_id|>\n\n2+2?",
+        "[INST] 2+2? [/INST]",
     ],
 )
 def test_a_prompt_that_was_rendered_before_is_not_used(tmp_path, prompt):
     result = load(tmp_path, [{"prompt": prompt}, {"prompt": "<b>2 < 3</b> <|endoftext|>"}])
     assert len(result.prompts) == 1
-    assert result.first_failure.startswith("row 1: the text contains '<|im_")
-    assert result.first_failure.endswith("which the chat template writes; store the plain question")
+    assert result.first_failure.startswith("row 1: the text contains '")
+    assert result.first_failure.endswith("which a chat template writes; store the plain question")
 
 
 # Special tokens

@@ -114,8 +114,10 @@ def test_rows_that_fail_or_are_too_long_are_counted_and_the_others_keep_their_ro
     assert [(p.index, p.text) for p in result.prompts] == [(1, "good"), (5, "fine"), (6, "last")]
     assert (result.total, result.too_long, result.failed) == (7, 1, 3)
     assert result.total == len(result.prompts) + result.too_long + result.failed
-    assert result.first_failure == "row 1: no tool"
-    assert result.summary() == "7 rows: 3 kept, 1 too long, 3 not usable (first: row 1: no tool)"
+    assert result.first_failure == "row 1: the chat template fails: no tool"
+    assert (
+        result.summary() == "7 rows: 3 kept, 1 too long, 3 not usable (first: row 1: the chat template fails: no tool)"
+    )
 
 
 def test_an_error_with_all_counts_is_raised_if_no_prompt_is_left(tmp_path):
@@ -126,7 +128,7 @@ def test_an_error_with_all_counts_is_raised_if_no_prompt_is_left(tmp_path):
 
 def test_the_error_of_a_chat_template_is_the_reason(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
-    with pytest.raises(UserError, match="0 kept, 0 too long, 1 not usable") as caught:
+    with pytest.raises(UserError, match=r"1 not usable .*row 1: the chat template fails: ") as caught:
         load_prompts([path], byte_tokenizer(chat="{% for %}"), config())
     assert "\n" not in str(caught.value)
 
@@ -254,9 +256,14 @@ GOOD = b'{"prompt": "a"}\n'
         (GOOD + b"\xff\xfe\n", "line 2: not UTF-8"),
         (GOOD + b'\n{"prompt": \n', "line 3: not JSON"),
         (GOOD + b'["a"]\n', "line 2: a list; write one JSON object a line"),
-        (GOOD + b"[" * 100_000, "line 2: JSON nested too deeply"),
+        (GOOD + b"[" * 100_000, r"line 2: not JSON \(nested too deeply\)"),
         (GOOD + b'{"text": "a"}\n', "line 2: no 'prompt' .*it has: text"),
         (GOOD + b"{}\n", "line 2: no 'prompt'"),
+        (
+            GOOD + b'{"prompt": "a", "prompt": "b"}\n',
+            "line 2: the key 'prompt' occurs twice in one object; keep one of",
+        ),
+        (GOOD + b'{"prompt": "a", "id": ' + b"9" * 5000 + b"}\n", "line 2: not JSON"),
         (GOOD + b'{"prompt": 3}\n', "line 2: 'prompt' must be a string or a list .*, not a int"),
         (GOOD + b'{"prompt": null}\n', "line 2: 'prompt' must be .*, not a NoneType"),
         (GOOD + b'{"prompt": []}\n', "line 2: 'prompt' must be .*, not an empty list"),

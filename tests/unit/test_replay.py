@@ -71,6 +71,8 @@ BAD_LINES = {
     "source of another type": ({**GOOD, "data_source": 3}, "data_source must be a string, not a int"),
     "source of a list": ({**GOOD, "data_source": []}, "data_source must be a string, not a list"),
     "mask too short": ({**GOOD, "response_mask": [1, 1]}, "2 entries for 3"),
+    "mask of another name": ({**GOOD, "loss_mask": [1, 0, 1]}, "loss_mask is not read; name it response_mask"),
+    "repeated key": (b'{"prompt_ids": [1], "prompt_ids": [2]}', "the key 'prompt_ids' occurs twice"),
     "mask value": ({**GOOD, "response_mask": [1, 2, 0]}, "0 and 1"),
     "mask of bools": ({**GOOD, "response_mask": [True, True, False]}, "0 and 1"),
 }
