@@ -386,7 +386,7 @@ def test_a_row_without_a_usable_prompt_for_the_teacher_is_counted_and_the_others
     kept = [(p.index, p.text, tokenizer.decode(p.teacher_prompt_ids)) for p in result.prompts]
     assert kept == [(0, "a", "four"), (7, "h", "last")]
     assert (result.total, result.too_long, result.failed) == (8, 2, 4)
-    assert result.first_failure == "row 2: the teacher's prompt: no tool"
+    assert result.first_failure == "row 2: the teacher's prompt: the chat template fails: no tool"
 
     empty = write_jsonl(tmp_path / "empty.jsonl", [rows[0], rows[3]])
     result = load_prompts([empty], tokenizer, teacher_config())
