@@ -48,7 +48,8 @@ At the first step of a schedule of both losses: `scheduled` multiplies them by 0
 
 Between unlike models, through a bridge of rank 6: `bridge-wide` a teacher of width 96, `bridge-narrow` of 48, `bridge`
 of the student's 64. Teacher bytes are then six float32 numbers a token and layer.
-Through a trained map to the teacher's width: `linear-wide` a matrix to 96, `mlp-narrow` two matrices to 48.
+Through a trained map to the teacher's width: `linear-wide` a matrix to 96, `mlp-narrow` two matrices to 48;
+`fitted-wide` and `fitted-narrow` a matrix that starts as a ridge regression.
 
 `extrapolated` targets lie beyond the teacher: half of its difference to a base is added, to hidden states, to logits
 (`extrapolated-output`) or to both (`extrapolated-both`). `inverse-square` divides the

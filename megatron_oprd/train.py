@@ -20,6 +20,7 @@ if __name__ == "__main__":
     check_command_line(PARSER)  # a mistake is reported before the slow imports
 
 import megatron_oprd.runtime.platform  # noqa: F401  # isort: skip  # first, to filter warnings of Megatron-Core
+from megatron_oprd.bridge.fitting.map_start import start_maps
 from megatron_oprd.checkpoint.hf_export import export_best, export_student
 from megatron_oprd.checkpoint.saver import Saver
 from megatron_oprd.commands.plan import print_plan
@@ -76,8 +77,7 @@ def fit(run: Run) -> tuple[TrainState, Stop | None]:
     config, settings = run.inputs.config, run.inputs.config.checkpoint
     state = open_run_folder(run)
     observers = start_observers(run, state)
-    folder = run.inputs.run_dir / "checkpoints"
-    saver = Saver(folder, run.checkpoint_content, settings)
+    saver = Saver(run.inputs.run_dir / "checkpoints", run.checkpoint_content, settings)
     signal = None
 
     def last_step() -> int:
@@ -117,6 +117,7 @@ def one_step(run: Run, state: TrainState) -> tuple[TrainState, dict[str, float],
     global_batch = make_global_batch(inputs, share_rollouts(local_rollouts, topology), state.step)
     micro_batches = global_batch.micro_batches(topology)
     with progress.stage("teacher"):
+        start_maps(run, global_batch, state.step)
         global_batch = weigh_layers(run.teachers, global_batch, micro_batches, topology, state.squares)
         targets, teacher_report = teacher_pass(run.teachers, global_batch, micro_batches, topology)
     with_metrics = due(state.step + 1, config.loss.output.metrics_every, config.train.steps, first=1)

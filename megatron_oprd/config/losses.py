@@ -21,7 +21,21 @@ class StateMapConfig(Section):
         "none", description="no map, a matrix, or two matrices with GELU between them; needs one teacher and no bridge"
     )
     hidden_multiple: int = Field(4, ge=1, description="mlp: its inner width, as a multiple of the student's width")
+    init: Literal["random", "closed_form"] = Field(
+        "random",
+        description="first matrices: random, or for kind linear a ridge regression of the teacher's states on the "
+        "student's at the tokens of the first step (closed_form)",
+    )
     lr: float | None = Field(None, gt=0.0, description="peak learning rate of the map; null: optimizer.lr")
+
+    @model_validator(mode="after")
+    def _closed_form_is_linear(self) -> StateMapConfig:
+        if self.init == "closed_form" and self.kind != "linear":
+            raise ValueError(
+                "loss.representation.map.init=closed_form fits a matrix, and loss.representation.map.kind="
+                f"{self.kind}; use kind linear, or init random"
+            )
+        return self
 
 
 class RepresentationConfig(Section):
@@ -237,6 +251,18 @@ class LossConfig(Section):
                 "output": output.model_copy(update=output_changes),
                 "schedule": None,
             }
+        )
+
+    def begins_layers(self, step: int) -> bool:
+        """Return True if the update after `step` updates is the first one that compares hidden states."""
+        return self.at(step).reads_layers and not any(self.at(earlier).reads_layers for earlier in range(step))
+
+    @property
+    def only_layers(self) -> LossConfig:
+        """Return the loss without distributions and without hidden flow."""
+        no_output, no_flow = {"objective": "none"}, {"weight": 0.0}
+        return self.model_copy(
+            update={"output": self.output.model_copy(update=no_output), "flow": self.flow.model_copy(update=no_flow)}
         )
 
     def metrics(self, step: int) -> dict[str, float]:

@@ -109,6 +109,7 @@ def _representation(loss: RepresentationConfig) -> str:
     maps = f", mapped by {loss.bridge}" if loss.bridge else ""
     if loss.has_map:
         maps = f", mapped to the teacher's width by a trained {loss.map.kind} map"
+        maps += " that starts as a ridge regression" if loss.map.init == "closed_form" else ""
     if loss.layer_weights == "inverse_square":
         maps += ", each layer divided by the teacher's mean square"
     elif loss.layer_weights != "equal":

@@ -71,7 +71,8 @@ def make_maps(
 ) -> dict[int, StateMap]:
     """Return a map with random matrices for each student layer, the same on all ranks and in every layout.
 
-    Elements are uniform between +-1 / sqrt(input width), as torch initialises a linear layer.
+    Elements are uniform between +-1 / sqrt(input width), as torch initialises a linear layer. `init: closed_form`
+    replaces them in the first step (`bridge/fitting/map_start.py`).
 
     Args:
         widths: hidden sizes of student and teacher.

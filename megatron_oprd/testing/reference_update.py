@@ -168,13 +168,18 @@ def _run_models(
         targets = {pair.student: targets[pair.teacher] for pair in plan.pairs}
         if bridge is not None:
             states, targets = _bridged(states, targets, plan, bridge)
-        if state_maps is not None:
-            states = {layer: _mapped(states[layer], state_maps[layer]) for layer in plan.student_layers}
         mask = rollout.response_mask
         if rollout.alignment is not None:
             states, targets, mask = _paired_states(rollout, states, targets, config)
         sequences.append((states, targets, 0, mask))
         logits.append((of_student[:, :vocab_size], of_teacher[:, :vocab_size], rollout))
+    if config.loss.representation.map.init == "closed_form":
+        state_maps = {layer: {"map": _ridge_regression(config, layer, sequences)} for layer in plan.student_layers}
+    if state_maps is not None:
+        sequences = [
+            ({layer: _mapped(states[layer], state_maps[layer]) for layer in plan.student_layers}, *rest)
+            for states, *rest in sequences
+        ]
     return plan, sequences, logits
 
 
@@ -243,6 +248,23 @@ def _flow_loss(
     flow = config.loss.flow
     direction, geometry, adjacent = flow_parts(pairs, sequences, flow.positions)
     return flow.weight * (flow.direction * direction + flow.geometry * geometry + flow.adjacent * adjacent)
+
+
+def _ridge_regression(config: Config, layer: int, sequences: list) -> torch.Tensor:
+    """Return the matrix [d_T, d_S] of `bridge/fitting/map_start.py`, by least squares with a row for each penalty."""
+    term = config.loss.representation
+    rows = [
+        (states[layer][t].detach(), targets[layer][t])
+        for states, targets, _, mask in sequences
+        for t in selected_indices(mask, term.positions, term.k)
+    ]
+    x, y = (torch.stack(side).double() for side in zip(*rows, strict=True))
+    if term.normalize == "l2":
+        y = y / y.norm(dim=1, keepdim=True)
+    width = x.shape[1]
+    ridge = (1e-3 / width * x.square().sum()).sqrt() * torch.eye(width, dtype=torch.float64)
+    none = torch.zeros(width, y.shape[1], dtype=torch.float64)
+    return torch.linalg.lstsq(torch.cat([x, ridge]), torch.cat([y, none])).solution.T
 
 
 def _mean_square(layer: int, sequences: list, term: RepresentationConfig) -> float:

@@ -48,10 +48,8 @@ def measure_squares(
 
     Runs the teachers as `teacher_pass` does, up to their highest compared layer. Collective over the world.
     """
-    of_output = global_batch.loss.output.model_copy(update={"objective": "none"})
-    no_flow = global_batch.loss.flow.model_copy(update={"weight": 0.0})
-    loss = global_batch.loss.model_copy(update={"output": of_output, "flow": no_flow})
-    targets, _ = teacher_pass(teachers, dataclasses.replace(global_batch, loss=loss), micro_batches, topology)
+    of_layers = dataclasses.replace(global_batch, loss=global_batch.loss.only_layers)
+    targets, _ = teacher_pass(teachers, of_layers, micro_batches, topology)
     layers = teachers[0].plan.student_layers
     local = torch.zeros(len(layers), dtype=torch.float64, device=topology.device)
     for number in range(len(micro_batches)):

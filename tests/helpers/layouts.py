@@ -96,9 +96,16 @@ MORE_OBJECTIVES = {
 WIDTHS = {"bridge": 64, "bridge-wide": 96, "bridge-narrow": 48}
 SETTINGS |= {word: ("loss.representation.bridge=unused",) for word in WIDTHS}
 # A trained map to the width of the teacher.
-MAP_WIDTHS = {"linear-wide": 96, "mlp-narrow": 48}
+MAP_WIDTHS = {"linear-wide": 96, "mlp-narrow": 48, "fitted-wide": 96, "fitted-narrow": 48}
 FLOW_WIDTHS = {"wide-flow": 96}  # without directions, which compare states of one width
-SETTINGS |= {word: (f"loss.representation.map.kind={word.partition('-')[0]}",) for word in MAP_WIDTHS}
+SETTINGS |= {
+    **{word: (f"loss.representation.map.kind={word.partition('-')[0]}",) for word in ("linear-wide", "mlp-narrow")},
+    "fitted-wide": ("loss.representation.map={kind: linear, init: closed_form}",),
+    "fitted-narrow": (
+        "loss.representation.map={kind: linear, init: closed_form}",
+        "loss.representation.normalize=none",
+    ),
+}
 SETTINGS |= {word: tuple(f"loss.output.{key}" for key in keys) for word, keys in (OBJECTIVES | MORE_OBJECTIVES).items()}
 # One process and each way to cut the tokens or the layers of a dense model over two, for tests of other things:
 # processes and settings.
@@ -354,6 +361,8 @@ METHODS = (
     "4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied reverse after-layers",
     "4 qwen3 pp2 cp2 vp2 uniform1 unpacked teacher-tp4 linear-wide",
     "4 qwen2 pp2 vp2 uniform1 unpacked teacher-dp 4of6 tied inverse-square many",
+    "4 qwen3 tp2 sp pp2 crossing fitted-wide reverse scheduled",
+    "4 moe pp2 cp2 ep2 distopt unpacked teacher-tp2 middle many fitted-narrow",
     "2 qwen2 tp2 warm chunk1 skew",
     "2 qwen3 tp2 sp headless chunk7 gated",
     "2 qwen3 cp2 headless topk-skew",

@@ -11,7 +11,7 @@ from megatron_oprd.launch.setup import read_setup
 from megatron_oprd.rollout.engine import FinishedRollouts
 from megatron_oprd.testing.models import random_hf_model, save
 from megatron_oprd.testing.reference_update import reference_update
-from megatron_oprd.testing.replayed_run import make_config, some_rollouts
+from megatron_oprd.testing.replayed_run import MANY, make_config, some_rollouts
 from megatron_oprd.testing.update import assert_same_update, measure_update
 from megatron_oprd.train import one_step
 from megatron_oprd.training.state import LayerSquares, PendingStep, TrainState
@@ -139,6 +139,34 @@ def test_a_step_without_a_response_token_measures_no_squares(models):
 def test_layer_weights_that_cannot_be_meant_are_refused(models, settings, message):
     with pytest.raises(UserError, match=message):
         make_run(*models, *(f"loss.representation.{one}" for one in settings))
+
+
+LINEAR, FITTED = "loss.representation.map.kind=linear", "loss.representation.map.init=closed_form"
+
+
+@pytest.mark.parametrize("normalize", ["l2", "none"])
+def test_a_map_may_start_as_a_ridge_regression(models, normalize):
+    """There are more tokens than dimensions: a perfect fit would leave nothing but rounding."""
+    rollouts = some_rollouts(131, masks=MANY)
+    settings = (LINEAR, FITTED, f"loss.representation.normalize={normalize}")
+    update = measure_update(make_run(*models, *settings, rollouts=rollouts), one_step)
+    assert_same_update(update, reference_update(*models, *settings, rollouts=rollouts))
+
+
+def test_a_map_is_fitted_in_the_first_step_that_compares_hidden_states_alone(models):
+    later = "loss.schedule={representation: [[0, 0], [1, 1]]}"
+    for step, is_first in ((1, True), (2, False)):
+        random, fitted = (update_at(step, models, *BOTH, later, LINEAR, *of) for of in ((), (FITTED,)))
+        assert (fitted.metrics["rep/mse"] < random.metrics["rep/mse"] / 2) == is_first
+        if not is_first:
+            assert_same_bits(fitted, random)
+
+
+def test_a_step_without_a_response_token_fits_no_map(models):
+    run = make_run(*models, LINEAR, FITTED, rollouts=some_rollouts(131, masks=((), ())))
+    before = {layer: one.weight.clone() for layer, one in run.student.maps.items()}
+    one_step(run, TrainState())
+    assert all(torch.equal(one.weight, before[layer]) for layer, one in run.student.maps.items())
 
 
 def test_a_factor_of_one_never_opens_the_base(models, tmp_path):

@@ -88,6 +88,10 @@ def test_the_last_override_wins_over_the_file(tmp_path):
             "loss.output.direction='up': Input should be 'reverse', 'forward', 'jsd', 'skew_reverse', 'skew_forward' "
             "or 'adaptive'",
         ),
+        (
+            "loss.representation.map={kind: mlp, init: closed_form}",
+            "loss.representation.map.init=closed_form fits a matrix, and loss.representation.map.kind=mlp; use kind",
+        ),
         ("loss.output.beta=2", "loss.output.beta=2: Input should be less than or equal to 1"),
         ("loss.output.beta=-0.1", "loss.output.beta=-0.1: Input should be greater than or equal to 0"),
         ("loss.output.teacher_temperature=0", "loss.output.teacher_temperature=0: Input should be greater than 0"),
