@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from megatron_oprd.commands import ranks
 from megatron_oprd.runtime.cli import ArgumentParser, run_command
@@ -19,7 +20,7 @@ ranks.add_layout(PARSER, "spread the model over more processes (each holds its p
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, in this process or in one that it starts for each rank."""
     args = PARSER.parse_args(arguments)
-    if args.max_shard_gb <= 0:
+    if not 0 < args.max_shard_gb < math.inf:
         PARSER.error("--max-shard-gb must be positive")
     return ranks.run_in_layout(export, args, "megatron_oprd.commands.export", arguments)
 

@@ -34,6 +34,8 @@ ranks.add_layout(PARSER, "run the Megatron model in this layout; the processes a
 def main(arguments: list[str] | None = None) -> int:
     """Run the command, in this process or in one that it starts for each rank."""
     args = PARSER.parse_args(arguments)
+    if args.tolerance is not None and not args.tolerance >= 0:
+        PARSER.error("--tolerance must be at least 0")
     return ranks.run_in_layout(verify, args, "megatron_oprd.commands.verify", arguments)
 
 
@@ -60,7 +62,7 @@ def verify(args: argparse.Namespace) -> int:
     hf_model = open_hf_model(args.hf, stored, compute) if topology.rank == 0 else None
     lengths = [length for length in LENGTHS if length <= spec.max_position_embeddings]
     comparison = Comparison(compare_states(model, hf_model, spec, topology, lengths), weights)
-    return report(comparison, args.tolerance or tolerance) if topology.rank == 0 else 0
+    return report(comparison, tolerance if args.tolerance is None else args.tolerance) if topology.rank == 0 else 0
 
 
 def report(comparison, tolerance: float) -> int:

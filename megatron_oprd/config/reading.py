@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
@@ -35,15 +36,19 @@ def load_config(path: str | Path | None, overrides: list[str], *, for_evaluation
     the key, its value and what would work.
     """
     try:
-        tree: Any = OmegaConf.create(_read_yaml(Path(path)) if path is not None else {})
+        of_file = _read_yaml(Path(path)) if path is not None else {}
+        tree: Any = OmegaConf.create(of_file)
     except (OmegaConfBaseException, RecursionError) as error:  # an anchor can make a loop
         key = getattr(error, "full_key", None)
         raise UserError(f"the configuration {path}{f', {key}' if key else ''}: {explain_tree(error)}") from None
+    wrong_sections = tuple(f"{section}." for section in _sections_without_keys(of_file, Config))
     for override in overrides:
         key, equals, value = override.partition("=")
         key = re.sub(r"\[(['\"])(.*?)\1\]", r"[\2]", key.strip())  # teachers['a.b'] is teachers[a.b]
         if not equals or "" in re.split(r"\.(?![^\[]*\])", key):
             raise UserError(f"override {override!r} is not of the form key=value; write for example train.steps=100")
+        if key.startswith(wrong_sections):  # would replace the text, of which the validation complains
+            continue
         try:
             if re.fullmatch(
                 r"\s*(---|\.\.\.)(\s.*)?", value, re.DOTALL
@@ -140,6 +145,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"the configuration {path} is a {type(values).__name__}; write sections, each with keys below it"
         )
     return values
+
+
+def _sections_without_keys(values: Mapping[Any, Any], section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted key of each section that has another value than keys, as `steps:5` without a space gives it."""
+    for key, value in values.items():
+        field = section.model_fields.get(key)
+        inner = section_class(field.annotation) if field is not None else None
+        if field is None or inner is None or value is None:
+            continue
+        if isinstance(value, dict):
+            yield from _sections_without_keys(value, inner, f"{prefix}{key}.")
+        elif not set(get_args(field.annotation)) - {inner, NoneType}:  # else the key also takes another type
+            yield f"{prefix}{key}"
 
 
 def _tuples(values: Any) -> Any:

@@ -29,7 +29,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     except _RepeatedKeyError:
         raise
     except ValueError as error:  # a number with thousands of digits
-        raise ValueError(f"not JSON ({error})") from None
+        raise ValueError(f"not JSON ({error}); write one object a line") from None
     except RecursionError:
         raise ValueError("not JSON (nested too deeply); write one object of texts, numbers and lists a line") from None
     if not isinstance(record, dict):

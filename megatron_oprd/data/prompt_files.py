@@ -10,6 +10,7 @@ from typing import Any
 from megatron_oprd.config import DataConfig
 from megatron_oprd.data.json_lines import parse_object, read_lines
 from megatron_oprd.data.prompt_rows import Row, column_advice, columns_to_read, read_row
+from megatron_oprd.runtime.files import GET_LFS_FILE, LFS_START
 from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import UserError
 
@@ -20,7 +21,7 @@ _OTHER_FILES = (
     (b"\x1f\x8b", "is compressed; unpack it with gunzip"),
     (b"\x28\xb5\x2f\xfd", "is compressed; unpack it with unzstd"),
     (b"PK\x03\x04", "is a zip archive; unpack it"),
-    (b"version https://git-lfs", "is a pointer of Git LFS; get the file with `git lfs pull`"),
+    (LFS_START, f"is a pointer of Git LFS; {GET_LFS_FILE}"),
     (b"ARROW1", "is an Arrow file; save it as Parquet"),
     (b"<", "is a page of the web; download the file itself"),
     (b"[\n", "is one JSON array; write one object a line: jq -c '.[]' FILE > FILE.jsonl"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_oprd.runtime.files import check_model_folder
+from megatron_oprd.runtime.files import GET_LFS_FILE, check_model_folder, is_lfs_pointer
 from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import ModelSpec, UserError
 
@@ -32,6 +32,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(
             f"no tokenizer in {folder}: copy the tokenizer files (tokenizer.json, tokenizer_config.json) there"
         )
+    pointer = next((name for name in _VOCABULARY_FILES if is_lfs_pointer(folder / name)), None)
+    if pointer is not None:
+        raise UserError(f"{folder / pointer} is a pointer of Git LFS", GET_LFS_FILE)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

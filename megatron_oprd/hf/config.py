@@ -347,7 +347,7 @@ def _eos_token_ids(folder: Path, values: dict[str, Any]) -> tuple[int, ...]:
     ids: list[int] = []
     for value in (*found, values.get("eos_token_id")):
         several = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(token) is not int for token in several):
-            raise UserError(f"{folder}: eos_token_id={value!r} must be a whole number or a list of them")
+        if any(type(token) is not int or not 0 <= token < 2**31 for token in several):
+            raise UserError(f"{folder}: eos_token_id={value!r} must be a token id, a list of them, or null")
         ids += several
     return tuple(dict.fromkeys(ids))

@@ -24,6 +24,9 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Tensors by which GPTQ, AWQ, bitsandbytes and compressed-tensors replace or accompany a weight.
 _QUANTISED = re.compile(r"\.(qweight|qzeros|g_idx|SCB|weight_packed|weight_scale|weight\.(absmax|quant_map))$")
 
+# Beginnings of names under which torch.compile, DDP, FSDP and PEFT save a model.
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model.")
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -170,6 +173,12 @@ class HFReader:
             raise UserError(
                 f"{self.folder} holds {quantised}, a tensor of a quantised model, but config.json has no "
                 "quantization_config; use the model without quantisation"
+            )
+        wrapper = next((prefix for prefix in _WRAPPERS if any(name.startswith(prefix) for name in found)), None)
+        if wrapper is not None:
+            raise UserError(
+                f"{self.folder} holds tensors named {wrapper}..., which were saved from a model inside a wrapper; save "
+                "the model itself (of PEFT, after merge_and_unload)"
             )
         for problem, names in (("misses", missing), ("holds unknown", found - expected.keys())):
             if names:

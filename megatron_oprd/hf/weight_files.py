@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_oprd.runtime.files import read_json
+from megatron_oprd.runtime.files import GET_LFS_FILE, is_lfs_pointer, read_json
 from megatron_oprd.types import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -152,4 +152,6 @@ def _names_in(folder: Path, file: str) -> set[str]:
     except FileNotFoundError:
         raise UserError(f"{path} is missing, but {INDEX} names it; copy the file there") from None
     except (SafetensorError, OSError) as error:
+        if is_lfs_pointer(path):
+            raise UserError(f"{path} is a pointer of Git LFS", GET_LFS_FILE) from None
         raise UserError(f"{path} is truncated or corrupt: {error}; copy it again") from None

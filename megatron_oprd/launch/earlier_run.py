@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from megatron_oprd.checkpoint.training_state import latest_checkpoint
 from megatron_oprd.config import Config, ScheduleConfig, leaves
@@ -56,7 +58,9 @@ def check_schedule(path: Path, config: Config, done: int) -> None:
     """
     loss = _read(path).get("loss")
     earlier = loss.get("schedule") if isinstance(loss, dict) else None
-    before = ScheduleConfig() if earlier is None else ScheduleConfig.model_validate(earlier)
+    before = ScheduleConfig()
+    with contextlib.suppress(ValidationError):  # a file that was edited
+        before = before if earlier is None else ScheduleConfig.model_validate(earlier)
     now = config.loss.schedule or ScheduleConfig()
     for step in range(done):
         if before.multipliers(step) != now.multipliers(step):

@@ -19,6 +19,8 @@ from megatron_oprd.types import UserError
 
 _HUB_PART = re.compile(r"\w[\w.-]*")  # of a name on the Hugging Face hub: organisation/model
 COPY_FILE_AGAIN = "copy the file again"
+LFS_START = b"version https://git-lfs"
+GET_LFS_FILE = "get the file with `git lfs pull`"
 # Errors that a user can act on. Broken pipes, time-outs and other kinds of OSError are not among them.
 DISK_ERRORS = {
     errno.EACCES,
@@ -136,6 +138,15 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Return True for a small text file that a clone without Git LFS has in place of a large file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS_START)) == LFS_START
+    except OSError:
+        return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file. Raises UserError that names the file."""
     try:
@@ -143,6 +154,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from None
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        if is_lfs_pointer(path):
+            raise UserError(f"{path} is a pointer of Git LFS", GET_LFS_FILE) from None
         raise UserError(f"{path} is not valid JSON: {error}", COPY_FILE_AGAIN) from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(values).__name__}", COPY_FILE_AGAIN)

@@ -424,6 +424,12 @@ def test_a_list_on_the_command_line_is_written_in_brackets(written):
     ]
 
 
+def test_an_override_does_not_hide_a_section_of_the_file_that_is_text(tmp_path):
+    (tmp_path / "c.yaml").write_text("train:\n  steps:5")
+    with pytest.raises(UserError, match=r"train=.steps:5. must be a section with .*; write a space after"):
+        load_config(tmp_path / "c.yaml", [*REQUIRED, "train.run_dir=r"])
+
+
 def test_an_override_replaces_a_list_of_the_file_and_extends_a_mapping(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("data: {prompts: [a, b], chat_template_kwargs: {mood: calm}}\n")

@@ -16,6 +16,7 @@ from megatron_oprd.hf.load import global_name
 from megatron_oprd.hf.names import entries, hf_shapes, megatron_shapes, shard_shape
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.hf.writer import HFWriter
+from megatron_oprd.runtime.files import LFS_START
 from megatron_oprd.testing.models import FAMILIES, LLAMA3_SCALING, random_hf_model, save
 from megatron_oprd.types import UserError
 from tests.helpers.configs import assert_refused, edited
@@ -254,6 +255,7 @@ def _second_set(folder, change):
 BREAKAGES = {
     "truncated": (_truncate, "truncated or corrupt"),
     "corrupt": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 64), "truncated or corrupt"),
+    "pointer": (lambda f: (f / "model.safetensors").write_bytes(LFS_START), "is a pointer of Git LFS; get the file"),
     "missing": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
     "pickled": (
         lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),

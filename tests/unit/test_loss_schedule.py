@@ -90,3 +90,5 @@ def test_a_run_continues_only_with_a_schedule_that_agrees_up_to_its_step(tmp_pat
     with pytest.raises(UserError, match="agrees up to step 1"):
         check(None, 1)
     check(None, 0)
+    file.write_text("loss: {schedule: [1]}")  # edited by hand: no schedule
+    check(None, 5)

@@ -61,11 +61,18 @@ def test_a_tied_model_saved_without_its_lm_head_is_read_and_exported_with_it(fam
     assert spec.architecture == f"{family}ForCausalLM" and spec.hf_config["architectures"] == [spec.architecture]
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", "base_model.model.", "module.", "_orig_mod."])
-def test_names_that_transformers_does_not_find_are_refused(prefix, tmp_path):
+@pytest.mark.parametrize(
+    ("prefix", "message"),
+    [
+        ("transformer.", "misses 12 tensors"),
+        ("base_model.model.", r"base_model.model\..*, which were saved from a model inside a wrapper; save the model"),
+        ("_orig_mod.", "inside a wrapper"),
+    ],
+)
+def test_names_that_transformers_does_not_find_are_refused(prefix, message, tmp_path):
     folder = save(random_hf_model("Llama", num_hidden_layers=1), tmp_path)
     rename(folder, lambda name: prefix + name)
-    with pytest.raises(UserError, match="misses 12 tensors"):
+    with pytest.raises(UserError, match=message):
         open_folder(folder)
 
 
@@ -95,6 +102,7 @@ def test_the_model_type_chooses_the_architecture(architectures, tmp_path):
         ({"model_type": "gemma", "architectures": None}, "architecture of model_type='gemma' is not supported"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification is not supported"),
         ({"pad_token_id": 131}, "pad_token_id=131 is not in the vocabulary of 131; set it to null"),
+        ({"eos_token_id": -1}, "eos_token_id=-1 must be a token id, a list of them, or null"),
         ({"initializer_range": "wide"}, "transformers refuses it, correct it: .*initializer_range"),
     ],
 )

@@ -439,7 +439,7 @@ def test_a_row_that_the_teachers_tokenizer_cannot_render_is_counted(tmp_path):
     result = load_prompts([path], PLAIN, config(max_prompt_tokens=max(limit, 1)), teacher_tokenizer=teacher)
     assert [prompt.index for prompt in result.prompts] == [0, 3]
     assert (result.total, result.too_long, result.failed) == (4, 1, 1)
-    assert result.first_failure == "row 2: the teacher's prompt: no x"
+    assert result.first_failure == "row 2: the teacher's prompt: the chat template fails: no x"
 
 
 @pytest.mark.parametrize("key", ["chat_template_kwargs", "teacher_chat_template_kwargs"])

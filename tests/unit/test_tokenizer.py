@@ -29,6 +29,7 @@ def test_a_saved_tokenizer_loads_with_its_chat_template(tmp_path):
         ({"config.json": '{"model_type": "qwen3"}'}, "no tokenizer in"),
         ({"tokenizer.json": '{"version"'}, "cannot be read"),
         ({"tokenizer.json": "{}"}, "cannot be read"),
+        ({"tokenizer.json": "version https://git-lfs.github.com/spec/v1"}, r"tokenizer\.json is a pointer of Git LFS"),
         ({"tokenizer.json": "\x00\x01"}, "cannot be read"),
     ],
 )

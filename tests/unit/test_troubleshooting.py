@@ -11,7 +11,7 @@ ADVICE = re.compile(r"; |: (set|use|name|save|copy|hide|pip) | must | needs [a-z
 # These parts of a message contain the advice.
 WITH_ADVICE = re.compile(
     r"\{(cure|advice|several|explain_\w+\(error\)|disk_advice\(cause\))\}"
-    r"|\{(column|key!r)\} \{error\}|rollout\.server\.addresses: \{error\}"
+    r"|\{where\}: \{error\}|\{(column|key!r)\} \{error\}|rollout\.server\.addresses: \{error\}"
 )
 
 
