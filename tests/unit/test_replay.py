@@ -51,7 +51,7 @@ BAD_LINES = {
     "cut short": (b"{", "not JSON"),
     "nested without end": (b"[" * 100_000, "not JSON"),
     "huge number": (b'{"prompt_ids": [' + b"9" * 5000 + b"]}", "not JSON"),
-    "no object": ([1, 2], "an object"),
+    "no object": ([1, 2], "write one JSON object a line"),
     "no prompt": ({"response_ids": [1]}, "prompt_ids is missing"),
     "no response": ({"prompt_ids": [1]}, "response_ids is missing"),
     "empty prompt": ({**GOOD, "prompt_ids": []}, "prompt_ids is empty"),
