@@ -55,7 +55,7 @@ Through a trained map to the teacher's width: `linear-wide` a matrix to 96, `mlp
 (`extrapolated-output`) or to both (`extrapolated-both`). `inverse-square` divides the
 loss of each layer by the teacher's mean square there. `skew` and `topk-skew` are KL divergences to a mixture of both
 distributions, `adaptive` and `topk-adaptive` a mean of both KL divergences; `gated` adds the forward KL at uncertain
-tokens to `sampled`.
+tokens to `sampled`, `weighed-positions` weighs it by position.
 
 `flow` adds the loss on hidden flow at four positions of each response, `all-flow` at all of them with other shares of
 its parts, `wide-flow` without directions to a teacher of width 96. With `ema` the teacher has followed the student

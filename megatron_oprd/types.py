@@ -125,14 +125,17 @@ class Selection:
     # Sequence-parallel ranks hold different tokens. Their rows are gathered in the order of the ranks.
     rows_per_rank: tuple[int, ...]  # N on each sequence-parallel rank; (N,) without sequence parallelism
     rows_of_teacher: Mapping[int, torch.Tensor]  # teacher -> [n] int64: its rows among the gathered ones
+    by_sequence: bool = False  # True if the term needs `groups`
+    groups: SequenceGroups | None = None  # once the micro-batch is cut into the parts of the ranks, if needed
 
     def __len__(self) -> int:
         return len(self.selected)
 
 
 @dataclass(frozen=True)
-class FlowGroups:
-    """The positions of the hidden-flow loss in a micro-batch, by sequence. The same numbers in both forms of a batch.
+class SequenceGroups:
+    """The selected tokens of a micro-batch by sequence, for a term that compares tokens of a sequence with each other.
+    The same numbers in both forms of a batch.
 
     Ranks that share the tokens of a sequence gather their rows, in the order of the ranks.
     """
@@ -142,8 +145,13 @@ class FlowGroups:
         torch.Tensor
     )  # [sequences, positions] int64: places among the gathered rows; short sequences repeat their last
     places: torch.Tensor  # [N] int64: the places of this rank's rows in `grid.flatten()`
-    lengths: torch.Tensor  # [sequences] int64: positions of each sequence, two or more
+    lengths: torch.Tensor  # [sequences] int64: positions of each sequence, at least one
     weights: torch.Tensor  # [sequences] float64: weight of each sequence in the global mean
+
+    def rows_per_context_rank(self, context_size: int) -> list[int]:
+        """Return the rows of each context-parallel rank, those of all its sequence-parallel ranks."""
+        counts, size = self.rows_per_rank, len(self.rows_per_rank) // context_size
+        return [sum(counts[first : first + size]) for first in range(0, len(counts), size)]
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,6 @@ class PackedBatch:
     representation: Selection  # tokens whose hidden states the representation loss compares
     output: Selection  # tokens whose next-token distributions the output-space objective compares
     flow: Selection | None = None  # positions that the loss on hidden flow compares; None: no such loss
-    flow_groups: FlowGroups | None = None  # of `flow`, once the micro-batch is cut into the parts of the ranks
     # Context parallelism: [T * context size] int64, the place of each row among the gathered rows of all ranks.
     context_order: torch.Tensor | None = None
 
@@ -186,6 +193,7 @@ class DeviceSelection:
     token_ids: torch.Tensor
     rows_per_rank: tuple[int, ...]
     rows_of_teacher: Mapping[int, torch.Tensor]
+    groups: SequenceGroups | None = None
 
     def __len__(self) -> int:
         return len(self.selected)
@@ -206,7 +214,6 @@ class DeviceBatch:
     output: DeviceSelection
     context_order: torch.Tensor | None
     flow: DeviceSelection | None = None
-    flow_groups: FlowGroups | None = None
 
     @property
     def num_tokens(self) -> int:

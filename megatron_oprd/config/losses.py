@@ -166,6 +166,12 @@ class OutputConfig(Section):
         description="sampled: add the forward KL on the teacher's top k where its entropy is above this; null: nowhere",
         json_schema_extra=NATS,
     )
+    importance: float = Field(
+        0.0,
+        ge=0.0,
+        description="sampled: weigh each token by 1 + importance times the share of the response's disagreement that "
+        "lies at this token or after it; 0: all tokens count alike",
+    )
     teacher_temperature: float = Field(1.0, gt=0.0, description="temperature of the teacher's distribution")
     positions: Literal["all", "last", "last_k", "first_k"] = Field("all", description="response tokens to compare")
     positions_k: int = Field(
@@ -197,6 +203,19 @@ class OutputConfig(Section):
                 f"loss.output.forward_above_entropy={self.forward_above_entropy:g} adds to the objective sampled, and "
                 f"loss.output.objective={self.objective}; use sampled or null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _importance_needs_complete_responses(self) -> OutputConfig:
+        if not self.importance:
+            return self
+        for key, needed in (("objective", "sampled"), ("positions", "all"), ("forward_above_entropy", None)):
+            if getattr(self, key) != needed:
+                raise ValueError(
+                    f"loss.output.importance={self.importance:g} weighs the sampled tokens of complete responses, and "
+                    f"loss.output.{key}={getattr(self, key)}; use {'null' if needed is None else needed}, or "
+                    "importance 0"
+                )
         return self
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_oprd.data.packing import rows_of_teacher
-from megatron_oprd.types import FlowGroups, PackedBatch, Selection
+from megatron_oprd.types import PackedBatch, Selection, SequenceGroups
 
 
 def zigzag_rows(bounds: Sequence[int], rank: int, size: int) -> torch.Tensor:
@@ -69,6 +69,8 @@ def cut(batch: PackedBatch, place: Slice) -> PackedBatch:
             teachers=selection.teachers[own],
             rows_per_rank=tuple(len(places) for places in by_rank),
             rows_of_teacher=rows_of_teacher(selection.teachers[torch.cat(by_rank)]),
+            by_sequence=selection.by_sequence,
+            groups=_sequence_groups(selection, batch.bounds, of_ranks, place) if selection.by_sequence else None,
         )
 
     return PackedBatch(
@@ -79,18 +81,17 @@ def cut(batch: PackedBatch, place: Slice) -> PackedBatch:
         representation=part_of(batch.representation),
         output=part_of(batch.output),
         flow=None if batch.flow is None else part_of(batch.flow),
-        flow_groups=None if batch.flow is None else _flow_groups(batch.flow, batch.bounds, of_ranks, place),
         context_order=order,
     )
 
 
-def _flow_groups(
+def _sequence_groups(
     selection: Selection, bounds: Sequence[int], of_context_ranks: Sequence[torch.Tensor], place: Slice
-) -> FlowGroups:
-    """Return the positions of a whole micro-batch by sequence, and those of one rank among them.
+) -> SequenceGroups:
+    """Return the selected tokens of a whole micro-batch by sequence, and those of one rank among them.
 
     Args:
-        selection: the positions of the whole micro-batch, sequence after sequence.
+        selection: the tokens of the whole micro-batch, sequence after sequence.
         bounds: cumulative lengths of its sequences.
         of_context_ranks: the rows of each context-parallel rank.
         place: the rank.
@@ -110,7 +111,7 @@ def _flow_groups(
     grid = gathered[first[:, None] + steps.minimum(lengths[:, None] - 1)]
     in_grid = (torch.arange(width) < lengths[:, None]).flatten().nonzero().flatten()
     own_rank = place.context_rank * place.sequence_size + place.sequence_rank
-    return FlowGroups(
+    return SequenceGroups(
         rows_per_rank=tuple(ranks.bincount(minlength=num_ranks).tolist()),
         grid=grid,
         places=in_grid[ranks == own_rank],

@@ -16,7 +16,15 @@ from megatron_oprd.config import FlowConfig, OutputConfig, RepresentationConfig
 from megatron_oprd.losses.flow import spread_positions
 from megatron_oprd.losses.positions import select_positions
 from megatron_oprd.losses.reduction import count, token_weight
-from megatron_oprd.types import DeviceBatch, DeviceSelection, FlowGroups, GlobalCounts, PackedBatch, Rollout, Selection
+from megatron_oprd.types import (
+    DeviceBatch,
+    DeviceSelection,
+    GlobalCounts,
+    PackedBatch,
+    Rollout,
+    Selection,
+    SequenceGroups,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class Term:
     aggregation: str
     counts: GlobalCounts
     first_numbers: tuple[int, ...]  # for each rollout: the number of its first selected token in the global batch
+    by_sequence: bool = False  # True if the loss of a token depends on other tokens of its rollout
 
     def teacher_view(self) -> Term:
         """Return the term with the positions of the teacher's tokens; numbers and weights stay the same."""
@@ -70,13 +79,13 @@ def output_term(config: OutputConfig, rollouts: Sequence[Rollout]) -> Term:
         else ()
         for rollout in rollouts
     ]
-    return _term(rollouts, positions, positions, config.aggregation, -1)
+    return _term(rollouts, positions, positions, config.aggregation, -1, by_sequence=config.importance > 0)
 
 
 def flow_term(config: FlowConfig, rollouts: Sequence[Rollout]) -> Term:
     """Select the positions of each rollout between which the loss on hidden flow compares directions."""
     positions = [tuple(spread_positions(rollout.response_mask, config.positions)) for rollout in rollouts]
-    return _term(rollouts, positions, positions, "sequence_mean", 0)
+    return _term(rollouts, positions, positions, "sequence_mean", 0, by_sequence=True)
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ def _term(
     teacher_positions: list[tuple[int, ...]],
     aggregation: str,
     shift: int,
+    *,
+    by_sequence: bool = False,
 ) -> Term:
     lengths = [len(chosen) for chosen in positions]
     return Term(
@@ -112,6 +123,7 @@ def _term(
         aggregation,
         count(lengths),
         tuple(itertools.accumulate(lengths, initial=0)),
+        by_sequence,
     )
 
 
@@ -194,6 +206,7 @@ def _select(term: Term, numbers: Sequence[int], starts: Sequence[int], teachers:
         teachers=of_token,
         rows_per_rank=(len(selected),),
         rows_of_teacher=rows_of_teacher(of_token),
+        by_sequence=term.by_sequence,
     )
 
 
@@ -215,11 +228,12 @@ def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
             copy(selection.token_ids),
             selection.rows_per_rank,
             {teacher: copy(rows) for teacher, rows in selection.rows_of_teacher.items()},
+            None if selection.groups is None else copy_groups(selection.groups),
         )
 
-    def copy_groups(groups: FlowGroups) -> FlowGroups:
+    def copy_groups(groups: SequenceGroups) -> SequenceGroups:
         tensors = (groups.grid, groups.places, groups.lengths, groups.weights)
-        return FlowGroups(groups.rows_per_rank, *map(copy, tensors))
+        return SequenceGroups(groups.rows_per_rank, *map(copy, tensors))
 
     return DeviceBatch(
         batch,
@@ -230,7 +244,6 @@ def to_device(batch: PackedBatch, device: torch.device) -> DeviceBatch:
         copy_selection(batch.output),
         None if batch.context_order is None else copy(batch.context_order),
         None if batch.flow is None else copy_selection(batch.flow),
-        None if batch.flow_groups is None else copy_groups(batch.flow_groups),
     )
 
 

@@ -120,6 +120,8 @@ def _representation(loss: RepresentationConfig) -> str:
 def _output(loss: OutputConfig) -> str:
     direction = "" if loss.direction == "reverse" or loss.objective == "sampled" else f", {loss.direction}"
     objective = OBJECTIVES[loss.objective].format(k=loss.k)
+    if loss.importance:
+        objective += f", weighed by position with importance {loss.importance:g}"
     where = _positions(loss.positions, loss.positions_k)
     return f"{objective} (loss.output.objective={loss.objective}{direction}), at {where}, weight {loss.weight:g}"
 

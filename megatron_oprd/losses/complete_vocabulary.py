@@ -71,6 +71,16 @@ def complete_objective(
     return TokenObjective(value, _reverse_gradient_(*p, *q, value, scale), None)
 
 
+@torch.no_grad()
+def sampled_log_ratios(student: Logits, teacher: Logits, token_ids: Tensor, shard: VocabularyShard) -> Tensor:
+    """Return log q - log p [n] of the sampled tokens [n], equal on all ranks, and leave the logits unchanged.
+
+    Communicates over `shard.group`: 3 all_reduces.
+    """
+    log_p, log_q = _picked(_distributions(student, teacher, shard), token_ids, shard)
+    return log_q - log_p
+
+
 def _distributions(student: Logits, teacher: Logits, shard: VocabularyShard) -> list[Distribution]:
     """Normalise both models over the vocabulary of all ranks. Two all_reduces."""
     models = (student, teacher)

@@ -70,10 +70,12 @@ def logits_gradient(student: HeadInput, teacher: HeadInput, objective: Objective
     """
     tokens = len(student.states)
     if size is None:
-        return objective(_logits(student), _logits(teacher), slice(0, tokens))
+        return objective(logits_of(student), logits_of(teacher), slice(0, tokens))
     if tokens <= size:  # logits in the dtype of the states are freed as soon as the wider ones exist
-        return objective(_wide(_logits(student)), _wide(_logits(teacher)), slice(0, tokens)).to(student.states.dtype)
-    logits, teacher_logits = _logits(student), _logits(teacher)
+        return objective(_wide(logits_of(student)), _wide(logits_of(teacher)), slice(0, tokens)).to(
+            student.states.dtype
+        )
+    logits, teacher_logits = logits_of(student), logits_of(teacher)
     for part in slices(tokens, size):
         gradient = objective(_wide(logits[part]), _wide(teacher_logits[part]), part)
         if gradient.dtype != logits.dtype:  # otherwise the gradient is there already
@@ -95,12 +97,12 @@ def add_head_gradient_(target: Tensor, for_logits: Tensor, states: Tensor) -> No
         target[start : start + block.shape[1]].add_(block.t() @ states)
 
 
-def _logits(model: HeadInput) -> Tensor:
+def logits_of(model: HeadInput) -> Tensor:
     """Return logits [n, rows]; in the form z + (lambda - 1) (z - z_base), which is exactly z for equal models."""
     logits = model.states @ model.head.t()
     if model.base is None:
         return logits
-    of_base = _logits(model.base)
+    of_base = logits_of(model.base)
     return logits.add_(torch.sub(logits, of_base, out=of_base), alpha=model.extrapolate - 1)
 
 

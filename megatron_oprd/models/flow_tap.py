@@ -28,7 +28,7 @@ from megatron_oprd.models.layer_plan import FlowRole
 from megatron_oprd.models.tap_rows import add_rows, same_values, selected_rows
 from megatron_oprd.parallel.sequence_rows import gather_rows
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import DeviceSelection, FlowGroups, StateKey
+from megatron_oprd.types import DeviceSelection, StateKey
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,7 @@ class FlowTap:
 
     Args:
         terms: the layers of this rank.
-        selection: the positions on this rank.
-        groups: the positions by sequence.
+        selection: the positions on this rank, with their groups by sequence.
         take_target: a function that returns the teacher's states [N, d_T] for a student layer and forgets them.
         topology: the student's layout.
     """
@@ -66,11 +65,11 @@ class FlowTap:
         self,
         terms: FlowTerms,
         selection: DeviceSelection,
-        groups: FlowGroups,
         take_target: Callable[[int], torch.Tensor],
         topology: Topology,
     ) -> None:
-        self.terms, self.selection, self.groups, self.topology = terms, selection, groups, topology
+        assert selection.groups is not None
+        self.terms, self.selection, self.groups, self.topology = terms, selection, selection.groups, topology
         self.take_target = take_target
         self.sums = torch.zeros(3, dtype=torch.float64, device=topology.device)
         self._states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: of student and teacher, gathered
@@ -139,8 +138,7 @@ class FlowTap:
             first = topology.context_rank * size
             rows = gather_rows(rows, counts[first : first + size], topology.groups.tp)
         if topology.context_size > 1:
-            of_ranks = [sum(counts[first : first + size]) for first in range(0, len(counts), size)]
-            rows = gather_rows(rows, of_ranks, topology.groups.cp)
+            rows = gather_rows(rows, self.groups.rows_per_context_rank(topology.context_size), topology.groups.cp)
         return rows
 
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_oprd.config import OutputConfig
-from megatron_oprd.losses.complete_vocabulary import Logits, complete_objective, is_supported
+from megatron_oprd.losses.complete_vocabulary import Logits, complete_objective, is_supported, sampled_log_ratios
+from megatron_oprd.losses.importance import position_weights
 from megatron_oprd.losses.lm_head import (
     HeadInput,
     add_head_gradient_,
     auto_chunk_tokens,
     logits_gradient,
+    logits_of,
     slice_tokens,
     slices,
 )
@@ -69,6 +71,7 @@ class OutputLoss:
         self.heads = heads
         self.temperature = temperature
         self.with_metrics = with_metrics
+        self.topology = topology
         self.sequence_group = topology.groups.tp if topology.sequence_parallel else None
         group = topology.groups.tp if topology.tensor_size > 1 else None
         self.shard = VocabularyShard(heads.first, group, widest=len(heads.student))
@@ -89,12 +92,15 @@ class OutputLoss:
             The sums [1 + METRICS] in float64 of weight * value and of each metric (zero without metrics), over the
             tokens of all tensor-parallel ranks.
 
-        Communicates over the tensor-parallel group; all its ranks must call this together.
+        Communicates over the tensor-parallel group, and with `importance` over the context-parallel group; all their
+        ranks must call this together.
         """
         rows = (student, teacher, selection.weights, selection.token_ids)
         if self.sequence_group is not None:
             rows = tuple(gather_rows(part, selection.rows_per_rank, self.sequence_group) for part in rows)
         student, teacher, weights, token_ids = rows
+        if self.config.importance:
+            weights = weights * self._importance(student, teacher, token_ids, selection)
         gradient = torch.zeros_like(student)
         sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=student.device)
         for number, head in enumerate(self.heads.teachers):
@@ -105,6 +111,47 @@ class OutputLoss:
                 )
                 sums += chunk_sums
         return self._sum_over_vocabulary(gradient, selection), sums
+
+    def _importance(
+        self, student: torch.Tensor, teacher: torch.Tensor, token_ids: torch.Tensor, selection: DeviceSelection
+    ) -> torch.Tensor:
+        """Return the weight by position [rows] of each row of the tensor-parallel ranks, float64.
+
+        One more pass through the LM heads of all models, without gradients and with the logits of one chunk at a time.
+        """
+        ratios = torch.zeros(len(student), dtype=torch.float64, device=student.device)
+        for number, head in enumerate(self.heads.teachers):
+            for chunk in self._chunks(selection, number):
+                teacher_part = _teacher_input(teacher[chunk], head, self.heads.bases.get(number))
+                ratios[chunk] = self._log_ratios(student[chunk], teacher_part, token_ids[chunk])
+        groups, own = selection.groups, slice(None)
+        assert groups is not None  # the selection was made for the same loss
+        if self.topology.context_size > 1:
+            counts = groups.rows_per_context_rank(self.topology.context_size)
+            first = sum(counts[: self.topology.context_rank])
+            own = slice(first, first + counts[self.topology.context_rank])
+            ratios = gather_rows(ratios, counts, self.topology.groups.cp)
+        weights = torch.empty(len(ratios), dtype=torch.float64, device=ratios.device)
+        weights[groups.grid] = position_weights(ratios[groups.grid], groups.lengths, self.config.importance)
+        return weights[own]
+
+    def _log_ratios(self, student: torch.Tensor, teacher: HeadInput, token_ids: torch.Tensor) -> torch.Tensor:
+        """Return log q - log p [n] of the sampled tokens of a chunk."""
+        head = self.heads.student.detach()[: self.heads.rows]
+        of_student, of_teacher = logits_of(HeadInput(student, head)), logits_of(teacher)
+        temperatures = self.temperature, self.config.teacher_temperature
+        # On a GPU no temporary has the size of the logits.
+        size = len(student) if student.is_cuda else slice_tokens(len(self.heads.student))
+        parts = [
+            sampled_log_ratios(
+                Logits(of_student[part], temperatures[0]),
+                Logits(of_teacher[part], temperatures[1]),
+                token_ids[part],
+                self.shard,
+            )
+            for part in slices(len(student), size)
+        ]
+        return torch.cat(parts)
 
     def _sum_over_vocabulary(self, gradient: torch.Tensor, selection: DeviceSelection) -> torch.Tensor:
         """Sum the gradient of the states over the tensor-parallel ranks, each of which has the part that its own rows

@@ -155,7 +155,10 @@ def _student_passes(run: PlannedRun, links: Links) -> list[Cost]:
     forward = forward_flops(student, layers, sequences)
     sent = forward_traffic(student, parallel, layers, tokens / replicas, size)
     # The loss computes the gradients of the student's head at once. The teachers' heads have a forward pass only.
-    heads = 3 * head_flops(student, tokens) + sum(head_flops(one.spec, tokens) for one in run.setup.teachers.values())
+    own_head = head_flops(student, tokens)
+    teacher_heads = sum(head_flops(one.spec, tokens) for one in run.setup.teachers.values())
+    passes = 2 if config.loss.output.importance else 1  # importance needs all log-probabilities before the gradients
+    heads = 2 * own_head + passes * (own_head + teacher_heads)
     flops = forward + (heads if plan.output else 0)
     costs = [links.cost("student forward", flops, seconds(flops, MOVED_FORWARD), sent, parallel)]
     if config.recompute.granularity == "full":

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_oprd.bridge.record import Bridge
 from megatron_oprd.bridge.store import read_bridge
-from megatron_oprd.config import Config, RepresentationConfig
+from megatron_oprd.config import Config, OutputConfig, RepresentationConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.models.layer_plan import LayerPlan, make_plan
 from megatron_oprd.models.state_map import make_maps
@@ -54,6 +54,8 @@ def reference_update(
         loss, magnitude = loss + flow, magnitude + flow
     if plan.output:
         of_tokens = _token_values(token_loss, config, logits)
+        if config.loss.output.importance:
+            of_tokens = _weighed_by_position(of_tokens, config, logits)
         loss = loss + _output_loss(config, of_tokens)
         magnitude = magnitude + _output_loss(config, [[abs(value) for value in values] for values in of_tokens])
     loss.backward()
@@ -291,6 +293,21 @@ def _token_values(function: Callable[..., Any], config: Config, logits: list) ->
         chosen = selected_indices(rollout.response_mask, term.positions, term.positions_k)
         per_sequence.append([function(student[t], teacher[t], rollout.response_ids[t], term) for t in chosen])
     return per_sequence
+
+
+def _weighed_by_position(of_tokens: list[list[torch.Tensor]], config: Config, logits: list) -> list[list[torch.Tensor]]:
+    """Return the losses of tokens times 1 + importance (1 - disagreement before the token / that of the response)."""
+    weighed = []
+    for values, gaps in zip(of_tokens, _token_values(_disagreement, config, logits), strict=True):
+        shares = (sum(gaps[:t]) / (sum(gaps) + 1e-8) for t in range(len(gaps)))
+        weighed.append([(1 + config.loss.output.importance * (1 - s)) * v for s, v in zip(shares, values, strict=True)])
+    return weighed
+
+
+def _disagreement(student: torch.Tensor, teacher: torch.Tensor, token_id: int, _: OutputConfig) -> float:
+    """Return |log q - log p| of a sampled token."""
+    log_p, log_q = (logits.detach().double().log_softmax(-1)[token_id].item() for logits in (student, teacher))
+    return abs(log_q - log_p)
 
 
 def _open_model(path: str | Path, dtype: torch.dtype = torch.float64) -> transformers.PreTrainedModel:

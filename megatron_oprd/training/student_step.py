@@ -125,8 +125,8 @@ def _flow_tap(student: Student, loss: LossConfig, batch: DeviceBatch, targets: M
     plan, topology = student.plan, student.topology
     roles = plan.flow_roles(topology.stages)
     terms = FlowTerms(loss.flow, roles, len(plan.flow), len(plan.flow_pairs))
-    assert batch.flow is not None and batch.flow_groups is not None  # the global batch has the same loss
-    return FlowTap(terms, batch.flow, batch.flow_groups, lambda layer: targets.take(FlowKey(layer)), topology)
+    assert batch.flow is not None  # the global batch has the same loss
+    return FlowTap(terms, batch.flow, lambda layer: targets.take(FlowKey(layer)), topology)
 
 
 def accumulate_gradients(student: Student, micro_batches: Sequence[DeviceBatch], taps: Iterable[Tap]) -> None:

@@ -88,6 +88,7 @@ OBJECTIVES = {
 MORE_OBJECTIVES = {
     "skew": ("objective=full_kl", "direction=skew_reverse", "skew=0.3"),
     "topk-skew": ("objective=topk_kl", "k=5", "tail_bucket=true", "direction=skew_forward"),
+    "weighed-positions": ("objective=sampled", "importance=0.5"),
     "adaptive": ("objective=full_kl", "direction=adaptive"),
     "topk-adaptive": ("objective=topk_kl", "k=5", "direction=adaptive"),
     "gated": ("objective=sampled", "forward_above_entropy=4.5", "k=5"),
@@ -356,6 +357,7 @@ METHODS = (
     "4 moe tp2 cp2 sp ep2 middle inverse-square",
     "4 qwen2 pp2 cp2 vp2 uniform1 teacher-tp2 4of6 tied extrapolated",
     "4 qwen2 tp2 pp2 teacher-tp2 middle tied reverse extrapolated-both",
+    "2 qwen3 cp2 chunk7 weighed-positions",
     "4 qwen3 tp2 sp pp2 tied reverse scheduled",
     "2 qwen3 tp2 sp crossing extrapolated bridge-wide reverse",
     "4 moe tp2 cp2 sp ep2 distopt uniform2 unpacked teacher-tp4 middle 4of6 tied reverse after-layers",
@@ -369,6 +371,8 @@ METHODS = (
     "2 qwen3 tp2 sp headless warm chunk7 topk-union extrapolated-output",
     "4 qwen2 tp4 tied headless warm chunk7 adaptive",
     "2 qwen3 cp2 headless topk-adaptive",
+    "4 qwen3 tp2 sp cp2 headless warm chunk7 many weighed-positions",
+    "4 qwen2 pp2 tp2 tied teacher-dp weighed weighed-positions",
     "1 qwen3 headless all-flow",
     "2 qwen2 tp2 headless flow",
     "2 qwen3 cp2 many all-flow",
@@ -382,7 +386,7 @@ METHODS = (
     "4 moe pp2 ep2 distopt middle ema",
     "4 qwen3 cp2 tp2 distopt ema reverse",
 )
-METHODS_IN_CI = 7
+METHODS_IN_CI = 8
 METHOD_CASES = tuple(map(parse, METHODS))
 # The heads, the state and the convolution of Gated DeltaNet in each way to place tokens and layers.
 HYBRID_LINES = (

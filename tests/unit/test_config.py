@@ -25,7 +25,7 @@ def test_a_dumped_configuration_of_objectives_and_teachers_loads_equal():
         "objective": "topk_kl", "weight": 0.5, "k": 8, "support": "union", "tail_bucket": True, "direction": "jsd",
         "beta": 0.1, "teacher_temperature": 0.7, "positions": "last_k", "positions_k": 9,
         "aggregation": "sequence_mean", "chunk_tokens": None, "metrics_every": 0,
-        "skew": 0.2, "forward_above_entropy": None,
+        "skew": 0.2, "forward_above_entropy": None, "importance": 0.0,
     }  # fmt: skip
     output = [f"loss.output.{key}={'null' if value is None else value}" for key, value in chosen.items()]
     teachers = "teachers={math: {path: m, parallel: {tensor: 2}}, 'big code.v1': {path: c, offload_targets: true}}"
@@ -91,6 +91,16 @@ def test_the_last_override_wins_over_the_file(tmp_path):
         (
             "loss.representation.map={kind: mlp, init: closed_form}",
             "loss.representation.map.init=closed_form fits a matrix, and loss.representation.map.kind=mlp; use kind",
+        ),
+        (
+            "loss.output={objective: full_kl, importance: 0.5}",
+            "loss.output.importance=0.5 weighs the sampled tokens of complete responses, and loss.output.objective="
+            "full_kl; use sampled, or importance 0",
+        ),
+        ("loss.output={objective: sampled, importance: 1, positions: last_k}", "loss.output.positions=last_k; use all"),
+        (
+            "loss.output={objective: sampled, importance: 1, forward_above_entropy: 1}",
+            "loss.output.forward_above_entropy=1.0; use null",
         ),
         ("loss.output.beta=2", "loss.output.beta=2: Input should be less than or equal to 1"),
         ("loss.output.beta=-0.1", "loss.output.beta=-0.1: Input should be greater than or equal to 0"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses.importance import position_weights
 from megatron_oprd.losses.output_space import METRICS, token_objective
 from megatron_oprd.losses.vocabulary import VocabularyShard
 from megatron_oprd.testing.output_reference import token_loss, token_metrics, top_ids
@@ -165,6 +166,13 @@ def test_the_adaptive_divergence_weighs_by_where_the_models_differ():
             adaptive, plain = (compute(*models, OutputConfig(**options, direction=d)) for d in ("adaptive", direction))
             torch.testing.assert_close(adaptive.value, plain.value, rtol=1e-12, atol=0)
             torch.testing.assert_close(adaptive.gradient, plain.gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_weights_by_position_fall_with_the_disagreement_that_lies_before():
+    log_ratios = torch.tensor([[-3.0, 1.0, 0.0, 4.0], [7.0, 9.0, 9.0, 9.0], [0.0, 0.0, 0.0, 9.0]])
+    weights = position_weights(log_ratios, torch.tensor([4, 1, 3]), 0.5)
+    expected = [[1.5, 1.5 - 3 / 16, 1.25, 1.25], [1.5] * 4, [1.5] * 4]  # repeated after the end of a response
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float64), rtol=1e-8, atol=0)
 
 
 def test_an_entropy_that_no_token_exceeds_is_the_sampled_objective():
