@@ -49,6 +49,7 @@ FULL_KL = "loss.output.objective=full_kl"
 NO_SCHEDULE = "loss.schedule=null"
 NO_BRIDGE = "loss.representation.bridge=null"
 MAP = (NO_BRIDGE, "loss.representation.layers=last", "loss.representation.weight=1000")
+CLOSED_FORM = ("loss.representation.map.kind=linear", "loss.representation.map.init=closed_form")
 BY_TOKEN = "loss.representation.aggregation=token_mean"
 JSD = (ALONE, FULL_KL, "loss.output.direction=jsd")
 FLOW = "loss.flow.weight=0.05"
@@ -138,6 +139,9 @@ METHODS = (
     Method("positions", "all_60", "chain", tokens("all", 60), extra=True),
     Method("output", "skew_forward", "same", (ALONE, FULL_KL, "loss.output.direction=skew_forward"), extra=True),
     Method("output", "forward", "same", (ALONE, FULL_KL, "loss.output.direction=forward"), extra=True),
+    Method("output", "adaptive", "same", (ALONE, FULL_KL, "loss.output.direction=adaptive"), extra=True),
+    Method("output", "importance", "same", (*SAMPLED, "loss.output.importance=0.5"), extra=True),
+    Method("unlike", "fade_matrix", "unlike", (*MAP, BY_TOKEN, *CLOSED_FORM, FULL_KL, fade(10)), extra=True),
     Method("unlike", "fade_20", "unlike", (FULL_KL, fade(20)), extra=True),
     Method("unlike", "fade_40", "unlike", (FULL_KL, fade(40)), extra=True),
     Method(

@@ -88,6 +88,7 @@ SECTIONS = (
             "fade_40": "in 40 steps",
             "switch": "the bridge for 10 steps, then full KL",
             "fade_map": "the last layer by a trained map (`mlp`, weight 1000), faded into full KL in 10 steps",
+            "fade_matrix": "the same with a matrix that starts as a ridge regression (`linear`, `closed_form`)",
             "both": "the bridge (weight 10) and full KL at every step",
             "bridge": "the bridge alone",
             "flow": "angles of the hidden flow of the last layer alone (`loss.flow.geometry`), no bridge",
@@ -179,7 +180,9 @@ SECTIONS = (
             "skew_reverse": "`direction: skew_reverse`",
             "skew_forward": "`direction: skew_forward`",
             "forward": "`direction: forward`",
+            "adaptive": "`direction: adaptive`",
             "sampled": "sampled token",
+            "importance": "sampled token, `importance: 0.5`",
             "gated": "sampled token, `forward_above_entropy: 0.8`, `k: 4`",
         },
         "Forward KL is above full (reverse) KL in each seed that has both. The skewed divergences are not clearly "
