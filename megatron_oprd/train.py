@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     start_profile.begin(options.profile_start)
     inputs = read_inputs(load_config(options.config, options.overrides), choose_later=True)
     check_run_folder(inputs)
-    with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir):
+    with handle_signals(), guarded(inputs.config.watchdog, inputs.run_dir, alone=True):
         progress.enter("loading")
         run = build_run(settle(inputs))
         state, stop = fit(run)

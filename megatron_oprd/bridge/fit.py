@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = PARSER.parse_args(arguments)
     inputs = read_inputs(fitting_config(load_config(options.config, options.overrides)), fitting=True)
     check_inputs(inputs)
-    with guarded(inputs.config.watchdog, inputs.run_dir):
+    with guarded(inputs.config.watchdog, inputs.run_dir, alone=True):
         progress.enter("loading")
         fit_bridge(FitRun(inputs, build_models(inputs)))
     return 0

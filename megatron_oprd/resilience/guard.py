@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_oprd.config import WatchdogConfig
 from megatron_oprd.resilience import failures, heartbeat, process_info
 from megatron_oprd.resilience.failures import Failure
+from megatron_oprd.resilience.other_command import check_no_other_command
 from megatron_oprd.resilience.verdict import Verdict
 from megatron_oprd.resilience.watchdog import Watchdog
 from megatron_oprd.runtime import progress
@@ -38,15 +39,24 @@ CLOCKS_SECONDS = 3.0
 
 
 @contextlib.contextmanager
-def guarded(config: WatchdogConfig, run_dir: Path) -> Iterator[None]:
+def guarded(config: WatchdogConfig, run_dir: Path, *, alone: bool = False) -> Iterator[None]:
     """Run the work of a command: write heartbeats, and end all ranks when one fails or hangs.
 
     If one of several ranks fails, each rank writes a record to `failures/` in the run folder and prints one line with
     the first rank that failed and its stage. A UserError, and the exception of a single process, are raised unchanged.
     Ranks communicate only through the run folder.
 
-    Raises: RankFailed if one of several ranks failed.
+    Args:
+        config: the section `watchdog`.
+        run_dir: the run folder.
+        alone: True if no other command may work in the run folder meanwhile.
+
+    Raises:
+        UserError: another command works in the run folder (`alone`).
+        RankFailed: one of several ranks failed.
     """
+    if alone and config.heartbeat_seconds and process_info.rank() == 0:
+        check_no_other_command(run_dir, config.heartbeat_seconds)
     guard = _Guard(config, run_dir)
     guard.begin()
     try:

@@ -19,6 +19,7 @@ from megatron_oprd.parallel.topology import collective_timeout
 from megatron_oprd.resilience import failures, heartbeat, process_info, signals, straggler
 from megatron_oprd.resilience.guard import guarded
 from megatron_oprd.resilience.heartbeat import Heartbeat, LocalRanks
+from megatron_oprd.resilience.other_command import check_no_other_command
 from megatron_oprd.resilience.verdict import RankStatus, judge
 from megatron_oprd.runtime import progress
 from megatron_oprd.runtime.progress import Place
@@ -180,6 +181,41 @@ def test_a_user_error_leaves_no_files_and_a_failure_leaves_a_record(tmp_path):
         1 / 0  # noqa: B018
     (record,) = failures.read(tmp_path / "run", 0.0)
     assert (record.stage, record.error) == ("student", "ZeroDivisionError: division by zero")
+
+
+def test_a_second_command_in_the_folder_of_a_living_one_is_refused(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        last = dataclasses.replace(beat(0, 0.0), host=process_info.host(), pid=process.pid, time=time.time() + 1)
+        heartbeat.write(tmp_path, last)
+        with pytest.raises(UserError, match=rf"process {process.pid} on .* works in this run folder \(rollout of"):
+            guarded(QUICK, tmp_path, alone=True).__enter__()
+        assert heartbeat.read(tmp_path, 0) == last
+        with guarded(QUICK, tmp_path):
+            pass
+        heartbeat.write(tmp_path, dataclasses.replace(last, time=1.0))  # of an older process with the same number
+        with guarded(QUICK, tmp_path, alone=True):
+            pass
+        heartbeat.write(tmp_path, last)
+        process.kill()
+    with guarded(QUICK, tmp_path, alone=True):
+        pass
+
+
+def test_a_heartbeat_of_another_machine_counts_if_it_changes(tmp_path):
+    seconds = 0.1
+    last = dataclasses.replace(beat(0, 0.0), time=time.time())
+    heartbeat.write(tmp_path, last)
+    check_no_other_command(tmp_path, seconds)
+    assert time.time() >= last.time + 6 * seconds
+    heartbeat.write(tmp_path, last)
+    check_no_other_command(tmp_path, seconds)  # old by now, so nothing is waited for
+    later = dataclasses.replace(last, time=time.time() + 60)
+    heartbeat.write(tmp_path, later)
+    timer = threading.Timer(0.2, heartbeat.write, (tmp_path, dataclasses.replace(later, step=4)))
+    timer.start()
+    with pytest.raises(UserError, match="on host0 works in this run folder"):
+        check_no_other_command(tmp_path, seconds)
+    timer.join()
 
 
 def test_heartbeat_seconds_0_turns_the_watchdog_off(tmp_path):
