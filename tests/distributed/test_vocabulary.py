@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_oprd.config import OutputConfig
+from megatron_oprd.losses import vocabulary as vocabulary_module
 from megatron_oprd.losses.complete_vocabulary import Logits, complete_objective, is_supported
 from megatron_oprd.losses.output_space import METRICS, token_objective
 from megatron_oprd.losses.vocabulary import VocabularyShard
@@ -106,9 +107,11 @@ def check_shard(rank, ranks, vocabulary):
         for k in (1, 2, 3, vocabulary - 1, vocabulary, vocabulary + 9):
             for one in (shard, unknown):
                 assert one.top(values[:, columns], k).tolist() == [top_ids(row, k) for row in values]
-    for values in (smooth, tied, 9 * smooth, tied.double(), smooth.round().bfloat16().float(), 0 * tied):
-        half = lower_half(values)
-        assert torch.equal(shard.lower_half(values[:, columns]), half[:, columns])
+    # Three candidates of each rank have half of the probability of a sharp row alone.
+    sharp_and_flat = torch.cat([9 * smooth[:20], smooth[20:]])
+    for vocabulary_module.CANDIDATES in (3, 1024):
+        for values in (sharp_and_flat, tied, 9 * smooth, tied.double(), smooth.round().bfloat16().float(), 0 * tied):
+            assert torch.equal(shard.lower_half(values[:, columns]), lower_half(values)[:, columns])
     for values in (smooth, smooth.double()):
         assert torch.equal(shard.gather(values[:, columns], ids), values.gather(1, ids))
         added = shard.add_(torch.zeros_like(values[:, columns]), ids[:, :1], values[:, :1])
