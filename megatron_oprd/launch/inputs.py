@@ -163,16 +163,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False,
         evaluation_prompts, teacher_answers = read_evaluation_prompts(
             config, tokenizers.student, lambda: aligner is not None
         )
-    if config.rollout.horizon == "auto" and aligner is not None and aligner.student is not None:
-        raise UserError(
-            "rollout.horizon=auto needs a teacher with the student's tokenizer: the tokens of another tokenizer at the "
-            "end of a response depend on what follows; use rollout.horizon={start, grow, every} or null"
-        )
-    if aligner is not None and config.loss.reads_flow:
-        raise UserError(
-            f"loss.flow.weight={config.loss.flow.weight:g} needs a teacher with the student's tokenizer, because both "
-            "models are compared at the same positions; use such a teacher, or loss.flow.weight=0"
-        )
+    _check_alignment(config, aligner)
     _check_data_sources(config, prompts.prompts if prompts else replayed)
     _check_lengths(config, setup, prompts, evaluation_prompts, replayed, other_tokenizer=aligner is not None)
     if evaluation_prompts is not None:
@@ -247,6 +238,20 @@ def _read_replayed(config: Config, setup: Setup, aligner: Aligner | None) -> lis
             f"rollout of {rollout.path} ({longest} tokens); raise it to {longest}"
         )
     return rollouts
+
+
+def _check_alignment(config: Config, aligner: Aligner | None) -> None:
+    """Raise UserError for a setting that does not work with a teacher with another tokenizer."""
+    if config.rollout.horizon == "auto" and aligner is not None and aligner.student is not None:
+        raise UserError(
+            "rollout.horizon=auto needs a teacher with the student's tokenizer: the tokens of another tokenizer at the "
+            "end of a response depend on what follows; use rollout.horizon={start, grow, every} or null"
+        )
+    if config.loss.reads_flow and aligner is not None:
+        raise UserError(
+            f"loss.flow.weight={config.loss.flow.weight:g} needs a teacher with the student's tokenizer, because both "
+            "models are compared at the same positions; use such a teacher, or loss.flow.weight=0"
+        )
 
 
 def _check_data_sources(config: Config, taught: Sequence[Prompt] | Sequence[Rollout]) -> None:

@@ -6,12 +6,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_oprd.bridge.origin import unrecorded_properties
 from megatron_oprd.checkpoint.training_state import latest_checkpoint, load_checkpoint
 from megatron_oprd.config import dump_config
+from megatron_oprd.evaluation.records import read_json as read_record
 from megatron_oprd.launch.assemble import Run
 from megatron_oprd.launch.earlier_run import find_changes, in_words
 from megatron_oprd.launch.inputs import Inputs
@@ -23,7 +27,7 @@ from megatron_oprd.runtime import start_profile
 from megatron_oprd.runtime.environment import describe_environment, one_line
 from megatron_oprd.runtime.files import explain_os_errors, write_json, write_text
 from megatron_oprd.training.state import TrainState
-from megatron_oprd.types import UserError
+from megatron_oprd.types import Prompt, UserError
 
 
 def open_run_folder(run: Run) -> TrainState:
@@ -39,6 +43,9 @@ def open_run_folder(run: Run) -> TrainState:
         state = dataclasses.replace(state, best=None)  # the best by another metric
     restore_teacher_precision(run, state)
     on_rank_zero(lambda: record_configuration(run.inputs, state.step + 1))
+    if run.inputs.prompts is not None:
+        prompts = run.inputs.prompts.prompts
+        on_rank_zero(lambda: record_prompts(run.inputs.run_dir, prompts, state.step + 1))
     on_rank_zero(lambda: describe(run))
     if checkpoint is not None and run.topology.rank == 0:
         print(f"continuing from {checkpoint}", flush=True)
@@ -92,6 +99,27 @@ def record_configuration(inputs: Inputs, first_step: int) -> None:
     write_text(latest, text)
     for line in in_words(changes):
         print(f"{line} from step {first_step}", flush=True)
+
+
+def record_prompts(run_dir: Path, prompts: Sequence[Prompt], first_step: int) -> None:
+    """Keep the hash of the prompts in `configs/prompts.json`, and print a line if a resumed run has other prompts.
+
+    Their position is kept, but not their order: some prompts come twice in an epoch and others never. One rank calls
+    this.
+    """
+    path, digest = run_dir / "configs" / "prompts.json", hashlib.sha256()
+    for prompt in prompts:
+        digest.update(array("q", (len(prompt.prompt_ids), *prompt.prompt_ids)).tobytes())
+    new = {"count": len(prompts), "sha256": digest.hexdigest()}
+    earlier = read_record(path)
+    if first_step > 1 and earlier and earlier != new:
+        print(
+            f"the prompts have changed ({earlier.get('count')} before, {len(prompts)} now): from step {first_step} "
+            "on, some of this epoch may come twice and others not at all",
+            flush=True,
+        )
+    if earlier != new:
+        write_json(path, new)
 
 
 def describe(run: Run) -> None:

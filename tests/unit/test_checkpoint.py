@@ -12,14 +12,14 @@ from megatron_oprd.checkpoint.training_state import MARK, latest_checkpoint, loa
 from megatron_oprd.config import CheckpointConfig, load_config
 from megatron_oprd.launch.assemble import build_run
 from megatron_oprd.launch.inputs import read_inputs
-from megatron_oprd.launch.run_folder import find_checkpoint
+from megatron_oprd.launch.run_folder import find_checkpoint, record_prompts
 from megatron_oprd.testing.distributed import run_distributed
 from megatron_oprd.train import one_step
 from megatron_oprd.training.curves import TensorBoardCurves
 from megatron_oprd.training.run_log import RunLog
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.step_line import StepLine
-from megatron_oprd.types import UserError
+from megatron_oprd.types import Prompt, UserError
 from tests.helpers.killable import finish
 from tests.helpers.runs import metrics, replay_run
 
@@ -190,6 +190,22 @@ def test_a_refused_run_leaves_the_folder_unchanged(tmp_path):
             finish([*arguments, "train.steps=2", *settings], tmp_path / f"{message[:9]}.log")
         assert message in str(caught.value)
         assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_resumed_run_says_that_its_prompts_have_changed(tmp_path, capsys):
+    prompts = [Prompt(0, (1, 2)), Prompt(1, (3,))]
+    changed = [Prompt(0, (1,)), Prompt(1, (2, 3))]
+    (tmp_path / "configs").mkdir()
+    for given, first_step, printed in (
+        (prompts, 1, ""),
+        (prompts, 5, ""),
+        (changed, 7, "the prompts have changed (2 before, 2 now): from step 7 on, some of this epoch may come twice"),
+        (changed, 9, ""),
+        (prompts, 1, ""),  # a run that starts anew in the same folder
+    ):
+        record_prompts(tmp_path, given, first_step)
+        output = capsys.readouterr().out
+        assert output.startswith(printed) and bool(output) == bool(printed)
 
 
 def opened(run_dir, start):
