@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_oprd.checkpoint.average import FOLDER as AVERAGE
 from megatron_oprd.checkpoint.average import load_average
-from megatron_oprd.checkpoint.megatron_format import check_files, describe_damage, load_model
+from megatron_oprd.checkpoint.format_checks import check_files, describe_damage
+from megatron_oprd.checkpoint.megatron_format import load_model
 from megatron_oprd.checkpoint.optimizer_state import load_optimizer
 from megatron_oprd.checkpoint.pending_rollouts import read_pending
 from megatron_oprd.checkpoint.state_file import REMOVE, StudentEntry, read_state_file

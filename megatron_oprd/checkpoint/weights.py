@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from megatron.core.fp8_utils import is_float8tensor
 
-from megatron_oprd.checkpoint import megatron_format, megatron_lm
+from megatron_oprd.checkpoint import format_checks, megatron_format, megatron_lm
 from megatron_oprd.hf.load import load_hf, named_parameters, parameter_table, reading_threads
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD
 from megatron_oprd.hf.reader import HFReader
@@ -36,7 +36,7 @@ def load_weights(stage: torch.nn.ModuleList, folder: str | Path, spec: ModelSpec
     """
     if megatron_lm.is_megatron_lm(folder):
         megatron_format.fill_stage(stage, topology, folder, _open_checked(folder, spec).load)
-    elif megatron_format.is_megatron_checkpoint(folder):
+    elif format_checks.is_megatron_checkpoint(folder):
         megatron_format.load_model(stage, folder, spec, topology)
     else:
         _load_hf_folder(stage, folder, spec, topology)
@@ -79,7 +79,7 @@ def load_lm_head(folder: str | Path, spec: ModelSpec, start: int, end: int) -> t
         stored = megatron_lm.open_model(folder)
         tensor = megatron_format.read_tensor(stored.folder, entry.megatron, stored.tensors[entry.megatron])
         return tensor[start:end]
-    if megatron_format.is_megatron_checkpoint(folder):
+    if format_checks.is_megatron_checkpoint(folder):
         return megatron_format.load_parameter(folder, entry.megatron)[start:end]
     (name,) = entry.hf
     return HFReader(folder).read_rows(name, start, end)
@@ -92,8 +92,8 @@ def check_weights(folder: str | Path, spec: ModelSpec) -> None:
     """
     if megatron_lm.is_megatron_lm(folder):
         _open_checked(folder, spec)
-    elif megatron_format.is_megatron_checkpoint(folder):
-        megatron_format.check_model(folder, spec)
+    elif format_checks.is_megatron_checkpoint(folder):
+        format_checks.check_model(folder, spec)
     else:
         HFReader(folder).check(spec)
 
@@ -102,14 +102,14 @@ def weights_dtype(folder: str | Path) -> torch.dtype:
     """Return the dtype of the weights in the files."""
     if megatron_lm.is_megatron_lm(folder):
         return megatron_lm.open_model(folder).dtype
-    if megatron_format.is_megatron_checkpoint(folder):
-        return megatron_format.checkpoint_dtype(folder)
+    if format_checks.is_megatron_checkpoint(folder):
+        return format_checks.checkpoint_dtype(folder)
     return HFReader(folder).dtype()
 
 
 def _open_checked(folder: str | Path, spec: ModelSpec) -> megatron_lm.StoredModel:
     stored = megatron_lm.open_model(folder)
-    stored.check(megatron_format.stored_shapes(spec, spec.vocab_size), spec)
+    stored.check(format_checks.stored_shapes(spec, spec.vocab_size), spec)
     return stored
 
 

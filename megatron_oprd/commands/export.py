@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Convert as the parsed arguments say, in one process of the layout."""
-    from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
+    from megatron_oprd.checkpoint.format_checks import check_model, checkpoint_dtype
+    from megatron_oprd.checkpoint.megatron_format import load_model
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.export import WrittenWeights, export_hf
     from megatron_oprd.models.build import build_model

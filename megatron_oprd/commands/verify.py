@@ -43,7 +43,8 @@ def verify(args: argparse.Namespace) -> int:
     """Compare as the parsed arguments say, in one process of the layout."""
     import torch
 
-    from megatron_oprd.checkpoint.megatron_format import check_model, checkpoint_dtype, load_model
+    from megatron_oprd.checkpoint.format_checks import check_model, checkpoint_dtype
+    from megatron_oprd.checkpoint.megatron_format import load_model
     from megatron_oprd.hf.config import read_model_spec
     from megatron_oprd.hf.reader import HFReader
     from megatron_oprd.models.build import build_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_oprd.checkpoint.megatron_format import is_megatron_checkpoint
+from megatron_oprd.checkpoint.format_checks import is_megatron_checkpoint
 from megatron_oprd.checkpoint.megatron_lm import is_megatron_lm
 from megatron_oprd.config import Config
 from megatron_oprd.data.prompts import PromptSet

@@ -82,7 +82,7 @@ class PackedAttention(torch.nn.Module):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """query [tokens, 1, heads, d], key and value [tokens, 1, groups, d] -> [tokens, 1, heads * d]."""
+        """Return [tokens, 1, heads * d] from query [tokens, 1, heads, d], key and value [tokens, 1, groups, d]."""
         batch = micro_batch.of(kwargs)
         assert batch.rotary is not None  # the model sets it before its first layer
         query, key = (rotate(x.squeeze(1), *batch.rotary) for x in (query, key))

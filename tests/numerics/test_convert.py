@@ -12,7 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_oprd.checkpoint.megatron_format import checkpoint_dtype, load_model, save_model
+from megatron_oprd.checkpoint.format_checks import checkpoint_dtype
+from megatron_oprd.checkpoint.megatron_format import load_model, save_model
 from megatron_oprd.checkpoint.weights import check_weights, content_hash, load_weights, weights_dtype
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.export import WrittenWeights, export_hf

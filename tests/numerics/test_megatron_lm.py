@@ -11,7 +11,7 @@ import torch
 import transformers
 import yaml
 
-from megatron_oprd.checkpoint.megatron_format import stored_shapes
+from megatron_oprd.checkpoint.format_checks import stored_shapes
 from megatron_oprd.checkpoint.megatron_lm import is_megatron_lm, open_model
 from megatron_oprd.checkpoint.weights import check_weights, content_hash
 from megatron_oprd.commands import convert
