@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_oprd.report.run_files import read_run
+from megatron_oprd.report.run_files import check_is_run, read_run
 from megatron_oprd.report.run_state import is_running
 from megatron_oprd.report.write import write_comparison, write_report
 from megatron_oprd.runtime.cli import ArgumentParser, run_command
@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command."""
     options = PARSER.parse_args(arguments)
     folders = list(dict.fromkeys(map(Path, options.run)))
+    for folder in folders:
+        check_is_run(folder)
     if len(folders) > 1:
         print(f"report: {write_comparison(folders, Path(options.to))}")
         return 0

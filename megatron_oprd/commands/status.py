@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_oprd.evaluation.records import Record, get, is_number, overall_source, read_jsonl
-from megatron_oprd.report.run_files import RunFiles, read_run
+from megatron_oprd.report.run_files import RunFiles, check_is_run, read_run
 from megatron_oprd.report.run_state import heartbeats, is_running, run_state, stopped_early
 from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.runtime.readable import count, duration, significant
@@ -20,8 +20,10 @@ SHOWN = {"loss": "loss", "rep/cosine": "cosine", "output/reverse_kl": "KL", "gra
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Raises UserError if the folder does not exist."""
-    print("\n".join(status_lines(Path(PARSER.parse_args(arguments).run))))
+    """Run the command. Raises UserError if there is no such run folder."""
+    run_dir = Path(PARSER.parse_args(arguments).run)
+    check_is_run(run_dir)
+    print("\n".join(status_lines(run_dir)))
     return 0
 
 

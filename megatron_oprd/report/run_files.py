@@ -13,6 +13,8 @@ from megatron_oprd.config.yaml_core import load_yaml
 from megatron_oprd.evaluation.records import Record, by_step, curve, get, read_best, read_jsonl, read_text
 from megatron_oprd.types import UserError
 
+_FILES_OF_A_RUN = ("config.yaml", "metrics.jsonl", "environment.json", "heartbeats", "failures")
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -52,6 +54,14 @@ class RunFiles:
     def rollouts_per_step(self) -> int | None:
         prompts, samples = (get(self.config, "rollout", key) for key in ("prompts_per_step", "samples_per_prompt"))
         return prompts * samples if isinstance(prompts, int) and isinstance(samples, int) else None
+
+
+def check_is_run(run_dir: Path) -> None:
+    """Raise UserError for a folder in which no run has written, such as the parent of several run folders."""
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not any((run_dir / name).exists() for name in _FILES_OF_A_RUN):
+        inside = sorted(path.parent.name for path in run_dir.glob("*/metrics.jsonl"))
+        runs = f" (such as {run_dir / inside[0]})" if inside else ""
+        raise UserError(f"{run_dir} is not a run folder, as it has no metrics.jsonl; name a train.run_dir{runs}")
 
 
 def read_run(run_dir: Path) -> RunFiles:

@@ -8,11 +8,12 @@ import time
 
 import pytest
 
-from megatron_oprd.commands import report
+from megatron_oprd.commands import report, status
 from megatron_oprd.commands.status import status_lines
 from megatron_oprd.health.rule import HealthWarning
 from megatron_oprd.resilience import failures, heartbeat
 from megatron_oprd.runtime.progress import Place
+from megatron_oprd.types import UserError
 
 CONFIG = (
     "train: {steps: 10}\nrollout: {prompts_per_step: 2, samples_per_prompt: 2}\nwatchdog: {heartbeat_seconds: 10.0}\n"
@@ -92,6 +93,20 @@ def test_a_failed_run_names_rank_and_reason_until_it_is_started_again(run_dir):
     assert facts(run_dir)["state"].endswith("failed first, in rollout of step 3: ValueError: no more")
     os.utime(run_dir / "environment.json", (time.time() + 60, time.time() + 60))
     assert facts(run_dir)["state"] == "stopped"
+
+
+@pytest.mark.parametrize("command", [status, report])
+def test_a_folder_without_a_run_is_refused(run_dir, command):
+    parent, model = run_dir.parent / f"{run_dir.name}_runs", run_dir / "hf"
+    for folder in (parent / "first", model):
+        folder.mkdir(parents=True)
+    (parent / "first" / "metrics.jsonl").touch()
+    (model / "config.json").touch()
+    for folder, advice in ((model, "a train.run_dir"), (parent, f"a train.run_dir (such as {parent / 'first'})")):
+        with pytest.raises(UserError) as error:
+            command.main([str(folder)])
+        assert str(error.value).startswith(f"{folder} is not a run folder") and str(error.value).endswith(advice)
+        assert not (folder / "report.html").exists()
 
 
 def test_an_empty_or_broken_folder_is_described_too(tmp_path):
