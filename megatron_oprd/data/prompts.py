@@ -43,11 +43,16 @@ class PromptSet:
             f"{self.total} rows: {len(self.prompts)} kept, {self.too_long} too long, {self.failed} not usable{reason}"
         )
 
-    def evaluation_summary(self) -> str:
-        """Return `summary` for prompts of an evaluation, with the number of prompts that have a right answer."""
+    def evaluation_summary(self, training: PromptSet | None = None) -> str:
+        """Return `summary` for prompts of an evaluation, with the number of prompts that have a right answer.
+
+        With the prompts of `training`, also say how many of them are prompts of the evaluation.
+        """
         count = self.num_graded
         graded = f"{count} with a right answer" if count else "none has a right answer, so there is no accuracy"
-        return f"{self.summary()}; {graded}"
+        trained = {prompt.prompt_ids for prompt in training.prompts} if training is not None else set()
+        shared = sum(prompt.prompt_ids in trained for prompt in self.prompts)
+        return f"{self.summary()}; {graded}" + (f"; {shared} are prompts of training, too" if shared else "")
 
     @property
     def num_graded(self) -> int:

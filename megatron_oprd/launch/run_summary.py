@@ -66,7 +66,7 @@ def _facts(inputs: Inputs, machine: str) -> Iterator[tuple[str, str]]:
     if inputs.prompts is not None:
         yield "prompts", inputs.prompts.summary()
     if inputs.evaluation_prompts is not None:
-        summary = inputs.evaluation_prompts.evaluation_summary()
+        summary = inputs.evaluation_prompts.evaluation_summary(inputs.prompts)
         yield "evaluation", f"every {config.evaluation.every} steps{_measured(inputs)}; {summary}"
     if inputs.end_tokens is not None:
         yield "answers", f"end with {inputs.end_tokens.summary()}"

@@ -120,6 +120,15 @@ def test_rows_that_fail_or_are_too_long_are_counted_and_the_others_keep_their_ro
     )
 
 
+def test_the_summary_of_an_evaluation_counts_prompts_that_are_trained_on(tmp_path):
+    training, held_out = (
+        load_prompts([write_jsonl(tmp_path / "p.jsonl", [{"prompt": text} for text in texts])], PLAIN, config())
+        for texts in (("a", "b", "c"), ("c", "d", "a"))
+    )
+    assert held_out.evaluation_summary(training).endswith("; 2 are prompts of training, too")
+    assert held_out.evaluation_summary().endswith("no accuracy")
+
+
 def test_an_error_with_all_counts_is_raised_if_no_prompt_is_left(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "too long"}, {"prompt": ""}])
     with pytest.raises(UserError, match=r"p\.jsonl: 2 rows: 0 kept, 1 too long, 1 not usable.*max_prompt_tokens=3"):
