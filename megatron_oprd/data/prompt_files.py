@@ -125,8 +125,7 @@ def _hub(name: str, keys: _Keys) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except Exception as error:  # network, hub and builder errors share no base class
         raise UserError(
             f"the prompts {name} are not a file here, and no such data set could be loaded from the hub "
-            f"({error_line(error)}); "
-            "without network, name a Parquet or JSONL file"
+            f"({error_line(error)}); without network, name a Parquet or JSONL file"
         ) from None
     if "train" not in loaded and len(loaded) != 1:
         raise UserError(f"the data set {name} has the splits {', '.join(loaded)} and no 'train': save one as Parquet")

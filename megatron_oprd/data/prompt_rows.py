@@ -78,15 +78,16 @@ def read_row(where: str, record: Mapping[str, Any], config: DataConfig, file_nam
         raise UserError(f"{where}: {column} {error}") from None
     unused = next((name for name, value in record.items() if name.lower() in _ANSWER_COLUMNS and value is not None), "")
     prompt = _prompt(where, record, config.prompt_key, "data.prompt_key", config)
-    _check_question_is_complete(where, record, prompt, config)
     teacher_key = config.teacher_prompt_key
+    teacher_prompt = teacher_key and _prompt(where, record, teacher_key, "data.teacher_prompt_key", config)
+    _check_question_is_complete(where, record, [prompt, teacher_prompt or ""], config)
     return Row(
         prompt=prompt,
         data_source=_label(where, record, "data_source") or file_name,
         ability=_label(where, record, "ability"),
         ground_truth=ground_truth,
         answer_style="exact" if str(reward.get("style")).lower() == "exact" else "rule",
-        teacher_prompt=teacher_key and _prompt(where, record, teacher_key, "data.teacher_prompt_key", config),
+        teacher_prompt=teacher_prompt,
         answer_column=unused if ground_truth is None else "",
     )
 
@@ -106,15 +107,16 @@ def _check_no_media(where: str, record: Mapping[str, Any]) -> None:
 
 
 def _check_question_is_complete(
-    where: str, record: Mapping[str, Any], prompt: str | list[Message], config: DataConfig
+    where: str, record: Mapping[str, Any], prompts: list[str | list[Message]], config: DataConfig
 ) -> None:
     """Raise UserError for a row with a part of its question in a column that nothing reads.
 
-    A part that the prompt contains, too, is no mistake.
+    A part that one of the `prompts`, of student and teacher, contains is no mistake.
     """
     if config.prompt_key == "instruction" and record.get("input"):
         raise UserError(f"{where}: 'instruction' comes with 'input', which nothing reads; join both into one column")
-    text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+    messages = (message for prompt in prompts for message in ([prompt] if isinstance(prompt, str) else prompt))
+    text = "\n".join(message if isinstance(message, str) else message["content"] for message in messages)
     for name in _QUESTION_COLUMNS:
         if name in (config.prompt_key, config.teacher_prompt_key, config.answer_key):
             continue

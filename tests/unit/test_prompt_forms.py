@@ -128,6 +128,8 @@ def test_a_column_whose_text_the_prompt_contains_is_no_mistake(tmp_path, parquet
     messages = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "Which? A: 1, B: 2"}]
     row = {"prompt": messages, "system": " Be brief.", "choices": [1, 2], "options": None, "context": ""}
     assert load(tmp_path, [row], parquet=parquet).failed == 0
+    row = {"prompt": "Who?", "hint": "Bob did it. Who?", "context": "Bob did it."}
+    assert load(tmp_path, [row], parquet=parquet, teacher_prompt_key="hint").failed == 0
 
 
 def test_two_columns_of_one_name_are_refused(tmp_path):
