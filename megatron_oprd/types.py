@@ -366,7 +366,7 @@ class DeltaNet:
 class ModelSpec:
     """The properties of a Hugging Face decoder that are needed to build it, all from its `config.json`."""
 
-    architecture: str  # one of hf/config.py's FAMILIES
+    architecture: str  # one of hf/families.py's FAMILIES
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int

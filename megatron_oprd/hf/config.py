@@ -3,61 +3,22 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_oprd.hf import hybrid
 from megatron_oprd.hf.checks import check_integers, check_positive
 from megatron_oprd.hf.experts import stores_fused_experts
+from megatron_oprd.hf.families import FAMILIES, SHARED_EXPERT, Family
 from megatron_oprd.hf.fp8 import weight_block_size
 from megatron_oprd.hf.hybrid import hybrid_fields, with_hybrid_defaults
+from megatron_oprd.hf.layer_fields import expert_fields, window_fields
 from megatron_oprd.hf.other_keys import refuse_other_models
 from megatron_oprd.hf.rope import rope_fields
 from megatron_oprd.runtime.files import check_model_folder, read_json
 from megatron_oprd.runtime.readable import error_line
 from megatron_oprd.types import ModelSpec, UserError
 
-
-@dataclass(frozen=True)
-class Family:
-    """Properties of an architecture that are not in its `config.json`."""
-
-    model_type: str  # by which transformers chooses the architecture
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    experts: bool = False  # True for a mixture of experts
-    shared_expert: bool = False  # True if layers with experts also have a gated expert that processes every token
-    rope_types: tuple[str, ...] = ()  # supported types of rope scaling
-    partial_rotary: bool = False  # True if partial_rotary_factor below 1 is supported
-    hybrid: bool = False  # True if some layers have Gated DeltaNet in place of attention
-    config_class: str = ""  # of transformers, if its name is not that of the architecture
-    text_config: bool = False  # True if the text model is described in `text_config`
-    always_slides: bool = False  # True if `sliding_window` holds for every layer, without `use_sliding_window`
-    layer_types: bool = False  # True if some layers may have a sliding window
-
-
-_SCALED = ("linear", "yarn")
-_QWEN3_5: dict[str, Any] = {"qk_norm": True, "partial_rotary": True, "hybrid": True}
-_QWEN3_5_MOE: dict[str, Any] = {**_QWEN3_5, "experts": True, "shared_expert": True}
-FAMILIES = {
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, rope_types=_SCALED, layer_types=True),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, rope_types=_SCALED, layer_types=True),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, experts=True, rope_types=_SCALED),
-    "Qwen2MoeForCausalLM": Family("qwen2_moe", qkv_bias=True, experts=True, shared_expert=True, rope_types=_SCALED),
-    "LlamaForCausalLM": Family("llama", rope_types=("llama3", *_SCALED)),
-    "MistralForCausalLM": Family("mistral", rope_types=_SCALED, always_slides=True),
-    "Phi3ForCausalLM": Family("phi3", rope_types=("longrope",), partial_rotary=True, always_slides=True),
-    "Qwen3_5ForCausalLM": Family("qwen3_5_text", config_class="Qwen3_5TextConfig", **_QWEN3_5),
-    "Qwen3_5ForConditionalGeneration": Family(
-        "qwen3_5", config_class="Qwen3_5TextConfig", text_config=True, **_QWEN3_5
-    ),
-    "Qwen3_5MoeForCausalLM": Family("qwen3_5_moe_text", config_class="Qwen3_5MoeTextConfig", **_QWEN3_5_MOE),
-    "Qwen3_5MoeForConditionalGeneration": Family(
-        "qwen3_5_moe", config_class="Qwen3_5MoeTextConfig", text_config=True, **_QWEN3_5_MOE
-    ),
-    "Qwen3NextForCausalLM": Family("qwen3_next", **_QWEN3_5_MOE),
-}
 INTEGERS = (
     "num_hidden_layers",
     "hidden_size",
@@ -88,7 +49,6 @@ DEFAULTED = (
     *hybrid.SIZES,
 )
 ADAPTER = "adapter_config.json"
-SHARED_EXPERT = "shared_expert_intermediate_size"
 SHARED_EXPERTS = (SHARED_EXPERT, "n_shared_experts", "num_shared_experts")
 
 
@@ -138,10 +98,10 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         tied_embeddings=values.get("tie_word_embeddings", False),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        **(_expert_fields(values, family, where) if family.experts else {}),
+        **(expert_fields(values, family, where) if family.experts else {}),
         **(hybrid_fields(values, where) if family.hybrid else {}),
         text_tower=family.text_config,
-        **_window_fields(values, family, rope["max_position_embeddings"], where),
+        **window_fields(values, family, rope["max_position_embeddings"], where),
         fused_experts=family.experts and stores_fused_experts(folder),
         eos_token_ids=_eos_token_ids(folder, values),
         hf_config={
@@ -234,65 +194,6 @@ def _config_class(family: Family, architecture: str) -> Any:
     import transformers
 
     return getattr(transformers, family.config_class or architecture.replace("ForCausalLM", "Config"))
-
-
-def _expert_fields(values: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
-    """Return the ModelSpec fields of a mixture of experts; an empty dictionary if every layer is dense."""
-    # transformers 5 writes num_local_experts and accepts both names.
-    key = "num_local_experts" if "num_local_experts" in values else "num_experts"
-    # Qwen3.5-MoE has experts in every layer; the other families are dense models without experts.
-    check_integers(values, (key,), where, least=int(family.model_type.startswith("qwen3_5_moe")))
-    if values.get("num_experts", values[key]) != values[key]:
-        raise UserError(
-            f"{where}: num_experts={values['num_experts']!r} contradicts {key}={values[key]}; remove the wrong one"
-        )
-    step, dense = values.get("decoder_sparse_step") or 1, values.get("mlp_only_layers") or ()
-    sparse = tuple(n for n in range(values["num_hidden_layers"]) if n not in dense and (n + 1) % step == 0)
-    if not values[key] or not sparse:
-        return {}
-    shared = (SHARED_EXPERT,) if family.shared_expert else ()
-    check_integers(values, ("moe_intermediate_size", "num_experts_per_tok", *shared), where)
-    if values["num_experts_per_tok"] > values[key]:
-        raise UserError(
-            f"{where}: num_experts_per_tok={values['num_experts_per_tok']} exceeds {key}={values[key]}; use the "
-            "config.json of these weights"
-        )
-    if values["num_experts_per_tok"] == 1 and values.get("norm_topk_prob"):
-        # A single normalised probability is always 1, so the router has no effect. Megatron refuses it, too.
-        raise UserError(f"{where}: norm_topk_prob=true with num_experts_per_tok=1 is not supported; use another model")
-    return {
-        "num_experts": values[key],
-        "experts_per_token": values["num_experts_per_tok"],
-        "moe_ffn_hidden_size": values["moe_intermediate_size"],
-        "shared_ffn_hidden_size": values[SHARED_EXPERT] if family.shared_expert else 0,
-        "norm_topk_prob": values.get("norm_topk_prob") or False,
-        "sparse_layers": sparse,
-    }
-
-
-def _window_fields(values: dict[str, Any], family: Family, positions: int, where: str) -> dict[str, Any]:
-    """Return the ModelSpec fields of the sliding windows; an empty dictionary if none is shorter than `positions`."""
-    layers, types = range(values["num_hidden_layers"]), values.get("layer_types")
-    slides = family.always_slides or (family.layer_types and values.get("use_sliding_window"))
-    window = values.get("sliding_window") if slides else None
-    if window is None:
-        if "sliding_attention" in (types or ()):
-            raise UserError(
-                f"{where}: layer_types names sliding_attention, but the model has no window; set use_sliding_window to "
-                "true and sliding_window to a number of tokens, or use full_attention"
-            )
-        return {}
-    check_integers(values, ("sliding_window",), where)
-    if family.always_slides:
-        windowed = tuple(layers)
-    elif types is None:
-        check_integers(values, ("max_window_layers",), where, least=0)
-        windowed = tuple(layers[values["max_window_layers"] :])
-    elif len(types) != len(layers):
-        raise UserError(f"{where}: layer_types has {len(types)} entries for {len(layers)} layers; correct it")
-    else:
-        windowed = tuple(layer for layer in layers if types[layer] == "sliding_attention")
-    return {"sliding_window": window, "windowed_layers": windowed} if windowed and window < positions else {}
 
 
 def _check_types(values: dict[str, Any], where: str) -> None:
