@@ -17,11 +17,13 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch.nn.attention import bias as attention_bias
 
 from megatron_oprd.models import delta_rule
 from megatron_oprd.models.model import Stage
-from megatron_oprd.planning import balanced_experts
+from megatron_oprd.models.output_loss import OutputLoss
+from megatron_oprd.planning import balanced_experts, repeated_calls
 from megatron_oprd.planning.memory_trace import LiveBytes
 
 _new_group = dist.new_group
@@ -60,6 +62,8 @@ def tracing_patches(live: LiveBytes) -> list[Patch]:
         Patch(token_dispatcher, "permute", balanced_experts.permute_with(live), "a routing map without values"),
         Patch(token_dispatcher, "sort_chunks_by_idxs", balanced_experts.sort_chunks, "indices without values"),
         Patch(delta_rule, "pass_states", _pass_states, "a loop over chunks is thousands of calls"),
+        Patch(TransformerLayer, "forward", repeated_calls.layer_forward_with(live), "equal layers are traced once"),
+        Patch(OutputLoss, "_chunk", repeated_calls.chunk_loss_with(live), "equal chunks are traced once"),
         Patch(SequentialMLP, "__init__", balanced_experts.init_experts, "one module for all experts of a rank"),
         Patch(SequentialMLP, "forward", balanced_experts.forward_experts, "one module for all experts of a rank"),
     ]

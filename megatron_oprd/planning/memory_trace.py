@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._C._distributed_c10d import FakeWork
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_oprd.planning.known_results import KnownResults
 
 _aten = torch.ops.aten
 _device = torch.ops.prim.device.default
@@ -21,6 +24,14 @@ _COALESCED = (
     torch.ops.c10d.allgather_into_tensor_coalesced_.default,
     torch.ops.c10d.reduce_scatter_tensor_coalesced_.default,
 )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The memory of a call: its peak, and its results, which are all that it leaves in memory."""
+
+    peak: dict[str, int]  # by purpose, beyond what was live before the call
+    results: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -38,6 +49,8 @@ class LiveBytes(TorchDispatchMode):
         self._purpose = ""  # of new storages
         self._found: int | None = None  # number of elements that masked_select finds
         self._storages: dict[int, tuple[weakref.ref, str, int]] = {}  # address: reference, purpose, bytes
+        self._calls: dict[Hashable, _Call] = {}
+        self._results = KnownResults()
 
     def reset_peak(self) -> None:
         """Start a new peak at the bytes that are live now."""
@@ -79,6 +92,35 @@ class LiveBytes(TorchDispatchMode):
         self._storages[address] = reference, purpose, size
         self.bytes[purpose] += size - before
 
+    def repeat(self, key: Hashable, call: Callable[[], Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """Return the results of `call()`. A call with a known key is not made: its peak counts, its results are new.
+
+        Args:
+            key: All that the memory of the call depends on, beside the purpose of new storages.
+            call: A function that needs no gradients. If something else than its results stays in memory, or something
+                is freed that was live before, it is called again the next time.
+        """
+        known = self._calls.get((self._purpose, key))
+        if known is not None:
+            peak = self.bytes.copy()
+            peak.update(known.peak)
+            self.at_peak = max(self.at_peak, peak, key=Counter.total)
+            return [torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in known.results]
+        before, outer = self.bytes.copy(), self.at_peak
+        self.reset_peak()
+        results = call()
+        peak, self.at_peak = self.at_peak, max(outer, self.at_peak, key=Counter.total)
+        grown = Counter(self.bytes)
+        grown.subtract(before)
+        storages = {result.untyped_storage()._cdata: result.untyped_storage().nbytes() for result in results}
+        sizes = [result.numel() * result.element_size() for result in results]
+        alone = len(storages) == len(results) and all(result.is_contiguous() for result in results)
+        if alone and [*storages.values()] == sizes and +grown == +Counter({self._purpose: sum(sizes)}) and not -grown:
+            peak.subtract(before)
+            described = tuple((result.shape, result.dtype, result.device) for result in results)
+            self._calls[self._purpose, key] = _Call(dict(peak), described)
+        return results
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -98,7 +140,7 @@ class LiveBytes(TorchDispatchMode):
         elif func is _aten.masked_select.default and self._found is not None:
             result = args[0].new_empty(self._found)
         else:
-            result = func(*args, **(kwargs or {}))
+            result = self._results.apply(func, args, kwargs, inputs)
         for tensor in _tensors((result,)):
             self._count(tensor)
         return result
