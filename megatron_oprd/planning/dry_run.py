@@ -14,7 +14,8 @@ from megatron_oprd.launch.run_summary import plan_facts
 from megatron_oprd.planning.advice import find_change
 from megatron_oprd.planning.automatic import choose_automatic
 from megatron_oprd.planning.details import detail_lines
-from megatron_oprd.planning.memory_plan import GENERATES, SAVES, MemoryPlan, plan_memory
+from megatron_oprd.planning.evaluation_plan import evaluation_seconds
+from megatron_oprd.planning.memory_plan import EVALUATES, GENERATES, SAVES, MemoryPlan, plan_memory
 from megatron_oprd.planning.plan_device import PlanDevice
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.rollout_report import rollout_lines
@@ -49,6 +50,10 @@ def describe_run(inputs: Inputs, device: PlanDevice, *, details: bool = False) -
         print(f"\ntime       not estimated: the rates of {device.name} are unknown")
     else:
         print(*_time(estimate, device.kind), sep="\n")
+        seconds = evaluation_seconds(run, estimate.hardware)
+        if seconds is not None:
+            every = run.config.evaluation.every
+            print(f"           beside it an evaluation every {every} steps: the student answers in {duration(seconds)}")
     if not details:
         print("\n--details prints every key, pair of layers and cost; docs/scaling.md explains the figures.")
         return
@@ -127,11 +132,12 @@ def _memory_table(memory: MemoryPlan) -> Iterator[str]:
         yield "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)).rstrip()
     if memory.not_traced:
         yield f"by formula, because the update could not be traced: {memory.not_traced}"
-    cache = memory.cache
-    if cache is not None:
+    for phase, cache in ((GENERATES, memory.cache), (EVALUATES, memory.evaluation_cache)):
+        if cache is None:
+            continue
         turns = "" if cache.rows == cache.rollouts else f" (of {cache.rollouts} rollouts, which take turns)"
         yield (
-            f"{GENERATES} {_most(memory, GENERATES)} with a KV cache of {gigabytes(cache.num_bytes)}: "
+            f"{phase} {_most(memory, phase)} with a KV cache of {gigabytes(cache.num_bytes)}: "
             f"{cache.rows} rows{turns} of {cache.length:,} tokens"
         )
     if SAVES in memory.phases(next(iter(memory.peaks.values()))):

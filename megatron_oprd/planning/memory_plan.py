@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_oprd.config import Config
+from megatron_oprd.planning.evaluation_plan import evaluation_run
 from megatron_oprd.planning.memory_formulas import predict_memory
 from megatron_oprd.planning.peak_memory import NotTraced, predict_peaks
 from megatron_oprd.planning.plan_device import PlanDevice
@@ -14,6 +15,7 @@ from megatron_oprd.planning.rollout_memory import CachePlan, plan_cache
 from megatron_oprd.planning.update_trace import Footprint
 
 TRAINS, GENERATES, SAVES = "while the student trains", "during rollouts", "while a checkpoint is saved"
+EVALUATES = "during evaluations"
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class MemoryPlan:
     device: PlanDevice
     config: Config
     not_traced: str = ""  # the reason why `peaks` are formulas; "" if they are traced
+    evaluation_cache: CachePlan | None = None  # None: the student answers no prompts in evaluations
 
     @property
     def world_size(self) -> int:
@@ -63,6 +66,8 @@ class MemoryPlan:
         phases = {TRAINS: training_bytes(footprint, self.config, self.device)}
         if self.cache is not None:
             phases[GENERATES] = lasting + self.cache.num_bytes
+        if self.evaluation_cache is not None:
+            phases[EVALUATES] = lasting + self.evaluation_cache.num_bytes
         if _gathers_optimizer_state(self.config):
             phases[SAVES] = lasting + self._gathered_bytes(footprint)
         return phases
@@ -93,7 +98,9 @@ def plan_memory(run: PlannedRun, device: PlanDevice) -> MemoryPlan:
         reason = str(error)
         peaks = {range(run.setup.world_size): Footprint(*predict_memory(run).values())}
     models = max(footprint.weights + footprint.teacher_weights for footprint in peaks.values())
-    return MemoryPlan(peaks, plan_cache(run, models, device.share), device, run.config, reason)
+    answers = evaluation_run(run)
+    evaluation_cache = None if answers is None else plan_cache(answers, models, device.share)
+    return MemoryPlan(peaks, plan_cache(run, models, device.share), device, run.config, reason, evaluation_cache)
 
 
 def training_bytes(footprint: Footprint, config: Config, device: PlanDevice) -> int:

@@ -18,11 +18,14 @@ class PlannedRun:
     setup: Setup
     lengths: Lengths  # the most tokens of a sequence and of a response
     bridge_rank: int | None = None  # rank r of the bridge; None without a bridge
+    evaluation_prompts: tuple[int, ...] = ()  # tokens of each prompt of an evaluation; empty without evaluations
 
     @classmethod
     def of(cls, inputs: Inputs) -> PlannedRun:
         """Return the run of these inputs."""
-        return cls(inputs.config, inputs.setup, inputs.lengths, inputs.bridge_rank)
+        prompts = inputs.evaluation_prompts.prompts if inputs.evaluation_prompts else ()
+        lengths = tuple(len(prompt.prompt_ids) for prompt in prompts)
+        return cls(inputs.config, inputs.setup, inputs.lengths, inputs.bridge_rank, lengths)
 
     @property
     def rollouts_per_step(self) -> int:

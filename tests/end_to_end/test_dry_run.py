@@ -33,7 +33,7 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
         assert words in " ".join(outcome.stdout.split())
     refused = run(tmp_path / "output", "train", *in_folder(arguments, tmp_path / "dry"), "--device", "h100")
     assert refused.code == 2 and "--device and --details belong to a plan" in refused.stderr
-    options = ("--dry-run", "--details", "--device", "h100")
+    options = ("evaluation.every=7", "evaluation.max_new_tokens=10", "--dry-run", "--details", "--device", "h100")
     detailed = run(tmp_path / "output", "train", *in_folder(arguments, tmp_path / "dry"), *options)
     assert (detailed.code, detailed.stderr) == (0, "")
     text = " ".join(detailed.stdout.split())
@@ -44,6 +44,9 @@ def test_a_dry_run_prints_the_run_and_writes_nothing(tmp_path):
         "a step on 1 x H100 SXM (estimated, not measured)",
         "Generation: 16,000 tokens/s; replicas: 1, rows of each: 4; at least 125 us for a layer and token, measured",
         "A step: 0.0 s = rollouts 0.0 s + training 0.0 s",
+        "during evaluations",
+        "10 rows of 33 tokens",
+        "beside it an evaluation every 7 steps: the student answers in ",
     ):
         assert words in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["output", "run"]
