@@ -109,7 +109,7 @@ class LiveBytes(TorchDispatchMode):
         before, outer = self.bytes.copy(), self.at_peak
         self.reset_peak()
         results = call()
-        peak, self.at_peak = self.at_peak, max(outer, self.at_peak, key=Counter.total)
+        peak, self.at_peak = self.at_peak.copy(), max(outer, self.at_peak, key=Counter.total)
         grown = Counter(self.bytes)
         grown.subtract(before)
         storages = {result.untyped_storage()._cdata: result.untyped_storage().nbytes() for result in results}
