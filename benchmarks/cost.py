@@ -30,7 +30,7 @@ from benchmarks.updates import AUTHORED, LOSSES_IN_TORCH, METHODS, Workload
 from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.launch.setup import Setup
-from megatron_oprd.models.precision import Precision
+from megatron_oprd.models.precision import PLAIN, ModelPrecision, Precision
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
 from tests.helpers.memory import HONEST
@@ -43,6 +43,7 @@ PAPER = Workload(28, 1536, 8960, 12, 2, 151936, PROMPT_TOKENS, (16384 - PROMPT_T
 # time and memory; `last` is as large a part of a response, and `chunk` divides the tokens into about as many chunks as
 # `auto` does at the paper's size.
 SMALL = Workload(28, 192, 1120, 3, 1, 18992, 64, (640, 384, 256, 128), last=79, chunk=220)
+ON_TRANSFORMER_ENGINE = ("OPRD, last tokens", "top-16, unchunked")  # methods whose memory is predicted on its modules
 ON_A_GPU = dataclasses.replace(PAPER, responses=(8192 - PROMPT_TOKENS,))
 
 
@@ -65,13 +66,18 @@ def main() -> None:
         paper = dataclasses.replace(PAPER, layers=options.layers)
         rows = predict(paper, options.methods, options.sequences, options.tokens)
         record["predicted"] = {"versions": installed_versions(), "layers": options.layers, "rows": rows}
+        record["predicted_with_transformer_engine"] = {
+            method: step_peak(footprint_of(paper, method, ModelPrecision(transformer_engine=True)))
+            for method in ON_TRANSFORMER_ENGINE
+        }
     if "measured" in options.parts:
         workload = dataclasses.replace(ON_A_GPU if torch.cuda.is_available() else SMALL, **options.workload or {})
         place = torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU core"
         place += f", {workload.layers} layers of width {workload.hidden}"
         record.setdefault("measured", {})[place] = measure(workload, options.methods, options.repeats)
     options.json.write_text(json.dumps(record, indent=1) + "\n")
-    options.markdown.write_text(markdown(record))
+    on_gpu = ROOT / "docs" / "results" / "gpu.json"
+    options.markdown.write_text(markdown(record, json.loads(on_gpu.read_text())))
 
 
 def predict(paper: Workload, methods: list[str], sequences: list[int], tokens: list[int]) -> list[dict[str, Any]]:
@@ -88,12 +94,12 @@ def predict(paper: Workload, methods: list[str], sequences: list[int], tokens: l
     return rows
 
 
-def footprint_of(workload: Workload, method: str) -> Footprint:
+def footprint_of(workload: Workload, method: str, modules: ModelPrecision = PLAIN) -> Footprint:
     """Trace an update without values and return the bytes alive at its peak."""
     config, spec = workload.config(method), workload.spec
     lengths = Lengths(workload.prompt + max(workload.responses), max(workload.responses))
     teacher = plan_teacher(config, spec, spec)
-    setup = Setup(spec, teacher.plan.student_stages, {"": teacher}, Precision(), 1, None)
+    setup = Setup(spec, teacher.plan.student_stages, {"": teacher}, Precision(modules, modules), 1, None)
     run = PlannedRun(config, setup, lengths)
     return trace_update(run, workload.rollouts(), rank=0)
 

@@ -10,7 +10,7 @@ from benchmarks.pages import spread, table_lines
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 MAKERS = {
-    "cost": cost_page.markdown,
+    "cost": lambda figures: cost_page.markdown(figures, record("gpu")),
     "objectives": objectives_page.markdown,
     "parity": parity.markdown,
     "staleness": staleness_page.markdown,

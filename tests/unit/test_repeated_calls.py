@@ -21,7 +21,7 @@ RUNS = {
     "pipeline": (dense_spec, 2, ("parallel.pipeline=2", *OUTPUT)),
     "teacher in its own layout": (dense_spec, 2, ("teacher.parallel.tensor=2", "recompute.granularity=full", *OUTPUT)),
 }
-IN_CI = ("experts", "all logits at once", "teacher in its own layout")
+IN_CI = ("experts", "all logits at once")
 
 
 def _footprints(name, repeating):
