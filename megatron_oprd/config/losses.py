@@ -182,8 +182,8 @@ class OutputConfig(Section):
     )
     chunk_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] | None = Field(
         "auto",
-        description="tokens whose logits are in memory at one time; auto: 2048, fewer if they need more than 1 GiB; "
-        "null: those of a whole micro-batch",
+        description="tokens whose logits are in memory at one time; auto: 2048, fewer if they need more than 1 GiB, "
+        "or if `recompute: auto` finds nothing else that fits; null: those of a whole micro-batch",
         json_schema_extra=TOKENS,
     )
     metrics_every: int = Field(

@@ -22,6 +22,10 @@ from megatron_oprd.runtime import platform
 from megatron_oprd.runtime.readable import significant
 from megatron_oprd.types import UserError
 
+CHUNK = "loss.output.chunk_tokens"
+# Repeating a block is cheaper for each byte than more passes over the LM heads, so these follow all recomputation.
+SMALLER_CHUNKS = (1024, 512, 256)
+
 
 @dataclass(frozen=True)
 class Automatic:
@@ -41,6 +45,8 @@ class Automatic:
         """Yield the choice, and the next cheaper one, which does not fit."""
         if TOKENS in self.settings:
             yield f"micro-batches of up to {self.settings[TOKENS]:,} tokens"
+        if CHUNK in self.settings:
+            yield f"logits of {self.settings[CHUNK]:,} tokens at a time"
         for rank, stage in enumerate(self.stages):
             where = f"pipeline rank {rank}: " if len(self.stages) > 1 else ""
             allowed = f"{_gb(self.limit)} GB allowed"
@@ -89,6 +95,9 @@ def choose_automatic(inputs: Inputs, device: PlanDevice) -> Automatic:
         if RECOMPUTE in inputs.automatic:
             run = dataclasses.replace(PlannedRun.of(inputs), config=config)
             stages = choose_recomputation(run, device, limit)
+            if not stages[-1].fits:
+                chunk, stages = _with_smaller_chunks(run, device, limit, stages)
+                settings |= chunk
             chosen = [stage.chosen.option.recomputation for stage in stages]
             if any(one.parts or one.blocks for one in chosen):
                 settings["recompute.stages"] = [{"parts": sorted(one.parts), "blocks": one.blocks} for one in chosen]
@@ -100,6 +109,24 @@ def choose_automatic(inputs: Inputs, device: PlanDevice) -> Automatic:
     config = with_settings(inputs.config, settings)
     chosen_inputs = dataclasses.replace(inputs, config=config, automatic=frozenset())
     return Automatic(chosen_inputs, settings, stages, device)
+
+
+def _with_smaller_chunks(
+    run: PlannedRun, device: PlanDevice, limit: int, stages: list[StageChoice]
+) -> tuple[Mapping[str, Any], list[StageChoice]]:
+    """Return the largest of SMALLER_CHUNKS with which the last pipeline rank fits, and the recomputation with it.
+
+    Returns no setting and `stages` if the size of a chunk is given, or none suffices.
+    """
+    if not run.config.loss.reads_output or run.config.loss.output.chunk_tokens != "auto":
+        return {}, stages
+    for tokens in SMALLER_CHUNKS:
+        setting = {CHUNK: tokens}
+        smaller = dataclasses.replace(run, config=with_settings(run.config, setting))
+        found = choose_recomputation(smaller, device, limit)
+        if found[-1].fits:
+            return setting, found
+    return {}, stages
 
 
 def choose_recomputation(run: PlannedRun, device: PlanDevice, limit: int) -> list[StageChoice]:

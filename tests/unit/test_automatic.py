@@ -1,12 +1,13 @@
 """`recompute: auto` and `batch.max_tokens_per_micro_batch: auto` become values that fit into the given memory."""
 
 import dataclasses
+import json
 
 import pytest
 
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.inputs import UNBOUNDED_TOKENS, read_inputs
-from megatron_oprd.planning.automatic import choose_automatic, limit_bytes
+from megatron_oprd.planning.automatic import CHUNK, choose_automatic, limit_bytes
 from megatron_oprd.planning.memory_plan import plan_memory
 from megatron_oprd.planning.plan_device import PlanDevice
 from megatron_oprd.planning.planned_run import PlannedRun
@@ -44,6 +45,33 @@ def test_as_little_is_recomputed_as_memory_allows(tmp_path):
     assert lines[0].startswith("recompute layernorm of every block: ") and lines[0].endswith("GB allowed")
     assert lines[1].startswith("next cheaper: nothing: ") and lines[1].endswith("does not fit")
     assert planned < needed
+
+
+def _choice_without_room(arguments):
+    """Return what is chosen with one byte less than the most recomputation needs."""
+    inputs = read_inputs(load_config(None, arguments), dry_run=True, choose_later=True)
+    none_fits = choose_automatic(inputs, dataclasses.replace(CPU, memory=1))
+    room = none_fits.stages[0].chosen.needed - 1
+    chosen = choose_automatic(inputs, dataclasses.replace(CPU, memory=room))
+    return (
+        none_fits.settings,
+        chosen.settings,
+        list(chosen.lines()),
+        plan_memory(PlannedRun.of(chosen.inputs), CPU),
+        room,
+    )
+
+
+def test_smaller_chunks_of_logits_are_the_last_resort(tmp_path):
+    settings = ("loss.representation.weight=0", "loss.output.objective=full_kl", "recompute=auto", "memory.margin=0")
+    tokens = ("batch.max_tokens_per_micro_batch=2048", "checkpoint.every=0")
+    arguments = replay_run(tmp_path, 1, *settings, *tokens, num_hidden_layers=1, vocab_size=4096)
+    row = {"prompt_ids": [1], "response_ids": [2] * 500}
+    (tmp_path / "replay.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    without, tight, lines, planned, room = result_of(_choice_without_room, arguments)
+    assert CHUNK not in without
+    assert tight[CHUNK] == 1024 and lines[0] == "logits of 1,024 tokens at a time"
+    assert planned.needed <= room
 
 
 def test_other_commands_recompute_nothing_and_take_the_default_size(tmp_path):
