@@ -94,6 +94,14 @@ def spelled(kind: Any) -> st.SearchStrategy[tuple[Any, str]]:
     if kind is float:
         integers = INTEGERS.flatmap(lambda value: st.tuples(st.just(float(value)), spelled_integer(value)))
         return FLOATS.flatmap(lambda value: st.tuples(st.just(value), spelled_float(value))) | integers
+    if issubclass(kind, BaseModel):  # a section in a list
+        fields = st.fixed_dictionaries({name: spelled(field.annotation) for name, field in kind.model_fields.items()})
+        return fields.map(
+            lambda values: (
+                kind.model_construct(**{name: value for name, (value, _) in values.items()}),
+                f"{{{', '.join(f'{name}: {text}' for name, (_, text) in values.items())}}}",
+            )
+        )
     assert kind is str, kind
     return TEXT.flatmap(lambda value: st.tuples(st.just(value), spelled_text(value)))
 

@@ -50,7 +50,8 @@ def test_a_prompt_has_the_ids_of_the_tokenizers_own_template(conversation, colum
         prompts = {prompt.index: prompt for prompt in load_prompts([str(path)], TOKENIZER, config).prompts}
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
-    if not any(message["content"].strip() for message in messages):
+    has_no_question = messages[-1]["role"] == "user" and not messages[-1]["content"].strip()
+    if has_no_question or not any(message["content"].strip() for message in messages):
         assert 0 not in prompts
         return
     text = TOKENIZER.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
