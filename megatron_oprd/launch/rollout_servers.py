@@ -122,7 +122,9 @@ def build_vllm_engine(inputs: Inputs, servers: RolloutServers, stage: Stage, top
     if topology.rank == 0:
         atexit.register(sync.close)
     if keeper is not None:
-        keeper.watch(lambda: sync.reload(clients[0]))
+        # A client of its own: until the server is back, the pool closes the connections of the client that failed.
+        restarted = ServerClient(servers.addresses[0])
+        keeper.watch(lambda: sync.reload(restarted))
     return VllmEngine(
         spec,
         topology,
