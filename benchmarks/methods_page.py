@@ -155,7 +155,7 @@ SECTIONS = (
             "full_kl_grouped": "full KL, one teacher in each step",
         },
         "Two teachers in one step do no harm here, where both were trained from the same weights: one teacher in each "
-        "step is not better. Three seeds; of two others the specialist for differences did not learn enough.",
+        "step is not better. Three seeds; in a fourth the specialist for differences did not learn enough.",
     ),
     Section(
         "self",
@@ -172,7 +172,7 @@ SECTIONS = (
             "jsd_live": "JSD, live teacher (`teacher.ema: 0`)",
             "hidden_live": "hidden states, live teacher",
         },
-        "**Only the frozen teacher works.** A teacher that follows by 5 % a step falls behind it in each seed, and a "
+        "**The frozen teacher is best.** A teacher that follows by 5 % a step falls behind it in each seed, and a "
         "live one loses the task in most: nothing holds the two. 0.95 is fast for 60 steps; a slower average is closer "
         "to the frozen teacher. Hidden flow adds nothing that these seeds show. **Hidden states do harm, with every "
         "teacher**: the states of a model that copies an answer are not those of one that computes it.",
