@@ -191,8 +191,9 @@ SECTIONS = (
             "importance": "sampled token, `importance: 0.5`",
             "gated": "sampled token, `forward_above_entropy: 0.8`, `k: 4`",
         },
-        "Forward KL is above full (reverse) KL in each seed that has both. The skewed divergences are not clearly "
-        "above or below it, and forward KL at uncertain tokens adds nothing to the sampled token.",
+        "Forward KL and adaptive KL, which is partly forward KL, are above full (reverse) KL in each seed. "
+        "The skewed divergences are not clearly above or below it. Neither importance by position nor forward KL at "
+        "uncertain tokens adds to the sampled token what these seeds could show.",
     ),
 )
 

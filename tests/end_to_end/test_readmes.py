@@ -73,6 +73,7 @@ UPDATE = UPDATE.replace("{", "{{").replace("}", "}}")
 RUNS = {
     f"bash {EXAMPLE}": None,  # test_demo.py
     f"bash {EXAMPLE} demo=real_model": None,  # test_real_model_demo.py, with a tiny model
+    f"bash {EXAMPLE} demo=real_model train.steps=96 evaluation.every=24": None,  # the same with two more keys
     f"bash {EXAMPLE} demo=hybrid": None,  # test_demo.py
     f"bash {EXAMPLE} train.seed=1": SHORT_DEMO,
     f"torchrun --nproc-per-node 2 {EXAMPLE} parallel.tensor=2": SHORT_DEMO,
