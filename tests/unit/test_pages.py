@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bridge_page, cost_page, objectives_page, parity, rollout_page, staleness_page
+from benchmarks import bridge_page, cost_page, methods_page, objectives_page, parity, rollout_page, staleness_page
 from benchmarks.pages import spread, table_lines
 
 DOCS = Path(__file__).parents[2] / "docs" / "results"
 MAKERS = {
     "cost": lambda figures: cost_page.markdown(figures, record("gpu")),
+    "methods": methods_page.markdown,
     "objectives": objectives_page.markdown,
     "parity": parity.markdown,
     "staleness": staleness_page.markdown,
@@ -32,6 +33,12 @@ def test_the_measured_part_of_the_bridge_page_is_what_its_figures_make():
 
 def test_the_figures_of_the_page_on_rollouts_are_what_the_record_makes():
     assert (DOCS / "rollouts.md").read_text().endswith(rollout_page.runs(record("rollouts")))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results/index.md"])
+def test_pages_count_the_cases_of_the_parity_record(page):
+    count = len(record("parity")["cases"])
+    assert f"{count} layouts and losses" in (DOCS.parents[1] / page).read_text()
 
 
 def test_plots_are_what_their_figures_make():
