@@ -83,7 +83,8 @@ def choose_automatic(inputs: Inputs, device: PlanDevice) -> Automatic:
 
     Raises UserError if an update cannot be traced.
     """
-    config, settings = inputs.config, {}
+    config = inputs.config
+    settings: dict[str, Any] = {}
     limit = limit_bytes(config, device)
     stages: list[StageChoice] = []
     try:
@@ -123,15 +124,16 @@ def _with_smaller_chunks(
     for tokens in SMALLER_CHUNKS:
         setting = {CHUNK: tokens}
         smaller = dataclasses.replace(run, config=with_settings(run.config, setting))
-        found = choose_recomputation(smaller, device, limit)
+        found = choose_recomputation(smaller, device, limit, first=len(stages) - 1)  # other ranks have no logits
         if found[-1].fits:
-            return setting, found
+            return setting, [*stages[:-1], *found]
     return {}, stages
 
 
-def choose_recomputation(run: PlannedRun, device: PlanDevice, limit: int) -> list[StageChoice]:
-    """Return the choice for each pipeline rank: of the ranks with its blocks, the one that needs the most."""
+def choose_recomputation(run: PlannedRun, device: PlanDevice, limit: int, first: int = 0) -> list[StageChoice]:
+    """Return the choice for each pipeline rank from `first` on: of its ranks, the one that repeats most."""
     jobs = [SearchJob(run, device, group.start, limit) for group in rank_groups(run)]
+    jobs = [job for job in jobs if job.pipeline_rank >= first]
     found: dict[int, StageChoice] = {}
     for job, choice in zip(jobs, in_workers(search_recomputation, jobs), strict=True):
         other = found.setdefault(job.pipeline_rank, choice)
