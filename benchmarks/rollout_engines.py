@@ -15,6 +15,7 @@ from megatron_oprd.config import ParallelConfig, PrecisionConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import load_hf
 from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import DTYPES, build_model
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.precision import plan_precision
@@ -22,7 +23,7 @@ from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.embedded import EmbeddedEngine
 from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.runtime.environment import Machine
-from megatron_oprd.types import ModelSpec, Prompt
+from megatron_oprd.types import Prompt
 
 Answers = list[tuple[int, ...]]
 Generate = Callable[[Sequence[Prompt], Sequence[int]], Answers]  # prompts and their limits -> responses

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.rollout_engines import Generate, Side
 from benchmarks.rollout_workloads import Workload
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
@@ -25,7 +26,6 @@ from megatron_oprd.rollout.server_process import ManagedServer, ServerSettings, 
 from megatron_oprd.rollout.server_supervisor import session_processes
 from megatron_oprd.rollout.vllm_engine import VllmEngine
 from megatron_oprd.rollout.weight_sync import SyncSettings, WeightSync
-from megatron_oprd.types import ModelSpec
 
 STALL_SECONDS = 120.0
 SHARED_MEMORY = Path("/dev/shm")

@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_oprd.config import Config, load_config
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.taps import CaptureTap
 from megatron_oprd.models.targets import TeacherTargets
@@ -28,7 +29,7 @@ from megatron_oprd.runtime import cpu_stand_ins, platform
 from megatron_oprd.testing.random_update import build_random_update
 from megatron_oprd.training.student_step import accumulate_gradients, stage_loss
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import ModelSpec, Rollout
+from megatron_oprd.types import Rollout
 
 
 def main() -> None:

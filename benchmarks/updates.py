@@ -25,13 +25,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_oprd.config import Config, load_config
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.precision import Precision
 from megatron_oprd.runtime import platform
 from megatron_oprd.testing.random_update import build_random_update
-from megatron_oprd.types import DeviceBatch, ModelSpec, Rollout
+from megatron_oprd.types import DeviceBatch, Rollout
 
 Update = Callable[[], None]
 K = 16

@@ -8,9 +8,10 @@ from megatron_oprd.config import LossConfig, TeacherConfig
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.launch.assemble import Run
 from megatron_oprd.launch.models import build_teacher
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import PlannedTeacher, make_plan
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 
 def check_before(folder: str, student: ModelSpec) -> ModelSpec:

@@ -12,8 +12,9 @@ from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, Positions
 from megatron_oprd.bridge.store import read_bridge
 from megatron_oprd.checkpoint.weights import WeightHashes
 from megatron_oprd.config import MAKE_A_BRIDGE, Config
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import PlannedTeacher
-from megatron_oprd.types import LayerPair, ModelSpec, UserError
+from megatron_oprd.types import LayerPair, UserError
 
 
 def expected_origin(

@@ -13,9 +13,10 @@ from megatron_oprd.checkpoint.stock_names import fused_name
 from megatron_oprd.checkpoint.stored_index import COPY_AGAIN, read_index
 from megatron_oprd.hf.names import entries, megatron_shapes
 from megatron_oprd.hf.weight_files import MANIFEST
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.runtime.files import read_json
 from megatron_oprd.runtime.readable import error_line
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 FORMAT_VERSION = 1
 _USE_OWN_CONFIG = "use the config.json of this checkpoint"

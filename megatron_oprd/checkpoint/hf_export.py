@@ -10,10 +10,11 @@ import torch
 from megatron_oprd.checkpoint.megatron_format import load_model
 from megatron_oprd.checkpoint.training_state import MARK, CheckpointContent
 from megatron_oprd.hf.export import WrittenWeights, export_hf
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.runtime.files import explain_os_errors
 from megatron_oprd.training.state import BestEvaluation
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

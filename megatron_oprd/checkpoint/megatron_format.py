@@ -39,10 +39,11 @@ from megatron_oprd.hf.kept import copy_kept
 from megatron_oprd.hf.load import global_name, named_parameters
 from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.hf.weight_files import MANIFEST
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import explain_os_errors, write_json
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 
 def sharded_weights(stage: torch.nn.ModuleList, topology: Topology) -> dict[str, Any]:

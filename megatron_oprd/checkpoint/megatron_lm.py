@@ -30,8 +30,9 @@ from megatron_oprd.checkpoint.megatron_lm_arguments import COMMON, RUN_CONFIG, M
 from megatron_oprd.checkpoint.stored_index import COPY_AGAIN, INDEX, read_index
 from megatron_oprd.hf.names import FUSED_NORMS
 from megatron_oprd.hf.weight_files import MANIFEST
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.runtime.files import read_json
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _ITERATION = "iter_[0-9]*"

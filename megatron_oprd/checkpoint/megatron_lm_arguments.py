@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_oprd.checkpoint.inert_pickle import Placeholder, read_saved
 from megatron_oprd.checkpoint.stored_index import COPY_AGAIN
-from megatron_oprd.types import Llama3Scaling, ModelSpec, UserError
+from megatron_oprd.model_spec import Llama3Scaling, ModelSpec
+from megatron_oprd.types import UserError
 
 COMMON = "common.pt"
 COMMON_STATE = "common_state"

@@ -20,10 +20,11 @@ from megatron_oprd.checkpoint.megatron_lm import LAYER, TRACKER, renamed, stacke
 from megatron_oprd.checkpoint.sharded_write import PlannedWrite, plan_write, write_new_folder
 from megatron_oprd.checkpoint.stock_names import extra_states, fused_name
 from megatron_oprd.hf.names import padded_vocab_size
+from megatron_oprd.model_spec import Llama3Scaling, ModelSpec
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import write_text
-from megatron_oprd.types import Llama3Scaling, ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 _RELEASE = "release"
 _ARCHITECTURES = (

@@ -30,6 +30,7 @@ from megatron_oprd.checkpoint.optimizer_state import load_optimizer
 from megatron_oprd.checkpoint.pending_rollouts import read_pending
 from megatron_oprd.checkpoint.state_file import REMOVE, StudentEntry, read_state_file
 from megatron_oprd.config import teacher_section
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import explain_os_errors, prepare_partial
@@ -37,7 +38,7 @@ from megatron_oprd.training.map_optimizer import FILE as MAPS
 from megatron_oprd.training.state import Identity, TrainState
 from megatron_oprd.training.student import Student
 from megatron_oprd.training.teacher_average import TeacherAverage
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 MARK = "complete"  # the file that makes a checkpoint count
 _NAME = re.compile(r"step_\d{7}")

@@ -21,9 +21,10 @@ from megatron_oprd.checkpoint import format_checks, megatron_format, megatron_lm
 from megatron_oprd.hf.load import load_hf, named_parameters, parameter_table, reading_threads
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD
 from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.rank_zero import on_every_rank
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 _HASHED = ("*.safetensors", "*.safetensors.index.json", "*.distcp", ".metadata", "config.json")
 

@@ -17,8 +17,9 @@ from megatron_oprd.runtime.cli import ArgumentParser, run_command
 from megatron_oprd.types import UserError
 
 if TYPE_CHECKING:
+    from megatron_oprd.model_spec import ModelSpec
     from megatron_oprd.parallel.topology import Topology
-    from megatron_oprd.types import ModelSpec, Rollout
+    from megatron_oprd.types import Rollout
 
 PAIRS_FILE = "pairs.yaml"
 MICRO_BATCH_TOKENS = 8192

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.model_spec import ModelSpec
+from megatron_oprd.types import UserError
 
 
 def sequence_cost(tokens: int, spec: ModelSpec) -> float:

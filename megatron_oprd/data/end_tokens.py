@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.model_spec import ModelSpec
+from megatron_oprd.types import UserError
 
 _ANSWER = "an answer 4b1d"  # no chat template contains this text
 

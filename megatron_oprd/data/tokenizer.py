@@ -8,9 +8,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.runtime.files import GET_LFS_FILE, check_model_folder, is_lfs_pointer
 from megatron_oprd.runtime.readable import error_line
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 

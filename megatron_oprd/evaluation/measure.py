@@ -19,6 +19,7 @@ from megatron_oprd.config import BatchConfig, LossConfig, OutputConfig, Represen
 from megatron_oprd.evaluation.scores import ALL_SOURCES
 from megatron_oprd.evaluation.token_sums import SUMS, TokenSums
 from megatron_oprd.losses.representation import token_statistics
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads
 from megatron_oprd.models.state_map import StateMap
@@ -30,7 +31,7 @@ from megatron_oprd.training.global_batch import GlobalBatch, max_num_tokens
 from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import FINAL_STATES, DeviceBatch, ModelSpec, Rollout, StateKey
+from megatron_oprd.types import FINAL_STATES, DeviceBatch, Rollout, StateKey
 
 # Selects every token of an answer, at the hidden state that predicts it, as an output-space objective does.
 EVERY_TOKEN = OutputConfig(objective="full_kl", positions="all")

@@ -15,9 +15,10 @@ from megatron_oprd.hf.hybrid import hybrid_fields, with_hybrid_defaults
 from megatron_oprd.hf.layer_fields import expert_fields, window_fields
 from megatron_oprd.hf.other_keys import refuse_other_models
 from megatron_oprd.hf.rope import rope_fields
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.runtime.files import check_model_folder, read_json
 from megatron_oprd.runtime.readable import error_line
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 INTEGERS = (
     "num_hidden_layers",

@@ -9,7 +9,7 @@ import torch
 
 from megatron_oprd.hf.names import Entry
 from megatron_oprd.hf.reader import HFReader
-from megatron_oprd.types import ModelSpec
+from megatron_oprd.model_spec import ModelSpec
 
 
 def fill_shard(

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from megatron_oprd.hf.weight_files import MANIFEST, model_names
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.runtime.files import read_json
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 _FUSED = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)$")
 _SINGLE = re.compile(r"(model\.layers\.\d+\.mlp\.experts\.)(\d+)\.(gate|up|down)_proj\.weight$")

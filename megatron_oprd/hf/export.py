@@ -17,11 +17,11 @@ from megatron_oprd.hf.load import named_parameters
 from megatron_oprd.hf.names import Entry, entries, megatron_shapes, shard_shape
 from megatron_oprd.hf.weight_files import stored_name
 from megatron_oprd.hf.writer import MAX_SHARD_BYTES, HFWriter
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.files import check_new_folder
-from megatron_oprd.types import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_oprd.hf.checks import check_integers
-from megatron_oprd.types import DeltaNet, UserError
+from megatron_oprd.model_spec import DeltaNet
+from megatron_oprd.types import UserError
 
 SIZES = (
     "linear_num_key_heads",

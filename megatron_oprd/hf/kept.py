@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_oprd.hf.weight_files import MANIFEST, locate_tensors
-from megatron_oprd.types import ModelSpec
+from megatron_oprd.model_spec import ModelSpec
 
 _KEPT = re.compile(r"(mtp|model\.visual)\.")
 _FILES = "kept_tensors-{number:05d}.safetensors"

@@ -12,8 +12,8 @@ from megatron.core.fp8_utils import is_float8tensor
 from megatron_oprd.hf.convert import fill_shard
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, Entry, entries, own_name
 from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.runtime import progress
-from megatron_oprd.types import ModelSpec
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+")
 _EXPERT = re.compile(r"(?<=\.mlp\.experts\.local_experts\.)\d+")

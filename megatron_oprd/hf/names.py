@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_oprd.types import DeltaNet, ModelSpec
+from megatron_oprd.model_spec import DeltaNet, ModelSpec
 
 Layout = Literal["copy", "rows", "columns", "vocabulary", "qkv", "gate_up", "delta"]
 

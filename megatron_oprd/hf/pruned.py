@@ -18,8 +18,8 @@ from megatron_oprd.hf.names import hf_shapes
 from megatron_oprd.hf.reader import HFReader
 from megatron_oprd.hf.weight_files import stored_name
 from megatron_oprd.hf.writer import HFWriter
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.runtime.files import write_text
-from megatron_oprd.types import ModelSpec
 
 _BLOCK = re.compile(r"(?<=^model\.layers\.)\d+")
 

@@ -16,8 +16,9 @@ from megatron_oprd.hf.fp8 import SCALE, STORED_AS, dequantize, scale_shape, weig
 from megatron_oprd.hf.kept import is_kept, looks_kept
 from megatron_oprd.hf.names import EMBEDDING, LM_HEAD, hf_shapes
 from megatron_oprd.hf.weight_files import locate_tensors
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.runtime.files import read_json
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 (_EMBEDDING,), (_HEAD,) = EMBEDDING.hf, LM_HEAD.hf
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

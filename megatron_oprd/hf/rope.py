@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from megatron_oprd.hf.checks import check_integers, check_positive, is_positive
-from megatron_oprd.types import LinearScaling, Llama3Scaling, LongRope, RopeScaling, UserError, YarnScaling
+from megatron_oprd.model_spec import LinearScaling, Llama3Scaling, LongRope, RopeScaling, YarnScaling
+from megatron_oprd.types import UserError
 
 _NAMES = {"su": "longrope"}  # "su" is the name in the first Phi-3 configs
 _ORIGINAL = "original_max_position_embeddings"

@@ -23,6 +23,7 @@ from megatron_oprd.launch.models import (
 from megatron_oprd.launch.rollout_servers import build_vllm_engine, check_servers, start_servers
 from megatron_oprd.launch.step_data import next_prompts
 from megatron_oprd.launch.teacher_answers import EVALUATION_SEED, AnswerRequest, teacher_answers
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
@@ -40,7 +41,7 @@ from megatron_oprd.training.ahead import RolloutSource
 from megatron_oprd.training.state import Identity
 from megatron_oprd.training.student import Student
 from megatron_oprd.training.teacher import Teacher
-from megatron_oprd.types import ModelSpec, Rollout
+from megatron_oprd.types import Rollout
 
 
 @dataclass(frozen=True)

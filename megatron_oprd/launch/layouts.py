@@ -7,13 +7,14 @@ import os
 from collections.abc import Mapping, Sequence
 
 from megatron_oprd.config import Config, ParallelConfig, teacher_section, teacher_title
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher, even_stages, make_plan
 from megatron_oprd.models.precision import ModelLayout, Precision, check_dimensions, check_head_exchange
 from megatron_oprd.models.recompute import available_parts, check_parts
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime.environment import Machine
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 # Keys of `parallel` that concern the student's training only. A teacher's layout has none of them.
 ONLY_IN_TRAINING = (

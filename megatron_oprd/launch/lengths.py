@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from megatron_oprd.config import Config, teacher_section
 from megatron_oprd.data.packing import num_tokens
 from megatron_oprd.launch.setup import Setup
+from megatron_oprd.model_spec import LongRope, ModelSpec, YarnScaling
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.rollout.horizon import longest_response
 from megatron_oprd.training.global_batch import teacher_view
-from megatron_oprd.types import LongRope, ModelSpec, Prompt, Rollout, UserError, YarnScaling
+from megatron_oprd.types import Prompt, Rollout, UserError
 
 
 @dataclass(frozen=True)

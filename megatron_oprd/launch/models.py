@@ -12,6 +12,7 @@ import torch
 from megatron_oprd.checkpoint.weights import load_lm_head, load_weights
 from megatron_oprd.config import Config, OutputConfig, ParallelConfig
 from megatron_oprd.launch.setup import Setup
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.models.model import Stage
@@ -26,7 +27,7 @@ from megatron_oprd.runtime import platform, start_profile
 from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.teacher import Base, FrozenModel, Teacher, build_frozen
 from megatron_oprd.training.teacher_average import TeacherAverage
-from megatron_oprd.types import LayerPair, ModelSpec, PairBridge
+from megatron_oprd.types import LayerPair, PairBridge
 
 
 @dataclass(frozen=True)

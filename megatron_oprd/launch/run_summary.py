@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from megatron_oprd.config import Config, OutputConfig, RepresentationConfig, ScheduleConfig, teacher_title
 from megatron_oprd.hf.names import count_parameters
 from megatron_oprd.launch.inputs import Inputs
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.runtime.readable import count
-from megatron_oprd.types import ModelSpec
 
 OBJECTIVES = {
     "sampled": "reverse KL on the sampled tokens",

@@ -23,6 +23,7 @@ from megatron_oprd.launch.layouts import (
     planned_world,
     supports_fp8_candidate,
 )
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import LayerPlan, PlannedTeacher
 from megatron_oprd.models.precision import Precision, plan_precision
 from megatron_oprd.parallel.topology import check_layout
@@ -30,7 +31,7 @@ from megatron_oprd.runtime import platform
 from megatron_oprd.runtime.environment import Machine, find_machine
 from megatron_oprd.runtime.files import check_writable
 from megatron_oprd.runtime.loaded_libraries import find_doubled_library
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 # The device that a dry run plans for on a machine without a GPU.
 DRY_RUN_MACHINE = Machine("2.11.0", (9, 0), (13, 0))

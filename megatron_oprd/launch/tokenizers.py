@@ -11,8 +11,9 @@ from megatron_oprd.config import MAKE_A_BRIDGE, Config, teacher_section
 from megatron_oprd.data.alignment import Aligner, make_aligner
 from megatron_oprd.data.end_tokens import end_of_turn_id
 from megatron_oprd.data.tokenizer import check_tokenizer, has_tokenizer, load_tokenizer, same_vocabulary, tokenizer_hash
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import PlannedTeacher
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 
 @dataclass(frozen=True)

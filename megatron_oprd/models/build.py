@@ -15,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_oprd.config import RecomputeConfig
 from megatron_oprd.hf.load import named_parameters, parameter_table
 from megatron_oprd.hf.names import padded_vocab_size
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.model import HiddenStateModel, Stage
 from megatron_oprd.models.precision import PLAIN, ModelPrecision
@@ -23,7 +24,7 @@ from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.models.specs import block_spec
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import cpu_stand_ins
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -11,13 +11,14 @@ import torch
 
 from megatron_oprd.hf.export import gather_hf_tensors
 from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime.readable import error_line
-from megatron_oprd.types import FINAL_STATES, ModelSpec, UserError
+from megatron_oprd.types import FINAL_STATES, UserError
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint, sharded_state_dict_default
 
+from megatron_oprd.model_spec import DeltaNet
 from megatron_oprd.models import micro_batch
 from megatron_oprd.models.delta_rule import ChunkPlan, causal_convolution, gated_delta_rule, plan_chunks
 from megatron_oprd.models.micro_batch import ContextPart
-from megatron_oprd.types import DeltaNet
 
 
 @dataclass(frozen=True)

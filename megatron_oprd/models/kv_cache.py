@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import ModelSpec
 
 
 def rollout_cache_bytes(

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_oprd.config import MAKE_A_BRIDGE, FlowConfig, LossConfig, ParallelConfig, TeacherConfig
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_pairs import layer_pairs
-from megatron_oprd.types import FINAL_STATES, FlowKey, LayerPair, ModelSpec, StateKey, UserError
+from megatron_oprd.types import FINAL_STATES, FlowKey, LayerPair, StateKey, UserError
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_oprd.config import ParallelConfig, PrecisionConfig
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.tp_overlap import tp_overlap_arguments
 from megatron_oprd.runtime.environment import Machine
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 # The dimensions of an FP8 product, and the tokens of a rank, must be multiples of this number.
 MULTIPLE = {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}

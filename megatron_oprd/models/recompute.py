@@ -16,9 +16,10 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_oprd.config import RecomputeConfig
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.delta_net import GatedDeltaNet
 from megatron_oprd.models.norm import RMSNorm
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 
 @dataclass(frozen=True)

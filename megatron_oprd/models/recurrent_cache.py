@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from megatron_oprd.model_spec import DeltaNet
 from megatron_oprd.models.delta_net import GatedDeltaNet
 from megatron_oprd.models.delta_rule import causal_convolution, delta_rule_step, gated_delta_rule, plan_chunks
 from megatron_oprd.models.kv_cache import state_dtype
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import DeltaNet
 
 
 class RecurrentCache:

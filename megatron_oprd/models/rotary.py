@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_oprd.model_spec import LinearScaling, Llama3Scaling, LongRope, ModelSpec, YarnScaling
 from megatron_oprd.models.pointwise import kernels_for
-from megatron_oprd.types import LinearScaling, Llama3Scaling, LongRope, ModelSpec, YarnScaling
 
 
 class Rotary:

@@ -17,13 +17,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_oprd.model_spec import DeltaNet, ModelSpec
 from megatron_oprd.models.attention import GatedSelfAttention, PackedAttention
 from megatron_oprd.models.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from megatron_oprd.models.layer import tapped_layer_spec
 from megatron_oprd.models.module_set import ModuleSet
 from megatron_oprd.models.norm import RMSNorm
 from megatron_oprd.models.swiglu import SwiGLU
-from megatron_oprd.types import DeltaNet, ModelSpec
 
 
 def _mlp(linear_fc1: type, activation_func: type | None, linear_fc2: type) -> MLPSubmodules:

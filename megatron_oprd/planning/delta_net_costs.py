@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_oprd.model_spec import DeltaNet, ModelSpec
 from megatron_oprd.models.delta_rule import CHUNK
-from megatron_oprd.types import DeltaNet, ModelSpec
 
 # Bytes that torch's calls read and write for each stored byte, counted from the operands of every call in updates with
 # heads of 128 numbers.

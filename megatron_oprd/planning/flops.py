@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.planning.delta_net_costs import linear_layers_below, rule_flops
-from megatron_oprd.types import ModelSpec
 
 
 def linear_flops(spec: ModelSpec, layer: int) -> int:

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_oprd.config import ParallelConfig
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.planning.traffic import Traffic, group_spans
-from megatron_oprd.types import ModelSpec
 
 
 @dataclass(frozen=True)

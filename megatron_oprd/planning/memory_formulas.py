@@ -7,13 +7,13 @@ import sys
 
 from megatron_oprd.config import Config, LossConfig, ParallelConfig
 from megatron_oprd.hf.names import padded_vocab_size
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.planning.delta_net_costs import stored_bytes
 from megatron_oprd.planning.device_formulas import BYTES, linear_bytes, may_be_fp8, optimizer_state_bytes
 from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.rollout.horizon import longest_response
-from megatron_oprd.types import ModelSpec
 
 
 def predict_memory(run: PlannedRun) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_oprd.hf.names import entries, megatron_shapes, shard_shape
-from megatron_oprd.types import ModelSpec
+from megatron_oprd.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)

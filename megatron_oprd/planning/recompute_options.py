@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.recompute import Recomputation, available_parts
 from megatron_oprd.planning.delta_net_costs import rule_flops
 from megatron_oprd.planning.flops import attention_flops, linear_flops
 from megatron_oprd.planning.planned_run import PlannedRun
-from megatron_oprd.types import ModelSpec
 
 NOTHING: frozenset[str] = frozenset()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_oprd.config import Config, ParallelConfig
 from megatron_oprd.launch.lengths import Lengths
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.planning.delta_net_costs import MOVED_FORWARD, moved_bytes
@@ -22,7 +23,6 @@ from megatron_oprd.planning.rollout_memory import rollouts_of_replica
 from megatron_oprd.planning.traffic import Traffic, forward_traffic
 from megatron_oprd.rollout.batch_rows import MAX_ROWS
 from megatron_oprd.rollout.weight_sync import weight_bytes
-from megatron_oprd.types import ModelSpec
 
 WEIGHT_SYNC = "weight sync"  # name of a cost; those of rollouts begin with ROLLOUT
 ROLLOUT = "rollout: "

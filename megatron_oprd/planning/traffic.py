@@ -13,8 +13,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from megatron_oprd.config import ParallelConfig
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.planning.delta_net_costs import gathered_bytes, linear_layers_below
-from megatron_oprd.types import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.kv_cache import rollout_cache_bytes
 from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.collectives import min_over
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import platform
-from megatron_oprd.types import ModelSpec
 
 MAX_ROWS = 256  # a larger batch does not make a decode step cheaper
 

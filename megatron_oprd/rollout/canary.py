@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.micro_batch import MicroBatch
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.pipeline import gather_vocabulary, pass_through
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.inference_mode import without_fp8, without_linear_autograd, without_sequence_parallelism
 from megatron_oprd.rollout.server_client import GenerateRequest, ServerClient
-from megatron_oprd.types import ModelSpec
 
 # The longest prompt fills at least one block of the prefix cache, which has 16 to 128 tokens.
 PROMPT_LENGTHS = (7, 40, 150)

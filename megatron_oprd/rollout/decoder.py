@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.cached_attention import DecodeAttention, PromptAttention
 from megatron_oprd.models.flash import flash_attention_works
 from megatron_oprd.models.generation import GenerationChunk, GenerationPass
@@ -21,7 +22,6 @@ from megatron_oprd.rollout.engine import Sampling
 from megatron_oprd.rollout.graphs import Graphs
 from megatron_oprd.rollout.sampling import sample, token_logprobs
 from megatron_oprd.rollout.slots import Slots
-from megatron_oprd.types import ModelSpec
 
 ROW_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows of a captured decode step
 LENGTH_SIZE = 512  # without flash attention, a captured step attends to a multiple of so many positions

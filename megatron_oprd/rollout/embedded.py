@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.collectives import max_over
 from megatron_oprd.parallel.topology import Topology
@@ -23,7 +24,7 @@ from megatron_oprd.rollout.longrope_refill import refill_crossing_rows
 from megatron_oprd.rollout.requests import Request, make_requests
 from megatron_oprd.rollout.slots import Slots
 from megatron_oprd.runtime import progress
-from megatron_oprd.types import ModelSpec, Prompt, Rollout
+from megatron_oprd.types import Prompt, Rollout
 
 # After so many passes the host asks which rows ended, for which it waits for the device.
 PASSES_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_oprd.model_spec import LongRope, ModelSpec
 from megatron_oprd.rollout.decoder import Decoder
-from megatron_oprd.types import LongRope, ModelSpec
 
 
 def refill_crossing_rows(decoder: Decoder, spec: ModelSpec, tokens_per_pass: int) -> None:

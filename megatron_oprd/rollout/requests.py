@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.rollout.engine import Sampling
-from megatron_oprd.types import ModelSpec, Prompt, UserError
+from megatron_oprd.types import Prompt, UserError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.rollout.server_client import Answer, GenerateRequest
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 MOST_EXCLUDED = 1024  # biased logits of one request that vLLM accepts
 

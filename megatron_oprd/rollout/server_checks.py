@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 from megatron_oprd.hf.names import QWEN3_NEXT
+from megatron_oprd.model_spec import LongRope, ModelSpec, YarnScaling
 from megatron_oprd.rollout.server_answers import excluded_ids
 from megatron_oprd.rollout.server_client import GenerateRequest, RequestRefused, ServerClient, ServerError
-from megatron_oprd.types import LongRope, ModelSpec, UserError, YarnScaling
+from megatron_oprd.types import UserError
 
 OLDEST_VLLM = (0, 32)  # the first version whose answers name their weight versions and whose tests passed
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.rollout import server_supervisor
 from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm import BACKEND
 from megatron_oprd.rollout.engine_plugin.megatron_oprd_vllm.bucket_group import first_line
@@ -26,7 +27,7 @@ from megatron_oprd.rollout.server_client import SERVED_MODEL, ServerClient, Serv
 from megatron_oprd.rollout.server_supervisor import end_session
 from megatron_oprd.runtime import progress
 from megatron_oprd.runtime.files import write_json
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 TESTED_VLLM = "0.32"  # major and minor version; the plugin uses functions that other versions may lack
 INSTALL = "bash tools/rollout_server/install.sh FOLDER makes an environment"

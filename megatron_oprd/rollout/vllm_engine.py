@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.rank_zero import RankZeroFailed
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.rollout.engine import Sampling
@@ -16,7 +17,7 @@ from megatron_oprd.rollout.server_answers import answer_problem, excluded_ids, r
 from megatron_oprd.rollout.server_client import Answer, GenerateRequest, ServerError
 from megatron_oprd.rollout.server_pool import PendingAnswers, ServerPool
 from megatron_oprd.runtime import progress
-from megatron_oprd.types import ModelSpec, Prompt, Rollout, UserError
+from megatron_oprd.types import Prompt, Rollout, UserError
 
 BEAT_SECONDS = 2.0  # between two signs of life of the ranks that wait for answers
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_oprd.hf.export import HFTensorStream
 from megatron_oprd.hf.names import hf_shapes
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
@@ -25,7 +26,7 @@ from megatron_oprd.rollout.canary import TOLERANCES, ScoredTokens, largest_diffe
 from megatron_oprd.rollout.group_transport import GroupTransport
 from megatron_oprd.rollout.server_client import ServerClient, ServerError
 from megatron_oprd.rollout.weight_transport import BucketFiles, FileTransport, WeightTransport
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 
 
 class SyncFailed(ServerError):

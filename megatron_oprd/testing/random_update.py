@@ -9,6 +9,7 @@ import torch
 
 from megatron_oprd.config import Config
 from megatron_oprd.launch.layouts import plan_teacher
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import DTYPES, ModelPart, build_model
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.output_loss import Heads, OutputLoss
@@ -19,7 +20,7 @@ from megatron_oprd.training.student import Student, build_student
 from megatron_oprd.training.student_step import student_step
 from megatron_oprd.training.teacher import Teacher, build_frozen
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import DeviceBatch, ModelSpec, Rollout, StepReport
+from megatron_oprd.types import DeviceBatch, Rollout, StepReport
 
 STANDARD_DEVIATION = 0.02  # of the random weights
 

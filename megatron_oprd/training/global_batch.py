@@ -23,9 +23,10 @@ from megatron_oprd.data.packing import (
     representation_term,
     to_device,
 )
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.collectives import gather_objects
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import DeviceBatch, ModelSpec, Rollout
+from megatron_oprd.types import DeviceBatch, Rollout
 
 
 def share_rollouts(local_rollouts: Sequence[Rollout], topology: Topology) -> list[Rollout]:

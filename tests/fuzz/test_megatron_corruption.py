@@ -15,11 +15,12 @@ from megatron_oprd.checkpoint.megatron_format import save_model
 from megatron_oprd.checkpoint.weights import load_weights
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.load import named_parameters
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.model import Stage
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.testing.models import random_hf_model, save
-from megatron_oprd.types import ModelSpec, UserError
+from megatron_oprd.types import UserError
 from tests.fuzz.budget import examples
 from tests.helpers.damage import damages
 from tests.numerics.conftest import topology  # noqa: F401

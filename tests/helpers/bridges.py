@@ -11,7 +11,8 @@ from megatron_oprd.bridge.record import Bridge, ModelOrigin, Origin, Positions
 from megatron_oprd.bridge.store import write_bridge
 from megatron_oprd.checkpoint.weights import content_hash
 from megatron_oprd.hf.config import read_model_spec
-from megatron_oprd.types import LayerPair, ModelSpec, PairBridge
+from megatron_oprd.model_spec import ModelSpec
+from megatron_oprd.types import LayerPair, PairBridge
 
 
 def random_maps(student: ModelSpec, teacher: ModelSpec, rank: int, seed: int = 3) -> dict[LayerPair, PairBridge]:

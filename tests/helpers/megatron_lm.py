@@ -17,6 +17,7 @@ from megatron_oprd.checkpoint.megatron_lm import iteration_folder, open_model
 from megatron_oprd.checkpoint.megatron_lm_write import save_megatron_lm
 from megatron_oprd.checkpoint.weights import check_weights, load_weights
 from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.build import build_model
 from megatron_oprd.models.compare import all_states
 from megatron_oprd.models.micro_batch import MicroBatch
@@ -25,7 +26,6 @@ from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import Topology
 from megatron_oprd.runtime import cpu_stand_ins
 from megatron_oprd.runtime.files import write_json
-from megatron_oprd.types import ModelSpec
 from tests.helpers.te_models import EXPERTS, VOCAB, build, relative
 
 TOKENS = torch.randint(VOCAB - 9, (13,), generator=torch.Generator().manual_seed(4))

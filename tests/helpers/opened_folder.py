@@ -8,8 +8,8 @@ import torch
 import transformers
 
 from megatron_oprd.hf.reader import HFReader
+from megatron_oprd.model_spec import DeltaNet, LongRope, ModelSpec
 from megatron_oprd.models.rotary import Rotary
-from megatron_oprd.types import DeltaNet, LongRope, ModelSpec
 
 HEAD = "lm_head.weight"
 

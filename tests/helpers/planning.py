@@ -8,11 +8,12 @@ from megatron_oprd.config import Config, load_config
 from megatron_oprd.launch.layouts import plan_teacher
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.launch.setup import Setup
+from megatron_oprd.model_spec import DeltaNet, ModelSpec
 from megatron_oprd.models.precision import Precision
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.planning.update_trace import Footprint, trace_update
 from megatron_oprd.testing.distributed import result_of
-from megatron_oprd.types import DeltaNet, ModelSpec, Rollout
+from megatron_oprd.types import Rollout
 
 LENGTHS = Lengths(sequence=128, response=64)
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.parallel.topology import Topology
-from megatron_oprd.types import ModelSpec
 
 TINY: dict[str, Any] = {
     "architecture": "Qwen3ForCausalLM",

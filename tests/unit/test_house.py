@@ -14,6 +14,7 @@ NAME = PACKAGE.name
 # `run_command(main)`) stand above all folders.
 LEVELS = (
     "types",
+    "model_spec",
     "config",
     "runtime",
     "losses",
@@ -145,8 +146,8 @@ def test_imports_point_downward():
     assert upward_imports(TREES) == []
 
 
-def test_the_package_root_holds_only_commands_types_and_config():
-    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", "types"}
+def test_the_package_root_holds_only_commands_and_the_lowest_levels():
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__", *LEVELS}
     assert [name for name in sorted(files) if not is_command(TREES[name])] == []
 
 

@@ -16,12 +16,13 @@ from megatron_oprd.launch.layouts import (
     teacher_layout,
     world_size,
 )
+from megatron_oprd.model_spec import DeltaNet
 from megatron_oprd.models.build import check_divisible, check_recompute
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.precision import ModelPrecision, Precision
 from megatron_oprd.parallel.topology import check_layout
 from megatron_oprd.runtime.environment import Machine
-from megatron_oprd.types import DeltaNet, UserError
+from megatron_oprd.types import UserError
 from tests.helpers.specs import tiny_spec
 
 DENSE = tiny_spec()

@@ -10,9 +10,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from megatron_oprd.hf.config import read_model_spec
 from megatron_oprd.hf.names import hf_shapes
+from megatron_oprd.model_spec import Llama3Scaling, LongRope, YarnScaling
 from megatron_oprd.models.rotary import Rotary
 from megatron_oprd.testing.models import LLAMA3_SCALING, YARN, random_hf_model, save
-from megatron_oprd.types import Llama3Scaling, LongRope, YarnScaling
 from tests.helpers.configs import assert_refused, edited
 
 

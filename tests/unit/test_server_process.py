@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_oprd.hf.config import read_model_spec
+from megatron_oprd.model_spec import DeltaNet
 from megatron_oprd.rollout import server_process
 from megatron_oprd.rollout.server_process import PLUGIN_VERSION, ManagedServer, ServerSettings, check_environment
 from megatron_oprd.rollout.server_supervisor import session_processes
 from megatron_oprd.testing.models import random_hf_model, save
-from megatron_oprd.types import DeltaNet, UserError
+from megatron_oprd.types import UserError
 
 ROOT = Path(__file__).parents[2]
 # Stands in for vLLM: a process with a child that ignores SIGTERM, as an engine core that hangs does.

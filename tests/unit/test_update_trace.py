@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_oprd.hf.names import count_parameters
+from megatron_oprd.model_spec import LongRope
 from megatron_oprd.models.layer_plan import even_stages
 from megatron_oprd.models.precision import ModelPrecision, Precision
 from megatron_oprd.parallel.topology import start_process
@@ -22,7 +23,6 @@ from megatron_oprd.planning.memory_trace import LiveBytes
 from megatron_oprd.planning.parameter_counts import ModelDivision, rank_parameters
 from megatron_oprd.runtime import platform
 from megatron_oprd.testing.random_update import build_random_update
-from megatron_oprd.types import LongRope
 from tests.helpers.memory import HONEST
 from tests.helpers.planning import (
     dense_spec,

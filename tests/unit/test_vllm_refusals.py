@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
+from megatron_oprd.model_spec import LongRope, ModelSpec, YarnScaling
 from megatron_oprd.rollout.server_answers import excluded_ids
 from megatron_oprd.rollout.server_checks import check_server, check_student
 from megatron_oprd.rollout.server_client import ServerClient
-from megatron_oprd.types import LongRope, ModelSpec, UserError, YarnScaling
+from megatron_oprd.types import UserError
 from tests.helpers.fake_vllm import FakeServer, HashModel
 
 SPEC = ModelSpec(

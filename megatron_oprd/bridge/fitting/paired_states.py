@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import LayerPlan
 from megatron_oprd.models.model import Stage
 from megatron_oprd.models.tap_rows import selected_rows
@@ -16,7 +17,7 @@ from megatron_oprd.training.global_batch import GlobalBatch
 from megatron_oprd.training.schedule import PassSettings, run_schedule
 from megatron_oprd.training.teacher import Teacher
 from megatron_oprd.training.teacher_pass import teacher_pass
-from megatron_oprd.types import DeviceBatch, LayerPair, ModelSpec
+from megatron_oprd.types import DeviceBatch, LayerPair
 
 # Called with (pair, student states [tokens, d_S], teacher states [tokens, d_T], held out [tokens] bool).
 AddStates = Callable[[LayerPair, torch.Tensor, torch.Tensor, torch.Tensor], None]
