@@ -61,20 +61,8 @@ def megatron_lm_arguments(spec: ModelSpec, topology: Topology, dtype: torch.dtyp
 
     Raises UserError for a model, or a rotary embedding, that they have no argument for.
     """
-    if spec.architecture not in _ARCHITECTURES:
-        raise UserError(
-            f"{source}: {spec.architecture} cannot be written for Megatron-LM; supported: {', '.join(_ARCHITECTURES)}"
-        )
-    if spec.windowed_layers:
-        raise UserError(f"{source}: sliding windows cannot be written for Megatron-LM; use a model without them")
+    _refuse_without_argument(spec, source)
     scaling = spec.rope_scaling
-    if scaling is not None and (
-        not isinstance(scaling, Llama3Scaling) or scaling != Llama3Scaling(scaling.factor, 1.0, 4.0, 8192)
-    ):
-        raise UserError(
-            f"{source}: Megatron-LM has no argument for this rope scaling ({type(scaling).__name__}); only llama3 with "
-            "low_freq_factor 1, high_freq_factor 4 and 8192 original positions can be written for it"
-        )
     theta, sparse = spec.rope_theta, set(spec.sparse_layers)
     return Namespace(
         num_layers=spec.num_layers,
@@ -149,6 +137,24 @@ def megatron_lm_arguments(spec: ModelSpec, topology: Topology, dtype: torch.dtyp
         config_logger_dir="",
         cp_comm_type=["p2p"],
     )
+
+
+def _refuse_without_argument(spec: ModelSpec, source: str | Path) -> None:
+    """Raise UserError for a model, or a rotary embedding, that Megatron-LM has no argument for."""
+    if spec.architecture not in _ARCHITECTURES:
+        raise UserError(
+            f"{source}: {spec.architecture} cannot be written for Megatron-LM; supported: {', '.join(_ARCHITECTURES)}"
+        )
+    if spec.windowed_layers:
+        raise UserError(f"{source}: sliding windows cannot be written for Megatron-LM; use a model without them")
+    scaling = spec.rope_scaling
+    if scaling is not None and (
+        not isinstance(scaling, Llama3Scaling) or scaling != Llama3Scaling(scaling.factor, 1.0, 4.0, 8192)
+    ):
+        raise UserError(
+            f"{source}: Megatron-LM has no argument for this rope scaling ({type(scaling).__name__}); only llama3 with "
+            "low_freq_factor 1, high_freq_factor 4 and 8192 original positions can be written for it"
+        )
 
 
 def _is_mixed(spec: ModelSpec) -> bool:

@@ -77,12 +77,6 @@ def read_model_spec(path: str | Path) -> ModelSpec:
     _refuse_unsupported(values, family, where)
     refuse_other_models({**written, "text_config": None, **described} if family.text_config else written, where)
     heads = values["num_attention_heads"]
-    groups = values.get("num_key_value_heads") or heads
-    if heads % groups:
-        raise UserError(
-            f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}; use the "
-            "config.json of these weights"
-        )
     head_dim = values.get("head_dim") or values["hidden_size"] // heads
     rope = rope_fields(values, head_dim, family.rope_types, family.partial_rotary, where)
     spec = ModelSpec(
@@ -91,7 +85,7 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         hidden_size=values["hidden_size"],
         ffn_hidden_size=values["intermediate_size"],
         num_attention_heads=heads,
-        num_query_groups=groups,
+        num_query_groups=_query_groups(values, where),
         head_dim=head_dim,
         vocab_size=values["vocab_size"],
         norm_epsilon=values["rms_norm_eps"],
@@ -114,6 +108,17 @@ def read_model_spec(path: str | Path) -> ModelSpec:
         {**described, "vocab_size": spec.vocab_size}, _config_class(family, architecture), where
     )  # last, because the messages of this file are clearer
     return spec
+
+
+def _query_groups(values: dict[str, Any], where: str) -> int:
+    heads = values["num_attention_heads"]
+    groups = values.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise UserError(
+            f"{where}: num_attention_heads={heads} is not a multiple of num_key_value_heads={groups}; use the "
+            "config.json of these weights"
+        )
+    return groups
 
 
 def _architecture(values: dict[str, Any], where: str) -> str:

@@ -43,6 +43,32 @@ def rope_fields(
     nested = next((key for key, value in rope.items() if isinstance(value, dict)), None)
     if nested is not None:
         raise UserError(f"{where} has a rotary embedding for {nested} alone, which is not supported; use another model")
+    theta, rotary_dim = _theta_and_dim(values, rope, head_dim, partial, where)
+    scaling: RopeScaling | None = None
+    positions = values["max_position_embeddings"]
+    if kind == "llama3":
+        scaling = _llama3(values, rope, where)
+    elif kind == "longrope":
+        scaling = _longrope(values, rope, rotary_dim // 2, where)
+    elif kind == "linear":
+        check_positive(rope, ("factor",), where)
+        scaling = LinearScaling(rope["factor"])
+    elif kind == "yarn":
+        scaling = _yarn(values, rope, theta, where)
+        # Configs of Qwen keep the positions of pretraining in max_position_embeddings.
+        positions = max(positions, int(scaling.original_positions * scaling.factor))
+    return {
+        "rope_theta": theta,
+        "rotary_dim": rotary_dim,
+        "rope_scaling": scaling,
+        "max_position_embeddings": positions,
+    }
+
+
+def _theta_and_dim(
+    values: dict[str, Any], rope: dict[str, Any], head_dim: int, partial: bool, where: str
+) -> tuple[float, int]:
+    """Return the base of the frequencies and the rotated dimensions of a head. Raises UserError for invalid ones."""
     # A null counts as a value: transformers computes with it and fails. Only a null that it never uses is no factor.
     factor = rope.get("partial_rotary_factor", values.get("partial_rotary_factor"))
     if factor is None and not (partial and "partial_rotary_factor" in rope):
@@ -62,25 +88,7 @@ def rope_fields(
             f"{where}: partial_rotary_factor={factor} rotates {rotary_dim} of the {head_dim} dimensions of a head; "
             f"that must be an even number from 2 to {head_dim}"
         )
-    scaling: RopeScaling | None = None
-    positions = values["max_position_embeddings"]
-    if kind == "llama3":
-        scaling = _llama3(values, rope, where)
-    elif kind == "longrope":
-        scaling = _longrope(values, rope, rotary_dim // 2, where)
-    elif kind == "linear":
-        check_positive(rope, ("factor",), where)
-        scaling = LinearScaling(rope["factor"])
-    elif kind == "yarn":
-        scaling = _yarn(values, rope, rotary["rope_theta"], where)
-        # Configs of Qwen keep the positions of pretraining in max_position_embeddings.
-        positions = max(positions, int(scaling.original_positions * scaling.factor))
-    return {
-        "rope_theta": rotary["rope_theta"],
-        "rotary_dim": rotary_dim,
-        "rope_scaling": scaling,
-        "max_position_embeddings": positions,
-    }
+    return rotary["rope_theta"], rotary_dim
 
 
 def _llama3(values: dict[str, Any], rope: dict[str, Any], where: str) -> Llama3Scaling:

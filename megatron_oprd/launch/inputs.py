@@ -158,11 +158,7 @@ def read_inputs(config: Config, *, fitting: bool = False, dry_run: bool = False,
         config = with_settings(config, {TOKENS: DEFAULT_TOKENS})
     replayed = _read_replayed(config, setup, aligner)
     prompts = _read_prompts(config, tokenizers, missing)
-    evaluation_prompts, teacher_answers = None, False
-    if tokenizers.student is not None and config.evaluation.every and not missing.prompts:
-        evaluation_prompts, teacher_answers = read_evaluation_prompts(
-            config, tokenizers.student, lambda: aligner is not None
-        )
+    evaluation_prompts, teacher_answers = _read_evaluation_prompts(config, tokenizers, aligner, missing)
     _check_alignment(config, aligner)
     _check_data_sources(config, prompts.prompts if prompts else replayed)
     _check_lengths(config, setup, prompts, evaluation_prompts, replayed, other_tokenizer=aligner is not None)
@@ -217,6 +213,15 @@ def _read_prompts(config: Config, tokenizers: Tokenizers, missing: MissingInputs
         return longest_prompts(config)
     assert tokenizers.student is not None  # read, as nothing is missing
     return load_prompts(config.data.prompts, tokenizers.student, config.data, teacher_tokenizer=tokenizers.other)
+
+
+def _read_evaluation_prompts(
+    config: Config, tokenizers: Tokenizers, aligner: Aligner | None, missing: MissingInputs
+) -> tuple[PromptSet | None, bool]:
+    """Return the prompts of evaluations (None: no evaluation), and whether they measure on the teacher's answers."""
+    if tokenizers.student is None or not config.evaluation.every or missing.prompts:
+        return None, False
+    return read_evaluation_prompts(config, tokenizers.student, lambda: aligner is not None)
 
 
 def _read_replayed(config: Config, setup: Setup, aligner: Aligner | None) -> list[Rollout]:

@@ -249,33 +249,14 @@ def make_plan(
             would be compared without a bridge.
     """
     layout = layout or ParallelConfig()
-    config = loss.representation
-    is_mapped = config.bridge is not None or config.has_map
-    if loss.reads_layers and not is_mapped and student.hidden_size != teacher.hidden_size:
-        raise UserError(
-            f"student hidden_size {student.hidden_size} differs from {section} hidden_size {teacher.hidden_size}: "
-            f"hidden states of another width cannot be compared directly; {MAKE_A_BRIDGE} and name it in "
-            "loss.representation.bridge, set loss.representation.map.kind, use a teacher of the student's width, or an "
-            "output-space objective alone "
-            "(loss.representation.weight=0)"
-        )
-    try:
-        depths = student.num_layers, teacher.num_layers
-        pairs = layer_pairs(*depths, config.layers, config.pairs) if loss.reads_layers else ()
-    except UserError as error:
-        raise UserError(str(error) if section == "teacher" else f"with {section}: {error}") from None
-    if pairs and isinstance(config.layer_weights, list) and len(config.layer_weights) != len(pairs):
-        raise UserError(
-            f"loss.representation.layer_weights has {len(config.layer_weights)} factors for {len(pairs)} compared "
-            "layers; give one for each, in the order of the student's layers"
-        )
+    pairs = _compared_pairs(loss, student, teacher, section) if loss.reads_layers else ()
     flow = _flow_pairs(loss.flow, student, teacher) if loss.reads_flow else ()
     student_stages = even_stages(student.num_layers, layout.pipeline, layout.virtual_pipeline or 1)
     plan = LayerPlan(
         pairs,
         student.num_layers,
         teacher.num_layers,
-        config.final_norm,
+        loss.representation.final_norm,
         student_stages,
         (),
         layout.pipeline,
@@ -292,6 +273,30 @@ def make_plan(
     # Divided evenly up to the highest compared layer; a stage may have no layer.
     stages = _evenly(plan.teacher_last_layer, teacher_layout.pipeline if teacher_layout else len(student_stages))
     return dataclasses.replace(plan, teacher_stages=stages, aligned=False)
+
+
+def _compared_pairs(loss: LossConfig, student: ModelSpec, teacher: ModelSpec, section: str) -> tuple[LayerPair, ...]:
+    """Return the layers that the representation loss compares. Raises UserError if it cannot compare them."""
+    config = loss.representation
+    is_mapped = config.bridge is not None or config.has_map
+    if not is_mapped and student.hidden_size != teacher.hidden_size:
+        raise UserError(
+            f"student hidden_size {student.hidden_size} differs from {section} hidden_size {teacher.hidden_size}: "
+            f"hidden states of another width cannot be compared directly; {MAKE_A_BRIDGE} and name it in "
+            "loss.representation.bridge, set loss.representation.map.kind, use a teacher of the student's width, or an "
+            "output-space objective alone (loss.representation.weight=0)"
+        )
+    try:
+        depths = student.num_layers, teacher.num_layers
+        pairs = layer_pairs(*depths, config.layers, config.pairs)
+    except UserError as error:
+        raise UserError(str(error) if section == "teacher" else f"with {section}: {error}") from None
+    if isinstance(config.layer_weights, list) and len(config.layer_weights) != len(pairs):
+        raise UserError(
+            f"loss.representation.layer_weights has {len(config.layer_weights)} factors for {len(pairs)} compared "
+            "layers; give one for each, in the order of the student's layers"
+        )
+    return pairs
 
 
 def _flow_pairs(config: FlowConfig, student: ModelSpec, teacher: ModelSpec) -> tuple[LayerPair, ...]:
