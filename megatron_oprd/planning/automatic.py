@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_oprd.config import Config, with_settings
 from megatron_oprd.launch.inputs import RECOMPUTE, TOKENS, Inputs
+from megatron_oprd.losses.lm_head import auto_chunk_tokens
+from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.recompute import Recomputation
 from megatron_oprd.parallel.rank_zero import on_rank_zero
 from megatron_oprd.parallel.topology import collective_timeout, start_process
@@ -121,13 +123,19 @@ def _with_smaller_chunks(
     """
     if not run.config.loss.reads_output or run.config.loss.output.chunk_tokens != "auto":
         return {}, stages
-    for tokens in SMALLER_CHUNKS:
+    for tokens in smaller_chunks(run):
         setting = {CHUNK: tokens}
         smaller = dataclasses.replace(run, config=with_settings(run.config, setting))
         found = choose_recomputation(smaller, device, limit, first=len(stages) - 1)  # other ranks have no logits
         if found[-1].fits:
             return setting, [*stages[:-1], *found]
     return {}, stages
+
+
+def smaller_chunks(run: PlannedRun) -> list[int]:
+    """Return the sizes of SMALLER_CHUNKS below the size that `auto` has without them, in tokens."""
+    chunk_tokens = auto_chunk_tokens(run.lm_head_rows, DTYPES[run.config.precision.dtype])
+    return [size for size in SMALLER_CHUNKS if size < chunk_tokens]
 
 
 def choose_recomputation(run: PlannedRun, device: PlanDevice, limit: int, first: int = 0) -> list[StageChoice]:

@@ -6,7 +6,6 @@ import math
 import sys
 
 from megatron_oprd.config import Config, LossConfig, ParallelConfig
-from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.model_spec import ModelSpec
 from megatron_oprd.models.layer_plan import PlannedTeacher
 from megatron_oprd.planning.delta_net_costs import stored_bytes
@@ -41,9 +40,8 @@ def predict_memory(run: PlannedRun) -> dict[str, int]:
     teacher_bytes = [
         len(teacher.folders) * _teacher_bytes(config, teacher, teacher.layout or parallel) for teacher in teachers
     ]
-    head_rows = padded_vocab_size(student, parallel.tensor) // parallel.tensor
     widths = [teacher.spec.hidden_size * (1 + teacher.config.extrapolates_output) for teacher in teachers]
-    heads = head_rows * sum(widths) if plan.output else 0
+    heads = run.lm_head_rows * sum(widths) if plan.output else 0
     if parallel.distributed_optimizer and config.optimizer.name == "adamw":
         with_state = max(dense // copies + experts // expert_copies for dense, experts in by_rank)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_oprd.config import Config
+from megatron_oprd.hf.names import padded_vocab_size
 from megatron_oprd.launch.inputs import Inputs
 from megatron_oprd.launch.lengths import Lengths
 from megatron_oprd.launch.setup import Setup
@@ -26,6 +27,12 @@ class PlannedRun:
         prompts = inputs.evaluation_prompts.prompts if inputs.evaluation_prompts else ()
         lengths = tuple(len(prompt.prompt_ids) for prompt in prompts)
         return cls(inputs.config, inputs.setup, inputs.lengths, inputs.bridge_rank, lengths)
+
+    @property
+    def lm_head_rows(self) -> int:
+        """Return the rows of an LM head on one rank."""
+        tensor_size = self.config.parallel.tensor
+        return padded_vocab_size(self.setup.student, tensor_size) // tensor_size
 
     @property
     def rollouts_per_step(self) -> int:

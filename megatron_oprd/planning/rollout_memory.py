@@ -6,14 +6,12 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import torch
-
+from megatron_oprd.models.build import DTYPES
 from megatron_oprd.models.kv_cache import rollout_cache_bytes
 from megatron_oprd.planning.planned_run import PlannedRun
 from megatron_oprd.rollout.batch_rows import MAX_ROWS, rows_that_fit
 
 DEVICE_BYTES = 80 * 10**9  # memory of the planned device
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

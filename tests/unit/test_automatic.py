@@ -7,7 +7,7 @@ import pytest
 
 from megatron_oprd.config import load_config
 from megatron_oprd.launch.inputs import UNBOUNDED_TOKENS, read_inputs
-from megatron_oprd.planning.automatic import CHUNK, choose_automatic, limit_bytes
+from megatron_oprd.planning.automatic import CHUNK, choose_automatic, limit_bytes, smaller_chunks
 from megatron_oprd.planning.memory_plan import plan_memory
 from megatron_oprd.planning.plan_device import PlanDevice
 from megatron_oprd.planning.planned_run import PlannedRun
@@ -72,6 +72,14 @@ def test_smaller_chunks_of_logits_are_the_last_resort(tmp_path):
     assert CHUNK not in without
     assert tight[CHUNK] == 1024 and lines[0] == "logits of 1,024 tokens at a time"
     assert planned.needed <= room
+
+
+def test_wide_vocabularies_have_small_chunks_already(tmp_path):
+    inputs = read_inputs(load_config(None, replay_run(tmp_path, 1, num_hidden_layers=1)), dry_run=True)
+    run = PlannedRun.of(inputs)
+    wide = dataclasses.replace(run.setup.student, vocab_size=2**18)
+    assert smaller_chunks(run) == [1024, 512, 256]
+    assert smaller_chunks(dataclasses.replace(run, setup=dataclasses.replace(run.setup, student=wide))) == [256]
 
 
 def test_other_commands_recompute_nothing_and_take_the_default_size(tmp_path):
