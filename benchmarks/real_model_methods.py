@@ -16,6 +16,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "top16": (ALONE, "loss.output.objective=topk_surrogate", "loss.output.k=16"),
     "hidden_inverse_square": (*HIDDEN, "loss.representation.layer_weights=inverse_square"),
     "faded": (FADED,),
+    "forward_kl": (ALONE, "loss.output.direction=forward"),
     "skew_kl": (ALONE, "loss.output.direction=skew_reverse"),
     "adaptive_kl": (ALONE, "loss.output.direction=adaptive"),
     "full_kl_off_policy": (ALONE, "rollout.engine=replay", "rollout.path={teacher_rollouts}"),
@@ -31,10 +32,12 @@ NAMES = {
     "top16": "top 16, as the authors",
     "hidden_inverse_square": "hidden states, `inverse_square`",
     "faded": "hidden states faded into full KL",
+    "forward_kl": "forward KL",
     "skew_kl": "skew KL",
     "adaptive_kl": "adaptive KL",
     "full_kl_off_policy": "full KL, teacher's answers",
 }
 SWEPT = ("both", "hidden_states", "full_kl", "hidden_off_policy")  # at other learning rates too
 EQUAL_TIME = ("hidden_states", "full_kl", "hidden_off_policy", "top16")  # also for the time of the recipe
-LATER = ("hidden_inverse_square", "faded", "skew_kl", "adaptive_kl", "full_kl_off_policy")  # they run after the others
+# These run after the others.
+LATER = ("hidden_inverse_square", "faded", "forward_kl", "skew_kl", "adaptive_kl", "full_kl_off_policy")

@@ -35,8 +35,8 @@ def tables(record: Mapping[str, Any]) -> list[str]:
 
 
 def has_time(run: Run, facts: Mapping[str, Any]) -> bool:
-    """Return True if the time of a step was measured while no other trial used the device."""
-    return bool(run.get("seconds_per_step")) and facts["parallel"] == 1
+    """Return True if other trials had no part in the time of a step: CPU time, or a GPU of its own."""
+    return bool(run.get("seconds_per_step")) and (run["device"] == "CPU" or facts["parallel"] == 1)
 
 
 def table_by_step(runs: Sequence[Run]) -> list[str]:
@@ -62,7 +62,7 @@ def _of_seeds(count: int) -> str:
 def table(runs: Sequence[Run], facts: Mapping[str, Any]) -> list[str]:
     """Return the lines of a table: a row for the start model, then one for the runs that differ in the seed alone.
 
-    A figure is the mean over seeds; ranges go from the lowest to the highest. Trials that shared a device have no time.
+    A figure is the mean over seeds; ranges go from the lowest to the highest. Trials that shared a GPU have no time.
 
     Args:
         facts: the entry of the device in real_model.json.
