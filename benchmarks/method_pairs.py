@@ -44,7 +44,7 @@ from megatron_oprd.bridge import fit
 
 CHAIN_LENGTH, CHAIN_WIDTH = 28, 64
 HELDOUT, PROMPTS = 1000, 8192
-STEPS = 1500  # at most, of each model
+STEPS = 1500  # at most, of each model; specialists may take twice as many
 SUM, DIFFERENCE = "sum", "difference"
 BRIDGE_RANK = 8
 LEAST_COPIED = 0.98
@@ -121,7 +121,7 @@ def make_two(folder: Path, seed: int) -> None:
     validation = {kind: tokens_of(some) for kind, some in problems.items()}
     student = train_student(build_model(seed), batches(*problems), torch.cat([*validation.values()]), STEPS)
     teachers = {
-        kind: train_teacher(student, batches(kind), some, STEPS, target=0.97) for kind, some in validation.items()
+        kind: train_teacher(student, batches(kind), some, 2 * STEPS, target=0.97) for kind, some in validation.items()
     }
     save(folder, {"student": student, **teachers})
     prompts = [arithmetic(numbers, numbers.choice([*problems])) for _ in range(PROMPTS)]
