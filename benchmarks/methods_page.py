@@ -157,8 +157,9 @@ SECTIONS = (
             "full_kl_mixed": "full KL, both teachers in each step",
             "full_kl_grouped": "full KL, one teacher in each step",
         },
-        "Two teachers in one step do no harm here, where both were trained from the same weights: one teacher in each "
-        "step is not better. Three seeds; in a fourth the specialist for differences did not learn enough.",
+        "Whether the teachers share a step decides nothing here, where both were trained from the same weights: one "
+        "teacher in each step is above it and below. 60 steps bring little in all four rows, 3 to 4 points in the mean. "
+        "Hidden states gain 18 and 24 points in one seed, and in two of the others the student forgets up to 7.",
     ),
     Section(
         "self",
