@@ -94,10 +94,10 @@ SECTIONS = (
             "flow": "angles of the hidden flow of the last layer alone (`loss.flow.geometry`), no bridge",
             "full_kl_flow": "full KL, and these angles with weight 1",
         },
-        "A bridge alone is 12 to 26 points below full KL. No schedule that ends in full KL is above it, or below it, in "
-        "all five seeds. The largest mean gains are those of the matrix with a closed-form start (most in the seed where "
-        "full KL is lowest) and of the switch after 10 steps; longer fading is not better. **The hidden flow of the last "
-        "layer alone fails**: every student loses what it could do before.",
+        "A bridge alone is 12 to 26 points below full KL. No schedule that ends in full KL is above it, or below it, "
+        "in all five seeds. The largest mean gains are those of the matrix with a closed-form start (most in the seed "
+        "where full KL is lowest) and of the switch after 10 steps; longer fading is not better. **The hidden flow of "
+        "the last layer alone fails**: every student loses what it could do before.",
     ),
     Section(
         "positions",
@@ -132,8 +132,8 @@ SECTIONS = (
             "full_kl_1.25": "full KL to the extrapolated distribution (`space: output`), lambda 1.25",
         },
         "No student passes its teacher. Extrapolation gains nothing here: lambda 1.25 is worse in four of five seeds, "
-        "and 1.5 in all. Targets short of the teacher (0.75) are worse in four. Extrapolated distributions are below plain "
-        "full KL in four of five seeds, by one point in the mean. The learning rate is that of the demo.",
+        "and 1.5 in all. Targets short of the teacher (0.75) are worse in four. Extrapolated distributions are below "
+        "plain full KL in four of five seeds, by one point in the mean. The learning rate is that of the demo.",
     ),
     Section(
         "layers",
@@ -158,8 +158,8 @@ SECTIONS = (
             "full_kl_grouped": "full KL, one teacher in each step",
         },
         "Whether the teachers share a step decides nothing here, where both were trained from the same weights: one "
-        "teacher in each step is above it and below. 60 steps bring little in all four rows, 3 to 4 points in the mean. "
-        "Hidden states gain 18 and 24 points in one seed, and in two of the others the student forgets up to 7.",
+        "teacher in each step is above it and below. 60 steps bring little in all four rows, 3 to 4 points in the "
+        "mean. Hidden states gain 18 and 24 points in one seed, and in two of the others the student forgets up to 7.",
     ),
     Section(
         "self",
