@@ -145,40 +145,47 @@ def plots(record: Mapping[str, Any]) -> dict[str, str]:
     timed = [run for run in record["runs"] if run["learning_rate"] == RATE and not run["equal_time"]]
     timed = [run for run in timed if has_time(run, record["devices"][run["device"]])]
     titled = "Perplexity of the teacher's held-out answers by "
-    rates: dict[str, list[tuple[float, float]]] = {}
-    for (method, rate, equal_time), same in grouped(runs).items():
-        if not equal_time and "stopped_after" not in same[0]:
-            mean = statistics.mean(run["after"]["perplexity"] for run in same)
-            rates.setdefault(NAMES[method], []).append((1e5 * rate, mean))
+    finished = [run for run in runs if not run["equal_time"] and "stopped_after" not in run]
     made = {
         "steps": line_plot(f"{titled}step", _curves(at_rate, lambda run: 1.0), "step"),
         "seconds": line_plot(f"{titled}second", _curves(timed, lambda run: run["seconds_per_step"]), "seconds"),
-        "rates": line_plot(
-            f"{titled}learning rate",
-            {name: sorted(points) for name, points in rates.items() if len(points) > 1},
-            "learning rate / 1e-5",
-        ),
+        "rates": line_plot(f"{titled}learning rate", _curves_by_rate(finished), "learning rate / 1e-5"),
     }
     return {name: plot for name, plot in made.items() if plot}
 
 
 def _curves(runs: Sequence[Run], scale: Callable[[Run], float]) -> dict[str, list[tuple[float, float]]]:
-    """Return the points of each method, the means over seeds at the steps that all its runs were evaluated at.
+    """Return the points of each method, the means over the seeds with the most evaluations.
 
     Runs that ended early count for methods without any finished run.
     """
     lines: dict[str, list[tuple[float, float]]] = {}
     for (method, *_), group in grouped(runs).items():
         same = [run for run in group if "stopped_after" not in run] or group
+        most = max(len(run["evaluations"]) for run in same)
+        same = [run for run in same if len(run["evaluations"]) == most]
         by_step: dict[int, list[float]] = {}
         for point in (point for run in same for point in run["evaluations"]):
             by_step.setdefault(point["step"], []).append(point["perplexity"])
         unit = statistics.mean(map(scale, same))
-        lines[NAMES[method]] = [
-            (step * unit, statistics.mean(values))
-            for step, values in sorted(by_step.items())
-            if len(values) == len(same)
-        ]
+        lines[NAMES[method]] = [(step * unit, statistics.mean(values)) for step, values in sorted(by_step.items())]
+    return lines
+
+
+def _curves_by_rate(runs: Sequence[Run]) -> dict[str, list[tuple[float, float]]]:
+    """Return the points of each method with several learning rates: means over the seeds that ran with all of them."""
+    methods: dict[str, dict[float, dict[int, float]]] = {}
+    for run in runs:
+        by_seed = methods.setdefault(run["method"], {}).setdefault(run["learning_rate"], {})
+        by_seed[run["seed"]] = run["after"]["perplexity"]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for method, by_rate in methods.items():
+        seeds = set.intersection(*map(set, by_rate.values()))
+        if len(by_rate) > 1 and seeds:
+            lines[NAMES[method]] = [
+                (1e5 * rate, statistics.mean(by_seed[seed] for seed in seeds))
+                for rate, by_seed in sorted(by_rate.items())
+            ]
     return lines
 
 
